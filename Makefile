@@ -1,0 +1,39 @@
+# Each target makes what it needs; nothing has to be installed by hand.
+PYTHON ?= python3
+VENV := .venv
+PEERS := .venv-peers
+PIP := -m pip install --quiet --disable-pip-version-check
+
+.PHONY: test bench lint format wheel clean
+
+test: $(VENV)/installed
+	$(VENV)/bin/python -m pytest
+
+bench: $(VENV)/installed $(PEERS)/installed
+	$(VENV)/bin/python bench/throughput.py $(ARGS)
+
+lint: $(VENV)/installed
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+
+format: $(VENV)/installed
+	$(VENV)/bin/ruff format .
+	$(VENV)/bin/ruff check --fix .
+
+wheel: $(VENV)/installed
+	$(VENV)/bin/python -m build --outdir dist .
+
+# torch comes first and pinned, so that no later requirement can pull in another build of it.
+$(VENV)/installed: pyproject.toml tests/constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt torch
+	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt --editable '.[test,bench]'
+	touch $@
+
+$(PEERS)/installed: bench/peers/requirements.txt
+	$(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/python $(PIP) --requirement bench/peers/requirements.txt
+	touch $@
+
+clean:
+	rm -rf $(VENV) $(PEERS) build dist *.egg-info

@@ -1,0 +1,137 @@
+"""TokenBatch: which tokens a forward computes, and where they stand in the grid that the caller sees."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TokenBatch:
+    """The tokens of all sequences, one after another, described once for all layers and the backward.
+
+    Attributes:
+        cu_seqlens: int32 `(sequences + 1,)`; sequence i owns tokens `cu_seqlens[i] … cu_seqlens[i + 1] - 1`.
+        max_seqlen: an upper bound of the number of tokens of a sequence.
+        columns: int64 `(tokens,)`, each token's column in its sequence's row of the grid.
+        sequences: int64 `(tokens,)`, each token's sequence.
+        key_mask: bool `(tokens,)`, False for tokens that nobody attends to; None when there is none.
+        grid: `(rows, columns)` of the caller's tensors.
+        indices: int64 `(tokens,)`, each token's place in the flattened grid; None when the tokens fill it in order.
+        packed: True when only real tokens count, False when every position of the grid is computed.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    columns: Tensor
+    sequences: Tensor
+    key_mask: Tensor | None
+    grid: tuple[int, int]
+    indices: Tensor | None
+    packed: bool
+
+    @classmethod
+    def padded(cls, grid: tuple[int, int], device: torch.device, key_mask: Tensor | None = None) -> "TokenBatch":
+        """Every position of the grid is a token; `key_mask`, bool `(rows, columns)`, says who is attended to."""
+        rows, columns = grid
+        return cls(
+            cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device) * columns,
+            max_seqlen=columns,
+            columns=torch.arange(columns, device=device).repeat(rows),
+            sequences=torch.arange(rows, device=device).repeat_interleave(columns),
+            key_mask=None if key_mask is None else key_mask.flatten(),
+            grid=grid,
+            indices=None,
+            packed=False,
+        )
+
+    @classmethod
+    def from_mask(
+        cls, mask: Tensor, *, keep_first: bool, probes: Sequence[Tensor] = ()
+    ) -> tuple["TokenBatch", list[int]]:
+        """Packs the tokens that a padding mask keeps; the only host synchronisation of a forward.
+
+        Args:
+            mask: bool `(rows, columns)`, True for real tokens.
+            keep_first: also compute column 0 of rows where it is padding, attended to by nobody: what a pooler reads.
+            probes: integer tensors of one element each that the caller wants on the host; they ride along.
+
+        Returns:
+            The batch, and the values of `probes`.
+        """
+        rows, columns = mask.shape
+        computed = mask
+        if keep_first and columns:
+            computed = mask.clone()
+            computed[:, 0] = True
+        lengths = computed.sum(dim=1)
+        longest = lengths.amax() if rows else lengths.sum()
+        measures = (lengths.sum(), longest, mask.sum(), *probes)
+        tokens, max_seqlen, real_tokens, *probed = torch.stack([m.reshape(()).long() for m in measures]).tolist()
+        if real_tokens == rows * columns:
+            return replace(cls.padded((rows, columns), mask.device), packed=True), probed
+
+        indices = torch.nonzero_static(computed.flatten(), size=tokens).squeeze(-1)
+        cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
+        cu_seqlens[1:] = lengths.cumsum(0)
+        batch = cls(
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            columns=indices % columns,
+            sequences=indices // columns,
+            key_mask=mask.flatten()[indices] if real_tokens < tokens else None,
+            grid=(rows, columns),
+            indices=indices,
+            packed=True,
+        )
+        return batch, probed
+
+    @classmethod
+    def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> "TokenBatch":
+        """Input that came packed: `tokens` real tokens in one row of the grid, cut into sequences at `cu_seqlens`."""
+        token = torch.arange(tokens, device=cu_seqlens.device)
+        sequences = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+        return cls(
+            cu_seqlens=cu_seqlens.int(),
+            max_seqlen=max_seqlen,
+            columns=token - cu_seqlens.long()[sequences],
+            sequences=sequences,
+            key_mask=None,
+            grid=(1, tokens),
+            indices=None,
+            packed=True,
+        )
+
+    @property
+    def tokens(self) -> int:
+        return self.columns.shape[0]
+
+    def pack(self, x: Tensor) -> Tensor:
+        """`(rows, columns, ...)` to `(tokens, ...)`."""
+        flat = x.flatten(0, 1)
+        return flat if self.indices is None else flat.index_select(0, self.indices)
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`(tokens, ...)` to `(rows, columns, ...)`, with zeros at padding in the packed layout."""
+        if self.indices is None:
+            return x.unflatten(0, self.grid)
+        if self.key_mask is not None:
+            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
+        rows, columns = self.grid
+        flat = x.new_zeros((rows * columns, *x.shape[1:])).index_copy(0, self.indices, x)
+        return flat.unflatten(0, self.grid)
+
+    def first_tokens(self, x: Tensor) -> Tensor:
+        """`(tokens, features)` to `(sequences, features)`: each sequence's first token, zeros where it has none."""
+        first = self.cu_seqlens[:-1].long()
+        present = self.cu_seqlens[1:] > self.cu_seqlens[:-1]
+        if self.tokens == 0:
+            return x.new_zeros(first.shape[0], x.shape[1])
+        return torch.where(present[:, None], x[first.clamp(max=self.tokens - 1)], 0)
+
+    def real_positions(self) -> Tensor | None:
+        """bool grid, True where the packed layout has a real token; None when that is everywhere or does not matter."""
+        if self.indices is None:
+            return None
+        return self.unpack(torch.ones(self.tokens, dtype=torch.bool, device=self.columns.device))

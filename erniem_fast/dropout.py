@@ -1,0 +1,84 @@
+"""Counter-based dropout: whether an element is kept depends on the seed and its logical coordinates alone.
+
+The generator is Philox4x32 with 7 rounds, the smallest number that passes BigCrush (Salmon et al., "Parallel random
+numbers: as easy as 1, 2, 3", SC 2011, table 2). One evaluation yields the words of four neighbours:
+
+    words(c0, c1, c2, c3)[w] belongs to the element whose last coordinate is 4 * c0 + w
+
+    op                     last coordinate   c1             c2         c3
+    embeddings, FFN, LN    feature           column         sequence   0
+    attention              key column        query column   sequence   head
+
+Columns count from the start of a sequence's row in the padded grid, so that a token's mask is the same in the packed
+and the padded layout. The same bits come out of `tl.philox(seed, c0, c1, c2, c3, n_rounds=ROUNDS)`.
+"""
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+def draw_seeds(count: int, device: torch.device) -> Tensor:
+    """`(count,)` int64 seeds from torch's generator of that device, without a synchronisation."""
+    return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
+
+
+def threshold(p: float) -> int:
+    """An element is kept when its 32-bit word is at least this: with probability 1 - p to within 2^-32."""
+    return round(p * 2**32)
+
+
+def rescale(p: float) -> float:
+    """What kept elements are multiplied with; nothing is kept at p = 1."""
+    return 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+
+
+def keep_mask(seed: Tensor, p: float, width: int, column: Tensor, sequence: Tensor, head: Tensor | int = 0) -> Tensor:
+    """The mask of kept elements whose last coordinate runs over `0 … width - 1`.
+
+    Args:
+        seed: int64 tensor with one element.
+        p: probability of dropping an element, in [0, 1].
+        width: number of features, or of key columns.
+        column, sequence, head: the other coordinates, integer tensors that broadcast to a common shape `(...)`.
+
+    Returns:
+        bool `(..., width)`.
+    """
+    groups = torch.arange((width + 3) // 4, device=seed.device)
+    head = torch.as_tensor(head, device=seed.device)
+    words = philox(seed, groups, column.long().unsqueeze(-1), sequence.long().unsqueeze(-1), head.long().unsqueeze(-1))
+    limit = threshold(p)
+    return torch.stack([word >= limit for word in words], dim=-1).flatten(-2)[..., :width]
+
+
+def apply_mask(x: Tensor, keep: Tensor, p: float) -> Tensor:
+    """Zeroes what is dropped and rescales what is kept: the dropout of `x`, and of its gradient."""
+    return torch.where(keep, x * rescale(p), 0.0)
+
+
+def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = ROUNDS) -> tuple[Tensor, ...]:
+    """Philox4x32 on int64 tensors that hold unsigned 32-bit words.
+
+    Args:
+        seed: int64 tensor with one element, the 64-bit key.
+        c0, c1, c2, c3: the counter, int64 tensors that broadcast together.
+        rounds: 10 is what cuRAND uses; see the module's text for the default.
+
+    Returns:
+        Four int64 tensors of the broadcast shape, each a word in [0, 2^32).
+    """
+    k0, k1 = seed & _WORD, (seed >> 32) & _WORD
+    for _ in range(rounds):
+        # The product wraps around in 64 bits, which leaves both of its 32-bit halves right.
+        first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = ((second >> 32) & _WORD) ^ c1 ^ k0
+        c2 = ((first >> 32) & _WORD) ^ c3 ^ k1
+        c1, c3 = second & _WORD, first & _WORD
+        k0, k1 = (k0 + _KEY_STEPS[0]) & _WORD, (k1 + _KEY_STEPS[1]) & _WORD
+    return c0, c1, c2, c3

@@ -1,0 +1,161 @@
+"""`embeddings`: dropout(LN(word_table[ids] + position_table[positions])), the start of a forward."""
+
+import torch
+from torch import Tensor
+
+from .. import reference
+from ..batch import TokenBatch
+from .implementation import Implementation, choose, run
+from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
+
+
+def embeddings(
+    ids: Tensor,
+    positions: Tensor,
+    word_table: Tensor,
+    position_table: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    padding_idx: int,
+    batch: TokenBatch,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """dropout(LN(word_table[ids] + position_table[positions])).
+
+    Args:
+        ids, positions: int64 `(tokens,)`, rows of the two tables; the caller has checked their range.
+        word_table, position_table: `(vocabulary, hidden)` and `(max_positions, hidden)`, of one dtype.
+        weight, norm_bias: `(hidden,)`, of the layer norm.
+        eps: added to the variance.
+        padding_idx: the row that gets no gradient, in both tables.
+        batch: the tokens' coordinates, for dropout.
+        p: probability of dropping an element.
+        seed: int64, one element; None for no dropout.
+
+    Returns:
+        `(tokens, hidden)` in the tables' dtype.
+
+    Raises:
+        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
+    """
+    name = choose("embeddings", IMPLEMENTATIONS, word_table.device, word_table.dtype)
+    save = torch.is_grad_enabled() and any(
+        each.requires_grad for each in (word_table, position_table, weight, norm_bias)
+    )
+    coordinates = (batch.columns, batch.sequences)
+    tables = (word_table, position_table, weight, norm_bias)
+    return _forward(ids, positions, *tables, eps, padding_idx, *coordinates, p, seed, save, name)[0]
+
+
+@torch.library.custom_op("erniem_fast::embeddings", mutates_args=())
+def _forward(
+    ids: Tensor,
+    positions: Tensor,
+    word_table: Tensor,
+    position_table: Tensor,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    padding_idx: int,
+    columns: Tensor,
+    sequences: Tensor,
+    p: float,
+    seed: Tensor | None,
+    save: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the layer norm's input `z` for the backward, empty where it is not to be saved."""
+    tables = (word_table, position_table, weight, norm_bias)
+    inputs = (ids, positions, *tables, eps, padding_idx, columns, sequences, p, seed, save)
+    return run("embeddings", IMPLEMENTATIONS, implementation, "forward", *inputs)
+
+
+@torch.library.custom_op("erniem_fast::embeddings_backward", mutates_args=())
+def _backward(
+    grad: Tensor,
+    z: Tensor,
+    ids: Tensor,
+    positions: Tensor,
+    words: int,
+    max_positions: int,
+    weight: Tensor,
+    eps: float,
+    padding_idx: int,
+    columns: Tensor,
+    sequences: Tensor,
+    p: float,
+    seed: Tensor | None,
+    implementation: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of word_table, position_table, weight and norm_bias."""
+    rows = (ids, positions, words, max_positions)
+    inputs = (grad, z, *rows, weight, eps, padding_idx, columns, sequences, p, seed)
+    return run("embeddings", IMPLEMENTATIONS, implementation, "backward", *inputs)
+
+
+@_forward.register_fake
+def _(ids, positions, word_table, position_table, weight, norm_bias, eps, padding_idx, *rest):
+    *_, save, _ = rest
+    out = word_table.new_empty(ids.shape[0], word_table.shape[1])
+    return out, torch.empty_like(out) if save else out.new_empty(0)
+
+
+@_backward.register_fake
+def _(grad, z, ids, positions, words, max_positions, weight, *rest):
+    tables = (z.new_empty(rows, z.shape[1]) for rows in (words, max_positions))
+    return *tables, *(torch.empty_like(weight, dtype=wide(z.dtype)) for _ in range(2))
+
+
+def _setup_context(ctx, inputs, output):
+    ids, positions, word_table, position_table, weight, _, eps, padding_idx, columns, sequences, p, seed, *_ = inputs
+    ctx.save_for_backward(output[1], ids, positions, weight, columns, sequences, seed)
+    ctx.rows = (word_table.shape[0], position_table.shape[0])
+    ctx.eps, ctx.padding_idx, ctx.p, ctx.implementation = eps, padding_idx, p, inputs[-1]
+
+
+def _autograd(ctx, grad, _):
+    z, ids, positions, weight, columns, sequences, seed = ctx.saved_tensors
+    norm = (weight, ctx.eps, ctx.padding_idx)
+    grads = _backward(grad, z, ids, positions, *ctx.rows, *norm, columns, sequences, ctx.p, seed, ctx.implementation)
+    return None, None, *grads, *[None] * 8
+
+
+_forward.register_autograd(_autograd, setup_context=_setup_context)
+
+
+def _composite(norm: LayerNorm) -> Implementation:
+    def forward(
+        ids,
+        positions,
+        word_table,
+        position_table,
+        weight,
+        norm_bias,
+        eps,
+        padding_idx,
+        columns,
+        sequences,
+        p,
+        seed,
+        save,
+    ):
+        z = word_table[ids] + position_table[positions]
+        out = reference.feature_dropout(norm.forward(z, weight, norm_bias, eps), columns, sequences, p, seed)
+        return out, z if save else z.new_empty(0)
+
+    def backward(grad, z, ids, positions, words, max_positions, weight, eps, padding_idx, columns, sequences, p, seed):
+        grad = reference.feature_dropout(grad, columns, sequences, p, seed)
+        of_z, of_weight, of_norm_bias = norm.backward(grad, z, weight, eps)
+        tables = (_scatter(of_z, ids, words, padding_idx), _scatter(of_z, positions, max_positions, padding_idx))
+        return *tables, of_weight, of_norm_bias
+
+    return Implementation(forward, backward)
+
+
+def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int) -> Tensor:
+    return torch.ops.aten.embedding_dense_backward(rows, index, size, padding_idx, False)
+
+
+IMPLEMENTATIONS = {"torch": _composite(TORCH), "reference": _composite(REFERENCE)}

@@ -1,0 +1,87 @@
+"""What an op's implementations have in common: how one is chosen, and how it is verified against the reference."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import flags
+
+Tensors = Tensor | tuple[Tensor, ...]
+
+
+@dataclass(frozen=True)
+class Implementation:
+    """One way to compute an op.
+
+    Attributes:
+        forward, backward: take and return what the op's two custom ops do, without the implementation's name.
+        refuses: why it cannot serve a device and dtype, with the remedy; None where it can.
+        fuses_bias: whether the bias of the matrix product before it is cheaper here than in the product.
+    """
+
+    forward: Callable[..., Tensors]
+    backward: Callable[..., Tensors]
+    refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    fuses_bias: bool = False
+
+
+@torch.compiler.assume_constant_result
+def choose(op: str, implementations: Mapping[str, Implementation], device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs a call: the flag's, or with `auto` the first that can serve it.
+
+    Args:
+        op: a key of `flags.OPS`.
+        implementations: by name, the preferred first.
+        device, dtype: of the op's input.
+
+    Raises:
+        RuntimeError: the flag asks for an implementation that cannot serve this device and dtype.
+    """
+    wanted = flags.read(flags.OPS[op])
+    if wanted != "auto":
+        reason = implementations[wanted].refuses(device, dtype)
+        if reason is not None:
+            raise RuntimeError(f"{flags.OPS[op].name}={wanted} cannot be served: {reason}")
+        return wanted
+    if flags.read(flags.KERNELS) == "off":
+        return "torch"
+    return next(name for name, each in implementations.items() if each.refuses(device, dtype) is None)
+
+
+def run(op: str, implementations: Mapping[str, Implementation], name: str, direction: str, *inputs: object) -> Tensors:
+    """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it."""
+    outputs = getattr(implementations[name], direction)(*inputs)
+    if name != "reference" and flags.read(flags.VERIFY) == "1":
+        oracle = getattr(implementations["reference"], direction)
+        _verify(f"{op} {direction} ({name})", outputs, oracle(*inputs), oracle(*(_double(each) for each in inputs)))
+    return outputs
+
+
+def _double(value: object) -> object:
+    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) -> None:
+    """Raises where an error exceeds twice that of the reference in the same dtype, plus a slack.
+
+    The slack is eight units in the last place of the largest value: rounding that the reference, by chance, is spared.
+    """
+    results = zip(_as_tuple(outputs), _as_tuple(same_dtype), _as_tuple(exact), strict=True)
+    for index, (output, same, truth) in enumerate(results):
+        if same.numel() == 0:
+            continue
+        slack = 8 * torch.finfo(output.dtype).eps * truth.abs().amax().item()
+        bound = 2 * (same.double() - truth).abs().amax().item() + slack
+        error = (output.double() - truth).abs().amax().item()
+        if not error <= bound:
+            raise RuntimeError(
+                f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "
+                f"{output.dtype} is off by {error:.3e}, the bound is {bound:.3e}. Choose another implementation by its "
+                f"flag and report this with the output of `python -m erniem_fast status`."
+            )
+
+
+def _as_tuple(outputs: Tensors) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)

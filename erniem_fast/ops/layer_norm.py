@@ -1,0 +1,61 @@
+"""The layer norm inside `embeddings` and `add_layernorm`: by PyTorch's kernels, and by the reference.
+
+Only its input `z` is saved for the backward, which reads all of a row anyway and gets the row's statistics from it.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .. import reference
+
+
+@dataclass(frozen=True)
+class LayerNorm:
+    """One way to compute a layer norm.
+
+    Attributes:
+        forward: `(z, weight, norm_bias, eps)` to the normalised rows, in the dtype of z.
+        backward: `(grad, z, weight, eps)` to the gradients of z, weight and norm_bias, in `wide(z.dtype)` at least.
+    """
+
+    forward: Callable[[Tensor, Tensor, Tensor, float], Tensor]
+    backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics and of gradients that are summed over tokens: float32, or float64 for float64."""
+    return torch.promote_types(dtype, torch.float32)
+
+
+def _forward_torch(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    return torch.native_layer_norm(z, z.shape[-1:], _native(weight, z), _native(norm_bias, z), eps)[0]
+
+
+def _backward_torch(grad: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    variance, mean = torch.var_mean(z.to(wide(z.dtype)), dim=-1, correction=0, keepdim=True)
+    weight = _native(weight, z)
+    of_z, of_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
+        grad.to(z.dtype), z, z.shape[-1:], mean, torch.rsqrt(variance + eps), weight, weight, [True, True, True]
+    )
+    return of_z, of_weight.to(wide(z.dtype)), of_norm_bias.to(wide(z.dtype))
+
+
+def _native(weight: Tensor, z: Tensor) -> Tensor:
+    """The weight's dtype with which the native kernel takes wide statistics: on CPU they follow the weight's."""
+    return weight.to(wide(z.dtype)) if z.device.type == "cpu" else weight.to(z.dtype)
+
+
+def _forward_reference(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    return reference.layer_norm(z, weight, norm_bias, eps).to(z.dtype)
+
+
+def _backward_reference(grad: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    grads = reference.layer_norm_backward(grad.to(wide(z.dtype)), z.to(wide(z.dtype)), weight.to(wide(z.dtype)), eps)
+    return grads[0].to(z.dtype), *grads[1:]
+
+
+TORCH = LayerNorm(_forward_torch, _backward_torch)
+REFERENCE = LayerNorm(_forward_reference, _backward_reference)

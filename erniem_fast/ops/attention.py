@@ -56,7 +56,7 @@ def attention_with_probabilities(
 
     Returns:
         `(tokens, heads · head_dim)`, and the probabilities after dropout, `(sequences, heads, max_seqlen, max_seqlen)`
-        by the tokens' index in their sequence, zeros where there is no token.
+        by the tokens' index in their sequence; of no meaning where there is no token.
     """
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
     return _explicit(qkv, *where, heads, scale, p, seed, scores_bias)

@@ -158,9 +158,9 @@ def _sdpa_by_sequence(qkv, cu_seqlens, key_mask, heads, scale):
     for start, end in pairwise(cu_seqlens.tolist()):
         inputs = (each[:, :, start:end] for each in (query, key, value))
         mask = None if key_mask is None else key_mask[None, None, None, start:end]
-        outputs.append(F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale))
-    out = torch.cat(outputs, dim=2) if outputs else query
-    return out.transpose(1, 2).flatten(2).squeeze(0)
+        out = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale)
+        outputs.append(out.transpose(1, 2).flatten(2))
+    return torch.cat(outputs, dim=1).squeeze(0) if outputs else qkv.new_empty(0, qkv.shape[1] // 3)
 
 
 def _sdpa_on_grid(qkv, cu_seqlens, max_seqlen, sequences, key_mask, heads, scale):

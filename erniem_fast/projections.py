@@ -50,14 +50,15 @@ class FusedProjection:
             self.forget()
             return _concatenated(linears)
         made_from = [(id(each), each.data_ptr(), each._version) for each in parameters]
-        if self._fused is None or made_from != self._made_from:
-            self._fused, self._made_from, self._parameters = _concatenated(linears), made_from, parameters
-        return self._fused
+        # Read and written in one go: nn.DataParallel's replicas share this object between threads.
+        kept = self._kept
+        if kept is None or kept[0] != made_from:
+            # The parameters are kept alive, so that no other tensor takes over their identity.
+            self._kept = kept = (made_from, parameters, _concatenated(linears))
+        return kept[2]
 
     def forget(self) -> None:
-        self._fused: tuple[Tensor, Tensor] | None = None
-        self._made_from: list[tuple[int, int, int]] = []
-        self._parameters: list[Tensor] = []  # kept alive, so that no other tensor takes over their identity
+        self._kept: tuple[list[tuple[int, int, int]], list[Tensor], tuple[Tensor, Tensor]] | None = None
 
     def __getstate__(self) -> dict:
         """Copies and pickles of a model leave the derived weight behind."""

@@ -54,9 +54,7 @@ class AlignedText:
         return self[: len(self.text.rstrip())]
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """The span of the input that characters `start` to `end` came from."""
-        if start == end:
-            return (self.positions[start - 1] + 1,) * 2 if start else (self.positions[0],) * 2
+        """The span of the input that characters `start` to `end`, of which there is at least one, came from."""
         return self.positions[start], self.positions[end - 1] + 1
 
 
@@ -177,13 +175,20 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             file.write(self.sp_model.serialized_model_proto())
         return (vocab_file,)
 
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+        """The id of a token, or of each of a list; that of [UNK] for unknown ones."""
+        if isinstance(tokens, str):
+            return super().convert_tokens_to_ids(tokens)
+        # What the base class does with two calls a token.
+        vocab, added, unknown = self.vocab, self._added_tokens_encoder, self._convert_token_to_id(self.unk_token)
+        return [added[token] if token in added else vocab.get(token, unknown) for token in tokens]
+
     def _convert_token_to_id(self, token: str) -> int:
         index = self.vocab.get(token)
-        return self._unk_id() if index is None else index
-
-    def _unk_id(self) -> int:
-        # Without a vocab.txt, [UNK] is an added token.
-        return self.vocab.get(self.unk_token, self._added_tokens_encoder.get(self.unk_token))
+        if index is None:
+            # Without a vocab.txt, [UNK] is an added token.
+            index = self.vocab.get(self.unk_token, self._added_tokens_encoder.get(self.unk_token))
+        return index
 
     def _convert_id_to_token(self, index: int) -> str:
         return self.reverse_vocab.get(index, self.unk_token)
@@ -203,7 +208,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         """
         return self._tokenize_texts([text], split_special_tokens)[0][0]
 
-    def get_offset_mapping(self, text: str | None, split_special_tokens: bool | None = None):
+    def get_offset_mapping(self, text: str | None) -> list[tuple[int, int]] | None:
         """Finds the characters that each token of `tokenize(text)` came from.
 
         A span has no spaces at its ends, unless spaces are all that its token stands for. Tokens from one character
@@ -212,14 +217,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         Returns:
             A list of (start, end), with `text[start:end]` the characters, start and end ascending; None for None.
         """
-        return None if text is None else self._tokenize_texts([text], split_special_tokens, with_spans=True)[0][1]
+        return None if text is None else self._tokenize_texts([text], with_spans=True)[0][1]
 
     def clean_text(self, text: str) -> str:
         """Replaces full-width forms by ASCII characters."""
         return text.translate(str.maketrans(self.SP_CHAR_MAPPING))
-
-    def _tokenize(self, text: str) -> list[str]:
-        return [token for token, _ in self._cut_pieces(next(self._encode_pieces([text])))]
 
     def _tokenize_texts(
         self, texts: Sequence[str], split_special_tokens: bool | None = None, with_spans: bool = False
@@ -239,17 +241,17 @@ class ErnieMTokenizer(PreTrainedTokenizer):
                     tokens.append(part.text)
                     spans.append(part.span(0, len(part.text)))
                     continue
-                cut = self._cut_pieces(next(pieces))
-                tokens += [token for token, _ in cut]
+                part_tokens = self._cut_pieces(next(pieces))
+                tokens += part_tokens
                 if with_spans:
-                    spans += self._spans(part, cut)
+                    spans += self._spans(part, part_tokens)
             results.append((tokens, spans))
         return results
 
     def _prepare(self, text: str) -> AlignedText:
         """Lower-cases as 4.57.6 does: character by character, and not in special tokens."""
         if not isinstance(text, str):
-            raise ValueError(f"text must be a string, a list of words or a list of ids, but holds {text!r}")
+            raise TypeError(f"text must be a string, not {text!r}")
         text = SURROGATES.sub("\ufffd", text)
         if not self.do_lower_case:
             return AlignedText(text, range(len(text)))
@@ -303,27 +305,19 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         limit = self.sp_model_kwargs.get("num_threads", -1)
         return limit if limit > 0 else os.cpu_count() or 1
 
-    def _cut_pieces(self, pieces: list[str]) -> list[tuple[str, int]]:
-        """Cuts the pieces of a text into tokens, each with its place in the joined pieces."""
-        tokens, place = [], 0
+    def _cut_pieces(self, pieces: list[str]) -> list[str]:
+        """The tokens of a text, from its pieces."""
+        tokens, cuts = [], self._cuts
         for index, piece in enumerate(pieces):
-            if piece == SPACE:
-                # A space of its own is a token where the piece after it does not carry one.
-                if 0 < index < len(pieces) - 1 and not pieces[index + 1].startswith(SPACE):
-                    tokens.append((piece, place))
-            else:
-                tokens += [(token, place + start) for token, start in self._cut_piece(piece)]
-            place += len(piece)
+            if piece != SPACE:
+                tokens += cuts.get(piece) or self._cut_piece(piece)
+            # A space of its own is a token where the piece after it does not carry one.
+            elif 0 < index < len(pieces) - 1 and not pieces[index + 1].startswith(SPACE):
+                tokens.append(piece)
         return tokens
 
-    def _cut_piece(self, piece: str) -> list[tuple[str, int]]:
-        """Cuts a piece before and after every ideograph, punctuation mark and run of digits.
-
-        Returns:
-            The tokens, each with its place in the piece. A space left alone before a cut is dropped.
-        """
-        if piece in self._cuts:
-            return self._cuts[piece]
+    def _cut_piece(self, piece: str) -> list[str]:
+        """Cuts a piece around every ideograph, punctuation mark and run of digits. A space left alone is dropped."""
         cuts = {0, len(piece)}
         for index, character in enumerate(piece):
             if self.is_ch_char(character) or self.is_punct(character):
@@ -331,31 +325,36 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             elif index and character != SPACE and character.isdigit() != piece[index - 1].isdigit():
                 cuts.add(index)
         bounds = itertools.pairwise(sorted(cuts))
-        tokens = [(piece[a:b], a) for a, b in bounds if piece[a:b] != SPACE or b == len(piece)]
-        # Pieces outside the vocabulary are without number.
-        if piece in self.vocab:
+        tokens = [piece[start:end] for start, end in bounds if piece[start:end] != SPACE or end == len(piece)]
+        # Pieces that SentencePiece does not know are without number: only the others are kept.
+        if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id():
             self._cuts[piece] = tokens
         return tokens
 
-    def _spans(self, text: AlignedText, tokens: list[tuple[str, int]]) -> Iterator[tuple[int, int]]:
-        """The span of the input for each token that `_cut_pieces` made of `text`."""
-        # SentencePiece tells where each character of the normalised text, which the pieces spell, begins in `text`.
+    def _spans(self, text: AlignedText, tokens: list[str]) -> Iterator[tuple[int, int]]:
+        """The span of the input that each of the tokens of `text` came from."""
+        # SentencePiece tells where each character of the normalised text begins in `text`. The tokens spell the
+        # normalised text, but for dropped spaces.
         normalized, starts = self.sp_model.normalize(text.text, with_offsets=True)
-        ends = list(starts[1:])
+        ends = starts[1:]
         for index in range(len(ends) - 2, -1, -1):
             if ends[index] == starts[index]:
                 # One of several characters that one character became: all of them end where the last one does.
                 ends[index] = ends[index + 1]
-        for token, place in tokens:
-            if normalized[place : place + len(token)] != token:
+        place = 0
+        for token in tokens:
+            while normalized[place : place + 1] == SPACE and not normalized.startswith(token, place):
+                place += 1
+            if not normalized.startswith(token, place):
                 raise ValueError(
-                    f"offsets need SentencePiece pieces that spell the text, but {token!r} stands for "
-                    f"{normalized[place : place + len(token)]!r}: leave add_bos, add_eos, reverse and emit_unk_piece "
-                    f"out of sp_model_kwargs={self.sp_model_kwargs}, and use a model without byte fallback"
+                    f"offsets need SentencePiece pieces that spell the text, but {token!r} is not in "
+                    f"{normalized[place:]!r}: leave add_bos, add_eos, reverse and emit_unk_piece out of "
+                    f"sp_model_kwargs={self.sp_model_kwargs}, and use a model without byte fallback"
                 )
             word = token.strip(SPACE) or token
             first = place + token.index(word)
             yield text.span(starts[first], ends[first + len(word) - 1])
+            place += len(token)
 
     # ---- Tokens to text
 
@@ -375,13 +374,12 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     ) -> str:
         """What `decode` runs. Added tokens stand apart, as in transformers 4; transformers 5 joins them to the rest."""
         tokens = self.convert_ids_to_tokens(token_ids, skip_special_tokens=skip_special_tokens)
-        new_special = (
-            token for token in self.extra_special_tokens if self._added_tokens_encoder[token] >= self.vocab_size
-        )
-        apart = (self._added_tokens_encoder.keys() - self.all_special_tokens) | set(new_special)
+        apart = self._added_tokens_encoder.keys() - self.all_special_tokens
+        apart |= {token for token in self.extra_special_tokens if self.convert_tokens_to_ids(token) >= self.vocab_size}
         texts = []
         for is_apart, group in itertools.groupby([tokens] if isinstance(tokens, str) else tokens, apart.__contains__):
-            texts += group if is_apart else [self.convert_tokens_to_string(list(group))]
+            group = list(group)
+            texts += group if is_apart else [self.convert_tokens_to_string(group)]
         text = (" " if spaces_between_special_tokens else "").join(filter(None, texts))
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
@@ -390,6 +388,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     # ---- Tokens to model inputs
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        # The base class builds an example to count them, for every example that it prepares.
         return 4 if pair else 2
 
     def build_inputs_with_special_tokens(
@@ -426,7 +425,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
                 raise ValueError(
                     "token_ids_1 must be None with already_has_special_tokens=True: token_ids_0 holds both sequences"
                 )
-            special = {self.sep_token_id, self.cls_token_id}
+            special = (self.sep_token_id, self.cls_token_id)
             return [int(index in special) for index in token_ids_0]
         if token_ids_1 is None:
             return [1] + [0] * len(token_ids_0) + [1]
@@ -592,7 +591,7 @@ def _is_batch(text, is_split_into_words: bool) -> bool:
 
 def _as_example(item, is_split_into_words: bool) -> tuple:
     """An item of a batch: a sequence, or a tuple of two; a list of two also, unless lists are sequences of words."""
-    is_sequence = isinstance(item, str) or not item or isinstance(item[0], int)
+    is_sequence = not isinstance(item, (list, tuple)) or not item or isinstance(item[0], int)
     if is_sequence or (is_split_into_words and not isinstance(item, tuple)):
         return (item,)
     if len(item) > 2:
@@ -613,15 +612,16 @@ def _load_sentencepiece(path, kwargs: dict[str, Any]) -> sentencepiece.SentenceP
 
 
 def _require_file(name: str, path):
-    if not os.path.isfile(path):
+    if path is None or not os.path.isfile(path):
         raise FileNotFoundError(f"{name}={str(path)!r} is not a file: give the path of {VOCAB_FILES_NAMES[name]}")
 
 
 def _require_checkpoint_files(source: str, **paths):
-    """A file that `from_pretrained` does not find arrives as None. Without vocab.txt every id would be wrong."""
+    """Refuses what `from_pretrained` did not find, and passes on as None: without vocab.txt every id would be wrong.
+
+    `from_pretrained` would replace an OSError by a message that names no file.
+    """
     for name, path in paths.items():
-        if path is None:
-            raise ValueError(
-                f"{name}: {source!r} holds no {VOCAB_FILES_NAMES[name]}: copy it there from the checkpoint, "
-                f"or pass its path as {name}=..."
-            )
+        if path is None or not os.path.isfile(path):
+            where = f"{source!r} holds no {VOCAB_FILES_NAMES[name]}" if path is None else f"{str(path)!r} is not a file"
+            raise ValueError(f"{name}: {where}: copy it from the checkpoint, or pass its path as {name}=...")

@@ -117,7 +117,7 @@ class TokenBatch:
         if self.indices is None:
             return x.unflatten(0, self.grid)
         if self.key_mask is not None:
-            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         rows, columns = self.grid
         flat = x.new_zeros((rows * columns, *x.shape[1:])).index_copy(0, self.indices, x)
         return flat.unflatten(0, self.grid)

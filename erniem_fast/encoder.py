@@ -16,7 +16,7 @@ from . import ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import apply_mask, keep_mask
-from .projections import FusedProjection, project
+from .projections import project, project_side_by_side
 
 # The places of a layer where dropout happens, each with a seed of its own.
 SEEDS_PER_LAYER = 4
@@ -80,11 +80,6 @@ class ErnieMSelfAttention(nn.Module):
         self.k_proj = nn.Linear(config.hidden_size, self.all_head_size)
         self.v_proj = nn.Linear(config.hidden_size, self.all_head_size)
         self.dropout = nn.Dropout(config.attention_probs_dropout_prob)
-        self._project_qkv = FusedProjection()
-
-    def train(self, mode: bool = True) -> "ErnieMSelfAttention":
-        self._project_qkv.forget()
-        return super().train(mode)
 
     def forward(
         self,
@@ -96,7 +91,7 @@ class ErnieMSelfAttention(nn.Module):
         output_attentions: bool = False,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to `(tokens, heads · head_dim)`, and the probabilities where they are asked for."""
-        qkv = self._project_qkv((self.q_proj, self.k_proj, self.v_proj), hidden)
+        qkv = project_side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden)
         heads, scale = self.num_attention_heads, 1.0 / math.sqrt(self.attention_head_size)
         p, seed = _active(self.dropout, seed)
         probabilities = None

@@ -1,5 +1,7 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
+import contextlib
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -134,48 +136,51 @@ class ErnieMModel(ErnieMPreTrainedModel):
         Raises:
             ValueError: an input that cannot be run; the message names the argument, its value and the remedy.
         """
-        if not torch.compiler.is_compiling():
-            flags.check_names()
         if past_key_values is not None or use_cache:
             name, value = ("use_cache", use_cache) if use_cache else ("past_key_values", type(past_key_values).__name__)
             raise ValueError(f"{name}={value} has no meaning in ERNIE-M, which is an encoder; leave it out.")
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        ready = inputs.prepare(
-            config,
-            input_ids,
-            inputs_embeds,
-            attention_mask,
-            position_ids,
-            cu_seq_lens_q,
-            max_length_q,
-            needs_first=self.pooler is not None,
-        )
-        batch = ready.batch
-        seeds = self._seeds(batch.columns.device)
-        embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, seeds[0, 0])
-        hidden, states, attentions = self.encoder(
-            embedded,
-            batch,
-            seeds[1:],
-            self._head_mask(head_mask),
-            ready.scores_bias,
-            output_attentions,
-            output_hidden_states,
-        )
-        pooled = None if self.pooler is None else self.pooler(batch.first_tokens(hidden))
-        output = BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=batch.unpack(hidden),
-            pooler_output=pooled,
-            hidden_states=tuple(batch.unpack(state) for state in states) if output_hidden_states else None,
-            attentions=tuple(batch.unpack_attention(each) for each in attentions) if output_attentions else None,
-        )
+        # Inside a graph flags are constants, which the ops read when it is made.
+        with contextlib.nullcontext() if torch.compiler.is_compiling() else flags.held():
+            ready = inputs.prepare(
+                config,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                cu_seq_lens_q,
+                max_length_q,
+                needs_first=self.pooler is not None,
+            )
+            output = self._encode(ready, self._head_mask(head_mask), output_attentions, output_hidden_states)
         if _as_dict(config, return_dict):
             return output
         # The original's tuple keeps a place for the pooler where there is none.
         extras = [each for each in (output.hidden_states, output.attentions) if each is not None]
-        return (output.last_hidden_state, pooled, *extras)
+        return (output.last_hidden_state, output.pooler_output, *extras)
+
+    def _encode(
+        self,
+        ready: inputs.EncoderInputs,
+        head_mask: Tensor | None,
+        output_attentions: bool,
+        output_hidden_states: bool,
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """The walk from prepared input to the unpacked output."""
+        batch = ready.batch
+        seeds = self._seeds(batch.columns.device)
+        embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, seeds[0, 0])
+        hidden, states, attentions = self.encoder(
+            embedded, batch, seeds[1:], head_mask, ready.scores_bias, output_attentions, output_hidden_states
+        )
+        return BaseModelOutputWithPoolingAndCrossAttentions(
+            last_hidden_state=batch.unpack(hidden),
+            pooler_output=None if self.pooler is None else self.pooler(batch.first_tokens(hidden)),
+            hidden_states=tuple(batch.unpack(state) for state in states) if output_hidden_states else None,
+            attentions=tuple(batch.unpack_attention(each) for each in attentions) if output_attentions else None,
+        )
 
     def _seeds(self, device: torch.device) -> Tensor:
         """A row of dropout seeds for the embeddings and one for each layer, drawn only where they are used."""

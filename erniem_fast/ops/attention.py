@@ -1,6 +1,6 @@
 """`attention`: softmax(Q Kᵀ · scale) with dropout, times V, within each sequence of a batch."""
 
-from itertools import pairwise
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -9,7 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
-from .implementation import Implementation, choose, run
+from .implementation import Implementation, call, choose, differentiable, run
 
 
 def attention(
@@ -35,7 +35,8 @@ def attention(
     """
     name = choose("attention", IMPLEMENTATIONS, qkv.device, qkv.dtype)
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
-    return _forward(qkv, *where, heads, scale, p, seed, name)
+    inputs = (qkv, *where, heads, scale, p, seed)
+    return call("attention", IMPLEMENTATIONS, name, _forward, differentiable(qkv), *inputs)
 
 
 def attention_with_probabilities(
@@ -152,15 +153,19 @@ def _backward_torch(grad, qkv, cu_seqlens, max_seqlen, columns, sequences, key_m
 
 
 def _sdpa_by_sequence(qkv, cu_seqlens, key_mask, heads, scale):
-    """One call a sequence, on views of qkv: no padding and no copies, which pays where a call costs next to nothing."""
-    query, key, value = qkv.view(1, -1, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4)
-    outputs = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        inputs = (each[:, :, start:end] for each in (query, key, value))
-        mask = None if key_mask is None else key_mask[None, None, None, start:end]
-        out = F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale)
-        outputs.append(out.transpose(1, 2).flatten(2))
-    return torch.cat(outputs, dim=1).squeeze(0) if outputs else qkv.new_empty(0, qkv.shape[1] // 3)
+    """A call for every run of equally long sequences, on views of qkv: no padding, and no copies before the last."""
+    qkv = qkv.view(-1, 3, heads, qkv.shape[1] // (3 * heads))
+    outputs = [qkv.new_empty(0, qkv.shape[2] * qkv.shape[3])]
+    start = 0
+    for length, run_of_sequences in groupby(cu_seqlens.diff().tolist()):
+        count = len(list(run_of_sequences))
+        end = start + count * length
+        query, key, value = qkv[start:end].unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)
+        mask = None if key_mask is None else key_mask[start:end].view(count, 1, 1, length)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        outputs.append(out.transpose(1, 2).reshape(count * length, qkv.shape[2] * qkv.shape[3]))
+        start = end
+    return outputs[1] if len(outputs) == 2 else torch.cat(outputs)
 
 
 def _sdpa_on_grid(qkv, cu_seqlens, max_seqlen, sequences, key_mask, heads, scale):

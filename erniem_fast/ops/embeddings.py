@@ -1,11 +1,12 @@
 """`embeddings`: dropout(LN(word_table[ids] + position_table[positions])), the start of a forward."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, choose, run
+from .implementation import Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
 
 
@@ -41,12 +42,10 @@ def embeddings(
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
     name = choose("embeddings", IMPLEMENTATIONS, word_table.device, word_table.dtype)
-    save = torch.is_grad_enabled() and any(
-        each.requires_grad for each in (word_table, position_table, weight, norm_bias)
-    )
-    coordinates = (batch.columns, batch.sequences)
     tables = (word_table, position_table, weight, norm_bias)
-    return _forward(ids, positions, *tables, eps, padding_idx, *coordinates, p, seed, save, name)[0]
+    save = differentiable(*tables)
+    inputs = (ids, positions, *tables, eps, padding_idx, batch.columns, batch.sequences, p, seed, save)
+    return call("embeddings", IMPLEMENTATIONS, name, _forward, save, *inputs)[0]
 
 
 @torch.library.custom_op("erniem_fast::embeddings", mutates_args=())
@@ -141,7 +140,7 @@ def _composite(norm: LayerNorm) -> Implementation:
         seed,
         save,
     ):
-        z = word_table[ids] + position_table[positions]
+        z = F.embedding(ids, word_table) + F.embedding(positions, position_table)
         out = reference.feature_dropout(norm.forward(z, weight, norm_bias, eps), columns, sequences, p, seed)
         return out, z if save else z.new_empty(0)
 

@@ -27,7 +27,7 @@ class Implementation:
     fuses_bias: bool = False
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph
 def choose(op: str, implementations: Mapping[str, Implementation], device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that runs a call: the flag's, or with `auto` the first that can serve it.
 
@@ -48,6 +48,25 @@ def choose(op: str, implementations: Mapping[str, Implementation], device: torch
     if flags.read(flags.KERNELS) == "off":
         return "torch"
     return next(name for name, each in implementations.items() if each.refuses(device, dtype) is None)
+
+
+def differentiable(*inputs: Tensor | None) -> bool:
+    """Whether autograd follows a call with these inputs."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+
+
+def call(
+    op: str,
+    implementations: Mapping[str, Implementation],
+    name: str,
+    custom_op: Callable[..., Tensors],
+    differentiable: bool,
+    *inputs: object,
+) -> Tensors:
+    """Runs a forward: as a custom op where autograd or a graph must know of it, else without that detour."""
+    if differentiable or torch.compiler.is_compiling():
+        return custom_op(*inputs, name)
+    return run(op, implementations, name, "forward", *inputs)
 
 
 def run(op: str, implementations: Mapping[str, Implementation], name: str, direction: str, *inputs: object) -> Tensors:

@@ -48,6 +48,8 @@ def build(devices: Sequence[str] | None = None) -> dict[str, Path]:
         BuildError: a compiler is missing or fails, or the cache cannot be written.
     """
     devices = devices or [device for device in DEVICES if _absence(device) is None]
+    for device in devices:
+        _check_presence(device)
     libraries = {device: library(device) for device in devices}
     missing = [device for device, path in libraries.items() if not path.exists()]
     if missing:
@@ -61,9 +63,7 @@ def load(device: str) -> ctypes.CDLL:
     Raises:
         BuildError: it is not built, or does not load.
     """
-    reason = _absence(device)
-    if reason is not None:
-        raise BuildError(reason)
+    _check_presence(device)
     path = library(device)
     if not path.exists():
         raise BuildError("it is not built; run `python -m erniem_fast build`.")
@@ -112,7 +112,7 @@ def compile_libraries(commands: dict[Path, list[str]]) -> None:
             rules = (_ninja_rule(path.name, command) for path, command in commands.items())
             Path(folder, "build.ninja").write_text("".join(rules))
             ninja = subprocess.run(
-                [_ninja(), "-C", folder, "-k", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [_ninja_path(), "-C", folder, "-k", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
             )
             for path in commands:
                 if Path(folder, path.name).exists():
@@ -140,7 +140,7 @@ _REQUIREMENTS = (
 
 def _command(device: str) -> list[str]:
     source = {"cpu": "embeddings_cpu.cpp", "cuda": "embeddings_cuda.cu"}[device]
-    compiler = _find_compiler() if device == "cpu" else _find_nvcc()
+    compiler = compiler_path() if device == "cpu" else nvcc_path()
     return [compiler, *_flags(device), str((SOURCES / source).resolve())]
 
 
@@ -171,6 +171,12 @@ def _open(path: Path) -> ctypes.CDLL:
         raise BuildError(f"{path} does not load: {error}. Delete it and run `python -m erniem_fast build`.") from error
 
 
+def _check_presence(device: str) -> None:
+    reason = _absence(device)
+    if reason is not None:
+        raise BuildError(reason)
+
+
 def _absence(device: str) -> str | None:
     """Why a device cannot have a library here, whatever is installed."""
     if sys.platform == "win32":
@@ -180,23 +186,23 @@ def _absence(device: str) -> str | None:
     return None
 
 
-def _find_compiler() -> str:
-    return _find([os.environ.get("CXX"), "c++", "g++", "clang++"], "C++ compiler")
+def compiler_path() -> str:
+    """The C++ compiler, or a name that the shell will not find."""
+    return _first_found([os.environ.get("CXX"), "c++", "g++", "clang++"]) or "c++"
 
 
-def _find_nvcc() -> str:
+def nvcc_path() -> str:
+    """CUDA's compiler, or a name that the shell will not find."""
     homes = [os.environ.get(name) for name in ("CUDA_HOME", "CUDA_PATH")] + ["/usr/local/cuda"]
-    return _find([os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes if home)], "nvcc")
+    return _first_found([os.environ.get("CUDACXX"), "nvcc", *(f"{home}/bin/nvcc" for home in homes)]) or "nvcc"
 
 
-def _ninja() -> str:
-    return _find(["ninja", str(Path(sys.executable).parent / "ninja")], "ninja (`pip install ninja`)")
+def _ninja_path() -> str:
+    found = _first_found(["ninja", str(Path(sys.executable).with_name("ninja"))])
+    if found is None:
+        raise BuildError("no ninja found, which starts the compilers; `pip install ninja`.")
+    return found
 
 
-def _find(candidates: Sequence[str | None], what: str) -> str:
-    tried = [each for each in candidates if each]
-    for each in tried:
-        found = shutil.which(each)
-        if found is not None:
-            return found
-    raise BuildError(f"no {what} found; tried {', '.join(tried)}. {_REQUIREMENTS}")
+def _first_found(candidates: Sequence[str | None]) -> str | None:
+    return next(filter(None, (shutil.which(each) for each in candidates if each)), None)

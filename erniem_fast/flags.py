@@ -32,7 +32,11 @@ VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside e
 
 # Keyed by the names that `use_kernels` and `ops` use.
 OPS = {
-    "embeddings": Flag("ERNIEM_FAST_EMBEDDINGS", ("auto", "torch", "reference"), "implementation of the embeddings"),
+    "embeddings": Flag(
+        "ERNIEM_FAST_EMBEDDINGS",
+        ("auto", "native", "torch", "reference"),
+        "implementation of the embeddings; `native` is compiled where it is not built yet",
+    ),
     "attention": Flag("ERNIEM_FAST_ATTENTION", ("auto", "torch", "reference"), "implementation of attention"),
     "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", ("auto", "torch", "reference"), "implementation of bias-GELU-dropout"),
     "layernorm": Flag("ERNIEM_FAST_LAYERNORM", ("auto", "torch", "reference"), "implementation of add-layernorm"),

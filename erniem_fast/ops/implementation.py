@@ -18,12 +18,14 @@ class Implementation:
     Attributes:
         forward, backward: take and return what the op's two custom ops do, without the implementation's name.
         refuses: why it cannot serve a device and dtype, with the remedy; None where it can.
+        prepare: makes it ready to serve a device, for callers that ask for it by name.
         fuses_bias: whether the bias of the matrix product before it is cheaper here than in the product.
     """
 
     forward: Callable[..., Tensors]
     backward: Callable[..., Tensors]
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    prepare: Callable[[torch.device], None] = lambda device: None
     fuses_bias: bool = False
 
 
@@ -41,6 +43,7 @@ def choose(op: str, implementations: Mapping[str, Implementation], device: torch
     """
     wanted = flags.read(flags.OPS[op])
     if wanted != "auto":
+        implementations[wanted].prepare(device)
         reason = implementations[wanted].refuses(device, dtype)
         if reason is not None:
             raise RuntimeError(f"{flags.OPS[op].name}={wanted} cannot be served: {reason}")

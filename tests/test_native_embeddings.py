@@ -312,7 +312,7 @@ def test_opcheck(device):
     case = Case(batch_of(9, device), 96, p=0.1)
     leaves = [each.requires_grad_() for each in case.tables]
     coordinates = (case.batch.columns, case.batch.sequences)
-    inputs = (case.ids, case.positions, *leaves, EPS, PADDING, *coordinates, case.p, case.seed, True, False, "native")
+    inputs = (case.ids, case.positions, *leaves, EPS, PADDING, *coordinates, case.p, case.seed, True, "native", False)
     torch.library.opcheck(torch.ops.erniem_fast.embeddings.default, inputs)
 
 

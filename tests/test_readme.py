@@ -17,7 +17,12 @@ def test_examples_run_one_after_another():
     assert len(blocks) >= 5
     environment = {name: value for name, value in os.environ.items() if not name.startswith(flags.PREFIX)}
     ran = subprocess.run(
-        [sys.executable, "-c", "\n".join(blocks)], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300
+        [sys.executable, "-c", "\n".join(blocks)],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
     )
     assert ran.returncode == 0, ran.stderr
     loss, difference = re.search(r"loss ([\d.]+)", ran.stdout), re.search(r"difference (\S+)", ran.stdout)

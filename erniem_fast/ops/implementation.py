@@ -19,12 +19,14 @@ class Implementation:
         forward, backward: take and return what the op's two custom ops do, without the implementation's name.
         refuses: why it cannot serve a device and dtype, with the remedy; None where it can.
         fuses_bias: whether the bias of the matrix product before it is cheaper here than in the product.
+        automatic: whether `auto` takes it on a device that it can serve.
     """
 
     forward: Callable[..., Tensors]
     backward: Callable[..., Tensors]
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     fuses_bias: bool = False
+    automatic: Callable[[torch.device], bool] = lambda device: True
 
 
 @torch.compiler.assume_constant_result
@@ -47,7 +49,8 @@ def choose(op: str, implementations: Mapping[str, Implementation], device: torch
         return wanted
     if flags.read(flags.KERNELS) == "off":
         return "torch"
-    return next(name for name, each in implementations.items() if each.refuses(device, dtype) is None)
+    served = (each for each in implementations.items() if each[1].automatic(device))
+    return next(name for name, each in served if each.refuses(device, dtype) is None)
 
 
 def run(op: str, implementations: Mapping[str, Implementation], name: str, direction: str, *inputs: object) -> Tensors:

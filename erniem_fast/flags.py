@@ -34,7 +34,7 @@ _CHOICES = ("auto", "triton", "torch", "reference")
 # Keyed by the names that `use_kernels` and `ops` use.
 OPS = {
     "embeddings": Flag("ERNIEM_FAST_EMBEDDINGS", ("auto", "torch", "reference"), "implementation of the embeddings"),
-    "attention": Flag("ERNIEM_FAST_ATTENTION", ("auto", "torch", "reference"), "implementation of attention"),
+    "attention": Flag("ERNIEM_FAST_ATTENTION", _CHOICES, "implementation of attention"),
     "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", _CHOICES, "implementation of bias-GELU-dropout"),
     "layernorm": Flag("ERNIEM_FAST_LAYERNORM", _CHOICES, "implementation of add-layernorm"),
 }

@@ -3,6 +3,7 @@
 from contextlib import nullcontext
 from importlib import import_module
 from importlib.util import find_spec
+from math import inf
 
 import torch
 
@@ -11,8 +12,8 @@ from .implementation import Implementation
 _CAPABILITIES = {torch.float16: (7, 5), torch.bfloat16: (8, 0), torch.float32: (7, 5)}
 
 
-def implementation(kernels: str) -> Implementation:
-    """What `forward` and `backward` of the module `erniem_fast.kernels.<kernels>` make."""
+def implementation(kernels: str, largest: float = inf) -> Implementation:
+    """What `forward` and `backward` of the module `erniem_fast.kernels.<kernels>` make, up to a size of `largest`."""
 
     def direction(name):
         def run(*inputs):
@@ -23,15 +24,17 @@ def implementation(kernels: str) -> Implementation:
 
         return run
 
-    return Implementation(direction("forward"), direction("backward"), refuses, fuses_bias=True, automatic=automatic)
+    return Implementation(
+        direction("forward"), direction("backward"), _refuses, fuses_bias=True, automatic=_on_gpu, largest=largest
+    )
 
 
-def automatic(device: torch.device) -> bool:
+def _on_gpu(device: torch.device) -> bool:
     """Only on GPUs: the interpreter is for checking, never for speed."""
     return device.type == "cuda"
 
 
-def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
+def _refuses(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernels cannot serve a device and dtype, with the remedy; None where they can."""
     if find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (on Linux), or choose `torch`."

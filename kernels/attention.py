@@ -11,7 +11,7 @@ The backward has two passes, each with its sums in registers, so that it needs n
 """
 
 from dataclasses import dataclass
-from math import log2
+from math import e, log2
 
 import torch
 import triton
@@ -21,15 +21,15 @@ from torch import Tensor
 from .device import describe
 from .dropout import keep_column_mask, keep_mask, launch_arguments
 
-LOG2_E = log2(torch.e)
+LOG2_E = tl.constexpr(log2(e))
 
 
 @dataclass(frozen=True)
 class Config:
     """
     Attributes:
-        block: rows of the tile that stays: of queries, in the pass over the keys' gradients of keys.
-        step: rows of the tiles that stream past it.
+        block: rows of the tile that a program owns: queries, or keys in the backward's second pass.
+        step: rows of the tiles that it streams past its own.
         warps: warps of a program.
         stages: streamed tiles in flight.
     """
@@ -40,32 +40,32 @@ class Config:
     stages: int
 
 
+_LARGE_TILES = (90, 100)  # wgmma and tcgen05 read their operands from shared memory, which leaves registers free
+
+
 def forward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
-    """Tiles that fit registers and shared memory; starting points from published kernels, not yet timed here."""
+    """The largest tiles that spill no registers (bench/results/codegen.md); no other choice has been timed yet."""
     if dtype == torch.float32:
-        return Config(64, 32, warps=4, stages=2) if head_dim <= 64 else Config(32, 32, warps=4, stages=1)
+        return Config(32, 32 if head_dim <= 64 else 16, warps=8, stages=1)
     if head_dim > 128:
-        return Config(64, 32, warps=4, stages=2)
+        return Config(64, 32, warps=8, stages=2)
+    if head_dim > 64:
+        return Config(64, 32, warps=4, stages=2) if dropout or max_seqlen <= 64 else Config(128, 64, warps=8, stages=2)
     if max_seqlen <= 64:
         return Config(64, 64, warps=4, stages=2)
-    if head_dim > 64:
-        return Config(128, 64, warps=8, stages=2)
-    if arch in (90, 100) and not dropout:
-        return Config(128, 128, warps=8, stages=3)
-    return Config(128, 64, warps=8 if dropout else 4, stages=3)
+    return Config(128, 128 if arch in _LARGE_TILES and not dropout else 64, warps=8, stages=3)
 
 
 def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
-    """As the forward's, with two accumulators or three products in flight; not yet timed."""
+    """As the forward's. Both passes hold two operands and one or two sums, so tiles are smaller."""
     if dtype == torch.float32:
-        return Config(32, 32, warps=4, stages=1)
+        return Config(32, 32, warps=8, stages=1) if head_dim <= 64 else Config(16, 16, warps=8, stages=1)
     if head_dim > 128:
-        return Config(32, 32, warps=4, stages=1)
-    if head_dim > 64:
-        return Config(64, 32, warps=4, stages=2)
-    if max_seqlen <= 64:
-        return Config(64, 64, warps=4, stages=2)
-    return Config(128, 64, warps=8, stages=2)
+        return Config(32, 16, warps=4, stages=1)
+    if head_dim > 64 or arch == 120:
+        return Config(64, 32, warps=8, stages=2)
+    step = 64 if arch in _LARGE_TILES else 32
+    return Config(64, step, warps=4, stages=2) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
 
 
 def forward(
@@ -101,7 +101,7 @@ def forward(
             lse,
             tokens,
             blocks,
-            scale * LOG2_E,
+            scale,
             *launch_arguments(p),
             heads,
             head_dim,
@@ -184,7 +184,10 @@ def _precision(dtype: torch.dtype) -> str:
 
 @triton.jit
 def _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """What a program does: its sequence, where that starts, its length, the first row of the block, and the head."""
+    """What a program does: its sequence, where that starts, its length, the first row of the block, and the head.
+
+    Programs of the longest sequence come first; those of one block come together, so that they share its cache lines.
+    """
     program = tl.program_id(0)
     sequence = tl.load(longest_first_ptr + program // HEADS // blocks).to(tl.int32)
     start = tl.load(cu_seqlens_ptr + sequence)
@@ -257,7 +260,7 @@ def _forward_kernel(
     lse_ptr,  # (HEADS, tokens)
     tokens,
     blocks,  # of the longest sequence
-    scale,  # times log₂ e
+    scale,
     threshold,
     rescale,
     HEADS: tl.constexpr,
@@ -288,7 +291,7 @@ def _forward_kernel(
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * scale
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
         scores = tl.where(kept, scores, float("-inf"))
 
         larger = tl.maximum(largest, tl.max(scores, axis=1)[:, None])
@@ -365,7 +368,7 @@ def _backward_queries_kernel(
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
         probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
         of_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         if seed_ptr is not None:
@@ -429,7 +432,7 @@ def _backward_keys_kernel(
         lse = tl.load(lse_ptr + row_offset + column, mask=column < length, other=float("inf"))
         delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
         # Keys by queries: the transpose of what the other kernels hold.
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * 1.4426950408889634)
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2_E)
         probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
         of_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         dropped = probabilities

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import describe, share
-from .dropout import keep_mask, launch_arguments
+from .dropout import drop_features, launch_arguments
 
 
 @dataclass(frozen=True)
@@ -160,12 +160,6 @@ def _load_bias(ptr, features, FEATURES: tl.constexpr, ROWS: tl.constexpr):
     return tl.load(ptr + features, mask=features < FEATURES, other=0.0).to(tl.float32)
 
 
-@triton.jit
-def _dropout(x, seed, threshold, rescale, column, sequence, block, BLOCK: tl.constexpr):
-    groups = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-    return tl.where(keep_mask(seed, threshold, groups, column, sequence, 0), x * rescale, 0.0)
-
-
 @triton.jit(do_not_specialize=["tokens", "rows_per_program", "threshold"])
 def _forward_kernel(
     x_ptr,  # (tokens, FEATURES)
@@ -203,7 +197,7 @@ def _forward_kernel(
         if seed_ptr is not None:
             column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
             sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            out = _dropout(out, seed, threshold, rescale, column, sequence, block, BLOCK)
+            out = drop_features(out, seed, threshold, rescale, column, sequence, block, BLOCK)
         tl.store(out_ptr + rows * FEATURES + features, out.to(out_ptr.dtype.element_ty), mask=mask)
 
 
@@ -249,7 +243,7 @@ def _backward_kernel(
         if seed_ptr is not None:
             column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
             sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            of_x = _dropout(of_x, seed, threshold, rescale, column, sequence, block, BLOCK)
+            of_x = drop_features(of_x, seed, threshold, rescale, column, sequence, block, BLOCK)
         of_x *= _derivative(x, ACTIVATION)
         tl.store(of_x_ptr + rows * FEATURES + features, of_x.to(of_x_ptr.dtype.element_ty), mask=mask)
         of_bias += of_x

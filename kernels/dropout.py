@@ -33,6 +33,13 @@ def keep_mask(seed, threshold, groups, column, sequence, head):
 
 
 @triton.jit
+def drop_features(x, seed, threshold, rescale, column, sequence, block, BLOCK: tl.constexpr):
+    """Dropout of `[M, BLOCK]`, the features from `block · BLOCK` on of the tokens at `column` and `sequence`."""
+    groups = block * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
+    return tl.where(keep_mask(seed, threshold, groups, column, sequence, 0), x * rescale, 0.0)
+
+
+@triton.jit
 def keep_column_mask(seed, threshold, last, column, sequence, head):
     """`keep_mask` where the last coordinates, int32 `[1, N]`, are no run of neighbours: an evaluation for each."""
     w0, w1, w2, w3 = tl.philox(seed, last // 4, column, sequence, head, n_rounds=ROUNDS)

@@ -13,7 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .device import describe, share
-from .dropout import keep_mask, launch_arguments
+from .dropout import drop_features, launch_arguments
 
 _LANES = 32
 _FEATURES_PER_WARP = 768  # 24 registers a lane for each row that a kernel holds; the backward holds seven
@@ -191,9 +191,7 @@ def _store_rows(ptr, rows, tokens, chunks, HIDDEN: tl.constexpr, BLOCK: tl.const
 def _dropout(chunks, seed, threshold, rescale, column, sequence, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     dropped = ()
     for chunk in tl.static_range(CHUNKS):
-        groups = chunk * (BLOCK // 4) + tl.arange(0, BLOCK // 4)[None, :]
-        keep = keep_mask(seed, threshold, groups, column, sequence, 0)
-        dropped += (tl.where(keep, chunks[chunk] * rescale, 0.0),)
+        dropped += (drop_features(chunks[chunk], seed, threshold, rescale, column, sequence, chunk, BLOCK),)
     return dropped
 
 

@@ -4,7 +4,7 @@ from functools import partial
 
 import pytest
 import torch
-from equivalence import DEVICE, assert_equivalent, poisoned_memory, run  # noqa: F401
+from equivalence import DEVICE, assert_equivalent, run
 
 from erniem_fast import ops, reference
 from erniem_fast.batch import TokenBatch

@@ -61,7 +61,7 @@ def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if dtype == torch.float32:
         return Config(32, 32, warps=8, stages=1) if head_dim <= 64 else Config(16, 16, warps=8, stages=1)
     if head_dim > 128:
-        return Config(32, 16, warps=4, stages=1)
+        return Config(16, 32, warps=4, stages=1)
     if head_dim > 64 or arch == 120:
         return Config(64, 32, warps=8, stages=2)
     step = 64 if arch in _LARGE_TILES else 32

@@ -4,7 +4,7 @@ VENV := .venv
 PEERS := .venv-peers
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test bench lint format wheel clean
+.PHONY: test bench goldens lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
@@ -20,8 +20,20 @@ format: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
 
+goldens: $(PEERS)/installed
+	$(PEERS)/bin/python tests/golden/make.py
+
+# The wheel is built from the sdist, as an installer without a wheel would build it.
 wheel: $(VENV)/installed
+	rm -rf dist
 	$(VENV)/bin/python -m build --outdir dist .
+
+wheel-check: wheel
+	rm -rf build/wheel-check
+	$(PYTHON) -m venv build/wheel-check
+	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt torch
+	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt dist/*.whl
+	build/wheel-check/bin/python tests/wheel_check.py
 
 # torch comes first and pinned, so that no later requirement can pull in another build of it.
 $(VENV)/installed: pyproject.toml tests/constraints.txt

@@ -1,0 +1,48 @@
+"""ERNIE-M for today's transformers: the same classes and checkpoints, on a packed encoder and fast kernels."""
+
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    AutoModelForMultipleChoice,
+    AutoModelForQuestionAnswering,
+    AutoModelForSequenceClassification,
+    AutoModelForTokenClassification,
+    AutoTokenizer,
+)
+
+from .configuration import ErnieMConfig
+from .flags import check_names, use_kernels
+from .modeling import (
+    ErnieMForInformationExtraction,
+    ErnieMForMultipleChoice,
+    ErnieMForQuestionAnswering,
+    ErnieMForSequenceClassification,
+    ErnieMForTokenClassification,
+    ErnieMModel,
+    ErnieMPreTrainedModel,
+)
+from .tokenization import ErnieMTokenizer
+
+__all__ = [
+    "ErnieMConfig",
+    "ErnieMForInformationExtraction",
+    "ErnieMForMultipleChoice",
+    "ErnieMForQuestionAnswering",
+    "ErnieMForSequenceClassification",
+    "ErnieMForTokenClassification",
+    "ErnieMModel",
+    "ErnieMPreTrainedModel",
+    "ErnieMTokenizer",
+    "use_kernels",
+]
+
+check_names()
+
+# Once this package is imported, transformers' Auto classes and pipelines load saved `ernie_m` checkpoints.
+AutoConfig.register(ErnieMConfig.model_type, ErnieMConfig)
+AutoTokenizer.register(ErnieMConfig, slow_tokenizer_class=ErnieMTokenizer)
+AutoModel.register(ErnieMConfig, ErnieMModel)
+AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
+AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
+AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)
+AutoModelForTokenClassification.register(ErnieMConfig, ErnieMForTokenClassification)

@@ -128,7 +128,7 @@ class TokenBatch:
         if self.indices is None:
             return x.unflatten(0, self.grid)
         if self.key_mask is not None:
-            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, 0)
+            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         rows, columns = self.grid
         flat = x.new_zeros((rows * columns, *x.shape[1:])).index_copy(0, self.indices, x)
         return flat.unflatten(0, self.grid)
@@ -141,8 +141,27 @@ class TokenBatch:
             return x.new_zeros(first.shape[0], x.shape[1])
         return torch.where(present[:, None], x[first.clamp(max=self.tokens - 1)], 0)
 
-    def real_positions(self) -> Tensor | None:
-        """bool grid, True where the packed layout has a real token; None when that is everywhere or does not matter."""
+    def unpack_attention(self, probabilities: Tensor) -> Tensor:
+        """Attention probabilities by columns of the grid, zeros where a query or a key is padding.
+
+        Args:
+            probabilities: `(sequences, heads, max_seqlen, max_seqlen)`, by the tokens' index in their sequence.
+
+        Returns:
+            `(rows, heads, columns, columns)`; for input that came packed, the argument's shape.
+        """
+        rows, columns = self.grid
         if self.indices is None:
-            return None
-        return self.unpack(torch.ones(self.tokens, dtype=torch.bool, device=self.columns.device))
+            # The grid is full, or its one row holds all sequences: then only the tails behind them are no tokens.
+            lengths = self.cu_seqlens.diff()
+            real = torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+            return probabilities * (real[:, None, :, None] & real[:, None, None, :])
+        heads = probabilities.shape[1]
+        if self.max_seqlen == 0:
+            return probabilities.new_zeros(rows, heads, columns, columns)
+        token = torch.arange(self.tokens, device=self.columns.device)
+        index = self.unpack(token - self.cu_seqlens.long()[self.sequences])
+        real = self.unpack(torch.ones_like(token, dtype=torch.bool))
+        by_query = probabilities.gather(2, index[:, None, :, None].expand(-1, heads, -1, self.max_seqlen))
+        by_key = by_query.gather(3, index[:, None, None, :].expand(-1, heads, columns, -1))
+        return by_key * (real[:, None, :, None] & real[:, None, None, :])

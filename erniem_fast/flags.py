@@ -4,10 +4,11 @@ Flags are read when a call is made, so that they can be toggled in a running pro
 """
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MappingProxyType
 
 PREFIX = "ERNIEM_FAST_"
 
@@ -33,7 +34,11 @@ _CHOICES = ("auto", "triton", "torch", "reference")
 
 # Keyed by the names that `use_kernels` and `ops` use.
 OPS = {
-    "embeddings": Flag("ERNIEM_FAST_EMBEDDINGS", ("auto", "torch", "reference"), "implementation of the embeddings"),
+    "embeddings": Flag(
+        "ERNIEM_FAST_EMBEDDINGS",
+        ("auto", "native", "torch", "reference"),
+        "implementation of the embeddings; `native` is compiled where it is not built yet",
+    ),
     "attention": Flag("ERNIEM_FAST_ATTENTION", _CHOICES, "implementation of attention"),
     "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", _CHOICES, "implementation of bias-GELU-dropout"),
     "layernorm": Flag("ERNIEM_FAST_LAYERNORM", _CHOICES, "implementation of add-layernorm"),
@@ -41,7 +46,7 @@ OPS = {
 
 FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, VERIFY)}
 
-_overrides: ContextVar[dict[str, str]] = ContextVar("erniem_fast_overrides")
+_overrides: ContextVar[Mapping[str, str]] = ContextVar("erniem_fast_overrides", default=MappingProxyType({}))
 
 
 def read(flag: Flag) -> str:
@@ -50,7 +55,7 @@ def read(flag: Flag) -> str:
     Raises:
         ValueError: the environment holds a value that the flag does not take.
     """
-    value = _overrides.get({}).get(flag.name)
+    value = _overrides.get().get(flag.name)
     return value if value is not None else _valid(flag, os.environ.get(flag.name, flag.default), flag.name)
 
 
@@ -63,6 +68,21 @@ def check_names() -> None:
     for name in os.environ:
         if name.startswith(PREFIX) and name not in FLAGS:
             raise ValueError(f"{name} is not a flag of erniem_fast; unset it. The flags are {', '.join(FLAGS)}.")
+
+
+@contextmanager
+def held() -> Iterator[None]:
+    """Reads all flags once, for every call inside the `with` block.
+
+    Raises:
+        ValueError: the environment holds an unknown flag or value.
+    """
+    check_names()
+    token = _overrides.set({name: read(flag) for name, flag in FLAGS.items()})
+    try:
+        yield
+    finally:
+        _overrides.reset(token)
 
 
 @contextmanager
@@ -84,7 +104,7 @@ def use_kernels(
     """
     chosen = {"embeddings": embeddings, "attention": attention, "bias_gelu": bias_gelu, "layernorm": layernorm}
     values = {OPS[op].name: _valid(OPS[op], value, op) for op, value in chosen.items() if value is not None}
-    token = _overrides.set({**_overrides.get({}), **values})
+    token = _overrides.set({**_overrides.get(), **values})
     try:
         yield
     finally:

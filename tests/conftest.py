@@ -8,6 +8,9 @@ import os
 import pytest
 import torch
 
+# Every checkpoint is a folder of the tests: nothing may be looked up on a network.
+os.environ["HF_HUB_OFFLINE"] = "1"
+
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
@@ -19,3 +22,10 @@ def poisoned_memory():
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["1", "0"], ids=["packed", "padded"])
+def packed(request, monkeypatch):
+    """Runs a test in both layouts; True where padding is left out of the computation."""
+    monkeypatch.setenv("ERNIEM_FAST_PACKING", request.param)
+    return request.param == "1"

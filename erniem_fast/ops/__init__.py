@@ -1,15 +1,31 @@
 """The four ops: each chooses an implementation by its flag at every call, and is a custom op to torch.compile."""
 
-from .add_layernorm import add_layernorm
-from .attention import attention, attention_with_probabilities
-from .bias_gelu_dropout import ACTIVATIONS, bias_gelu_dropout
-from .embeddings import embeddings
+from torch import Tensor
 
-__all__ = [
-    "ACTIVATIONS",
-    "add_layernorm",
-    "attention",
-    "attention_with_probabilities",
-    "bias_gelu_dropout",
-    "embeddings",
-]
+from . import add_layernorm as _add_layernorm
+from . import attention as _attention
+from . import bias_gelu_dropout as _bias_gelu_dropout
+from . import embeddings as _embeddings
+from .implementation import choose
+
+# By the names of `flags.OPS`; each table lists the preferred implementation first.
+IMPLEMENTATIONS = {
+    "embeddings": _embeddings.IMPLEMENTATIONS,
+    "attention": _attention.IMPLEMENTATIONS,
+    "bias_gelu": _bias_gelu_dropout.IMPLEMENTATIONS,
+    "layernorm": _add_layernorm.IMPLEMENTATIONS,
+}
+
+
+def fuses_bias(op: str, x: Tensor) -> bool:
+    """Whether the op, for inputs like `x`, wants to add the bias of the matrix product before it."""
+    implementations = IMPLEMENTATIONS[op]
+    return implementations[choose(op, implementations, x.device, x.dtype)].fuses_bias
+
+
+ACTIVATIONS = _bias_gelu_dropout.ACTIVATIONS
+add_layernorm = _add_layernorm.add_layernorm
+attention = _attention.attention
+attention_with_probabilities = _attention.attention_with_probabilities
+bias_gelu_dropout = _bias_gelu_dropout.bias_gelu_dropout
+embeddings = _embeddings.embeddings

@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, choose, run
+from .implementation import Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
 from .triton import implementation as triton_implementation
 
@@ -39,10 +39,10 @@ def add_layernorm(
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
     name = choose("layernorm", IMPLEMENTATIONS, x.device, x.dtype)
-    save = torch.is_grad_enabled() and any(
-        each is not None and each.requires_grad for each in (residual, x, bias, weight, norm_bias)
-    )
-    return _forward(residual, x, bias, weight, norm_bias, eps, batch.columns, batch.sequences, p, seed, save, name)[0]
+    tensors = (residual, x, bias, weight, norm_bias)
+    save = differentiable(*tensors)
+    inputs = (*tensors, eps, batch.columns, batch.sequences, p, seed, save)
+    return call("add_layernorm", IMPLEMENTATIONS, name, _forward, save, *inputs)[0]
 
 
 @torch.library.custom_op("erniem_fast::add_layernorm", mutates_args=())

@@ -1,7 +1,7 @@
 """`attention`: softmax(Q Kᵀ · scale) with dropout, times V, within each sequence of a batch."""
 
 from collections.abc import Callable
-from itertools import pairwise
+from itertools import groupby
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
-from .implementation import Implementation, choose, run
+from .implementation import Implementation, call, choose, differentiable, run
 from .triton import implementation as triton_implementation
 
 
@@ -38,7 +38,8 @@ def attention(
     name = choose("attention", IMPLEMENTATIONS, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
     order = (batch.longest_first, batch.contiguous)
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
-    return _forward(qkv, *order, *where, heads, scale, p, seed, name)[0]
+    inputs = (qkv, *order, *where, heads, scale, p, seed)
+    return call("attention", IMPLEMENTATIONS, name, _forward, differentiable(qkv), *inputs)[0]
 
 
 def attention_with_probabilities(
@@ -59,7 +60,7 @@ def attention_with_probabilities(
 
     Returns:
         `(tokens, heads · head_dim)`, and the probabilities after dropout, `(sequences, heads, max_seqlen, max_seqlen)`
-        by the tokens' index in their sequence, zeros where there is no token.
+        by the tokens' index in their sequence; of no meaning where there is no token.
     """
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
     return _explicit(qkv, *where, heads, scale, p, seed, scores_bias)
@@ -166,15 +167,19 @@ def _backward_torch(grad, qkv, cu_seqlens, max_seqlen, columns, sequences, key_m
 
 
 def _sdpa_by_sequence(qkv, cu_seqlens, key_mask, heads, scale):
-    """One call a sequence, on views of qkv: no padding and no copies, which pays where a call costs next to nothing."""
-    query, key, value = qkv.view(1, -1, 3, heads, qkv.shape[1] // (3 * heads)).permute(2, 0, 3, 1, 4)
-    outputs = []
-    for start, end in pairwise(cu_seqlens.tolist()):
-        inputs = (each[:, :, start:end] for each in (query, key, value))
-        mask = None if key_mask is None else key_mask[None, None, None, start:end]
-        outputs.append(F.scaled_dot_product_attention(*inputs, attn_mask=mask, scale=scale))
-    out = torch.cat(outputs, dim=2) if outputs else query
-    return out.transpose(1, 2).flatten(2).squeeze(0)
+    """A call for every run of equally long sequences, on views of qkv: no padding, and no copies before the last."""
+    qkv = qkv.view(-1, 3, heads, qkv.shape[1] // (3 * heads))
+    outputs = [qkv.new_empty(0, qkv.shape[2] * qkv.shape[3])]
+    start = 0
+    for length, run_of_sequences in groupby(cu_seqlens.diff().tolist()):
+        count = len(list(run_of_sequences))
+        end = start + count * length
+        query, key, value = qkv[start:end].unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)
+        mask = None if key_mask is None else key_mask[start:end].view(count, 1, 1, length)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        outputs.append(out.transpose(1, 2).reshape(count * length, qkv.shape[2] * qkv.shape[3]))
+        start = end
+    return outputs[1] if len(outputs) == 2 else torch.cat(outputs)
 
 
 def _sdpa_on_grid(qkv, cu_seqlens, max_seqlen, sequences, key_mask, heads, scale):

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, choose, run
+from .implementation import Implementation, call, choose, differentiable, run
 from .layer_norm import wide
 from .triton import implementation as triton_implementation
 
@@ -48,7 +48,8 @@ def bias_gelu_dropout(
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
     name = choose("bias_gelu", IMPLEMENTATIONS, x.device, x.dtype)
-    return _forward(x, bias, activation, batch.columns, batch.sequences, p, seed, name)
+    inputs = (x, bias, activation, batch.columns, batch.sequences, p, seed)
+    return call("bias_gelu_dropout", IMPLEMENTATIONS, name, _forward, differentiable(x, bias), *inputs)
 
 
 @torch.library.custom_op("erniem_fast::bias_gelu_dropout", mutates_args=())

@@ -1,12 +1,16 @@
 """`embeddings`: dropout(LN(word_table[ids] + position_table[positions])), the start of a forward."""
 
+from functools import partial
+
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, choose, run
+from .implementation import Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
+from .native import NATIVE
 
 
 def embeddings(
@@ -21,6 +25,7 @@ def embeddings(
     batch: TokenBatch,
     p: float = 0.0,
     seed: Tensor | None = None,
+    sparse: bool = False,
 ) -> Tensor:
     """dropout(LN(word_table[ids] + position_table[positions])).
 
@@ -33,6 +38,8 @@ def embeddings(
         batch: the tokens' coordinates, for dropout.
         p: probability of dropping an element.
         seed: int64, one element; None for no dropout.
+        sparse: gives the word table's gradient as a sparse COO tensor, as `nn.Embedding(sparse=True)` does; a dense
+            one has the size of the table. Eager only: torch.compile has no sparse gradients.
 
     Returns:
         `(tokens, hidden)` in the tables' dtype.
@@ -41,12 +48,10 @@ def embeddings(
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
     name = choose("embeddings", IMPLEMENTATIONS, word_table.device, word_table.dtype)
-    save = torch.is_grad_enabled() and any(
-        each.requires_grad for each in (word_table, position_table, weight, norm_bias)
-    )
-    coordinates = (batch.columns, batch.sequences)
     tables = (word_table, position_table, weight, norm_bias)
-    return _forward(ids, positions, *tables, eps, padding_idx, *coordinates, p, seed, save, name)[0]
+    save = differentiable(*tables)
+    inputs = (ids, positions, *tables, eps, padding_idx, batch.columns, batch.sequences, p, seed, save)
+    return call("embeddings", IMPLEMENTATIONS, name, partial(_forward, sparse=sparse), save, *inputs)[0]
 
 
 @torch.library.custom_op("erniem_fast::embeddings", mutates_args=())
@@ -65,6 +70,7 @@ def _forward(
     seed: Tensor | None,
     save: bool,
     implementation: str,
+    sparse: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the layer norm's input `z` for the backward, empty where it is not to be saved."""
     tables = (word_table, position_table, weight, norm_bias)
@@ -87,24 +93,26 @@ def _backward(
     sequences: Tensor,
     p: float,
     seed: Tensor | None,
+    sparse: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of word_table, position_table, weight and norm_bias."""
+    """Gradients of word_table, position_table, weight and norm_bias; `sparse` leaves the first as rows, one a token."""
     rows = (ids, positions, words, max_positions)
-    inputs = (grad, z, *rows, weight, eps, padding_idx, columns, sequences, p, seed)
+    inputs = (grad, z, *rows, weight, eps, padding_idx, columns, sequences, p, seed, sparse)
     return run("embeddings", IMPLEMENTATIONS, implementation, "backward", *inputs)
 
 
 @_forward.register_fake
 def _(ids, positions, word_table, position_table, weight, norm_bias, eps, padding_idx, *rest):
-    *_, save, _ = rest
+    *_, save, _, _ = rest
     out = word_table.new_empty(ids.shape[0], word_table.shape[1])
     return out, torch.empty_like(out) if save else out.new_empty(0)
 
 
 @_backward.register_fake
 def _(grad, z, ids, positions, words, max_positions, weight, *rest):
-    tables = (z.new_empty(rows, z.shape[1]) for rows in (words, max_positions))
+    *_, sparse, _ = rest
+    tables = (z.new_empty(rows, z.shape[1]) for rows in (z.shape[0] if sparse else words, max_positions))
     return *tables, *(torch.empty_like(weight, dtype=wide(z.dtype)) for _ in range(2))
 
 
@@ -112,14 +120,19 @@ def _setup_context(ctx, inputs, output):
     ids, positions, word_table, position_table, weight, _, eps, padding_idx, columns, sequences, p, seed, *_ = inputs
     ctx.save_for_backward(output[1], ids, positions, weight, columns, sequences, seed)
     ctx.rows = (word_table.shape[0], position_table.shape[0])
-    ctx.eps, ctx.padding_idx, ctx.p, ctx.implementation = eps, padding_idx, p, inputs[-1]
+    ctx.eps, ctx.padding_idx, ctx.p = eps, padding_idx, p
+    ctx.implementation, ctx.sparse = inputs[-2:]
 
 
 def _autograd(ctx, grad, _):
     z, ids, positions, weight, columns, sequences, seed = ctx.saved_tensors
     norm = (weight, ctx.eps, ctx.padding_idx)
-    grads = _backward(grad, z, ids, positions, *ctx.rows, *norm, columns, sequences, ctx.p, seed, ctx.implementation)
-    return None, None, *grads, *[None] * 8
+    choice = (ctx.sparse, ctx.implementation)
+    of_words, *grads = _backward(grad, z, ids, positions, *ctx.rows, *norm, columns, sequences, ctx.p, seed, *choice)
+    if ctx.sparse:
+        rows = of_words.masked_fill((ids == ctx.padding_idx)[:, None], 0)
+        of_words = torch.sparse_coo_tensor(ids[None], rows, (ctx.rows[0], z.shape[1]), check_invariants=False)
+    return None, None, of_words, *grads, *[None] * 9
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -141,15 +154,17 @@ def _composite(norm: LayerNorm) -> Implementation:
         seed,
         save,
     ):
-        z = word_table[ids] + position_table[positions]
+        z = F.embedding(ids, word_table) + F.embedding(positions, position_table)
         out = reference.feature_dropout(norm.forward(z, weight, norm_bias, eps), columns, sequences, p, seed)
         return out, z if save else z.new_empty(0)
 
-    def backward(grad, z, ids, positions, words, max_positions, weight, eps, padding_idx, columns, sequences, p, seed):
+    def backward(
+        grad, z, ids, positions, words, max_positions, weight, eps, padding_idx, columns, sequences, p, seed, sparse
+    ):
         grad = reference.feature_dropout(grad, columns, sequences, p, seed)
         of_z, of_weight, of_norm_bias = norm.backward(grad, z, weight, eps)
-        tables = (_scatter(of_z, ids, words, padding_idx), _scatter(of_z, positions, max_positions, padding_idx))
-        return *tables, of_weight, of_norm_bias
+        of_words = of_z if sparse else _scatter(of_z, ids, words, padding_idx)
+        return of_words, _scatter(of_z, positions, max_positions, padding_idx), of_weight, of_norm_bias
 
     return Implementation(forward, backward)
 
@@ -158,4 +173,4 @@ def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int) -> Tensor
     return torch.ops.aten.embedding_dense_backward(rows, index, size, padding_idx, False)
 
 
-IMPLEMENTATIONS = {"torch": _composite(TORCH), "reference": _composite(REFERENCE)}
+IMPLEMENTATIONS = {"native": NATIVE, "torch": _composite(TORCH), "reference": _composite(REFERENCE)}

@@ -19,6 +19,7 @@ class Implementation:
     Attributes:
         forward, backward: take and return what the op's two custom ops do, without the implementation's name.
         refuses: why it cannot serve a device and dtype, with the remedy; None where it can.
+        prepare: makes it ready to serve a device, for callers that ask for it by name.
         fuses_bias: whether the bias of the matrix product before it is cheaper here than in the product.
         automatic: whether `auto` takes it on a device that it can serve.
         largest: the largest size that it can serve, see `choose`.
@@ -27,6 +28,7 @@ class Implementation:
     forward: Callable[..., Tensors]
     backward: Callable[..., Tensors]
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
+    prepare: Callable[[torch.device], None] = lambda device: None
     fuses_bias: bool = False
     automatic: Callable[[torch.device], bool] = lambda device: True
     largest: float = inf
@@ -38,7 +40,7 @@ class Implementation:
         return self.refuses(device, dtype)
 
 
-@torch.compiler.assume_constant_result
+@torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph
 def choose(
     op: str, implementations: Mapping[str, Implementation], device: torch.device, dtype: torch.dtype, size: int = 0
 ) -> str:
@@ -55,6 +57,7 @@ def choose(
     """
     wanted = flags.read(flags.OPS[op])
     if wanted != "auto":
+        implementations[wanted].prepare(device)
         reason = implementations[wanted].objection(device, dtype, size)
         if reason is not None:
             raise RuntimeError(f"{flags.OPS[op].name}={wanted} cannot be served: {reason}")
@@ -63,6 +66,25 @@ def choose(
         return "torch"
     served = (each for each in implementations.items() if each[1].automatic(device))
     return next(name for name, each in served if each.objection(device, dtype, size) is None)
+
+
+def differentiable(*inputs: Tensor | None) -> bool:
+    """Whether autograd follows a call with these inputs."""
+    return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
+
+
+def call(
+    op: str,
+    implementations: Mapping[str, Implementation],
+    name: str,
+    custom_op: Callable[..., Tensors],
+    differentiable: bool,
+    *inputs: object,
+) -> Tensors:
+    """Runs a forward: as a custom op where autograd or a graph must know of it, else without that detour."""
+    if differentiable or torch.compiler.is_compiling():
+        return custom_op(*inputs, name)
+    return run(op, implementations, name, "forward", *inputs)
 
 
 def run(op: str, implementations: Mapping[str, Implementation], name: str, direction: str, *inputs: object) -> Tensors:

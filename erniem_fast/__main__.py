@@ -1,0 +1,49 @@
+"""`python -m erniem_fast status`: which implementation runs each op on this machine, and why."""
+
+import argparse
+import platform
+import sys
+
+import torch
+import transformers
+
+from . import flags, ops
+from .ops.implementation import choose
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m erniem_fast", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+    commands.add_parser("status", help="show versions, flags, and what runs each op here")
+    parser.parse_args()
+    print(status())
+    return 0
+
+
+def status() -> str:
+    """Versions, flags, and for each device and op every implementation with the reason why it does or does not run."""
+    flags.check_names()
+    lines = [
+        f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
+        *(f"{name:24} {flags.read(flag):10} {flag.effect}" for name, flag in flags.FLAGS.items()),
+    ]
+    for device in [torch.device("cpu")] + [torch.device("cuda", i) for i in range(torch.cuda.device_count())]:
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else platform.machine()
+        lines += ["", f"{device} ({name})"]
+        for op, implementations in ops.IMPLEMENTATIONS.items():
+            lines += [f"  {op:12} {_chosen(op, device)}"]
+            for each, implementation in implementations.items():
+                reason = implementation.refuses(device, torch.float32)
+                lines += [f"    {each:10} {reason or 'available'}"]
+    return "\n".join(lines)
+
+
+def _chosen(op: str, device: torch.device) -> str:
+    try:
+        return "runs by " + choose(op, ops.IMPLEMENTATIONS[op], device, torch.float32)
+    except RuntimeError as error:
+        return f"cannot run: {error}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,97 @@
+"""ErnieMConfig: the fields of an ERNIE-M checkpoint's config.json."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+from transformers.activations import ACT2FN
+
+# ERNIE-M's position table starts with two reserved rows: column c uses row c + 2.
+RESERVED_POSITIONS = 2
+
+
+@strict
+class ErnieMConfig(PreTrainedConfig):
+    """The architecture of an ERNIE-M model; the defaults are those of ernie-m-base.
+
+    Args:
+        vocab_size: rows of the word table.
+        hidden_size: features of a token, a multiple of `num_attention_heads`.
+        num_hidden_layers: encoder layers.
+        num_attention_heads: heads of a layer.
+        intermediate_size: features inside a layer's feed-forward half.
+        hidden_act: a key of transformers' `ACT2FN`.
+        hidden_dropout_prob: dropout of the embeddings and of both halves of a layer.
+        attention_probs_dropout_prob: dropout of attention probabilities.
+        max_position_embeddings: rows of the position table; two are reserved, so 514 serve 512 tokens.
+        initializer_range: standard deviation of new weights.
+        pad_token_id: the word that fills up rows; its embedding gets no gradient.
+        layer_norm_eps: added to the variance in layer norms.
+        classifier_dropout: dropout before a head's classifier, `hidden_dropout_prob` if None. Also called `dropout`.
+        act_dropout: dropout after the activation, `hidden_dropout_prob` if None.
+        pruned_heads: heads taken out, by layer; written by `prune_heads`.
+
+    Raises:
+        ValueError: a field has a value that no model can be built from, or the file belongs to another architecture.
+    """
+
+    model_type = "ernie_m"
+    attribute_map = {"dropout": "classifier_dropout", "num_classes": "num_labels"}  # noqa: RUF012 (as the base has it)
+
+    vocab_size: int = 250002
+    hidden_size: int = 768
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    intermediate_size: int = 3072
+    hidden_act: str = "gelu"
+    hidden_dropout_prob: float | int = 0.1
+    attention_probs_dropout_prob: float | int = 0.1
+    max_position_embeddings: int = 514
+    initializer_range: float = 0.02
+    pad_token_id: int = 1
+    layer_norm_eps: float = 1e-05
+    classifier_dropout: float | int | None = None
+    act_dropout: float | int | None = 0.0
+    pruned_heads: dict[int, list[int]] | dict[str, list[int]] | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        # JSON turns the keys into strings.
+        self.pruned_heads = {int(layer): heads for layer, heads in (self.pruned_heads or {}).items()}
+        super().__post_init__(**kwargs)
+        self._check_architecture()
+        self._check_probabilities()
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ErnieMConfig":
+        model_type = config_dict.get("model_type", cls.model_type)
+        if model_type != cls.model_type:
+            raise ValueError(
+                f"This checkpoint's config says model_type={model_type!r}, but erniem_fast runs {cls.model_type!r} "
+                f"only; load it with transformers.AutoModel instead."
+            )
+        return super().from_dict(config_dict, **kwargs)
+
+    def _check_architecture(self) -> None:
+        if self.hidden_size % self.num_attention_heads:
+            raise ValueError(
+                f"hidden_size={self.hidden_size} is not a multiple of num_attention_heads="
+                f"{self.num_attention_heads}; choose a number of heads that divides it."
+            )
+        if self.hidden_act not in ACT2FN:
+            raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; use one of {', '.join(sorted(ACT2FN))}.")
+        if not 0 <= self.pad_token_id < self.vocab_size:
+            raise ValueError(f"pad_token_id={self.pad_token_id} is not in [0, vocab_size={self.vocab_size}).")
+        if self.max_position_embeddings <= RESERVED_POSITIONS:
+            raise ValueError(
+                f"max_position_embeddings={self.max_position_embeddings} leaves no position for a token; two are "
+                f"reserved, so use at least {RESERVED_POSITIONS + 1}."
+            )
+        for field, only in (("position_embedding_type", "absolute"), ("is_decoder", False)):
+            if getattr(self, field, only) not in (only, None):
+                raise ValueError(f"{field}={getattr(self, field)!r} is not ERNIE-M; only {only!r} is supported.")
+
+    def _check_probabilities(self) -> None:
+        for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "act_dropout"):
+            value = getattr(self, field)
+            if value is not None and not 0.0 <= value <= 1.0:
+                raise ValueError(f"{field}={value} is not a probability; use a number in [0, 1].")

@@ -1,0 +1,245 @@
+"""From what a user passes to a forward to the tokens it runs on, with every check of the input on the way."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import flags
+from .batch import TokenBatch
+from .configuration import RESERVED_POSITIONS, ErnieMConfig
+
+
+@dataclass(frozen=True)
+class EncoderInputs:
+    """What the encoder runs on.
+
+    Attributes:
+        batch: the tokens.
+        input_ids: int64 `(tokens,)`, or None with `inputs_embeds`.
+        inputs_embeds: `(tokens, hidden)`, or None with `input_ids`.
+        positions: int64 `(tokens,)`, counted from 0.
+        scores_bias: added to attention scores, broadcastable to `(rows, heads, columns, columns)`; from a mask with
+            more than two dimensions.
+    """
+
+    batch: TokenBatch
+    input_ids: Tensor | None
+    inputs_embeds: Tensor | None
+    positions: Tensor
+    scores_bias: Tensor | None
+
+
+def prepare(
+    config: ErnieMConfig,
+    input_ids: Tensor | None,
+    inputs_embeds: Tensor | None,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    needs_first: bool,
+) -> EncoderInputs:
+    """Checks the input and lays out its tokens: packed, unless the flag or a mask per query forbids it.
+
+    Args:
+        config: the model's.
+        input_ids: integer `(rows, columns)`, or None with `inputs_embeds`, `(rows, columns, hidden)`.
+        attention_mask: `(rows, columns)`, `(rows, columns, columns)` or `(rows, 1 or heads, columns, columns)`; None
+            derives it from the padding in `input_ids`.
+        position_ids: integer `(rows, columns)` or `(1, columns)`, counted from 0; None counts columns.
+        cu_seqlens, max_seqlen: of input that comes packed in one row.
+        needs_first: whether a pooler reads the first column, also where it is padding.
+
+    Raises:
+        ValueError: the input cannot be run; the message names the argument, its value and the remedy.
+    """
+    grid = _grid(config, input_ids, inputs_embeds)
+    device = (inputs_embeds if input_ids is None else input_ids).device
+    position_ids = _expand_positions(position_ids, grid)
+    probes = [*_extremes(input_ids), *_extremes(position_ids)]
+    scores_bias = None
+    if cu_seqlens is not None or max_seqlen is not None:
+        batch, probed = _as_it_came(config, grid, cu_seqlens, max_seqlen, attention_mask, probes)
+    else:
+        _check_length(config, "the input's number of columns", grid[1])
+        if attention_mask is not None and attention_mask.dim() > 2:
+            scores_bias = _scores_bias(attention_mask.to(device), grid, config.num_attention_heads)
+            batch, probed = TokenBatch.padded(grid, device), _read(probes)
+        else:
+            mask, probes = _padding_mask(config, input_ids, attention_mask, grid, device, probes)
+            batch, probed = _laid_out(mask, needs_first, probes)
+    _check_values(config, grid, input_ids, position_ids, probed)
+    return EncoderInputs(
+        batch=batch,
+        input_ids=None if input_ids is None else batch.pack(input_ids).long(),
+        inputs_embeds=None if inputs_embeds is None else batch.pack(inputs_embeds),
+        positions=batch.columns if position_ids is None else batch.pack(position_ids).long(),
+        scores_bias=scores_bias,
+    )
+
+
+def real_positions(config: ErnieMConfig, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
+    """The positions of the grid that the packed layout computes, bool `(rows, columns)`; None where it is not used."""
+    if flags.read(flags.PACKING) == "0":
+        return None
+    if attention_mask is None:
+        return None if input_ids is None else input_ids != config.pad_token_id
+    return attention_mask != 0 if attention_mask.dim() == 2 else None
+
+
+def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    if (input_ids is None) == (inputs_embeds is None):
+        given = "neither" if input_ids is None else "both"
+        raise ValueError(f"Pass either input_ids or inputs_embeds; {given} came.")
+    if inputs_embeds is not None:
+        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
+            raise ValueError(
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it must be (rows, columns, "
+                f"hidden_size={config.hidden_size})."
+            )
+    elif input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
+        raise ValueError(
+            f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; it must hold integers of shape "
+            f"(rows, columns). One sequence is a row: input_ids[None]."
+        )
+    rows, columns = (inputs_embeds if input_ids is None else input_ids).shape[:2]
+    if columns == 0:
+        raise ValueError("The input has no columns; a sequence needs at least one token, such as [CLS].")
+    return rows, columns
+
+
+def _check_length(config: ErnieMConfig, what: str, length: int) -> None:
+    limit = config.max_position_embeddings - RESERVED_POSITIONS
+    if length > limit:
+        raise ValueError(
+            f"{what} is {length}, but this model has positions for {limit} tokens; truncate to max_length={limit} or "
+            f"cut the text into windows."
+        )
+
+
+def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
+    if position_ids is None:
+        return None
+    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, grid[0]) or position_ids.shape[1] != grid[1]:
+        raise ValueError(
+            f"position_ids has shape {tuple(position_ids.shape)}; it must be {grid} like the input, or (1, {grid[1]})."
+        )
+    return position_ids.expand(grid)
+
+
+def _padding_mask(
+    config: ErnieMConfig,
+    input_ids: Tensor | None,
+    attention_mask: Tensor | None,
+    grid: tuple[int, int],
+    device: torch.device,
+    probes: list[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """The mask as bool `(rows, columns)`, and the probes with that of its values in front."""
+    if attention_mask is None:
+        mask = torch.ones(grid, dtype=torch.bool, device=device)
+        return (mask if input_ids is None else input_ids != config.pad_token_id), [mask.new_zeros(()), *probes]
+    if attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, grid[0]) or attention_mask.shape[1] != grid[1]:
+        raise ValueError(
+            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {grid} like the input, or a mask per "
+            f"query of shape ({grid[0]}, {grid[1]}, {grid[1]}) or ({grid[0]}, 1 or heads, {grid[1]}, {grid[1]})."
+        )
+    values = attention_mask.to(device).expand(grid)
+    mask = values != 0
+    return mask, [(mask & (values != 1)).any(), *probes]
+
+
+def _scores_bias(mask: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
+    """A mask per query as a bias of the scores: 0 to attend, -inf not to; a 4-D mask of floats is a bias already."""
+    rows, columns = grid
+    bias = mask.unsqueeze(1) if mask.dim() == 3 else mask
+    allowed = ((1, rows), (1, heads), (1, columns), (columns,))
+    if bias.dim() != 4 or any(size not in sizes for size, sizes in zip(bias.shape, allowed, strict=True)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; a mask per query must be ({rows}, {columns}, {columns}) or "
+            f"({rows}, 1 or {heads}, {columns}, {columns})."
+        )
+    if mask.dim() == 4 and mask.is_floating_point():
+        return bias.masked_fill(bias <= torch.finfo(bias.dtype).min, -torch.inf)
+    return torch.zeros(bias.shape, device=bias.device).masked_fill(bias == 0, -torch.inf)
+
+
+def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tuple[TokenBatch, list[int]]:
+    if flags.read(flags.PACKING) == "1":
+        batch, probed = TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
+    else:
+        batch, probed = TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask), _read(probes)
+    strange_values, *probed = probed
+    if strange_values:
+        raise ValueError(
+            "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. An additive "
+            "mask must have four dimensions."
+        )
+    return batch, probed
+
+
+def _as_it_came(
+    config: ErnieMConfig,
+    grid: tuple[int, int],
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    attention_mask: Tensor | None,
+    probes: list[Tensor],
+) -> tuple[TokenBatch, list[int]]:
+    """The batch of input that came packed."""
+    if cu_seqlens is None or max_seqlen is None:
+        missing = "cu_seq_lens_q" if cu_seqlens is None else "max_length_q"
+        raise ValueError(f"Packed input needs both cu_seq_lens_q and max_length_q; {missing} is missing.")
+    if grid[0] != 1 or attention_mask is not None:
+        raise ValueError(
+            f"Packed input (cu_seq_lens_q) is one row without attention_mask; {grid[0]} rows came, "
+            f"{'with' if attention_mask is not None else 'without'} attention_mask."
+        )
+    _check_length(config, "max_length_q", max_seqlen)
+    lengths = cu_seqlens.diff()
+    found = _read([cu_seqlens[0], cu_seqlens[-1], lengths.amin(), lengths.amax(), *probes])
+    if found and (found[0] != 0 or found[1] != grid[1] or found[2] < 0 or found[3] > max_seqlen):
+        raise ValueError(
+            f"cu_seq_lens_q runs from {found[0]} to {found[1]} with sequences of {found[2]} to {found[3]} tokens; it "
+            f"must rise from 0 to the {grid[1]} tokens of the input, by at most max_length_q={max_seqlen} a step."
+        )
+    return TokenBatch.from_cu_seqlens(cu_seqlens, max_seqlen, grid[1]), found[4:]
+
+
+def _extremes(values: Tensor | None) -> tuple[Tensor, ...]:
+    return () if values is None or values.numel() == 0 else torch.aminmax(values)
+
+
+def _read(probes: Sequence[Tensor]) -> list[int]:
+    """The probes' values on the host, in one synchronisation; nothing inside a graph, which cannot wait for them."""
+    if torch.compiler.is_compiling() or not probes:
+        return []
+    if probes[0].is_cuda and torch.cuda.is_current_stream_capturing():
+        return []
+    return torch.stack([probe.long() for probe in probes]).tolist()
+
+
+def _check_values(
+    config: ErnieMConfig,
+    grid: tuple[int, int],
+    input_ids: Tensor | None,
+    position_ids: Tensor | None,
+    probed: list[int],
+) -> None:
+    """Ids and positions must be rows of their tables; `probed` holds the least and the greatest of each."""
+    extremes = iter(probed)
+    positions = config.max_position_embeddings - RESERVED_POSITIONS
+    limits = (("input_ids", input_ids, config.vocab_size), ("position_ids", position_ids, positions))
+    for name, values, limit in limits:
+        if values is None or values.numel() == 0 or not probed:
+            continue
+        least, greatest = next(extremes), next(extremes)
+        if least < 0 or greatest >= limit:
+            row, column = ((values < 0) | (values >= limit)).nonzero()[0].tolist()
+            remedy = "check that tokenizer and model belong together, or call resize_token_embeddings"
+            raise ValueError(
+                f"{name}[{row}, {column}] is {values[row, column].item()}, outside [0, {limit}); "
+                f"{remedy if name == 'input_ids' else 'positions count from 0'}."
+            )

@@ -1,0 +1,48 @@
+"""The matrix products between the ops, behind the modules that hold their weights.
+
+A module is called as it is unless it is a plain `nn.Linear`, so that LoRA, quantised linears and hooks keep working.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.module import _has_any_global_hook
+
+
+def project(linear: nn.Module, x: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor | None]:
+    """`linear(x)`, or where the next op adds the bias itself (`leave_bias`), the product and the bias apart."""
+    if leave_bias and _is_plain(linear):
+        return F.linear(x, linear.weight), linear.bias
+    return linear(x), None
+
+
+def project_side_by_side(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
+    """Several linears on the same input: `(tokens, in_features)` to `(tokens, sum of out_features)`.
+
+    In training they are one product with their weights joined. In inference each writes into its columns of the result:
+    nothing is copied, and no joined weight is kept. (One was, against the parameters' versions; but fused optimizers
+    and writes through `parameter.data` change no version, and it went stale. Nor was one wide product faster on CPU:
+    within 3 % of three from 12 to 4,096 tokens at base size.)
+    """
+    if not all(_is_plain(linear) and linear.bias is not None for linear in linears):
+        return torch.cat([linear(x) for linear in linears], dim=-1)
+    if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
+        weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
+        return F.linear(x, weight, bias)
+    widths = [linear.out_features for linear in linears]
+    out = x.new_empty(x.shape[0], sum(widths))
+    for linear, columns in zip(linears, out.split(widths, dim=1), strict=True):
+        torch.addmm(linear.bias, x, linear.weight.t(), out=columns)
+    return out
+
+
+def _is_plain(linear: nn.Module) -> bool:
+    hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    return (
+        type(linear) is nn.Linear
+        and "forward" not in linear.__dict__  # accelerate's offloading replaces it on the instance
+        and not any(getattr(linear, hook) for hook in hooks)
+        and not _has_any_global_hook()
+    )

@@ -1,0 +1,627 @@
+"""ErnieMTokenizer: SentencePiece pieces, cut further at ideographs, punctuation and digits, with ids from vocab.txt.
+
+Tokens and ids equal those of transformers 4.57.6. What is new: every token's place in the text, batches on
+SentencePiece's threads, and no string that raises.
+"""
+
+import itertools
+import os
+import re
+import unicodedata
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import sentencepiece
+from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import PaddingStrategy, logging
+
+logger = logging.get_logger(__name__)
+
+VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt", "sentencepiece_model_ckpt": "sentencepiece.bpe.model"}
+RESOURCE_FILES_NAMES = {"sentencepiece_model_file": "sentencepiece.bpe.model", "vocab_file": "vocab.txt"}
+
+SPACE = "▁"  # what SentencePiece writes for a space
+SURROGATES = re.compile("[\ud800-\udfff]")
+
+# Starting a thread costs as much as encoding about this many characters (2 cores, SentencePiece 0.2.0 and 0.2.3).
+CHARACTERS_PER_THREAD = 2048
+
+
+@dataclass(frozen=True)
+class AlignedText:
+    """A string, each of whose characters knows the character of the input that it came from.
+
+    Args:
+        text: the string.
+        positions: for each character of `text` its index in the input, ascending.
+    """
+
+    text: str
+    positions: Sequence[int]
+
+    def __getitem__(self, part: slice) -> "AlignedText":
+        return AlignedText(self.text[part], self.positions[part])
+
+    def __add__(self, other: "AlignedText") -> "AlignedText":
+        return AlignedText(self.text + other.text, [*self.positions, *other.positions])
+
+    def lstrip(self) -> "AlignedText":
+        return self[len(self.text) - len(self.text.lstrip()) :]
+
+    def rstrip(self) -> "AlignedText":
+        return self[: len(self.text.rstrip())]
+
+    def span(self, start: int, end: int) -> tuple[int, int]:
+        """The span of the input that characters `start` to `end`, of which there is at least one, came from."""
+        return self.positions[start], self.positions[end - 1] + 1
+
+
+class ErnieMTokenizer(PreTrainedTokenizer):
+    """Drop-in replacement of the ErnieMTokenizer of transformers 4.57.6, for transformers 5.
+
+    Args:
+        sentencepiece_model_ckpt (`str`): path of the SentencePiece model.
+        vocab_file (`str`, *optional*): path of the vocabulary, one token a line, its id the line's number from 0.
+            Without it the ids are SentencePiece's own, which no published checkpoint uses.
+        do_lower_case (`bool`): lower-case everything but special tokens.
+        encoding (`str`): kept for its place in the signature; files are UTF-8.
+        unk_token, sep_token, pad_token, cls_token, mask_token (`str`): the special tokens.
+        sp_model_kwargs (`dict`, *optional*): arguments of `sentencepiece.SentencePieceProcessor`.
+            `enable_sampling=True` samples the segmentation, with `alpha` (default 0.1) and `nbest_size` (default 64);
+            `num_threads` bounds the threads that a batch may use (default: one a core).
+
+    Raises:
+        FileNotFoundError: a path does not exist.
+        ValueError: a checkpoint lacks one of the two files, or the SentencePiece model cannot be read.
+    """
+
+    vocab_files_names = VOCAB_FILES_NAMES
+    resource_files_names = RESOURCE_FILES_NAMES
+    # The model has no token types, and finds padding by its id where it is given no mask.
+    model_input_names = ["input_ids"]  # noqa: RUF012 (an instance may set its own: the base class does)
+
+    # Full-width forms and the ASCII characters they stand for. The full-width tilde is a punctuation mark of its own.
+    SP_CHAR_MAPPING = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)}  # noqa: RUF012
+
+    def __init__(
+        self,
+        sentencepiece_model_ckpt,
+        vocab_file=None,
+        do_lower_case=False,
+        encoding="utf8",
+        unk_token="[UNK]",
+        sep_token="[SEP]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        mask_token="[MASK]",
+        sp_model_kwargs: dict[str, Any] | None = None,
+        **kwargs,
+    ):
+        if source := kwargs.get("name_or_path"):
+            _require_checkpoint_files(source, sentencepiece_model_ckpt=sentencepiece_model_ckpt, vocab_file=vocab_file)
+        self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
+        self.do_lower_case = do_lower_case
+        self.sentencepiece_model_ckpt = sentencepiece_model_ckpt
+        self.sp_model = _load_sentencepiece(sentencepiece_model_ckpt, self.sp_model_kwargs)
+        if vocab_file is None:
+            self.vocab = {self.sp_model.id_to_piece(index): index for index in range(self.sp_model.get_piece_size())}
+        else:
+            self.vocab = self.load_vocab(vocab_file)
+        self.reverse_vocab = {index: token for token, index in self.vocab.items()}
+        self._cuts = {}
+        super().__init__(
+            do_lower_case=do_lower_case,
+            unk_token=unk_token,
+            sep_token=sep_token,
+            pad_token=pad_token,
+            cls_token=cls_token,
+            mask_token=mask_token,
+            vocab_file=vocab_file,
+            encoding=encoding,
+            sp_model_kwargs=self.sp_model_kwargs,
+            **kwargs,
+        )
+
+    def __getstate__(self) -> dict:
+        # The model itself travels, not its path: the file may be gone where the pickle is read.
+        return self.__dict__ | {"sp_model": self.sp_model.serialized_model_proto(), "_cuts": {}}
+
+    def __setstate__(self, state: dict):
+        self.__dict__.update(state)
+        self.sp_model = sentencepiece.SentencePieceProcessor(**self.sp_model_kwargs)
+        self.sp_model.load_from_serialized_proto(state["sp_model"])
+
+    # ---- Vocabulary
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocab | self.added_tokens_encoder
+
+    def load_vocab(self, filepath) -> dict[str, int]:
+        """Reads a vocabulary: one token a line, its id the line's number from 0."""
+        _require_file("vocab_file", filepath)
+        with open(filepath, encoding="utf-8") as lines:
+            return {line.rstrip("\n"): index for index, line in enumerate(lines)}
+
+    def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
+        """Writes vocab.txt and sentencepiece.bpe.model.
+
+        Args:
+            save_directory: an existing directory.
+            filename_prefix: goes before the name of the vocabulary, with a dash; the model keeps its name.
+
+        Returns:
+            The path of the vocabulary, in a tuple.
+
+        Raises:
+            NotADirectoryError: `save_directory` is no directory.
+        """
+        if not os.path.isdir(save_directory):
+            raise NotADirectoryError(f"save_directory={str(save_directory)!r} is not a directory: create it first")
+        prefix = f"{filename_prefix}-" if filename_prefix else ""
+        vocab_file = os.path.join(save_directory, prefix + VOCAB_FILES_NAMES["vocab_file"])
+        size = max(self.reverse_vocab, default=-1) + 1
+        if size != len(self.vocab):
+            # Lines are ids: an empty line holds the place of an id without a token, so that the others stay theirs.
+            logger.warning(f"{vocab_file}: {size - len(self.vocab)} ids have no token and become empty lines")
+        with open(vocab_file, "w", encoding="utf-8") as file:
+            file.writelines(f"{self.reverse_vocab.get(index, '')}\n" for index in range(size))
+        with open(os.path.join(save_directory, VOCAB_FILES_NAMES["sentencepiece_model_ckpt"]), "wb") as file:
+            file.write(self.sp_model.serialized_model_proto())
+        return (vocab_file,)
+
+    def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
+        """The id of a token, or of each of a list; that of [UNK] for unknown ones."""
+        if isinstance(tokens, str):
+            return super().convert_tokens_to_ids(tokens)
+        # What the base class does with two calls a token.
+        vocab, added, unknown = self.vocab, self._added_tokens_encoder, self._convert_token_to_id(self.unk_token)
+        return [added[token] if token in added else vocab.get(token, unknown) for token in tokens]
+
+    def _convert_token_to_id(self, token: str) -> int:
+        index = self.vocab.get(token)
+        if index is None:
+            # Without a vocab.txt, [UNK] is an added token.
+            index = self.vocab.get(self.unk_token, self._added_tokens_encoder.get(self.unk_token))
+        return index
+
+    def _convert_id_to_token(self, index: int) -> str:
+        return self.reverse_vocab.get(index, self.unk_token)
+
+    # ---- Text to tokens
+
+    def tokenize(self, text: str, split_special_tokens: bool | None = None, **kwargs) -> list[str]:
+        """Cuts a text into tokens.
+
+        Args:
+            text: any string; unpaired surrogates, which UTF-8 cannot hold, count as U+FFFD.
+            split_special_tokens: cut special and added tokens up as any other text (default: the attribute).
+            kwargs: ignored, as in the base class.
+
+        Returns:
+            The tokens, without [CLS] and [SEP].
+        """
+        return self._tokenize_texts([text], split_special_tokens)[0][0]
+
+    def get_offset_mapping(self, text: str | None) -> list[tuple[int, int]] | None:
+        """Finds the characters that each token of `tokenize(text)` came from.
+
+        A span has no spaces at its ends, unless spaces are all that its token stands for. Tokens from one character
+        that normalisation expands (½) share its span.
+
+        Returns:
+            A list of (start, end), with `text[start:end]` the characters, start and end ascending; None for None.
+        """
+        return None if text is None else self._tokenize_texts([text], with_spans=True)[0][1]
+
+    def clean_text(self, text: str) -> str:
+        """Replaces full-width forms by ASCII characters."""
+        return text.translate(str.maketrans(self.SP_CHAR_MAPPING))
+
+    def _tokenize_texts(
+        self, texts: Sequence[str], split_special_tokens: bool | None = None, with_spans: bool = False
+    ) -> list[tuple[list[str], list[tuple[int, int]]]]:
+        """The tokens of each text and, if asked for, their spans; all texts go through SentencePiece in one batch."""
+        if split_special_tokens is None:
+            split_special_tokens = self.split_special_tokens
+        added = () if split_special_tokens else self._added_tokens_encoder.keys()
+        all_parts = [self._split_at_added_tokens(self._prepare(text), added) for text in texts]
+        pieces = self._encode_pieces([part.text for parts in all_parts for part in parts if part.text not in added])
+
+        results = []
+        for parts in all_parts:
+            tokens, spans = [], []
+            for part in parts:
+                if part.text in added:
+                    tokens.append(part.text)
+                    spans.append(part.span(0, len(part.text)))
+                    continue
+                part_tokens = self._cut_pieces(next(pieces))
+                tokens += part_tokens
+                if with_spans:
+                    spans += self._spans(part, part_tokens)
+            results.append((tokens, spans))
+        return results
+
+    def _prepare(self, text: str) -> AlignedText:
+        """Lower-cases as 4.57.6 does: character by character, and not in special tokens."""
+        if not isinstance(text, str):
+            raise TypeError(f"text must be a string, not {text!r}")
+        text = SURROGATES.sub("\ufffd", text)
+        if not self.do_lower_case:
+            return AlignedText(text, range(len(text)))
+        kept = self.all_special_tokens + [
+            token.content for token in self._added_tokens_decoder.values() if token.normalized and not token.special
+        ]
+        characters = []
+        for index, part in enumerate(re.split(f"({'|'.join(map(re.escape, kept))})", text)):
+            characters += part if index % 2 else map(str.lower, part)
+        # One character, İ, has a lower case of two.
+        positions = [index for index, character in enumerate(characters) for _ in character]
+        return AlignedText("".join(characters), positions)
+
+    def _split_at_added_tokens(self, text: AlignedText, added: Iterable[str]) -> list[AlignedText]:
+        """Splits a text into added tokens and what stands between them, with no empty part."""
+        # The trie walks the text in Python: ask it only where there is something to find.
+        if not any(token in text.text for token in added):
+            return [text] if text.text else []
+        ends = itertools.accumulate(map(len, self.tokens_trie.split(text.text)))
+        parts = [text[start:end] for start, end in itertools.pairwise([0, *ends])]
+        for index, part in enumerate(parts):
+            if part.text not in added:
+                continue
+            token = self._added_tokens_decoder[self._added_tokens_encoder[part.text]]
+            left = parts[index - 1] if index else AlignedText("", ())
+            right = parts[index + 1] if index + 1 < len(parts) else AlignedText("", ())
+            if token.rstrip and right.text:
+                parts[index + 1] = right.lstrip()
+            if token.lstrip and left.text:
+                parts[index - 1] = left.rstrip()
+            if token.single_word and left.text and left.text[-1] != " ":
+                parts[index - 1], parts[index] = parts[index - 1] + part, AlignedText("", ())
+            elif token.single_word and right.text and right.text[0] != " ":
+                parts[index + 1], parts[index] = part + parts[index + 1], AlignedText("", ())
+        return [part for part in parts if part.text]
+
+    def _encode_pieces(self, texts: list[str]) -> Iterator[list[str]]:
+        """The SentencePiece pieces of each text."""
+        sampling = {}
+        if self.sp_model_kwargs.get("enable_sampling"):
+            defaults = {"enable_sampling": True, "alpha": 0.1, "nbest_size": 64}
+            sampling = {name: self.sp_model_kwargs.get(name, default) for name, default in defaults.items()}
+        threads = min(self._max_threads(), sum(map(len, texts)) // CHARACTERS_PER_THREAD)
+        # Every batch has new threads, whose random generators begin at the seed: sampled there, a text would be cut the
+        # same way each time.
+        if sampling or threads < 2:
+            return (self.sp_model.encode(text, out_type=str, **sampling) for text in texts)
+        return iter(self.sp_model.encode(texts, out_type=str, num_threads=threads))
+
+    def _max_threads(self) -> int:
+        limit = self.sp_model_kwargs.get("num_threads", -1)
+        return limit if limit > 0 else os.cpu_count() or 1
+
+    def _cut_pieces(self, pieces: list[str]) -> list[str]:
+        """The tokens of a text, from its pieces."""
+        tokens, cuts = [], self._cuts
+        for index, piece in enumerate(pieces):
+            if piece != SPACE:
+                tokens += cuts.get(piece) or self._cut_piece(piece)
+            # A space of its own is a token where the piece after it does not carry one.
+            elif 0 < index < len(pieces) - 1 and not pieces[index + 1].startswith(SPACE):
+                tokens.append(piece)
+        return tokens
+
+    def _cut_piece(self, piece: str) -> list[str]:
+        """Cuts a piece around every ideograph, punctuation mark and run of digits. A space left alone is dropped."""
+        cuts = {0, len(piece)}
+        for index, character in enumerate(piece):
+            if self.is_ch_char(character) or self.is_punct(character):
+                cuts |= {index, index + 1}
+            elif index and character != SPACE and character.isdigit() != piece[index - 1].isdigit():
+                cuts.add(index)
+        bounds = itertools.pairwise(sorted(cuts))
+        tokens = [piece[start:end] for start, end in bounds if piece[start:end] != SPACE or end == len(piece)]
+        # Pieces that SentencePiece does not know are without number: only the others are kept.
+        if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id():
+            self._cuts[piece] = tokens
+        return tokens
+
+    def _spans(self, text: AlignedText, tokens: list[str]) -> Iterator[tuple[int, int]]:
+        """The span of the input that each of the tokens of `text` came from."""
+        # SentencePiece tells where each character of the normalised text begins in `text`. The tokens spell the
+        # normalised text, but for dropped spaces.
+        normalized, starts = self.sp_model.normalize(text.text, with_offsets=True)
+        ends = starts[1:]
+        for index in range(len(ends) - 2, -1, -1):
+            if ends[index] == starts[index]:
+                # One of several characters that one character became: all of them end where the last one does.
+                ends[index] = ends[index + 1]
+        place = 0
+        for token in tokens:
+            while normalized[place : place + 1] == SPACE and not normalized.startswith(token, place):
+                place += 1
+            if not normalized.startswith(token, place):
+                raise ValueError(
+                    f"offsets need SentencePiece pieces that spell the text, but {token!r} is not in "
+                    f"{normalized[place:]!r}: leave add_bos, add_eos, reverse and emit_unk_piece out of "
+                    f"sp_model_kwargs={self.sp_model_kwargs}, and use a model without byte fallback"
+                )
+            word = token.strip(SPACE) or token
+            first = place + token.index(word)
+            yield text.span(starts[first], ends[first + len(word) - 1])
+            place += len(token)
+
+    # ---- Tokens to text
+
+    def convert_tokens_to_string(self, tokens: list[str]) -> str:
+        return "".join(tokens).replace(SPACE, " ").strip()
+
+    def convert_ids_to_string(self, ids: list[int]) -> str:
+        return self.convert_tokens_to_string(self.convert_ids_to_tokens(ids))
+
+    def _decode(
+        self,
+        token_ids: int | list[int],
+        skip_special_tokens: bool = False,
+        clean_up_tokenization_spaces: bool | None = None,
+        spaces_between_special_tokens: bool = True,
+        **kwargs,
+    ) -> str:
+        """What `decode` runs. Added tokens stand apart, as in transformers 4; transformers 5 joins them to the rest."""
+        tokens = self.convert_ids_to_tokens(token_ids, skip_special_tokens=skip_special_tokens)
+        apart = self._added_tokens_encoder.keys() - self.all_special_tokens
+        apart |= {token for token in self.extra_special_tokens if self.convert_tokens_to_ids(token) >= self.vocab_size}
+        texts = []
+        for is_apart, group in itertools.groupby([tokens] if isinstance(tokens, str) else tokens, apart.__contains__):
+            group = list(group)
+            texts += group if is_apart else [self.convert_tokens_to_string(group)]
+        text = (" " if spaces_between_special_tokens else "").join(filter(None, texts))
+        if clean_up_tokenization_spaces is None:
+            clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
+        return self.clean_up_tokenization(text) if clean_up_tokenization_spaces else text
+
+    # ---- Tokens to model inputs
+
+    def num_special_tokens_to_add(self, pair: bool = False) -> int:
+        # The base class builds an example to count them, for every example that it prepares.
+        return 4 if pair else 2
+
+    def build_inputs_with_special_tokens(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Returns `[CLS] A [SEP]`, or `[CLS] A [SEP] [SEP] B [SEP]` for a pair."""
+        cls, sep = [self.cls_token_id], [self.sep_token_id]
+        if token_ids_1 is None:
+            return cls + token_ids_0 + sep
+        return cls + token_ids_0 + sep + sep + token_ids_1 + sep
+
+    def build_offset_mapping_with_special_tokens(self, offset_mapping_0: list, offset_mapping_1: list | None = None):
+        """Returns the spans of `build_inputs_with_special_tokens`: (0, 0) for every special token."""
+        special = [(0, 0)]
+        if offset_mapping_1 is None:
+            return special + offset_mapping_0 + special
+        return special + offset_mapping_0 + special + special + offset_mapping_1 + special
+
+    def get_special_tokens_mask(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
+    ) -> list[int]:
+        """Returns 1 for [CLS] and [SEP], 0 for all others.
+
+        Args:
+            token_ids_0: ids of the first sequence, or of all with `already_has_special_tokens=True`.
+            token_ids_1: ids of the second sequence.
+            already_has_special_tokens: the special tokens are in `token_ids_0`, and need not be added.
+
+        Raises:
+            ValueError: `token_ids_1` is given with `already_has_special_tokens=True`.
+        """
+        if already_has_special_tokens:
+            if token_ids_1 is not None:
+                raise ValueError(
+                    "token_ids_1 must be None with already_has_special_tokens=True: token_ids_0 holds both sequences"
+                )
+            special = (self.sep_token_id, self.cls_token_id)
+            return [int(index in special) for index in token_ids_0]
+        if token_ids_1 is None:
+            return [1] + [0] * len(token_ids_0) + [1]
+        return [1] + [0] * len(token_ids_0) + [1, 1] + [0] * len(token_ids_1) + [1]
+
+    def create_token_type_ids_from_sequences(
+        self, token_ids_0: list[int], token_ids_1: list[int] | None = None
+    ) -> list[int]:
+        """Returns 0 for `[CLS] A [SEP]`; for a pair, 0 for `[CLS] A` and 1 for `[SEP] [SEP] B [SEP]`."""
+        if token_ids_1 is None:
+            return [0] * (len(token_ids_0) + 2)
+        return [0] * (len(token_ids_0) + 1) + [1] * (len(token_ids_1) + 3)
+
+    def _encode_plus(
+        self,
+        text,
+        text_pair=None,
+        padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        is_split_into_words: bool = False,
+        pad_to_multiple_of: int | None = None,
+        padding_side: str | None = None,
+        return_tensors: str | None = None,
+        return_attention_mask: bool | None = None,
+        return_overflowing_tokens: bool = False,
+        return_offsets_mapping: bool = False,
+        split_special_tokens: bool | None = None,
+        **kwargs,
+    ) -> BatchEncoding:
+        """What `tokenizer(...)` and `tokenizer.encode(...)` run: `text` is one example or a batch."""
+        is_batch, examples = _as_batch(text, text_pair, is_split_into_words)
+        sequences = [self._as_list(sequence, is_split_into_words) for example in examples for sequence in example]
+        encoded = self._encode_sequences(sequences, split_special_tokens, return_offsets_mapping)
+        outputs = {"input_ids": []}
+        for example in examples:
+            prepared = self._prepare_example(
+                [next(encoded) for _ in example],
+                return_offsets_mapping,
+                truncation=truncation_strategy.value,
+                max_length=max_length,
+                return_attention_mask=False,
+                return_overflowing_tokens=return_overflowing_tokens and not return_tensors,
+                **kwargs,
+            )
+            for name, value in prepared.items():
+                outputs.setdefault(name, []).append(value)
+        outputs = self.pad(
+            outputs,
+            padding=padding_strategy.value,
+            max_length=max_length,
+            pad_to_multiple_of=pad_to_multiple_of,
+            padding_side=padding_side,
+            return_attention_mask=return_attention_mask,
+        )
+        if "length" in outputs and not is_batch:
+            outputs["length"] = [len(outputs["input_ids"][0])]
+        if not is_batch and return_tensors is None:
+            outputs = {name: values[0] for name, values in outputs.items()}
+        return BatchEncoding(outputs, tensor_type=return_tensors)
+
+    def _as_list(self, sequence, is_split_into_words: bool) -> list[str] | list[int]:
+        """A sequence as the list of its words, a text being one word, or as the list of its ids."""
+        if isinstance(sequence, str):
+            return [sequence]
+        if isinstance(sequence, (list, tuple)):
+            if all(isinstance(item, int) for item in sequence):
+                return list(sequence)
+            if all(isinstance(item, str) for item in sequence):
+                return list(sequence) if is_split_into_words else self.convert_tokens_to_ids(list(sequence))
+        raise ValueError(f"text and text_pair must be strings, or lists of strings or of ids, not {sequence!r}")
+
+    def _encode_sequences(
+        self, sequences: list[list], split_special_tokens: bool | None, with_spans: bool
+    ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
+        """The ids of each sequence and, if asked for, the spans of its tokens, each within its word."""
+        words = [item for sequence in sequences for item in sequence if isinstance(item, str)]
+        tokenized = iter(self._tokenize_texts(words, split_special_tokens, with_spans))
+        for sequence in sequences:
+            if sequence and isinstance(sequence[0], int):
+                if with_spans:
+                    raise ValueError(f"return_offsets_mapping=True needs text, not the ids {sequence}")
+                yield sequence, []
+                continue
+            tokens, spans = [], []
+            for word_tokens, word_spans in itertools.islice(tokenized, len(sequence)):
+                tokens += word_tokens
+                spans += word_spans
+            yield self.convert_tokens_to_ids(tokens), spans
+
+    def _prepare_example(self, sequences: list[tuple], return_offsets_mapping: bool, **kwargs) -> BatchEncoding:
+        """One example, of one or two sequences of ids and spans: truncated, with special tokens, not padded."""
+        ids, spans = zip(*sequences, strict=True)
+        example = self.prepare_for_model(*ids, **kwargs)
+        if return_offsets_mapping:
+            # Truncation and special tokens do to spans what they do to ids; ids among the spans are special tokens.
+            arranged = self.prepare_for_model(*spans, **kwargs)["input_ids"]
+            example["offset_mapping"] = [span if isinstance(span, tuple) else (0, 0) for span in arranged]
+        if kwargs["return_overflowing_tokens"]:
+            # The base class leaves them out where nothing is cut off, and then fails on a batch that has both.
+            example.setdefault("overflowing_tokens", [])
+            example.setdefault("num_truncated_tokens", 0)
+        return example
+
+    def _pad(self, encoded_inputs, *args, padding_side: str | None = None, **kwargs) -> dict:
+        padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+        if "offset_mapping" in padded:
+            spans = padded["offset_mapping"]
+            padding = [(0, 0)] * (len(padded["input_ids"]) - len(spans))
+            on_the_left = (padding_side or self.padding_side) == "left"
+            padded["offset_mapping"] = padding + spans if on_the_left else spans + padding
+        return padded
+
+    def encode_plus(self, text, text_pair=None, **kwargs) -> BatchEncoding:
+        """The name that transformers 4 had for `tokenizer(text, text_pair)`."""
+        return self(text, text_pair, **kwargs)
+
+    def batch_encode_plus(self, batch_text_or_text_pairs, **kwargs) -> BatchEncoding:
+        """The name that transformers 4 had for `tokenizer(texts)`, or for a list of pairs."""
+        return self(batch_text_or_text_pairs, **kwargs)
+
+    # ---- Kinds of characters
+
+    def is_ch_char(self, char: str) -> bool:
+        """Whether `char` is a CJK unified ideograph of the basic block."""
+        return "\u4e00" <= char <= "\u9fff"
+
+    def is_alpha(self, char: str) -> bool:
+        """Whether `char` is a letter of ASCII."""
+        return "a" <= char <= "z" or "A" <= char <= "Z"
+
+    def is_punct(self, char: str) -> bool:
+        """Whether `char` is a punctuation mark that is a token of its own."""
+        return char in ",;:.?!~，；：。？！《》【】"  # noqa: RUF001
+
+    def is_whitespace(self, char: str) -> bool:
+        """Whether `char` is a space, a tab, a line's end or another space separator of Unicode."""
+        return char in (" ", "\t", "\n", "\r") or (len(char) == 1 and unicodedata.category(char) == "Zs")
+
+
+def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[bool, list[tuple]]:
+    """Sorts out what `tokenizer(text, text_pair)` was given.
+
+    Returns:
+        Whether it is a batch, and the examples: tuples of one sequence, or of the two of a pair.
+    """
+    if not _is_batch(text, is_split_into_words):
+        return False, [(text,) if text_pair is None else (text, text_pair)]
+    if text_pair is None:
+        return True, [_as_example(item, is_split_into_words) for item in text]
+    if not isinstance(text_pair, (list, tuple)) or len(text_pair) != len(text):
+        raise ValueError(f"text_pair must be a list as long as text, of {len(text)} texts, but is {text_pair!r}")
+    return True, list(zip(text, text_pair, strict=True))
+
+
+def _is_batch(text, is_split_into_words: bool) -> bool:
+    if not isinstance(text, (list, tuple)):
+        return False
+    if not text:
+        return not is_split_into_words
+    return isinstance(text[0], (list, tuple) if is_split_into_words else (str, list, tuple))
+
+
+def _as_example(item, is_split_into_words: bool) -> tuple:
+    """An item of a batch: a sequence, or a tuple of two; a list of two also, unless lists are sequences of words."""
+    is_sequence = not isinstance(item, (list, tuple)) or not item or isinstance(item[0], int)
+    if is_sequence or (is_split_into_words and not isinstance(item, tuple)):
+        return (item,)
+    if len(item) > 2:
+        raise ValueError(f"text holds {item!r}, of {len(item)} texts: give one, or a pair, or is_split_into_words=True")
+    return tuple(item)
+
+
+def _load_sentencepiece(path, kwargs: dict[str, Any]) -> sentencepiece.SentencePieceProcessor:
+    _require_file("sentencepiece_model_ckpt", path)
+    model = sentencepiece.SentencePieceProcessor(**kwargs)
+    try:
+        model.load(os.fspath(path))
+    except (RuntimeError, OSError) as error:
+        raise ValueError(
+            f"sentencepiece_model_ckpt={str(path)!r} is not a SentencePiece model: copy it from the checkpoint again"
+        ) from error
+    return model
+
+
+def _require_file(name: str, path):
+    if path is None or not os.path.isfile(path):
+        raise FileNotFoundError(f"{name}={str(path)!r} is not a file: give the path of {VOCAB_FILES_NAMES[name]}")
+
+
+def _require_checkpoint_files(source: str, **paths):
+    """Refuses what `from_pretrained` did not find, and passes on as None: without vocab.txt every id would be wrong.
+
+    `from_pretrained` would replace an OSError by a message that names no file.
+    """
+    for name, path in paths.items():
+        if path is None or not os.path.isfile(path):
+            where = f"{source!r} holds no {VOCAB_FILES_NAMES[name]}" if path is None else f"{str(path)!r} is not a file"
+            raise ValueError(f"{name}: {where}: copy it from the checkpoint, or pass its path as {name}=...")

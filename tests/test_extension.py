@@ -1,0 +1,226 @@
+"""Building and loading csrc/: for real, in caches of the tests' own, and with everything that can be missing."""
+
+import os
+import re
+import shutil
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from erniem_fast import extension
+from erniem_fast.batch import TokenBatch
+from erniem_fast.flags import use_kernels
+from erniem_fast.ops import embeddings
+from erniem_fast.ops.embeddings import IMPLEMENTATIONS
+from erniem_fast.ops.implementation import choose
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """A cache that has the library, built by a process of its own."""
+    folder = tmp_path_factory.mktemp("built")
+    run_build(folder).check_returncode()
+    return folder
+
+
+@pytest.fixture
+def cache(tmp_path, monkeypatch):
+    """A function that makes a folder the cache; it begins with an empty one."""
+
+    def use(folder: Path) -> None:
+        monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
+        extension.library.cache_clear()
+
+    use(tmp_path / "home")
+    yield use
+    extension.library.cache_clear()
+
+
+@pytest.fixture
+def compiler(tmp_path, monkeypatch):
+    """A function that puts a shell script in the place of every C++ compiler; None for a machine without one."""
+
+    def use(script: str | None) -> None:
+        path = tmp_path / "bin"
+        path.mkdir()
+        for name in ("c++", "g++", "clang++") if script else ():
+            (path / name).write_text(f"#!/bin/sh\n{script}\n")
+            (path / name).chmod(stat.S_IRWXU)
+        monkeypatch.delenv("CXX", raising=False)
+        monkeypatch.setenv("PATH", str(path))
+
+    return use
+
+
+def run_build(folder: Path, wait: bool = True):
+    code = "from erniem_fast import extension; print(extension.build(['cpu'])['cpu'])"
+    process = subprocess.Popen(
+        [sys.executable, "-c", code],
+        env={**os.environ, "XDG_CACHE_HOME": str(folder)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    if not wait:
+        return process
+    out, error = process.communicate()
+    return subprocess.CompletedProcess(process.args, process.returncode, out, error)
+
+
+def run_embeddings() -> torch.Tensor:
+    ids = torch.arange(4)
+    tables = [torch.arange(48.0).view(4, 12).sin(), torch.zeros(4, 12), torch.ones(12), torch.zeros(12)]
+    return embeddings(ids, ids, *tables, 1e-5, 1, TokenBatch.padded((1, 4), CPU))
+
+
+def chosen() -> str:
+    return choose("embeddings", IMPLEMENTATIONS, CPU, torch.float32)
+
+
+def test_what_is_built_is_not_built_again(built, cache, compiler):
+    cache(built)
+    compiler(None)
+    assert extension.build(["cpu"]) == {"cpu": extension.library("cpu")}
+    assert extension.status()["cpu"] == str(extension.library("cpu"))
+    assert chosen() == "native"
+
+
+def test_auto_waits_for_a_build_and_never_starts_one(built, cache, compiler, tmp_path):
+    compiler(f"touch {tmp_path / 'started'}; exit 1")
+    assert chosen() == "torch"
+    expected = run_embeddings()
+    assert not (tmp_path / "started").exists()
+    assert "not built; run `python -m erniem_fast build`" in extension.status()["cpu"]
+
+    cache(built)
+    assert chosen() == "native"
+    torch.testing.assert_close(run_embeddings(), expected, rtol=1e-6, atol=1e-6)
+
+
+def test_native_is_built_where_the_flag_asks_for_it(cache, monkeypatch):
+    monkeypatch.setenv("ERNIEM_FAST_EMBEDDINGS", "native")
+    assert not extension.library("cpu").exists()
+    result = run_embeddings()
+    assert extension.library("cpu").exists()
+    with use_kernels(embeddings="torch"):
+        torch.testing.assert_close(result, run_embeddings(), rtol=1e-6, atol=1e-6)
+
+
+def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
+    processes = [run_build(tmp_path, wait=False) for _ in range(2)]
+    outputs = [process.communicate() for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], outputs
+    (library,) = (tmp_path / "erniem_fast").iterdir()
+    assert {out.strip() for out, _ in outputs} == {str(library)}
+
+
+def test_a_library_needs_nothing_of_torch(built):
+    """So that an upgrade of torch does not need a new one."""
+    (library,) = (built / "erniem_fast").iterdir()
+    code = f"import ctypes; ctypes.CDLL({str(library)!r}).embeddings_forward"
+    subprocess.run([sys.executable, "-S", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("device", extension.DEVICES)
+def test_the_name_follows_sources_and_flags(device, cache, tmp_path, monkeypatch):
+    names = {extension.library(device)}
+    sources = shutil.copytree(extension.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(extension, "SOURCES", sources)
+    extension.library.cache_clear()
+    assert {extension.library(device)} == names
+
+    with open(sources / "embeddings.h", "a") as header:
+        header.write("// changed\n")
+    extension.library.cache_clear()
+    names.add(extension.library(device))
+    monkeypatch.setattr(extension, "_flags", lambda device: ["-march=other"])
+    extension.library.cache_clear()
+    names.add(extension.library(device))
+    assert len(names) == 3
+
+
+def test_without_a_compiler_torch_serves_and_native_says_what_to_install(cache, compiler):
+    compiler(None)
+    assert chosen() == "torch"
+    run_embeddings()
+    with (
+        use_kernels(embeddings="native"),
+        pytest.raises(RuntimeError, match=r"(?s)c\+\+: not found.*C\+\+17 compiler.*apt install g\+\+"),
+    ):
+        run_embeddings()
+
+
+def test_a_failing_compiler_is_quoted(cache, tmp_path, monkeypatch):
+    sources = shutil.copytree(extension.SOURCES, tmp_path / "csrc")
+    (sources / "embeddings.h").write_text("this is no C++\n")
+    monkeypatch.setattr(extension, "SOURCES", sources)
+    extension.library.cache_clear()
+    with pytest.raises(extension.BuildError, match=r"(?s)embeddings\.h:1.*this is no C\+\+.*GCC 9"):
+        extension.build(["cpu"])
+    assert list(extension.cache().iterdir()) == []
+
+
+def test_a_home_that_cannot_be_written(cache, tmp_path):
+    (tmp_path / "file").write_text("")
+    cache(tmp_path / "file")
+    assert chosen() == "torch"
+    run_embeddings()
+    with pytest.raises(extension.BuildError, match=r"cache cannot be written: .*Set XDG_CACHE_HOME"):
+        extension.build(["cpu"])
+
+
+def test_a_library_that_does_not_load(cache):
+    extension.cache().mkdir(parents=True)
+    extension.library("cpu").write_text("garbage")
+    assert chosen() == "torch"
+    assert re.search(r"does not load: .*Delete it", extension.status()["cpu"])
+    with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match="does not load"):
+        run_embeddings()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_cuda_without_a_device():
+    assert extension.status()["cuda"] == "torch finds no CUDA device."
+    with pytest.raises(extension.BuildError, match="no CUDA device"):
+        extension.build(["cuda"])
+
+
+def test_dtypes_that_native_does_not_serve(built, cache):
+    cache(built)
+    assert choose("embeddings", IMPLEMENTATIONS, CPU, torch.float64) == "torch"
+    with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match=r"not torch\.float64; cast the model"):
+        choose("embeddings", IMPLEMENTATIONS, CPU, torch.float64)
+
+
+# Of 65,536 registers of a multiprocessor: with 64 a thread, 32 warps are resident, with 128 still 16.
+REGISTERS = {"forward_kernel": 64, "scatter_kernel": 64, "backward_kernel": 128}
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc")
+def test_cuda_compiles_and_links_without_spills(tmp_path):
+    architectures = (80, 90, 100, 120)
+    output = tmp_path / "embeddings_cuda.so"
+    command = [shutil.which("nvcc"), *extension.cuda_flags(architectures), "-Xptxas=-v", "--threads=2"]
+    source = extension.SOURCES / "embeddings_cuda.cu"
+    run = subprocess.run([*command, str(source), "-o", str(output)], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert output.exists()
+
+    report = re.findall(
+        r"Compiling entry function '(\S+)' for 'sm_(\d+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads"
+        r".*?Used (\d+) registers",
+        run.stdout + run.stderr,
+        flags=re.DOTALL,
+    )
+    assert {int(architecture) for _, architecture, *_ in report} == set(architectures)
+    assert len(report) == len(architectures) * len(REGISTERS) * 3 * 2  # dtypes; aligned rows and others
+    for function, architecture, stores, loads, registers in report:
+        limit = next(limit for kernel, limit in REGISTERS.items() if kernel in function)
+        assert (int(stores), int(loads)) == (0, 0), f"{function} spills on sm_{architecture}"
+        assert int(registers) <= limit, f"{function} takes {registers} registers on sm_{architecture}"

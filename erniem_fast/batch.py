@@ -14,7 +14,9 @@ class TokenBatch:
     Attributes:
         cu_seqlens: int32 `(sequences + 1,)`; sequence i owns tokens `cu_seqlens[i] … cu_seqlens[i + 1] - 1`.
         max_seqlen: an upper bound of the number of tokens of a sequence.
+        longest_first: int64 `(sequences,)`, the sequences in the order in which attention takes them up.
         columns: int64 `(tokens,)`, each token's column in its sequence's row of the grid.
+        contiguous: True where every token's column is its index in its sequence; False where that is not known.
         sequences: int64 `(tokens,)`, each token's sequence.
         key_mask: bool `(tokens,)`, False for tokens that nobody attends to; None when there is none.
         grid: `(rows, columns)` of the caller's tensors.
@@ -24,7 +26,9 @@ class TokenBatch:
 
     cu_seqlens: Tensor
     max_seqlen: int
+    longest_first: Tensor
     columns: Tensor
+    contiguous: bool
     sequences: Tensor
     key_mask: Tensor | None
     grid: tuple[int, int]
@@ -38,7 +42,9 @@ class TokenBatch:
         return cls(
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device) * columns,
             max_seqlen=columns,
+            longest_first=torch.arange(rows, device=device),
             columns=torch.arange(columns, device=device).repeat(rows),
+            contiguous=True,
             sequences=torch.arange(rows, device=device).repeat_interleave(columns),
             key_mask=None if key_mask is None else key_mask.flatten(),
             grid=grid,
@@ -67,8 +73,9 @@ class TokenBatch:
             computed[:, 0] = True
         lengths = computed.sum(dim=1)
         longest = lengths.amax() if rows else lengths.sum()
-        measures = (lengths.sum(), longest, mask.sum(), *probes)
-        tokens, max_seqlen, real_tokens, *probed = torch.stack([m.reshape(()).long() for m in measures]).tolist()
+        holes = (computed[:, 1:] > computed[:, :-1]).sum()
+        measures = (lengths.sum(), longest, mask.sum(), holes, *probes)
+        tokens, max_seqlen, real_tokens, holes, *probed = torch.stack([m.reshape(()).long() for m in measures]).tolist()
         if real_tokens == rows * columns:
             return replace(cls.padded((rows, columns), mask.device), packed=True), probed
 
@@ -78,7 +85,9 @@ class TokenBatch:
         batch = cls(
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
+            longest_first=lengths.argsort(descending=True),
             columns=indices % columns,
+            contiguous=holes == 0,
             sequences=indices // columns,
             key_mask=mask.flatten()[indices] if real_tokens < tokens else None,
             grid=(rows, columns),
@@ -95,7 +104,9 @@ class TokenBatch:
         return cls(
             cu_seqlens=cu_seqlens.int(),
             max_seqlen=max_seqlen,
+            longest_first=cu_seqlens.diff().argsort(descending=True),
             columns=token - cu_seqlens.long()[sequences],
+            contiguous=True,
             sequences=sequences,
             key_mask=None,
             grid=(1, tokens),

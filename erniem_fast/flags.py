@@ -30,6 +30,8 @@ KERNELS = Flag("ERNIEM_FAST_KERNELS", ("auto", "off"), "`off` runs every op in p
 PACKING = Flag("ERNIEM_FAST_PACKING", ("1", "0"), "`0` computes padded positions too, as transformers 4.57.6 did")
 VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises where they disagree")
 
+_CHOICES = ("auto", "triton", "torch", "reference")
+
 # Keyed by the names that `use_kernels` and `ops` use.
 OPS = {
     "embeddings": Flag(
@@ -37,9 +39,9 @@ OPS = {
         ("auto", "native", "torch", "reference"),
         "implementation of the embeddings; `native` is compiled where it is not built yet",
     ),
-    "attention": Flag("ERNIEM_FAST_ATTENTION", ("auto", "torch", "reference"), "implementation of attention"),
-    "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", ("auto", "torch", "reference"), "implementation of bias-GELU-dropout"),
-    "layernorm": Flag("ERNIEM_FAST_LAYERNORM", ("auto", "torch", "reference"), "implementation of add-layernorm"),
+    "attention": Flag("ERNIEM_FAST_ATTENTION", _CHOICES, "implementation of attention"),
+    "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", _CHOICES, "implementation of bias-GELU-dropout"),
+    "layernorm": Flag("ERNIEM_FAST_LAYERNORM", _CHOICES, "implementation of add-layernorm"),
 }
 
 FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, VERIFY)}

@@ -1,11 +1,27 @@
-"""Fixtures that several files of tests share."""
+"""Fixtures that several files of tests share.
+
+Without a GPU, the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
+"""
 
 import os
 
 import pytest
+import torch
 
 # Every checkpoint is a folder of the tests: nothing may be looked up on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
+
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+@pytest.fixture
+def poisoned_memory():
+    """Fills memory that is not initialised with NaN, so that nothing a kernel forgets to write goes unseen."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(1).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
 
 
 @pytest.fixture(params=["1", "0"], ids=["packed", "padded"])

@@ -7,6 +7,7 @@ from .. import reference
 from ..batch import TokenBatch
 from .implementation import Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
+from .triton import implementation as triton_implementation
 
 
 def add_layernorm(
@@ -127,4 +128,8 @@ def _composite(norm: LayerNorm) -> Implementation:
     return Implementation(forward, backward)
 
 
-IMPLEMENTATIONS = {"torch": _composite(TORCH), "reference": _composite(REFERENCE)}
+IMPLEMENTATIONS = {
+    "triton": triton_implementation("layernorm"),
+    "torch": _composite(TORCH),
+    "reference": _composite(REFERENCE),
+}

@@ -1,5 +1,6 @@
 """`attention`: softmax(Q Kᵀ · scale) with dropout, times V, within each sequence of a batch."""
 
+from collections.abc import Callable
 from itertools import groupby
 
 import torch
@@ -10,6 +11,7 @@ from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
 from .implementation import Implementation, call, choose, differentiable, run
+from .triton import implementation as triton_implementation
 
 
 def attention(
@@ -33,10 +35,11 @@ def attention(
     Raises:
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
-    name = choose("attention", IMPLEMENTATIONS, qkv.device, qkv.dtype)
+    name = choose("attention", IMPLEMENTATIONS, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
+    order = (batch.longest_first, batch.contiguous)
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
-    inputs = (qkv, *where, heads, scale, p, seed)
-    return call("attention", IMPLEMENTATIONS, name, _forward, differentiable(qkv), *inputs)
+    inputs = (qkv, *order, *where, heads, scale, p, seed)
+    return call("attention", IMPLEMENTATIONS, name, _forward, differentiable(qkv), *inputs)[0]
 
 
 def attention_with_probabilities(
@@ -66,6 +69,8 @@ def attention_with_probabilities(
 @torch.library.custom_op("erniem_fast::attention", mutates_args=())
 def _forward(
     qkv: Tensor,
+    longest_first: Tensor,
+    contiguous: bool,
     cu_seqlens: Tensor,
     max_seqlen: int,
     columns: Tensor,
@@ -76,15 +81,21 @@ def _forward(
     p: float,
     seed: Tensor | None,
     implementation: str,
-) -> Tensor:
-    inputs = (qkv, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, scale, p, seed)
+) -> tuple[Tensor, Tensor]:
+    """The result, and what else the implementation saves for its backward, empty where that is nothing."""
+    where = (longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask)
+    inputs = (qkv, *where, heads, scale, p, seed)
     return run("attention", IMPLEMENTATIONS, implementation, "forward", *inputs)
 
 
 @torch.library.custom_op("erniem_fast::attention_backward", mutates_args=())
 def _backward(
     grad: Tensor,
+    out: Tensor,
+    saved: Tensor,
     qkv: Tensor,
+    longest_first: Tensor,
+    contiguous: bool,
     cu_seqlens: Tensor,
     max_seqlen: int,
     columns: Tensor,
@@ -97,31 +108,34 @@ def _backward(
     implementation: str,
 ) -> Tensor:
     """Gradient of qkv."""
-    inputs = (grad, qkv, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, scale, p, seed)
+    where = (longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask)
+    inputs = (grad, out, saved, qkv, *where, heads, scale, p, seed)
     return run("attention", IMPLEMENTATIONS, implementation, "backward", *inputs)
 
 
 @_forward.register_fake
-def _(qkv, *rest):
-    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+def _(qkv, longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, *rest):
+    *_, implementation = rest
+    lse = (heads, qkv.shape[0]) if implementation == "triton" else 0
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(lse, dtype=torch.float32)
 
 
 @_backward.register_fake
-def _(grad, qkv, *rest):
+def _(grad, out, saved, qkv, *rest):
     return torch.empty_like(qkv)
 
 
 def _setup_context(ctx, inputs, output):
-    qkv, cu_seqlens, ctx.max_seqlen, columns, sequences, key_mask, ctx.heads, ctx.scale, ctx.p, seed, _ = inputs
-    ctx.save_for_backward(qkv, cu_seqlens, columns, sequences, key_mask, seed)
-    ctx.implementation = inputs[-1]
+    qkv, longest_first, ctx.contiguous, cu_seqlens, ctx.max_seqlen, columns, sequences, key_mask, *rest = inputs
+    ctx.heads, ctx.scale, ctx.p, seed, ctx.implementation = rest
+    ctx.save_for_backward(*output, qkv, longest_first, cu_seqlens, columns, sequences, key_mask, seed)
 
 
-def _autograd(ctx, grad):
-    qkv, cu_seqlens, columns, sequences, key_mask, seed = ctx.saved_tensors
-    where = (cu_seqlens, ctx.max_seqlen, columns, sequences, key_mask)
-    of_qkv = _backward(grad, qkv, *where, ctx.heads, ctx.scale, ctx.p, seed, ctx.implementation)
-    return of_qkv, *[None] * 10
+def _autograd(ctx, grad, _):
+    out, saved, qkv, longest_first, cu_seqlens, columns, sequences, key_mask, seed = ctx.saved_tensors
+    where = (longest_first, ctx.contiguous, cu_seqlens, ctx.max_seqlen, columns, sequences, key_mask)
+    of_qkv = _backward(grad, out, saved, qkv, *where, ctx.heads, ctx.scale, ctx.p, seed, ctx.implementation)
+    return of_qkv, *[None] * 12
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
@@ -217,7 +231,20 @@ def _keep_mask(seed, p, place, columns, grid, heads):
     return keep.gather(-1, column[:, None, None, :].expand(*keep.shape[:-1], grid[1]))
 
 
+def _stateless(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) -> Implementation:
+    """An implementation that saves nothing beyond its inputs and takes the sequences in any order."""
+
+    def run_forward(qkv, longest_first, contiguous, *rest):
+        return forward(qkv, *rest), qkv.new_empty(0, dtype=torch.float32)
+
+    def run_backward(grad, out, saved, qkv, longest_first, contiguous, *rest):
+        return backward(grad, qkv, *rest)
+
+    return Implementation(run_forward, run_backward)
+
+
 IMPLEMENTATIONS = {
-    "torch": Implementation(_forward_torch, _backward_torch),
-    "reference": Implementation(_forward_reference, _backward_reference),
+    "triton": triton_implementation("attention", largest=256),
+    "torch": _stateless(_forward_torch, _backward_torch),
+    "reference": _stateless(_forward_reference, _backward_reference),
 }

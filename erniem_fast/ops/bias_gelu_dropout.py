@@ -10,6 +10,7 @@ from .. import reference
 from ..batch import TokenBatch
 from .implementation import Implementation, call, choose, differentiable, run
 from .layer_norm import wide
+from .triton import implementation as triton_implementation
 
 # transformers' names of the activations that the op knows; the exact GELU is ERNIE-M's.
 ACTIVATIONS = {
@@ -136,6 +137,7 @@ def _composite(activate: Callable[..., Tensor], activate_backward: Callable[...,
 
 
 IMPLEMENTATIONS = {
+    "triton": triton_implementation("bias_gelu_dropout"),
     "torch": _composite(_activate_torch, _activate_backward_torch),
     "reference": _composite(reference.activate, reference.activate_backward),
 }

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from math import inf
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Implementation:
         refuses: why it cannot serve a device and dtype, with the remedy; None where it can.
         prepare: makes it ready to serve a device, for callers that ask for it by name.
         fuses_bias: whether the bias of the matrix product before it is cheaper here than in the product.
+        automatic: whether `auto` takes it on a device that it can serve.
+        largest: the largest size that it can serve, see `choose`.
     """
 
     forward: Callable[..., Tensors]
@@ -27,30 +30,42 @@ class Implementation:
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prepare: Callable[[torch.device], None] = lambda device: None
     fuses_bias: bool = False
+    automatic: Callable[[torch.device], bool] = lambda device: True
+    largest: float = inf
+
+    def objection(self, device: torch.device, dtype: torch.dtype, size: int) -> str | None:
+        """Why it cannot serve a call, with the remedy; None where it can."""
+        if size > self.largest:
+            return f"it is built for sizes up to {self.largest}, not {size}; choose `torch`."
+        return self.refuses(device, dtype)
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph
-def choose(op: str, implementations: Mapping[str, Implementation], device: torch.device, dtype: torch.dtype) -> str:
+def choose(
+    op: str, implementations: Mapping[str, Implementation], device: torch.device, dtype: torch.dtype, size: int = 0
+) -> str:
     """The implementation that runs a call: the flag's, or with `auto` the first that can serve it.
 
     Args:
         op: a key of `flags.OPS`.
         implementations: by name, the preferred first.
         device, dtype: of the op's input.
+        size: head_dim for attention; nothing to the other ops.
 
     Raises:
-        RuntimeError: the flag asks for an implementation that cannot serve this device and dtype.
+        RuntimeError: the flag asks for an implementation that cannot serve this device, dtype and size.
     """
     wanted = flags.read(flags.OPS[op])
     if wanted != "auto":
         implementations[wanted].prepare(device)
-        reason = implementations[wanted].refuses(device, dtype)
+        reason = implementations[wanted].objection(device, dtype, size)
         if reason is not None:
             raise RuntimeError(f"{flags.OPS[op].name}={wanted} cannot be served: {reason}")
         return wanted
     if flags.read(flags.KERNELS) == "off":
         return "torch"
-    return next(name for name, each in implementations.items() if each.refuses(device, dtype) is None)
+    served = (each for each in implementations.items() if each[1].automatic(device))
+    return next(name for name, each in served if each.objection(device, dtype, size) is None)
 
 
 def differentiable(*inputs: Tensor | None) -> bool:

@@ -1,0 +1,453 @@
+"""softmax(Q Kᵀ · scale) with dropout, times V, within each sequence, forward and backward; packed and padded alike.
+
+One program takes one block of a sequence's queries, or of its keys, and one head, and streams the sequence past it
+(Dao, "FlashAttention-2", arXiv 2307.08691). Queries, keys and values are read where the projection wrote them. Programs
+are ordered by the length of their sequence, longest first, so that no long one starts when the others are done.
+
+Scores are kept in units of log₂: softmax takes exp2, and `lse`, the logarithm of a row's sum of exponentials, is of
+base 2. It is +inf for a row without keys, whose probabilities are then zero, forward and backward.
+
+The backward has two passes, each with its sums in registers, so that it needs no atomics and is deterministic.
+"""
+
+from dataclasses import dataclass
+from math import e, log2
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import describe
+from .dropout import keep_column_mask, keep_mask, launch_arguments
+
+LOG2_E = tl.constexpr(log2(e))
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    Attributes:
+        block: rows of the tile that a program owns: queries, or keys in the backward's second pass.
+        step: rows of the tiles that it streams past its own.
+        warps: warps of a program.
+        stages: streamed tiles in flight.
+    """
+
+    block: int
+    step: int
+    warps: int
+    stages: int
+
+
+_LARGE_TILES = (90, 100)  # wgmma and tcgen05 read their operands from shared memory, which leaves registers free
+
+
+def forward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+    """The largest tiles that spill no registers (bench/results/codegen.md); no other choice has been timed yet."""
+    if dtype == torch.float32:
+        return Config(32, 32 if head_dim <= 64 else 16, warps=8, stages=1)
+    if head_dim > 128:
+        return Config(64, 32, warps=8, stages=2)
+    if head_dim > 64:
+        return Config(64, 32, warps=4, stages=2) if dropout or max_seqlen <= 64 else Config(128, 64, warps=8, stages=2)
+    if max_seqlen <= 64:
+        return Config(64, 64, warps=4, stages=2)
+    return Config(128, 128 if arch in _LARGE_TILES and not dropout else 64, warps=8, stages=3)
+
+
+def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+    """As the forward's. Both passes hold two operands and one or two sums, so tiles are smaller."""
+    if dtype == torch.float32:
+        return Config(32, 32, warps=8, stages=1) if head_dim <= 64 else Config(16, 16, warps=8, stages=1)
+    if head_dim > 128:
+        return Config(16, 32, warps=4, stages=1)
+    if head_dim > 64 or arch == 120:
+        return Config(64, 32, warps=8, stages=2)
+    step = 64 if arch in _LARGE_TILES else 32
+    return Config(64, step, warps=4, stages=2) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
+
+
+def forward(
+    qkv: Tensor,
+    longest_first: Tensor,
+    contiguous: bool,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    columns: Tensor,
+    sequences: Tensor,
+    key_mask: Tensor | None,
+    heads: int,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """The result `(tokens, heads · head_dim)`, and `lse`, float32 `(heads, tokens)`."""
+    qkv = qkv.contiguous()
+    tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
+    out = qkv.new_empty(tokens, heads * head_dim)
+    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
+    config = forward_config(describe(qkv.device).arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
+    blocks = triton.cdiv(max_seqlen, config.block)
+    if tokens:
+        _forward_kernel[(longest_first.shape[0] * blocks * heads,)](
+            qkv,
+            cu_seqlens,
+            longest_first,
+            columns,
+            key_mask,
+            seed,
+            out,
+            lse,
+            tokens,
+            blocks,
+            scale,
+            *launch_arguments(p),
+            heads,
+            head_dim,
+            _padded(head_dim),
+            config.block,
+            config.step,
+            config.stages,
+            contiguous,
+            _precision(qkv.dtype),
+            num_warps=config.warps,
+        )
+    return out, lse
+
+
+def backward(
+    grad: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    qkv: Tensor,
+    longest_first: Tensor,
+    contiguous: bool,
+    cu_seqlens: Tensor,
+    max_seqlen: int,
+    columns: Tensor,
+    sequences: Tensor,
+    key_mask: Tensor | None,
+    heads: int,
+    scale: float,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """The gradient of `qkv`."""
+    grad, out, qkv = grad.contiguous(), out.contiguous(), qkv.contiguous()
+    tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
+    of_qkv = torch.empty_like(qkv)
+    delta = torch.empty_like(lse)
+    config = backward_config(describe(qkv.device).arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
+    blocks = triton.cdiv(max_seqlen, config.block)
+    if tokens:
+        # The first pass leaves in `delta` what the second one needs.
+        for kernel, extra in ((_backward_queries_kernel, (out,)), (_backward_keys_kernel, ())):
+            kernel[(longest_first.shape[0] * blocks * heads,)](
+                grad,
+                *extra,
+                lse,
+                delta,
+                qkv,
+                cu_seqlens,
+                longest_first,
+                columns,
+                key_mask,
+                seed,
+                of_qkv,
+                tokens,
+                blocks,
+                scale,
+                *launch_arguments(p),
+                heads,
+                head_dim,
+                _padded(head_dim),
+                config.block,
+                config.step,
+                config.stages,
+                contiguous,
+                _precision(qkv.dtype),
+                num_warps=config.warps,
+            )
+    return of_qkv
+
+
+def _padded(head_dim: int) -> int:
+    return max(16, triton.next_power_of_2(head_dim))
+
+
+def _precision(dtype: torch.dtype) -> str:
+    """Of float32 matrix products, as the user has set it for PyTorch's own."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+    return "tf32" if tf32 else "ieee"
+
+
+@triton.jit
+def _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS: tl.constexpr, BLOCK: tl.constexpr):
+    """What a program does: its sequence, where that starts, its length, the first row of the block, and the head.
+
+    Programs of the longest sequence come first; those of one block come together, so that they share its cache lines.
+    """
+    program = tl.program_id(0)
+    sequence = tl.load(longest_first_ptr + program // HEADS // blocks).to(tl.int32)
+    start = tl.load(cu_seqlens_ptr + sequence)
+    length = tl.load(cu_seqlens_ptr + sequence + 1) - start
+    return sequence, start, length, program // HEADS % blocks * BLOCK, program % HEADS
+
+
+@triton.jit
+def _load(ptr, row, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Rows `row`, `[N, 1]`, of a head; zeros beyond the sequence and the head."""
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    mask = row < length
+    if HEAD_DIM < BLOCK_DIM:
+        mask = mask & (dim < HEAD_DIM)
+    return tl.load(ptr + row * STRIDE + dim, mask=mask, other=0.0)
+
+
+@triton.jit
+def _store(ptr, row, length, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    dim = tl.arange(0, BLOCK_DIM)[None, :]
+    mask = row < length
+    if HEAD_DIM < BLOCK_DIM:
+        mask = mask & (dim < HEAD_DIM)
+    tl.store(ptr + row * STRIDE + dim, x.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _kept_keys(key_mask_ptr, start, key, length):
+    """Which of the keys `key`, any shape, are attended to."""
+    kept = key < length
+    if key_mask_ptr is not None:
+        kept = tl.load(key_mask_ptr + start + key, mask=kept, other=0).to(tl.int1)
+    return kept
+
+
+@triton.jit
+def _keep(
+    columns_ptr,
+    start,
+    length,
+    sequence,
+    head,
+    query,
+    first_key,
+    seed,
+    threshold,
+    KEYS: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+):
+    """The dropout mask `[M, KEYS]` of the queries `query`, `[M, 1]`, and the keys from `first_key` on."""
+    if CONTIGUOUS:
+        groups = first_key // 4 + tl.arange(0, KEYS // 4)[None, :]
+        return keep_mask(seed, threshold, groups, query, sequence, head)
+    else:
+        key = first_key + tl.arange(0, KEYS)[None, :]
+        query_column = tl.load(columns_ptr + start + query, mask=query < length, other=0).to(tl.int32)
+        key_column = tl.load(columns_ptr + start + key, mask=key < length, other=0).to(tl.int32)
+        return keep_column_mask(seed, threshold, key_column, query_column, sequence, head)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
+def _forward_kernel(
+    qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
+    cu_seqlens_ptr,  # (sequences + 1,)
+    longest_first_ptr,  # (sequences,)
+    columns_ptr,  # (tokens,)
+    key_mask_ptr,  # (tokens,), or None
+    seed_ptr,  # one element, or None for no dropout
+    out_ptr,  # (tokens, HEADS · HEAD_DIM)
+    lse_ptr,  # (HEADS, tokens)
+    tokens,
+    blocks,  # of the longest sequence
+    scale,
+    threshold,
+    rescale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    HIDDEN: tl.constexpr = HEADS * HEAD_DIM
+    sequence, start, length, first, head = _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS, BLOCK)
+    if first >= length:
+        return
+    token = start.to(tl.int64)
+    query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    row = first + tl.arange(0, BLOCK)[:, None]
+    query = _load(query_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    largest = tl.full([BLOCK, 1], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK, 1], tl.float32)
+    out = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    for first_key in tl.range(0, length, STEP, num_stages=STAGES):
+        key_row = first_key + tl.arange(0, STEP)[:, None]
+        key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.where(kept, scores, float("-inf"))
+
+        larger = tl.maximum(largest, tl.max(scores, axis=1)[:, None])
+        # Before the first key that is kept, -inf - -inf would be NaN.
+        shift = tl.where(larger == float("-inf"), 0.0, larger)
+        probabilities = tl.exp2(scores - shift)
+        shrink = tl.exp2(largest - shift)
+        total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
+        largest = larger
+        if seed_ptr is not None:
+            keep = _keep(columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS)
+            probabilities = tl.where(keep, probabilities, 0.0)
+        out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
+
+    empty = total == 0.0
+    out = out * (tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total)))
+    if seed_ptr is not None:
+        out *= rescale
+    _store(out_ptr + token * HIDDEN + head * HEAD_DIM, row, length, out, HIDDEN, HEAD_DIM, BLOCK_DIM)
+    lse = tl.where(empty, float("inf"), largest + tl.log2(tl.where(empty, 1.0, total)))
+    lse_ptr += head.to(tl.int64) * tokens + start
+    tl.store(lse_ptr + row, lse, mask=row < length)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
+def _backward_queries_kernel(
+    grad_ptr,  # (tokens, HEADS · HEAD_DIM)
+    out_ptr,  # (tokens, HEADS · HEAD_DIM)
+    lse_ptr,  # (HEADS, tokens)
+    delta_ptr,  # (HEADS, tokens): the sum over a row of grad · out, made here
+    qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
+    cu_seqlens_ptr,  # (sequences + 1,)
+    longest_first_ptr,  # (sequences,)
+    columns_ptr,  # (tokens,)
+    key_mask_ptr,  # (tokens,), or None
+    seed_ptr,  # one element, or None for no dropout
+    of_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the queries' third is made here
+    tokens,
+    blocks,  # of the longest sequence
+    scale,
+    threshold,
+    rescale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    HIDDEN: tl.constexpr = HEADS * HEAD_DIM
+    sequence, start, length, first, head = _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS, BLOCK)
+    if first >= length:
+        return
+    token = start.to(tl.int64)
+    query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    out_offset = token * HIDDEN + head * HEAD_DIM
+    row_offset = head.to(tl.int64) * tokens + start
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    row = first + tl.arange(0, BLOCK)[:, None]
+    query = _load(query_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    grad = _load(grad_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
+    out = _load(out_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
+    lse = tl.load(lse_ptr + row_offset + row, mask=row < length, other=float("inf"))
+    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[:, None]
+    tl.store(delta_ptr + row_offset + row, delta, mask=row < length)
+
+    of_query = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    for first_key in tl.range(0, length, STEP, num_stages=STAGES):
+        key_row = first_key + tl.arange(0, STEP)[:, None]
+        key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
+        probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
+        of_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        if seed_ptr is not None:
+            keep = _keep(columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS)
+            of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
+        of_scores = probabilities * (of_probabilities - delta)
+        of_query = tl.dot(of_scores.to(key.dtype), key, acc=of_query, input_precision=PRECISION)
+
+    of_query_ptr = of_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    _store(of_query_ptr, row, length, of_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+
+
+@triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
+def _backward_keys_kernel(
+    grad_ptr,  # (tokens, HEADS · HEAD_DIM)
+    lse_ptr,  # (HEADS, tokens)
+    delta_ptr,  # (HEADS, tokens)
+    qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
+    cu_seqlens_ptr,  # (sequences + 1,)
+    longest_first_ptr,  # (sequences,)
+    columns_ptr,  # (tokens,)
+    key_mask_ptr,  # (tokens,), or None
+    seed_ptr,  # one element, or None for no dropout
+    of_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the keys' and the values' thirds are made here
+    tokens,
+    blocks,  # of the longest sequence
+    scale,
+    threshold,
+    rescale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    HIDDEN: tl.constexpr = HEADS * HEAD_DIM
+    sequence, start, length, first, head = _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS, BLOCK)
+    if first >= length:
+        return
+    token = start.to(tl.int64)
+    query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    grad_ptr += token * HIDDEN + head * HEAD_DIM
+    row_offset = head.to(tl.int64) * tokens + start
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    row = first + tl.arange(0, BLOCK)[:, None]
+    key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    kept = _kept_keys(key_mask_ptr, start, row, length)
+    of_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    of_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    for first_query in tl.range(0, length, STEP, num_stages=STAGES):
+        query_row = first_query + tl.arange(0, STEP)[:, None]
+        query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        grad = _load(grad_ptr, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
+        column = first_query + tl.arange(0, STEP)[None, :]
+        lse = tl.load(lse_ptr + row_offset + column, mask=column < length, other=float("inf"))
+        delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
+        # Keys by queries: the transpose of what the other kernels hold.
+        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2_E)
+        probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
+        of_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+        dropped = probabilities
+        if seed_ptr is not None:
+            keep = tl.trans(
+                _keep(columns_ptr, start, length, sequence, head, query_row, first, seed, threshold, BLOCK, CONTIGUOUS)
+            )
+            dropped = tl.where(keep, probabilities, 0.0)
+            of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
+        of_value = tl.dot(dropped.to(grad.dtype), grad, acc=of_value, input_precision=PRECISION)
+        of_scores = probabilities * (of_probabilities - delta)
+        of_key = tl.dot(of_scores.to(query.dtype), query, acc=of_key, input_precision=PRECISION)
+
+    if seed_ptr is not None:
+        of_value *= rescale
+    of_key_ptr = of_qkv_ptr + token * 3 * HIDDEN + HIDDEN + head * HEAD_DIM
+    _store(of_key_ptr, row, length, of_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    _store(of_key_ptr + HIDDEN, row, length, of_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)

@@ -1,0 +1,253 @@
+"""dropout(activation(x + bias)), forward and backward, at one read and one write of every tensor.
+
+A program owns a block of features, whose bias it keeps in registers, and walks over its share of the rows. Its sum of
+the bias's gradient therefore stays in registers too, and leaves as one partial sum.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import describe, share
+from .dropout import drop_features, launch_arguments
+
+
+@dataclass(frozen=True)
+class Config:
+    """
+    Attributes:
+        block: features of a tile, a power of two.
+        rows: rows of a tile, a power of two.
+        warps: warps of a program.
+        stages: tiles in flight, of which all but one are being loaded.
+        programs: programs per multiprocessor.
+    """
+
+    block: int
+    rows: int
+    warps: int
+    stages: int
+    programs: int
+
+    @classmethod
+    def for_tile(cls, features: int, itemsize: int, elements: int, programs: int) -> "Config":
+        """A warp reads 16 bytes a lane along one row; `elements` are those of a lane."""
+        warps, lanes = 4, 32
+        block = min(lanes * (16 // itemsize), triton.next_power_of_2(features))
+        return cls(block, warps * lanes * elements // block, warps, stages=2, programs=programs)
+
+
+def forward_config(features: int, itemsize: int) -> Config:
+    """Chosen by arithmetic, not yet timed on a GPU: 16 elements a lane hide the latency of a load at 8 programs."""
+    return Config.for_tile(features, itemsize, elements=16, programs=8)
+
+
+def backward_config(features: int, itemsize: int) -> Config:
+    """As forward, with half of the programs: the derivative and the sum of the bias's gradient take registers."""
+    return Config.for_tile(features, itemsize, elements=16, programs=4)
+
+
+def forward(
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    columns: Tensor,
+    sequences: Tensor,
+    p: float,
+    seed: Tensor | None,
+) -> Tensor:
+    """`(tokens, features)` in the dtype of x."""
+    x = x.contiguous()
+    tokens, features = x.shape
+    out = torch.empty_like(x)
+    config = forward_config(features, x.itemsize)
+    programs, rows_per_program = _share(tokens, features, config, x.device)
+    _forward_kernel[(programs * triton.cdiv(features, config.block),)](
+        x,
+        bias,
+        columns,
+        sequences,
+        seed,
+        out,
+        tokens,
+        rows_per_program,
+        *launch_arguments(p),
+        activation,
+        features,
+        config.block,
+        config.rows,
+        config.stages,
+        num_warps=config.warps,
+    )
+    return out
+
+
+def backward(
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    columns: Tensor,
+    sequences: Tensor,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor]:
+    """Gradients of x and bias, the latter empty where there is no bias."""
+    grad, x = grad.contiguous(), x.contiguous()
+    tokens, features = x.shape
+    of_x = torch.empty_like(x)
+    config = backward_config(features, x.itemsize)
+    programs, rows_per_program = _share(tokens, features, config, x.device)
+    partials = None if bias is None else torch.empty(programs, features, dtype=torch.float32, device=x.device)
+    _backward_kernel[(programs * triton.cdiv(features, config.block),)](
+        grad,
+        x,
+        bias,
+        columns,
+        sequences,
+        seed,
+        of_x,
+        partials,
+        tokens,
+        rows_per_program,
+        *launch_arguments(p),
+        activation,
+        features,
+        config.block,
+        config.rows,
+        config.stages,
+        num_warps=config.warps,
+    )
+    return of_x, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(0)
+
+
+def _share(tokens: int, features: int, config: Config, device: torch.device) -> tuple[int, int]:
+    """How many programs share the rows of a block of features, and how many rows each of them takes."""
+    programs = config.programs * describe(device).multiprocessors // triton.cdiv(features, config.block)
+    return share(tokens, config.rows, programs)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        return 0.5 * x * (1.0 + tl.erf(x * 0.7071067811865476))
+    elif ACTIVATION == "gelu_tanh":
+        return x * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+    else:
+        return tl.maximum(x, 0.0)
+
+
+@triton.jit
+def _derivative(x, ACTIVATION: tl.constexpr):
+    if ACTIVATION == "gelu":
+        density = tl.exp(-0.5 * x * x) * 0.3989422804014327
+        return 0.5 * (1.0 + tl.erf(x * 0.7071067811865476)) + x * density
+    elif ACTIVATION == "gelu_tanh":
+        sigmoid = tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x))
+        slope = 1.5957691216057308 * (1.0 + 0.134145 * x * x)
+        return sigmoid + x * sigmoid * (1.0 - sigmoid) * slope
+    else:
+        return tl.where(x > 0.0, 1.0, 0.0)
+
+
+@triton.jit
+def _load_bias(ptr, features, FEATURES: tl.constexpr, ROWS: tl.constexpr):
+    """Loading every row gives the registers the layout of a tile; one row would be spread over all warps."""
+    features += tl.zeros([ROWS, 1], tl.int32)
+    return tl.load(ptr + features, mask=features < FEATURES, other=0.0).to(tl.float32)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows_per_program", "threshold"])
+def _forward_kernel(
+    x_ptr,  # (tokens, FEATURES)
+    bias_ptr,  # (FEATURES,), or None
+    columns_ptr,  # (tokens,)
+    sequences_ptr,  # (tokens,)
+    seed_ptr,  # one element, or None for no dropout
+    out_ptr,  # (tokens, FEATURES)
+    tokens,
+    rows_per_program,
+    threshold,
+    rescale,
+    ACTIVATION: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    block = tl.program_id(0) % tl.cdiv(FEATURES, BLOCK)
+    features = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if bias_ptr is not None:
+        bias = _load_bias(bias_ptr, features, FEATURES, ROWS)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    first = tl.program_id(0) // tl.cdiv(FEATURES, BLOCK) * rows_per_program
+    last = tl.minimum(first + rows_per_program, tokens)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (rows < tokens) & (features < FEATURES)
+        x = tl.load(x_ptr + rows * FEATURES + features, mask=mask).to(tl.float32)
+        if bias_ptr is not None:
+            x += bias
+        out = _activate(x, ACTIVATION)
+        if seed_ptr is not None:
+            column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            out = drop_features(out, seed, threshold, rescale, column, sequence, block, BLOCK)
+        tl.store(out_ptr + rows * FEATURES + features, out.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows_per_program", "threshold"])
+def _backward_kernel(
+    grad_ptr,  # (tokens, FEATURES)
+    x_ptr,  # (tokens, FEATURES)
+    bias_ptr,  # (FEATURES,), or None
+    columns_ptr,  # (tokens,)
+    sequences_ptr,  # (tokens,)
+    seed_ptr,  # one element, or None for no dropout
+    of_x_ptr,  # (tokens, FEATURES)
+    partials_ptr,  # (programs, FEATURES) float32: each share of rows' sum of the bias's gradient; None without bias
+    tokens,
+    rows_per_program,
+    threshold,
+    rescale,
+    ACTIVATION: tl.constexpr,
+    FEATURES: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    block = tl.program_id(0) % tl.cdiv(FEATURES, BLOCK)
+    features = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+    if bias_ptr is not None:
+        bias = _load_bias(bias_ptr, features, FEATURES, ROWS)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    of_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+
+    program = tl.program_id(0) // tl.cdiv(FEATURES, BLOCK)
+    first = program * rows_per_program
+    last = tl.minimum(first + rows_per_program, tokens)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        mask = (rows < tokens) & (features < FEATURES)
+        # Zeros beyond the ends make the gradient zero there, and so the sum of the bias's gradient right.
+        of_x = tl.load(grad_ptr + rows * FEATURES + features, mask=mask, other=0.0).to(tl.float32)
+        x = tl.load(x_ptr + rows * FEATURES + features, mask=mask, other=0.0).to(tl.float32)
+        if bias_ptr is not None:
+            x += bias
+        if seed_ptr is not None:
+            column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            of_x = drop_features(of_x, seed, threshold, rescale, column, sequence, block, BLOCK)
+        of_x *= _derivative(x, ACTIVATION)
+        tl.store(of_x_ptr + rows * FEATURES + features, of_x.to(of_x_ptr.dtype.element_ty), mask=mask)
+        of_bias += of_x
+
+    if partials_ptr is not None:
+        sums = tl.sum(of_bias, axis=0)[None, :]
+        tl.store(partials_ptr + program * FEATURES + features, sums, mask=features < FEATURES)

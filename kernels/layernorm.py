@@ -1,0 +1,364 @@
+"""LN(residual + dropout(x + bias)), forward and backward: each reads its inputs once and writes its results once.
+
+A tile is a few rows. A row is a tuple of `CHUNKS` blocks of a power of two features, so that 768 = 3 · 256 leaves no
+lane idle, and a warp has rows of its own up to 768 features, so that a row's sums need no other warp. Statistics are
+taken in float32, of values in registers, in two passes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .device import describe, share
+from .dropout import drop_features, launch_arguments
+
+_LANES = 32
+_FEATURES_PER_WARP = 768  # 24 registers a lane for each row that a kernel holds; the backward holds seven
+_MAX_CHUNKS = 8
+
+
+@dataclass(frozen=True)
+class Config:
+    """How rows are cut into tiles.
+
+    Attributes:
+        block: features of a chunk, a power of two.
+        chunks: chunks of a row.
+        rows: rows of a tile, a power of two.
+        warps: warps of a program.
+        stages: tiles in flight, of which all but one are being loaded.
+        programs: programs per multiprocessor; each walks over its share of the rows.
+    """
+
+    block: int
+    chunks: int
+    rows: int
+    warps: int
+    stages: int
+    programs: int
+
+    @classmethod
+    def for_rows(cls, hidden: int, itemsize: int, warps: int, stages: int, programs: int) -> "Config":
+        """Gives each row as few warps as hold it, with 16-byte loads, and the least padding that 8 chunks allow."""
+        row_warps = min(warps, triton.next_power_of_2(triton.cdiv(hidden, _FEATURES_PER_WARP)))
+        vector = 16 // itemsize
+        span = row_warps * _LANES * vector
+        blocks = [span >> shift for shift in range((span // vector).bit_length())]
+        few = (block for block in blocks if hidden <= _MAX_CHUNKS * block)
+        block = min(few, key=lambda block: -hidden % block, default=span)
+        rows = warps // row_warps * (span // block)
+        return cls(block, triton.cdiv(hidden, block), rows, warps, stages, programs)
+
+
+def forward_config(hidden: int, itemsize: int) -> Config:
+    """Four warps a program and four programs a multiprocessor; chosen by arithmetic, not yet timed on a GPU."""
+    return Config.for_rows(hidden, itemsize, warps=4, stages=2, programs=4)
+
+
+def backward_config(hidden: int, itemsize: int) -> Config:
+    """One large program a multiprocessor, so that partial sums of the parameters' gradients are few; not yet timed."""
+    return Config.for_rows(hidden, itemsize, warps=8, stages=2, programs=1)
+
+
+def forward(
+    residual: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    weight: Tensor,
+    norm_bias: Tensor,
+    eps: float,
+    columns: Tensor,
+    sequences: Tensor,
+    p: float,
+    seed: Tensor | None,
+    save: bool,
+) -> tuple[Tensor, Tensor]:
+    """The result, and the layer norm's input for the backward, empty where it is not to be saved."""
+    residual, x = residual.contiguous(), x.contiguous()
+    tokens, hidden = x.shape
+    out = torch.empty_like(x, dtype=torch.promote_types(residual.dtype, x.dtype))
+    z = torch.empty_like(out) if save else None
+    config = forward_config(hidden, out.itemsize)
+    programs, rows_per_program = share(tokens, config.rows, config.programs * describe(x.device).multiprocessors)
+    _forward_kernel[(programs,)](
+        residual,
+        x,
+        bias,
+        weight,
+        norm_bias,
+        columns,
+        sequences,
+        seed,
+        out,
+        z,
+        tokens,
+        rows_per_program,
+        eps,
+        *launch_arguments(p),
+        hidden,
+        config.block,
+        config.chunks,
+        config.rows,
+        config.stages,
+        num_warps=config.warps,
+    )
+    return out, out.new_empty(0) if z is None else z
+
+
+def backward(
+    grad: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    eps: float,
+    columns: Tensor,
+    sequences: Tensor,
+    p: float,
+    seed: Tensor | None,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """Gradients of residual, x, bias, weight and norm_bias; that of x is empty where it equals the residual's."""
+    grad = grad.contiguous()
+    tokens, hidden = z.shape
+    of_z = torch.empty_like(z)
+    of_x = None if seed is None else torch.empty_like(z)
+    config = backward_config(hidden, z.itemsize)
+    programs, rows_per_program = share(tokens, config.rows, config.programs * describe(z.device).multiprocessors)
+    partials = torch.empty(3, programs, hidden, dtype=torch.float32, device=z.device)
+    _backward_kernel[(programs,)](
+        grad,
+        z,
+        weight,
+        columns,
+        sequences,
+        seed,
+        of_z,
+        of_x,
+        partials,
+        tokens,
+        rows_per_program,
+        eps,
+        *launch_arguments(p),
+        hidden,
+        config.block,
+        config.chunks,
+        config.rows,
+        config.stages,
+        num_warps=config.warps,
+    )
+    return of_z, z.new_empty(0) if of_x is None else of_x, *(partial.sum(0) for partial in partials)
+
+
+@triton.jit
+def _features(chunk: tl.constexpr, BLOCK: tl.constexpr):
+    return chunk * BLOCK + tl.arange(0, BLOCK)[None, :]
+
+
+@triton.jit
+def _load_vector(ptr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """`(HIDDEN,)` as chunks `[ROWS, BLOCK]` of equal rows in float32, zeros beyond the end.
+
+    Loading every row gives the registers the layout of a tile; one row would be spread over all warps and converted.
+    """
+    chunks = ()
+    for chunk in tl.static_range(CHUNKS):
+        features = _features(chunk, BLOCK) + tl.zeros([ROWS, 1], tl.int32)
+        chunks += (tl.load(ptr + features, mask=features < HIDDEN, other=0.0).to(tl.float32),)
+    return chunks
+
+
+@triton.jit
+def _load_rows(ptr, rows, tokens, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows of `(tokens, HIDDEN)` as chunks `[ROWS, BLOCK]` in float32, zeros beyond the ends."""
+    chunks = ()
+    for chunk in tl.static_range(CHUNKS):
+        features = _features(chunk, BLOCK)
+        mask = (rows < tokens) & (features < HIDDEN)
+        chunks += (tl.load(ptr + rows * HIDDEN + features, mask=mask, other=0.0).to(tl.float32),)
+    return chunks
+
+
+@triton.jit
+def _store_rows(ptr, rows, tokens, chunks, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    for chunk in tl.static_range(CHUNKS):
+        features = _features(chunk, BLOCK)
+        mask = (rows < tokens) & (features < HIDDEN)
+        tl.store(ptr + rows * HIDDEN + features, chunks[chunk].to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def _dropout(chunks, seed, threshold, rescale, column, sequence, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    dropped = ()
+    for chunk in tl.static_range(CHUNKS):
+        dropped += (drop_features(chunks[chunk], seed, threshold, rescale, column, sequence, chunk, BLOCK),)
+    return dropped
+
+
+@triton.jit
+def _row_sums(chunks, CHUNKS: tl.constexpr):
+    """The sum of each row, `[ROWS, 1]`."""
+    total = chunks[0]
+    for chunk in tl.static_range(1, CHUNKS):
+        total += chunks[chunk]
+    return tl.sum(total, axis=1)[:, None]
+
+
+@triton.jit
+def _normalise(z, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows with mean 0 and variance 1, zeros beyond the end of a row, and the reciprocal standard deviations."""
+    mean = _row_sums(z, CHUNKS) / HIDDEN
+    centred = ()
+    squares = ()
+    for chunk in tl.static_range(CHUNKS):
+        difference = tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0)
+        centred += (difference,)
+        squares += (difference * difference,)
+    rstd = tl.rsqrt(_row_sums(squares, CHUNKS) / HIDDEN + eps)
+    normal = ()
+    for chunk in tl.static_range(CHUNKS):
+        normal += (centred[chunk] * rstd,)
+    return normal, rstd
+
+
+@triton.jit(do_not_specialize=["tokens", "rows_per_program", "threshold"])
+def _forward_kernel(
+    residual_ptr,  # (tokens, HIDDEN)
+    x_ptr,  # (tokens, HIDDEN)
+    bias_ptr,  # (HIDDEN,), or None
+    weight_ptr,  # (HIDDEN,)
+    norm_bias_ptr,  # (HIDDEN,)
+    columns_ptr,  # (tokens,)
+    sequences_ptr,  # (tokens,)
+    seed_ptr,  # one element, or None for no dropout
+    out_ptr,  # (tokens, HIDDEN)
+    z_ptr,  # (tokens, HIDDEN), or None
+    tokens,
+    rows_per_program,
+    eps,
+    threshold,
+    rescale,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    weight = _load_vector(weight_ptr, HIDDEN, ROWS, BLOCK, CHUNKS)
+    norm_bias = _load_vector(norm_bias_ptr, HIDDEN, ROWS, BLOCK, CHUNKS)
+    if bias_ptr is not None:
+        bias = _load_vector(bias_ptr, HIDDEN, ROWS, BLOCK, CHUNKS)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    first = tl.program_id(0) * rows_per_program
+    last = tl.minimum(first + rows_per_program, tokens)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        residual = _load_rows(residual_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
+        x = _load_rows(x_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
+        if bias_ptr is not None:
+            x = _add(x, bias, CHUNKS)
+        if seed_ptr is not None:
+            column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)
+        z = _add(residual, x, CHUNKS)
+        if z_ptr is not None:
+            _store_rows(z_ptr, rows, tokens, z, HIDDEN, BLOCK, CHUNKS)
+        normal, _ = _normalise(z, eps, HIDDEN, BLOCK, CHUNKS)
+        out = _add(_multiply(normal, weight, CHUNKS), norm_bias, CHUNKS)
+        _store_rows(out_ptr, rows, tokens, out, HIDDEN, BLOCK, CHUNKS)
+
+
+@triton.jit(do_not_specialize=["tokens", "rows_per_program", "threshold"])
+def _backward_kernel(
+    grad_ptr,  # (tokens, HIDDEN)
+    z_ptr,  # (tokens, HIDDEN)
+    weight_ptr,  # (HIDDEN,)
+    columns_ptr,  # (tokens,)
+    sequences_ptr,  # (tokens,)
+    seed_ptr,  # one element, or None for no dropout
+    of_z_ptr,  # (tokens, HIDDEN)
+    of_x_ptr,  # (tokens, HIDDEN), or None where it equals of_z
+    partials_ptr,  # (3, programs, HIDDEN) float32: each program's share of the gradients of bias, weight, norm_bias
+    tokens,
+    rows_per_program,
+    eps,
+    threshold,
+    rescale,
+    HIDDEN: tl.constexpr,
+    BLOCK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    ROWS: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    weight = _load_vector(weight_ptr, HIDDEN, ROWS, BLOCK, CHUNKS)
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+    of_bias = _zeros(ROWS, BLOCK, CHUNKS)
+    of_weight = _zeros(ROWS, BLOCK, CHUNKS)
+    of_norm_bias = _zeros(ROWS, BLOCK, CHUNKS)
+
+    first = tl.program_id(0) * rows_per_program
+    last = tl.minimum(first + rows_per_program, tokens)
+    for start in tl.range(first, last, ROWS, num_stages=STAGES):
+        rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
+        grad = _load_rows(grad_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
+        normal, rstd = _normalise(_load_rows(z_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS), eps, HIDDEN, BLOCK, CHUNKS)
+        of_weight = _add(of_weight, _multiply(grad, normal, CHUNKS), CHUNKS)
+        of_norm_bias = _add(of_norm_bias, grad, CHUNKS)
+
+        of_normal = _multiply(grad, weight, CHUNKS)
+        mean = _row_sums(of_normal, CHUNKS) / HIDDEN
+        slope = _row_sums(_multiply(of_normal, normal, CHUNKS), CHUNKS) / HIDDEN
+        of_z = ()
+        for chunk in tl.static_range(CHUNKS):
+            of_z += ((of_normal[chunk] - mean - normal[chunk] * slope) * rstd,)
+        _store_rows(of_z_ptr, rows, tokens, of_z, HIDDEN, BLOCK, CHUNKS)
+        if seed_ptr is not None:
+            column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            of_x = _dropout(of_z, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)
+            _store_rows(of_x_ptr, rows, tokens, of_x, HIDDEN, BLOCK, CHUNKS)
+            of_bias = _add(of_bias, of_x, CHUNKS)
+        else:
+            of_bias = _add(of_bias, of_z, CHUNKS)
+
+    partials_ptr += tl.program_id(0) * HIDDEN
+    partials_stride = tl.num_programs(0) * HIDDEN
+    _store_sums(partials_ptr, of_bias, HIDDEN, BLOCK, CHUNKS)
+    _store_sums(partials_ptr + partials_stride, of_weight, HIDDEN, BLOCK, CHUNKS)
+    _store_sums(partials_ptr + 2 * partials_stride, of_norm_bias, HIDDEN, BLOCK, CHUNKS)
+
+
+@triton.jit
+def _add(left, right, CHUNKS: tl.constexpr):
+    chunks = ()
+    for chunk in tl.static_range(CHUNKS):
+        chunks += (left[chunk] + right[chunk],)
+    return chunks
+
+
+@triton.jit
+def _multiply(left, right, CHUNKS: tl.constexpr):
+    chunks = ()
+    for chunk in tl.static_range(CHUNKS):
+        chunks += (left[chunk] * right[chunk],)
+    return chunks
+
+
+@triton.jit
+def _zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    chunks = ()
+    for _ in tl.static_range(CHUNKS):
+        chunks += (tl.zeros([ROWS, BLOCK], tl.float32),)
+    return chunks
+
+
+@triton.jit
+def _store_sums(ptr, chunks, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """The sum over a tile's rows, `(HIDDEN,)`."""
+    for chunk in tl.static_range(CHUNKS):
+        features = chunk * BLOCK + tl.arange(0, BLOCK)
+        tl.store(ptr + features, tl.sum(chunks[chunk], axis=0), mask=features < HIDDEN)

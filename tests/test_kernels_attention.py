@@ -1,0 +1,183 @@
+"""The Triton kernels of attention against the reference."""
+
+from dataclasses import replace
+from functools import partial
+
+import pytest
+import torch
+from equivalence import DEVICE, assert_equivalent, run
+
+from erniem_fast import ops, reference
+from erniem_fast.batch import TokenBatch
+from erniem_fast.dropout import keep_mask
+from erniem_fast.flags import use_kernels
+from erniem_fast.kernels import attention
+
+pytestmark = pytest.mark.usefixtures("poisoned_memory")
+
+SEED = torch.tensor([0x123456789ABCDEF], device=DEVICE)
+HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129)
+
+
+def batch_of(lengths):
+    """Packed sequences of these lengths."""
+    cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0)
+    return TokenBatch.from_cu_seqlens(cu_seqlens, max(lengths), sum(lengths))
+
+
+def batch_with_holes(lengths):
+    """Packed sequences of these lengths, each at the end of a row that starts with padding and has a hole."""
+    mask = torch.zeros(len(lengths), max(lengths) + 3, dtype=torch.bool, device=DEVICE)
+    for row, length in zip(mask, lengths, strict=True):
+        row[len(row) - length :] = True
+        row[-1 - length // 2] = row[-1 - length] = length < 2
+        row[-length - 1] = length >= 2
+    return TokenBatch.from_mask(mask, keep_first=False)[0]
+
+
+def inputs_of(batch, heads, head_dim, dtype):
+    return [torch.randn(batch.tokens, 3 * heads * head_dim, device=DEVICE).to(dtype)]
+
+
+def kernel(batch, heads, p, seed, qkv):
+    with use_kernels(attention="triton"):
+        return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, p, seed)
+
+
+def oracle(batch, heads, p, seed, qkv):
+    scale = (qkv.shape[1] // (3 * heads)) ** -0.5
+    return reference.attention(qkv, batch.cu_seqlens, batch.columns, batch.key_mask, heads, scale, p, seed)
+
+
+def check(batch, heads, head_dim, dtype, p=0.1, seed=SEED):
+    case = (batch, heads, p, seed)
+    assert_equivalent(partial(kernel, *case), partial(oracle, *case), inputs_of(batch, heads, head_dim, dtype))
+
+
+@pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_hard_lengths(dtype, seed):
+    check(batch_of(HARD_LENGTHS), 2, 64, dtype, seed=seed)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 128, 256])
+def test_head_dims(head_dim, dtype):
+    check(batch_of([40, 70]), 2, head_dim, dtype)
+
+
+def test_very_unequal_lengths():
+    check(batch_of([1, 257, 3]), 1, 32, torch.float16)
+
+
+def test_dropout_follows_columns_where_sequences_have_holes():
+    batch = batch_with_holes([1, 9, 40])
+    assert not batch.contiguous
+    check(batch, 2, 32, torch.float32, p=0.3)
+
+
+@pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_padded_layout_with_a_key_mask(dtype, seed):
+    """Rows with padding at the right, at the left, with holes, and without a single key."""
+    mask = torch.ones(4, 70, dtype=torch.bool, device=DEVICE)
+    mask[0, 33:] = False
+    mask[1, :66] = False
+    mask[2, ::3] = False
+    mask[3] = False
+    batch = TokenBatch.padded((4, 70), DEVICE, mask)
+    check(batch, 2, 32, dtype, seed=seed)
+    out, of_qkv = run(partial(kernel, batch, 2, 0.1, seed), inputs_of(batch, 2, 32, dtype))
+    assert torch.equal(out[3 * 70 :], torch.zeros_like(out[3 * 70 :]))
+    assert torch.equal(of_qkv[3 * 70 :], torch.zeros_like(of_qkv[3 * 70 :]))
+
+
+def test_packed_and_padded_give_the_same_tokens_the_same_mask():
+    """The padded rows are longer by a tail of masked keys, which shifts every tile boundary of later sequences."""
+    lengths, columns = [5, 40, 17], 45
+    mask = torch.arange(columns, device=DEVICE)[None, :] < torch.tensor(lengths, device=DEVICE)[:, None]
+    padded = TokenBatch.padded((3, columns), DEVICE, mask)
+    packed, _ = TokenBatch.from_mask(mask, keep_first=False)
+    qkv = torch.randn(3, columns, 3 * 64, device=DEVICE)
+    of_packed = run(partial(kernel, packed, 2, 0.3, SEED), [packed.pack(qkv)])
+    of_padded = run(
+        partial(kernel, padded, 2, 0.3, SEED), [padded.pack(qkv)], torch.ones(3 * columns, 64) * mask.view(-1, 1)
+    )
+    for one, other in zip(of_packed, of_padded, strict=True):
+        torch.testing.assert_close(one, other[mask.flatten()], rtol=0, atol=2e-6)
+
+
+@pytest.mark.parametrize("contiguous", [True, False])
+@pytest.mark.parametrize(("block", "step"), [(16, 16), (32, 64), (64, 32)])
+def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, monkeypatch):
+    """Equal scores, and values that are the unit vectors of the keys: the output is the mask, whatever the tiles."""
+    config = attention.Config(block, step, warps=4, stages=1)
+    monkeypatch.setattr(attention, "forward_config", lambda *_: config)
+    monkeypatch.setattr(attention, "backward_config", lambda *_: config)
+    length, heads = 64, 2
+    batch = replace(batch_of([3, length]), contiguous=contiguous)
+    qkv = torch.zeros(batch.tokens, 3, heads, length, device=DEVICE)
+    qkv[3:, 2] = torch.eye(length, device=DEVICE)[:, None]
+    out, of_qkv = run(partial(kernel, batch, heads, 0.25, SEED), [qkv.flatten(1)], torch.eye(67, 128, device=DEVICE))
+
+    keep = keep_mask(
+        SEED, 0.25, length, batch.columns[3:, None], batch.sequences[3:, None], torch.arange(heads, device=DEVICE)
+    )
+    exact = keep / (length * 0.75)
+    torch.testing.assert_close(out[3:].unflatten(1, (heads, length)), exact, rtol=1e-6, atol=0)
+    # The gradient of a key's value is the sum over queries of what they took of it: query q asked for feature q + 3.
+    of_value = of_qkv[3:].unflatten(1, (3, heads, length))[:, 2, 0, 3:].t()
+    torch.testing.assert_close(of_value, exact[: length - 3, 0], rtol=1e-6, atol=0)
+
+
+def test_large_scores_do_not_overflow():
+    """Scores of about 100, whose exponentials float32 cannot hold.
+
+    Rounding a score and the row's lse, both in units of log2, moves a probability by 2 · 2^-24 · ln 2 of their size.
+    """
+    batch = batch_of([65])
+    qkv = 6 * inputs_of(batch, 1, 32, torch.float32)[0]
+    query, key, _ = qkv.double().unflatten(1, (3, 32)).unbind(1)
+    largest = (query @ key.t()).abs().max().item() * 32**-0.5
+    assert largest > 89
+    results = run(partial(kernel, batch, 1, 0.0, None), [qkv])
+    exact = run(partial(oracle, batch, 1, 0.0, None), [qkv.double()])
+    for output, truth in zip(results, exact, strict=True):
+        error = (output - truth).abs().max() / truth.abs().max()
+        assert error < 2 * 2**-24 * largest
+
+
+def test_no_tokens():
+    out, of_qkv = run(partial(kernel, batch_of([0, 0]), 2, 0.1, SEED), [torch.zeros(0, 192, device=DEVICE)])
+    assert (out.shape, of_qkv.shape) == ((0, 64), (0, 192))
+
+
+def test_other_sequences_stay_apart():
+    """Whatever stands beside a sequence, NaN even, does not reach it."""
+    batch = batch_of([5, 20, 9])
+    (qkv,) = inputs_of(batch, 2, 32, torch.float32)
+    alone = run(partial(kernel, batch, 2, 0.0, None), [qkv])
+    qkv[:5], qkv[25:] = torch.nan, torch.nan
+    beside = run(partial(kernel, batch, 2, 0.0, None), [qkv])
+    assert all(torch.equal(left[5:25], right[5:25]) for left, right in zip(alone, beside, strict=True))
+
+
+def test_inputs_that_are_not_contiguous():
+    batch = batch_of([5, 20])
+    (qkv,) = inputs_of(batch, 2, 32, torch.float32)
+    case = partial(kernel, batch, 2, 0.1, SEED)
+    strided, dense = run(case, [qkv.t().contiguous().t()]), run(case, [qkv])
+    assert all(torch.equal(left, right) for left, right in zip(strided, dense, strict=True))
+
+
+def test_backward_is_deterministic():
+    batch = batch_of([5, 70])
+    inputs = inputs_of(batch, 2, 32, torch.float32)
+    case = partial(kernel, batch, 2, 0.1, SEED)
+    assert all(torch.equal(left, right) for left, right in zip(run(case, inputs), run(case, inputs), strict=True))
+
+
+def test_head_dims_beyond_256_are_refused():
+    batch = batch_of([4])
+    with pytest.raises(RuntimeError, match="up to 256, not 512; choose `torch`"):
+        kernel(batch, 1, 0.0, None, torch.zeros(4, 3 * 512, device=DEVICE))

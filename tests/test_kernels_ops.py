@@ -1,0 +1,92 @@
+"""How the Triton kernels are offered: when they serve, what they say when they do not, and what torch.compile sees."""
+
+import pytest
+import torch
+from equivalence import DEVICE
+
+from erniem_fast import flags, ops
+from erniem_fast.batch import TokenBatch
+from erniem_fast.flags import use_kernels
+from erniem_fast.kernels import attention
+from erniem_fast.ops.triton import implementation
+
+SEED = torch.tensor([0x123456789ABCDEF], device=DEVICE)
+CPU = torch.device("cpu")
+
+
+@pytest.fixture
+def batch():
+    return TokenBatch.from_cu_seqlens(torch.tensor([0, 2, 7], device=DEVICE), 5, 7)
+
+
+def layernorm_inputs(batch, dtype=torch.float32):
+    rows = [torch.randn(batch.tokens, 96, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2)]
+    vectors = [torch.randn(96, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
+    return [*rows, *vectors]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+def test_auto_does_not_take_the_interpreter(batch, monkeypatch):
+    launched = []
+    monkeypatch.setattr("erniem_fast.kernels.layernorm.forward", lambda *_: launched.append(1))
+    ops.add_layernorm(*layernorm_inputs(batch), 1e-5, batch)
+    assert launched == []
+
+
+def test_auto_takes_kernels_on_gpus():
+    triton = implementation("layernorm")
+    assert triton.automatic(torch.device("cuda"))
+    assert not triton.automatic(CPU)
+    assert triton.fuses_bias
+
+
+def test_the_processor_is_refused_without_the_interpreter(monkeypatch):
+    triton = implementation("layernorm")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert triton.objection(CPU, torch.float32, 0) is None
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert "Triton has no kernels for cpu; move the model to a GPU" in triton.objection(CPU, torch.float32, 0)
+
+
+def test_float64_is_refused(batch):
+    with (
+        use_kernels(layernorm="triton"),
+        pytest.raises(RuntimeError, match="ERNIEM_FAST_LAYERNORM=triton cannot be served: the kernels take float16"),
+    ):
+        ops.add_layernorm(*layernorm_inputs(batch, torch.float64), 1e-5, batch)
+
+
+@pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
+def test_custom_ops_are_well_behaved(batch, seed):
+    dropout = (batch.columns, batch.sequences, 0.1, seed)
+    residual, x, bias, weight, norm_bias = layernorm_inputs(batch)
+    qkv = torch.randn(batch.tokens, 96, device=DEVICE, requires_grad=True)
+    where = (batch.longest_first, True, batch.cu_seqlens, 5, batch.columns, batch.sequences, None)
+    erniem_fast = torch.ops.erniem_fast
+    for op, inputs in (
+        (erniem_fast.add_layernorm, (residual, x, bias, weight, norm_bias, 1e-5, *dropout, True, "triton")),
+        (erniem_fast.bias_gelu_dropout, (x, bias, "gelu", *dropout, "triton")),
+        (erniem_fast.attention, (qkv, *where, 2, 0.25, 0.1, seed, "triton")),
+    ):
+        torch.library.opcheck(op.default, inputs)
+
+
+def test_verify_passes(batch, monkeypatch):
+    """The reference runs beside both directions of every kernel."""
+    monkeypatch.setenv(flags.VERIFY.name, "1")
+    qkv = torch.randn(batch.tokens, 3 * 32, device=DEVICE, requires_grad=True)
+    with use_kernels(attention="triton", layernorm="triton", bias_gelu="triton"):
+        out = ops.attention(qkv, batch, 2, 0.25, 0.1, SEED)
+        out = ops.bias_gelu_dropout(out, out[0].detach(), "gelu", batch, 0.1, SEED)
+        out = ops.add_layernorm(out, out, out[0].detach(), out[0].detach(), out[0].detach(), 1e-5, batch, 0.1, SEED)
+    out.square().sum().backward()
+    assert qkv.grad.abs().max() > 0
+
+
+def test_verify_catches_a_broken_kernel(batch, monkeypatch):
+    forward = attention.forward
+    monkeypatch.setenv(flags.VERIFY.name, "1")
+    monkeypatch.setattr(attention, "forward", lambda *inputs: tuple(1.001 * each for each in forward(*inputs)))
+    qkv = torch.randn(batch.tokens, 3 * 32, device=DEVICE)
+    with use_kernels(attention="triton"), pytest.raises(RuntimeError, match=r"attention forward \(triton\) disagrees"):
+        ops.attention(qkv, batch, 2, 0.25)

@@ -40,7 +40,7 @@ def status() -> str:
 
 def _chosen(op: str, device: torch.device) -> str:
     try:
-        return "runs by " + choose(op, ops.IMPLEMENTATIONS[op], device, torch.float32)
+        return "runs by " + choose(op, device, torch.float32)
     except RuntimeError as error:
         return f"cannot run: {error}"
 

@@ -153,7 +153,7 @@ def attend_backward(
 
 def _scores(query: Tensor, key: Tensor, scale: float, kept: Tensor | None, scores_bias: Tensor | None) -> Tensor:
     scores = query @ key.transpose(-1, -2) * scale
-    scores = scores if scores_bias is None else scores + scores_bias
+    scores = scores if scores_bias is None else scores + scores_bias.to(scores.dtype)
     return scores if kept is None else scores.masked_fill(~kept, -torch.inf)
 
 

@@ -80,7 +80,7 @@ def run_embeddings() -> torch.Tensor:
 
 
 def chosen() -> str:
-    return choose("embeddings", IMPLEMENTATIONS, CPU, torch.float32)
+    return choose("embeddings", CPU, torch.float32)
 
 
 def test_what_is_built_is_not_built_again(built, cache, compiler):
@@ -193,9 +193,9 @@ def test_cuda_without_a_device():
 
 def test_dtypes_that_native_does_not_serve(built, cache):
     cache(built)
-    assert choose("embeddings", IMPLEMENTATIONS, CPU, torch.float64) == "torch"
+    assert choose("embeddings", CPU, torch.float64) == "torch"
     with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match=r"not torch\.float64; cast the model"):
-        choose("embeddings", IMPLEMENTATIONS, CPU, torch.float64)
+        choose("embeddings", CPU, torch.float64)
 
 
 # Of 65,536 registers of a multiprocessor: with 64 a thread, 32 warps are resident, with 128 still 16.

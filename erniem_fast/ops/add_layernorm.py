@@ -5,7 +5,7 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, call, choose, differentiable, run
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
 from .triton import implementation as triton_implementation
 
@@ -38,11 +38,11 @@ def add_layernorm(
     Raises:
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
-    name = choose("layernorm", IMPLEMENTATIONS, x.device, x.dtype)
+    name = choose("layernorm", x.device, x.dtype)
     tensors = (residual, x, bias, weight, norm_bias)
     save = differentiable(*tensors)
     inputs = (*tensors, eps, batch.columns, batch.sequences, p, seed, save)
-    return call("add_layernorm", IMPLEMENTATIONS, name, _forward, save, *inputs)[0]
+    return call("layernorm", name, _forward, save, *inputs)[0]
 
 
 @torch.library.custom_op("erniem_fast::add_layernorm", mutates_args=())
@@ -62,7 +62,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The result, and the layer norm's input `z` for the backward, empty where it is not to be saved."""
     inputs = (residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save)
-    return run("add_layernorm", IMPLEMENTATIONS, implementation, "forward", *inputs)
+    return run("layernorm", implementation, "forward", *inputs)
 
 
 @torch.library.custom_op("erniem_fast::add_layernorm_backward", mutates_args=())
@@ -79,7 +79,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of residual, x, bias, weight and norm_bias; that of x is empty where it equals the residual's."""
     inputs = (grad, z, weight, eps, columns, sequences, p, seed)
-    return run("add_layernorm", IMPLEMENTATIONS, implementation, "backward", *inputs)
+    return run("layernorm", implementation, "backward", *inputs)
 
 
 @_forward.register_fake
@@ -128,7 +128,7 @@ def _composite(norm: LayerNorm) -> Implementation:
     return Implementation(forward, backward)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS["layernorm"] = {
     "triton": triton_implementation("layernorm"),
     "torch": _composite(TORCH),
     "reference": _composite(REFERENCE),

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, call, choose, differentiable, run
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
 from .native import NATIVE
 
@@ -47,11 +47,11 @@ def embeddings(
     Raises:
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
-    name = choose("embeddings", IMPLEMENTATIONS, word_table.device, word_table.dtype)
+    name = choose("embeddings", word_table.device, word_table.dtype)
     tables = (word_table, position_table, weight, norm_bias)
     save = differentiable(*tables)
     inputs = (ids, positions, *tables, eps, padding_idx, batch.columns, batch.sequences, p, seed, save)
-    return call("embeddings", IMPLEMENTATIONS, name, partial(_forward, sparse=sparse), save, *inputs)[0]
+    return call("embeddings", name, partial(_forward, sparse=sparse), save, *inputs)[0]
 
 
 @torch.library.custom_op("erniem_fast::embeddings", mutates_args=())
@@ -75,7 +75,7 @@ def _forward(
     """The result, and the layer norm's input `z` for the backward, empty where it is not to be saved."""
     tables = (word_table, position_table, weight, norm_bias)
     inputs = (ids, positions, *tables, eps, padding_idx, columns, sequences, p, seed, save)
-    return run("embeddings", IMPLEMENTATIONS, implementation, "forward", *inputs)
+    return run("embeddings", implementation, "forward", *inputs)
 
 
 @torch.library.custom_op("erniem_fast::embeddings_backward", mutates_args=())
@@ -99,7 +99,7 @@ def _backward(
     """Gradients of word_table, position_table, weight and norm_bias; `sparse` leaves the first as rows, one a token."""
     rows = (ids, positions, words, max_positions)
     inputs = (grad, z, *rows, weight, eps, padding_idx, columns, sequences, p, seed, sparse)
-    return run("embeddings", IMPLEMENTATIONS, implementation, "backward", *inputs)
+    return run("embeddings", implementation, "backward", *inputs)
 
 
 @_forward.register_fake
@@ -173,4 +173,4 @@ def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int) -> Tensor
     return torch.ops.aten.embedding_dense_backward(rows, index, size, padding_idx, False)
 
 
-IMPLEMENTATIONS = {"native": NATIVE, "torch": _composite(TORCH), "reference": _composite(REFERENCE)}
+IMPLEMENTATIONS["embeddings"] = {"native": NATIVE, "torch": _composite(TORCH), "reference": _composite(REFERENCE)}

@@ -35,10 +35,10 @@ def _forward_torch(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> 
 
 
 def _backward_torch(grad: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    variance, mean = torch.var_mean(z.to(wide(z.dtype)), dim=-1, correction=0, keepdim=True)
     weight = _native(weight, z)
+    _, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], weight, weight, eps)
     of_z, of_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.to(z.dtype), z, z.shape[-1:], mean, torch.rsqrt(variance + eps), weight, weight, [True, True, True]
+        grad.to(z.dtype), z, z.shape[-1:], mean, rstd, weight, weight, [True, True, True]
     )
     return of_z, of_weight.to(wide(z.dtype)), of_norm_bias.to(wide(z.dtype))
 

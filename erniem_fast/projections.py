@@ -43,6 +43,7 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
         type(module) is kind
+        and type(module.weight) in (nn.Parameter, Tensor)  # not one that is quantised or sharded
         and "forward" not in module.__dict__  # accelerate's offloading replaces it on the instance
         and not any(getattr(module, hook) for hook in hooks)
         and not _has_any_global_hook()

@@ -15,7 +15,6 @@ from erniem_fast import extension
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
 from erniem_fast.ops import embeddings
-from erniem_fast.ops.embeddings import IMPLEMENTATIONS
 from erniem_fast.ops.implementation import choose
 
 CPU = torch.device("cpu")

@@ -8,6 +8,8 @@ import pytest
 import torch
 from golden import cases
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 from transformers import DataCollatorWithFlattening
 
 import erniem_fast
@@ -703,6 +705,54 @@ def test_other_word_embeddings_are_used(model, packed):
         assert_close(hidden[REAL], expected[REAL])
         hidden.square().sum().backward()
         assert embeddings.weight.grad.any()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"padding_idx": None}, {"padding_idx": 7}, {"sparse": True}, {"scale_grad_by_freq": True}, {"max_norm": 0.5}],
+    ids=str,
+)
+def test_options_of_word_embeddings_are_obeyed(options, packed):
+    """As they are where the module itself is called, because it is of a subclass."""
+    words = load().get_input_embeddings().weight.detach()
+    ids = IDS.clone()
+    ids[0, :4], ids[0, 4:6] = 7, PAD
+    found = []
+    for embedding_class in (nn.Embedding, type("Subclass", (nn.Embedding,), {})):
+        model = load()
+        embeddings = embedding_class(*words.shape, _weight=words.clone(), **options)
+        model.set_input_embeddings(embeddings)
+        hidden = model(ids, attention_mask=MASK).last_hidden_state[REAL]
+        (hidden * random_weights(hidden)).sum().backward()
+        found.append((hidden, embeddings.weight.grad.is_sparse, {"words": embeddings.weight.grad.to_dense()}))
+    assert_close(found[0][0], found[1][0])
+    assert found[0][1] == found[1][1]
+    assert_same_gradients(found[0][2], found[1][2])
+
+
+class Shapes(TorchDispatchMode):
+    """Notes the shapes of all results."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, function, types, arguments=(), keywords=None):
+        results = function(*arguments, **(keywords or {}))
+        self.seen |= {tuple(each.shape) for each in tree_leaves(results) if isinstance(each, torch.Tensor)}
+        return results
+
+
+@pytest.mark.parametrize("frozen", [True, False])
+def test_a_frozen_word_table_costs_no_gradient(frozen, packed):
+    """Which would be as large as the table: what most of a multilingual model is."""
+    model = load()
+    table = model.get_input_embeddings().weight.requires_grad_(not frozen)
+    hidden = model(IDS, attention_mask=MASK).last_hidden_state
+    with Shapes() as shapes:
+        hidden.square().sum().backward()
+    assert (tuple(table.shape) in shapes.seen) == (not frozen)
+    assert model.embeddings.position_embeddings.weight.grad.any()
 
 
 HOOKED = [

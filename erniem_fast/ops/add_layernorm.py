@@ -5,8 +5,9 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
+from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
-from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
+from .layer_norm import REFERENCE, TORCH, LayerNorm
 from .triton import implementation as triton_implementation
 
 
@@ -84,14 +85,14 @@ def _backward(
 
 @_forward.register_fake
 def _(residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save, implementation):
-    out = torch.empty_like(x, dtype=torch.promote_types(residual.dtype, x.dtype))
-    return out, torch.empty_like(out) if save else out.new_empty(0)
+    out = x.new_empty(x.shape, dtype=torch.promote_types(residual.dtype, x.dtype))
+    return out, out.new_empty(out.shape) if save else out.new_empty(0)
 
 
 @_backward.register_fake
 def _(grad, z, weight, eps, columns, sequences, p, seed, implementation):
-    of_x = z.new_empty(0) if seed is None else torch.empty_like(z)
-    return torch.empty_like(z), of_x, *(torch.empty_like(weight, dtype=wide(z.dtype)) for _ in range(3))
+    of_x = z.new_empty(0) if seed is None else z.new_empty(z.shape)
+    return z.new_empty(z.shape), of_x, *(weight.new_empty(weight.shape, dtype=wide(z.dtype)) for _ in range(3))
 
 
 def _setup_context(ctx, inputs, output):

@@ -122,7 +122,7 @@ def _(qkv, longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences
 
 @_backward.register_fake
 def _(grad, out, saved, qkv, *rest):
-    return torch.empty_like(qkv)
+    return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
+from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
-from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
+from .layer_norm import REFERENCE, TORCH, LayerNorm
 from .native import NATIVE
 
 
@@ -106,14 +107,14 @@ def _backward(
 def _(ids, positions, word_table, position_table, weight, norm_bias, eps, padding_idx, *rest):
     *_, save, _, _ = rest
     out = word_table.new_empty(ids.shape[0], word_table.shape[1])
-    return out, torch.empty_like(out) if save else out.new_empty(0)
+    return out, out.new_empty(out.shape) if save else out.new_empty(0)
 
 
 @_backward.register_fake
 def _(grad, z, ids, positions, words, max_positions, weight, *rest):
     *_, sparse, _ = rest
     tables = (z.new_empty(rows, z.shape[1]) for rows in (z.shape[0] if sparse else words, max_positions))
-    return *tables, *(torch.empty_like(weight, dtype=wide(z.dtype)) for _ in range(2))
+    return *tables, *(weight.new_empty(weight.shape, dtype=wide(z.dtype)) for _ in range(2))
 
 
 def _setup_context(ctx, inputs, output):

@@ -84,17 +84,32 @@ def call(op: str, name: str, custom_op: Callable[..., Tensors], differentiable: 
 
 
 def run(op: str, name: str, direction: str, *inputs: object) -> Tensors:
-    """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it."""
+    """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it.
+
+    Implementations get and give contiguous tensors, and the dtypes that come: autocast is the products' concern.
+    """
+    inputs = [each.contiguous() if isinstance(each, Tensor) else each for each in inputs]
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _run(op, name, direction, inputs)
+    return _run(op, name, direction, inputs)
+
+
+def _run(op: str, name: str, direction: str, inputs: list[object]) -> Tensors:
     implementations = IMPLEMENTATIONS[op]
     outputs = getattr(implementations[name], direction)(*inputs)
     if name != "reference" and flags.read(flags.VERIFY) == "1":
         oracle = getattr(implementations["reference"], direction)
         _verify(f"{op} {direction} ({name})", outputs, oracle(*inputs), oracle(*(_double(each) for each in inputs)))
-    return outputs
+    return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(each.contiguous() for each in outputs)
 
 
 def _double(value: object) -> object:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+_REMEDY = "Choose another implementation by its flag and report this with the output of `python -m erniem_fast status`."
 
 
 def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) -> None:
@@ -106,14 +121,18 @@ def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) ->
     for index, (output, same, truth) in enumerate(results):
         if same.numel() == 0:
             continue
+        if output.shape != same.shape or output.dtype != same.dtype:
+            raise RuntimeError(
+                f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
+                f"{output.dtype}, not {tuple(same.shape)} and {same.dtype}. {_REMEDY}"
+            )
         slack = 8 * torch.finfo(output.dtype).eps * truth.abs().amax().item()
         bound = 2 * (same.double() - truth).abs().amax().item() + slack
         error = (output.double() - truth).abs().amax().item()
         if not error <= bound:
             raise RuntimeError(
                 f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "
-                f"{output.dtype} is off by {error:.3e}, the bound is {bound:.3e}. Choose another implementation by its "
-                f"flag and report this with the output of `python -m erniem_fast status`."
+                f"{output.dtype} is off by {error:.3e}, the bound is {bound:.3e}. {_REMEDY}"
             )
 
 

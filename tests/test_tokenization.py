@@ -62,6 +62,7 @@ def with_flags(**kwargs):
     tokenizer.add_tokens(
         [
             AddedToken("ErnieM", lstrip=True, rstrip=True),
+            AddedToken("RR", rstrip=True),
             AddedToken("ab", single_word=True),
             AddedToken("QuX", normalized=False),
         ]
@@ -149,6 +150,7 @@ def test_text_from_ids_and_tokens(tokenizer, golden):
     assert [tokenizer.convert_ids_to_string(one) for one in ids] == some["ids_to_string"]
     tokens = [tokenizer.tokenize(text) for text in some["texts"]]
     assert [tokenizer.convert_tokens_to_string(one) for one in tokens] == some["tokens_to_string"]
+    assert tokenizer.convert_ids_to_tokens([99999, 5]) == ["[UNK]", "en"]
     masks = [tokenizer.get_special_tokens_mask(one, already_has_special_tokens=True) for one in ids]
     assert masks == some["special_tokens_mask"]
 
@@ -173,6 +175,7 @@ def test_added_tokens(extended, golden):
 ADDED_TOKENS = [
     ("a  ErnieM  b", "▁a ErnieM ▁b", "[CLS] a ErnieM b[SEP]", "▁a erniem ▁b"),
     ("a\x85ErnieM\x85b", "▁a ErnieM ▁b", "[CLS] a ErnieM b[SEP]", "▁a erniem ▁b"),
+    ("a\x85RR\x85b", "▁a \x85 RR ▁b", "[CLS] a[UNK] RR b[SEP]", "▁a \x85 rr ▁b"),
     ("ERNIEM c", "▁E R N I E M ▁c", "[CLS] E[UNK][UNK][UNK][UNK][UNK] c[SEP]", "erniem ▁c"),
     ("cab ab abc ab", "▁c ab ab ▁ab c ab", "[CLS] c ab ab abc ab [SEP]", "▁c ab ab ▁ab c ab"),
     ("xab<ent>ab", "▁x ab < ent > ab", "[CLS] x ab [UNK]ent[UNK] ab [SEP]", "▁x ab < ent > ab"),
@@ -189,6 +192,28 @@ def test_added_tokens_that_strip_or_want_a_word_of_their_own(text, tokens, decod
     assert tokenizer.decode(tokenizer(text)["input_ids"]) == decoded
     assert " ".join(with_flags(do_lower_case=True).tokenize(text)) == lower_tokens
     assert not {"<ent>", "ErnieM"} & set(tokenizer.tokenize("ErnieM <ent>", split_special_tokens=True))
+
+
+# What transformers 4.57.6 made of these pieces of a text.
+CUTS = [
+    ("▁ab12cd", "▁ab 12 cd"),
+    ("2▁a", "2▁a"),
+    ("a▁2", "a▁ 2"),
+    ("▁2▁3,", "2▁ 3 ,"),
+    ("▁《▁", "《 ▁"),
+    ("《▁|x", "《 ▁ x"),
+    ("▁|a|▁|▁b|▁|c", "a ▁b ▁ c"),
+    ("▁x❶y²z", "▁x ❶ y ² z"),
+    ("▁中a文b", "中 a 文 b"),
+    ("▁a|▁|《", "▁a ▁ 《"),
+    ("a.5,▁7", "a . 5 , 7"),
+    ("▁٣x", "٣ x"),
+]
+
+
+@pytest.mark.parametrize(("pieces", "tokens"), CUTS)
+def test_pieces_are_cut_at_ideographs_punctuation_and_digits(tokenizer, pieces, tokens):
+    assert " ".join(tokenizer._cut_pieces(pieces.split("|"))) == tokens
 
 
 def test_signature_and_class_attributes():

@@ -11,7 +11,16 @@ def title(run):
 
 def markdown(run):
     """The whole report: what ran where, the table, and in words what went wrong or is slower."""
-    return "\n\n".join([f"### {title(run)}", _peers(run), _jobs(run), *_notes(run)]) + "\n"
+    return "\n\n".join([f"### {title(run)}", _method(run), _peers(run), _jobs(run), *_notes(run)]) + "\n"
+
+
+def _method(run):
+    settings = run["settings"]
+    return (
+        f"Medians and quartiles of {settings['rounds']} rounds of up to {settings['sentences']} rows, peers in turn;"
+        " ratios are taken round by round. Padding counts for nothing. Memory is that of the whole process, weights"
+        f" included. {run['date'][:10]}."
+    )
 
 
 def _peers(run):
@@ -55,7 +64,7 @@ def _notes(run):
     slower = [
         f"{job} against {peer['peer']} ({peer['speedup']['median']:.2f}x)"
         for job, peer in entries
-        if peer["speedup"] and peer["speedup"]["median"] < 1
+        if peer["speedup"] and round(peer["speedup"]["median"], 2) < 1
     ]
     unsteady = [f"{job} of {peer['peer']}" for job, peer in entries if _spread(peer["tokens_per_second"]) > STEADY]
     problems = [f"{job}: {peer['problem']}" for job, peer in entries if peer["problem"]]

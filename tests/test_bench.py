@@ -100,9 +100,15 @@ def test_ratio_uses_the_rounds_that_both_have():
 def test_table_shows_rates_ratios_and_losses():
     measurements = [measured("erniem_fast", [[1.0, 1.0]] * 3, 2**30), measured("old", [[0.75, 0.75]] * 3, 2**31)]
     text = markdown(fake_run(summarise(measurements, "erniem_fast")))
+    assert "Medians and quartiles of 3 rounds of up to 4 rows" in text
     assert "| 2 x text, 83% full | erniem_fast | 15 (15-15) " in text
     assert "| old         | 20 (20-20)                | 0.75x (0.75-0.75)  | 2,048 MiB   | 0.50x " in text
     assert "**erniem_fast is slower** in 2 x text against old (0.75x)." in text
+
+
+def test_a_ratio_that_rounds_to_one_is_no_loss():
+    measurements = [measured("erniem_fast", [[1.004]] * 3), measured("old", [[1.0]] * 3)]
+    assert "slower" not in markdown(fake_run(summarise(measurements, "erniem_fast")))
 
 
 def test_a_busy_machine_is_told():
@@ -113,7 +119,8 @@ def test_a_busy_machine_is_told():
 
 def fake_run(jobs):
     return {
-        "settings": {"model": "base", "dtype": "float32", "threads": 2},
+        "date": "2026-11-23T10:00:00+00:00",
+        "settings": {"model": "base", "dtype": "float32", "threads": 2, "rounds": 3, "sentences": 4},
         "machine": {"cpu": "A CPU", "gpu": None, "instructions": "AVX2"},
         "peers": [{"name": "old", "versions": {"python": "3"}, "load_seconds": 1.0}],
         "absent": [],

@@ -84,9 +84,12 @@ class ErnieMEmbeddings(nn.Module):
         p, seed = _rate_and_seed(self.dropout, seeds, 0)
         words, places, norm = self.word_embeddings, self.position_embeddings, self.layer_norm
         plain = is_plain(words, nn.Embedding) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
+        # Of a table's options the op knows these values alone.
+        options = (words.padding_idx, words.max_norm, words.scale_grad_by_freq) if plain else None
+        plain = options == (self.padding_idx, None, False)
         if inputs_embeds is None and plain:
             parameters = (words.weight, places.weight, norm.weight, norm.bias, norm.eps)
-            return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, batch, p, seed)
+            return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, batch, p, seed, words.sparse)
         positioned = places(rows)
         embedded = words(input_ids) if inputs_embeds is None else inputs_embeds.to(positioned.dtype)
         normalised = _add_norm(embedded, positioned, None, norm, batch)

@@ -48,6 +48,15 @@ class ErnieMPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = [ErnieMEncoderLayer.__name__, ErnieMEmbeddings.__name__]  # noqa: RUF012 (as the base has it)
 
+    def enable_input_require_grads(self) -> None:
+        """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need it.
+
+        By a hook on the embeddings' result: one on the word table, as transformers sets it whenever checkpointing is
+        enabled, would take the embeddings' op apart.
+        """
+        hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
+        self._require_grads_hooks = [hook]  # what `disable_input_require_grads` takes away
+
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
         """Takes attention heads out for good, and notes them in the config so that a saved model loads again.
 

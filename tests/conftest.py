@@ -3,16 +3,25 @@
 Without a GPU, the Triton kernels run in Triton's interpreter, which has to be chosen before Triton is imported.
 """
 
+import contextlib
 import os
 
 import pytest
 import torch
+
+from erniem_fast import extension
 
 # Every checkpoint is a folder of the tests: nothing may be looked up on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_configure(config):
+    """Builds the native library, so that tests of every implementation find it; without a compiler they skip it."""
+    with contextlib.suppress(extension.BuildError):
+        extension.build(["cpu"])
 
 
 @pytest.fixture
@@ -22,6 +31,12 @@ def poisoned_memory():
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)
+
+
+@pytest.fixture(params=["auto", "off"], ids=["kernels", "plain"])
+def kernels(request, monkeypatch):
+    """Runs a test by what this machine prefers, and in plain PyTorch."""
+    monkeypatch.setenv("ERNIEM_FAST_KERNELS", request.param)
 
 
 @pytest.fixture(params=["1", "0"], ids=["packed", "padded"])

@@ -12,6 +12,8 @@ from safetensors.torch import load_file
 
 import erniem_fast
 
+pytestmark = pytest.mark.usefixtures("kernels")
+
 MODEL = np.load(cases.GOLDEN / "model.npz")
 HEADS = np.load(cases.GOLDEN / "heads.npz")
 INTERFACE = json.loads((cases.GOLDEN / "interface.json").read_text(encoding="utf-8"))

@@ -4,10 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
+from erniem_fast import extension, projections
 from erniem_fast.projections import project, project_side_by_side
 
 SIZES = (24, 24, 16)  # not all equal, as where a layer was pruned by hand
@@ -45,6 +47,25 @@ class LinearCalls(TorchFunctionMode):
     def __torch_function__(self, function, types, args=(), kwargs=None):
         self.count += function is F.linear
         return function(*args, **(kwargs or {}))
+
+
+class CallsOf:
+    """Counts the calls of a function of `projections`."""
+
+    def __init__(self, name):
+        self.name, self.count = name, 0
+
+    def __enter__(self):
+        self.function = getattr(projections, self.name)
+        setattr(projections, self.name, self.counted)
+        return self
+
+    def counted(self, *arguments):
+        self.count += 1
+        return self.function(*arguments)
+
+    def __exit__(self, *error):
+        setattr(projections, self.name, self.function)
 
 
 class Doubling(nn.Linear):
@@ -172,6 +193,45 @@ def test_project_calls_a_special_module(special, leave_bias):
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
     of_x = [torch.autograd.grad(each.sum(), x)[0] for each in (out, expected)]
     torch.testing.assert_close(*of_x, rtol=0, atol=1e-6)
+
+
+native = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
+
+
+@native
+@pytest.mark.parametrize("tokens", [4, 15, 16, 17, 32, 33, 48, 49, 64])
+@pytest.mark.parametrize(("inputs", "outputs"), [(32, 24), (768, 97), (31, 5), (7, 1), (96, 3072)])
+def test_few_tokens_beside_float64(tokens, inputs, outputs, poisoned_memory):
+    x, linear = torch.randn(tokens, inputs), nn.Linear(inputs, outputs)
+    exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
+    with torch.no_grad(), CallsOf("few_tokens") as calls:
+        (whole, none), apart = project(linear, x, leave_bias=False), project(linear, x, leave_bias=True)[0]
+        joined = project_side_by_side([linear, linear], x)
+    assert calls.count == 4
+    assert none is None
+    # Sums of as many products as there are inputs, each rounded: an error that grows with their root.
+    tolerance = {"rtol": 0, "atol": 4 * torch.finfo(torch.float32).eps * max(inputs, 16) ** 0.5}
+    torch.testing.assert_close(whole.double(), exact, **tolerance)
+    torch.testing.assert_close(apart, whole, rtol=0, atol=0)
+    torch.testing.assert_close(joined, torch.cat([whole, whole], dim=1), rtol=0, atol=0)
+
+
+@native
+def test_few_tokens_is_for_plain_inference_alone(monkeypatch):
+    linear, x = nn.Linear(FEATURES, 8), make_input()
+    with CallsOf("few_tokens") as calls:
+        project(linear, x, leave_bias=False)
+        with torch.no_grad():
+            project(linear.bfloat16(), x.bfloat16(), leave_bias=False)
+            project(linear.float(), x[:3], leave_bias=False)
+            project(linear, torch.randn(65, FEATURES), leave_bias=False)
+            with torch.autocast("cpu", torch.bfloat16):
+                project(linear, x, leave_bias=False)
+            with FakeTensorMode(allow_non_fake_inputs=True):
+                assert project(linear, torch.empty(8, FEATURES), leave_bias=False)[0].shape == (8, 8)
+            monkeypatch.setenv("ERNIEM_FAST_KERNELS", "off")
+            project(linear, x, leave_bias=False)
+    assert calls.count == 0
 
 
 @every_mode

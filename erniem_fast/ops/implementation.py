@@ -77,8 +77,8 @@ def differentiable(*inputs: Tensor | None) -> bool:
 
 
 def call(op: str, name: str, custom_op: Callable[..., Tensors], differentiable: bool, *inputs: object) -> Tensors:
-    """Runs a forward: as a custom op where autograd or a graph must know of it, else without that detour."""
-    if differentiable or torch.compiler.is_compiling():
+    """Runs a forward: as a custom op where autograd, a graph or a fake tensor must know of it, else directly."""
+    if differentiable or torch.compiler.is_compiling() or type(inputs[0]) is not Tensor:
         return custom_op(*inputs, name)
     return run(op, name, "forward", *inputs)
 

@@ -1,0 +1,81 @@
+"""What the kernels compile to for GPUs that are not here; in processes of their own, as this one may interpret."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_process_of_its_own(code):
+    """The JSON that `code` prints, which finds `bench/codegen.py` as `codegen`."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_table_is_of_these_kernels_and_breaks_no_rule():
+    code = """
+import codegen, json
+rows = codegen.read_table()
+introduction = codegen.TABLE.read_text().split("|")[0]
+print(json.dumps({
+    "up to date": codegen.digest() in introduction,
+    "broken": [f"{row}: {rule}" for row in rows for rule in row.broken_rules()],
+    "archs": sorted({row.arch for row in rows}),
+    "kernels": sorted({(row.op, row.kernel) for row in rows}),
+    "launches": len(rows),
+}))
+"""
+    found = in_process_of_its_own(code)
+    assert found["up to date"], "the kernels have changed; run `python bench/codegen.py`"
+    assert found["broken"] == []
+    assert found["archs"] == [80, 86, 89, 90, 100, 120]
+    assert found["kernels"] == [
+        *(["attention", kernel] for kernel in ("backward_keys", "backward_queries", "forward")),
+        *(["attention ≤ 64", kernel] for kernel in ("backward_keys", "backward_queries", "forward")),
+        *(["bias_gelu_dropout", kernel] for kernel in ("backward", "forward")),
+        *(["layernorm", kernel] for kernel in ("backward", "forward")),
+    ]
+    assert found["launches"] == 6 * 98
+
+
+def test_what_compiles_here_keeps_the_rules_and_is_in_the_table():
+    """The sizes of the base model, with and without wgmma; figures are compared where Triton is the table's."""
+    code = """
+import codegen, json, triton
+from concurrent.futures import ProcessPoolExecutor
+with ProcessPoolExecutor(2) as pool:
+    rows = sum(pool.map(codegen.rows, (86, 90), [(64, 768)] * 2), [])
+same_triton = f"Triton {triton.__version__} " in codegen.TABLE.read_text()
+print(json.dumps({
+    "rows": len(rows),
+    "broken": [f"{row}: {rule}" for row in rows for rule in row.broken_rules()],
+    "unknown": [str(row) for row in rows if row not in codegen.read_table()] if same_triton else [],
+}))
+"""
+    assert in_process_of_its_own(code) == {"rows": 2 * 32, "broken": [], "unknown": []}
+
+
+def test_token_counts_and_lengths_compile_nothing_new():
+    code = """
+import codegen, json, torch
+seed = torch.ones(1, dtype=torch.int64)
+counts = {}
+for launch, size, varied in (
+    (codegen.launch_layernorm, 768, (1, 2, 15, 16, 17, 1000, 5000)),
+    (codegen.launch_bias_gelu, 3072, (1, 2, 15, 16, 17, 1000, 5000)),
+    (codegen.launch_attention, 64, (65, 100, 128, 129, 512)),
+):
+    compiled = [kernel for each in varied for kernel in codegen.compiled(90, launch, torch.float16, size, seed, each)]
+    counts[launch.__name__] = [len(compiled), len({kernel.hash for kernel in compiled})]
+print(json.dumps(counts))
+"""
+    assert in_process_of_its_own(code) == {
+        "launch_layernorm": [14, 2],
+        "launch_bias_gelu": [14, 2],
+        "launch_attention": [15, 3],
+    }

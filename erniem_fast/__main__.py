@@ -1,4 +1,4 @@
-"""`python -m erniem_fast status`: which implementation runs each op on this machine, and why."""
+"""`python -m erniem_fast status`, which implementation runs each op here and why, and `build`, the native libraries."""
 
 import argparse
 import platform
@@ -7,7 +7,7 @@ import sys
 import torch
 import transformers
 
-from . import flags, ops
+from . import extension, flags, ops
 from .ops.implementation import choose
 
 
@@ -15,8 +15,16 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m erniem_fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("status", help="show versions, flags, and what runs each op here")
-    parser.parse_args()
-    print(status())
+    commands.add_parser("build", help="compile the native libraries for the devices present")
+    if parser.parse_args().command == "status":
+        print(status())
+        return 0
+    try:
+        for device, path in extension.build().items():
+            print(f"{device}: {path}")
+    except extension.BuildError as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 
@@ -40,7 +48,7 @@ def status() -> str:
 
 def _chosen(op: str, device: torch.device) -> str:
     try:
-        return "runs by " + choose(op, ops.IMPLEMENTATIONS[op], device, torch.float32)
+        return "runs by " + choose(op, device, torch.float32)
     except RuntimeError as error:
         return f"cannot run: {error}"
 

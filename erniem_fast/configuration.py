@@ -58,7 +58,9 @@ class ErnieMConfig(PreTrainedConfig):
         # JSON turns the keys into strings.
         self.pruned_heads = {int(layer): heads for layer, heads in (self.pruned_heads or {}).items()}
         super().__post_init__(**kwargs)
+        self._check_sizes()
         self._check_architecture()
+        self._check_pruned_heads()
         self._check_probabilities()
 
     @classmethod
@@ -70,6 +72,22 @@ class ErnieMConfig(PreTrainedConfig):
                 f"only; load it with transformers.AutoModel instead."
             )
         return super().from_dict(config_dict, **kwargs)
+
+    def _check_sizes(self) -> None:
+        for field in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
+            if getattr(self, field) < 1:
+                raise ValueError(f"{field}={getattr(self, field)} is not a size; use a number from 1.")
+        if self.num_hidden_layers < 0:
+            raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is not a number of layers; use 0 or more.")
+
+    def _check_pruned_heads(self) -> None:
+        for layer, heads in self.pruned_heads.items():
+            here = 0 <= layer < self.num_hidden_layers and set(heads) <= set(range(self.num_attention_heads))
+            if not here or len(set(heads)) == self.num_attention_heads:
+                raise ValueError(
+                    f"pruned_heads takes heads {heads} out of layer {layer}, but there are {self.num_hidden_layers} "
+                    f"layers of {self.num_attention_heads} heads, of which one must stay; mend the entry."
+                )
 
     def _check_architecture(self) -> None:
         if self.hidden_size % self.num_attention_heads:

@@ -15,17 +15,37 @@ from transformers.pytorch_utils import prune_linear_layer
 from . import ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
-from .dropout import apply_mask, keep_mask
-from .projections import project, project_side_by_side
+from .projections import is_plain, project, project_side_by_side
+from .reference import feature_dropout
 
 # The places of a layer where dropout happens, each with a seed of its own.
 SEEDS_PER_LAYER = 4
 _ATTENTION, _AFTER_ATTENTION, _AFTER_ACTIVATION, _AFTER_FEED_FORWARD = range(SEEDS_PER_LAYER)
 
 
-def _active(dropout: nn.Dropout, seed: Tensor | None) -> tuple[float, Tensor | None]:
-    """The rate and seed with which a module's dropout runs now; no seed where it does nothing."""
-    return (dropout.p, seed) if dropout.training and dropout.p > 0.0 else (0.0, None)
+def is_active(dropout: nn.Module) -> bool:
+    """Whether a module's dropout drops anything now. (Whoever wants none may have put another module in its place.)"""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
+
+
+def _rate_and_seed(dropout: nn.Module, seeds: Tensor | None, place: int) -> tuple[float, Tensor | None]:
+    return (dropout.p, seeds[place]) if seeds is not None and is_active(dropout) else (0.0, None)
+
+
+def _add_norm(
+    residual: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    norm: nn.Module,
+    batch: TokenBatch,
+    p: float = 0.0,
+    seed: Tensor | None = None,
+) -> Tensor:
+    """`ops.add_layernorm` with a module's layer norm, or the module itself where it is no plain one."""
+    if is_plain(norm, nn.LayerNorm):
+        return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, p, seed)
+    x = x if bias is None else x + bias
+    return norm(residual + feature_dropout(x, batch.columns, batch.sequences, p, seed))
 
 
 class ErnieMEmbeddings(nn.Module):
@@ -43,29 +63,37 @@ class ErnieMEmbeddings(nn.Module):
         self.dropout = nn.Dropout(config.hidden_dropout_prob)
 
     def forward(
-        self, batch: TokenBatch, input_ids: Tensor | None, inputs_embeds: Tensor | None, positions: Tensor, seed: Tensor
+        self,
+        batch: TokenBatch,
+        input_ids: Tensor | None,
+        inputs_embeds: Tensor | None,
+        positions: Tensor,
+        seeds: Tensor | None,
     ) -> Tensor:
         """
         Args:
             batch: the tokens.
             input_ids: int64 `(tokens,)`, or None with `inputs_embeds`, `(tokens, hidden)`.
             positions: int64 `(tokens,)`, counted from 0.
-            seed: int64, one element.
+            seeds: int64, of which the first is used; None where no dropout is active.
 
         Returns:
             `(tokens, hidden)`.
         """
         rows = positions + RESERVED_POSITIONS
-        norm = (self.layer_norm.weight, self.layer_norm.bias, self.layer_norm.eps)
-        p, seed = _active(self.dropout, seed)
-        if inputs_embeds is None and type(self.word_embeddings) is nn.Embedding:
-            tables = (self.word_embeddings.weight, self.position_embeddings.weight)
-            return ops.embeddings(input_ids, rows, *tables, *norm, self.padding_idx, batch, p, seed)
-        words = self.word_embeddings(input_ids) if inputs_embeds is None else inputs_embeds
-        normalised = ops.add_layernorm(words, self.position_embeddings(rows), None, *norm, batch)
-        if seed is None:
-            return normalised
-        return apply_mask(normalised, keep_mask(seed, p, self.hidden_size, batch.columns, batch.sequences), p)
+        p, seed = _rate_and_seed(self.dropout, seeds, 0)
+        words, places, norm = self.word_embeddings, self.position_embeddings, self.layer_norm
+        plain = is_plain(words, nn.Embedding) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
+        # Of a table's options the op knows these values alone.
+        options = (words.padding_idx, words.max_norm, words.scale_grad_by_freq) if plain else None
+        plain = options == (self.padding_idx, None, False)
+        if inputs_embeds is None and plain:
+            parameters = (words.weight, places.weight, norm.weight, norm.bias, norm.eps)
+            return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, batch, p, seed, words.sparse)
+        positioned = places(rows)
+        embedded = words(input_ids) if inputs_embeds is None else inputs_embeds.to(positioned.dtype)
+        normalised = _add_norm(embedded, positioned, None, norm, batch)
+        return feature_dropout(normalised, batch.columns, batch.sequences, p, seed)
 
 
 class ErnieMSelfAttention(nn.Module):
@@ -85,7 +113,7 @@ class ErnieMSelfAttention(nn.Module):
         self,
         hidden: Tensor,
         batch: TokenBatch,
-        seed: Tensor,
+        seeds: Tensor | None,
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
@@ -93,7 +121,7 @@ class ErnieMSelfAttention(nn.Module):
         """`(tokens, hidden)` to `(tokens, heads · head_dim)`, and the probabilities where they are asked for."""
         qkv = project_side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden)
         heads, scale = self.num_attention_heads, 1.0 / math.sqrt(self.attention_head_size)
-        p, seed = _active(self.dropout, seed)
+        p, seed = _rate_and_seed(self.dropout, seeds, _ATTENTION)
         probabilities = None
         if output_attentions or scores_bias is not None:
             context, probabilities = ops.attention_with_probabilities(qkv, batch, heads, scale, scores_bias, p, seed)
@@ -118,17 +146,26 @@ class ErnieMAttention(nn.Module):
     def prune_heads(self, heads: set[int]) -> None:
         """Takes heads out for good; they are numbered as in the unpruned layer."""
         inner = self.self_attn
-        present = [h for h in range(inner.num_attention_heads + len(self.pruned_heads)) if h not in self.pruned_heads]
+        present = self.present_heads()
         heads = set(heads) & set(present)
         kept = torch.tensor([place for place, head in enumerate(present) if head not in heads], dtype=torch.long)
         size = inner.attention_head_size
         features = (kept[:, None] * size + torch.arange(size)).flatten()
         for name in ("q_proj", "k_proj", "v_proj"):
-            setattr(inner, name, prune_linear_layer(getattr(inner, name), features))
-        self.out_proj = prune_linear_layer(self.out_proj, features, dim=1)
+            setattr(inner, name, _pruned(getattr(inner, name), features, dim=0))
+        self.out_proj = _pruned(self.out_proj, features, dim=1)
         inner.num_attention_heads = len(kept)
         inner.all_head_size = len(kept) * size
         self.pruned_heads |= heads
+
+    def present_heads(self) -> list[int]:
+        """The heads that are left, numbered as in the unpruned layer."""
+        heads = self.self_attn.num_attention_heads + len(self.pruned_heads)
+        return [head for head in range(heads) if head not in self.pruned_heads]
+
+
+def _pruned(linear: nn.Linear, features: Tensor, dim: int) -> nn.Linear:
+    return prune_linear_layer(linear, features, dim=dim).to(linear.weight.dtype)
 
 
 class ErnieMEncoderLayer(GradientCheckpointingLayer):
@@ -152,7 +189,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         self,
         hidden: Tensor,
         batch: TokenBatch,
-        seeds: Tensor,
+        seeds: Tensor | None,
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
@@ -162,35 +199,29 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         Args:
             hidden: `(tokens, hidden)`.
             batch: the tokens.
-            seeds: int64 `(SEEDS_PER_LAYER,)`.
+            seeds: int64 `(SEEDS_PER_LAYER,)`; None where no dropout is active.
             head_mask: `(heads,)`, factors of the heads' results.
             scores_bias: see `ops.attention_with_probabilities`.
             output_attentions: whether to return the probabilities.
         """
         attention = (head_mask, scores_bias, output_attentions)
-        context, probabilities = self.self_attn.self_attn(hidden, batch, seeds[_ATTENTION], *attention)
-        hidden = self._add_norm(
-            hidden, context, self.self_attn.out_proj, self.norm1, self.dropout1, batch, seeds[_AFTER_ATTENTION]
-        )
-        inner = self._activate(hidden, batch, seeds[_AFTER_ACTIVATION])
-        hidden = self._add_norm(
-            hidden, inner, self.linear2, self.norm2, self.dropout2, batch, seeds[_AFTER_FEED_FORWARD]
-        )
-        return hidden, probabilities
+        context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
+        x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
+        p_and_seed = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
+        hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed)
+        x = self._activate(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION))
+        x, bias = project(self.linear2, x, leave_bias=ops.fuses_bias("layernorm", x))
+        p_and_seed = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
+        return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed), probabilities
 
-    def _add_norm(self, residual, x, linear, norm, dropout, batch, seed):
-        x, bias = project(linear, x, leave_bias=ops.fuses_bias("layernorm", x))
-        return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, *_active(dropout, seed))
-
-    def _activate(self, hidden, batch, seed):
-        p, seed = _active(self.dropout, seed)
+    def _activate(self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None) -> Tensor:
         if self._fused_activation is not None:
             x, bias = project(self.linear1, hidden, leave_bias=ops.fuses_bias("bias_gelu", hidden))
             return ops.bias_gelu_dropout(x, bias, self._fused_activation, batch, p, seed)
-        activated = self.activation(self.linear1(hidden))
-        if seed is None:
-            return activated
-        return apply_mask(activated, keep_mask(seed, p, activated.shape[-1], batch.columns, batch.sequences), p)
+        return feature_dropout(self.activation(self.linear1(hidden)), batch.columns, batch.sequences, p, seed)
+
+    def dropouts(self) -> tuple[nn.Module, ...]:
+        return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2
 
 
 class ErnieMEncoder(nn.Module):
@@ -205,7 +236,7 @@ class ErnieMEncoder(nn.Module):
         self,
         hidden: Tensor,
         batch: TokenBatch,
-        seeds: Tensor,
+        seeds: Tensor | None,
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
@@ -216,7 +247,7 @@ class ErnieMEncoder(nn.Module):
         Args:
             hidden: `(tokens, hidden)`, the embeddings.
             batch: the tokens.
-            seeds: int64 `(layers, SEEDS_PER_LAYER)`.
+            seeds: int64 `(layers, SEEDS_PER_LAYER)`; None where no dropout is active.
             head_mask: `(layers, heads)`, or None.
             scores_bias, output_attentions: as for a layer.
             output_hidden_states: whether to return what goes into the layers and comes out of them.
@@ -229,8 +260,9 @@ class ErnieMEncoder(nn.Module):
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
-            mask = None if head_mask is None else head_mask[index]
-            hidden, probabilities = layer(hidden, batch, seeds[index], mask, scores_bias, output_attentions)
+            mask = None if head_mask is None else head_mask[index, layer.self_attn.present_heads()]
+            of_layer = None if seeds is None else seeds[index]
+            hidden, probabilities = layer(hidden, batch, of_layer, mask, scores_bias, output_attentions)
             if output_attentions:
                 attentions.append(probabilities)
         if output_hidden_states:

@@ -40,6 +40,7 @@ def prepare(
     cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     needs_first: bool,
+    vocabulary: int,
 ) -> EncoderInputs:
     """Checks the input and lays out its tokens: packed, unless the flag or a mask per query forbids it.
 
@@ -51,6 +52,7 @@ def prepare(
         position_ids: integer `(rows, columns)` or `(1, columns)`, counted from 0; None counts columns.
         cu_seqlens, max_seqlen: of input that comes packed in one row.
         needs_first: whether a pooler reads the first column, also where it is padding.
+        vocabulary: number of rows of the word table.
 
     Raises:
         ValueError: the input cannot be run; the message names the argument, its value and the remedy.
@@ -66,11 +68,18 @@ def prepare(
         _check_length(config, "the input's number of columns", grid[1])
         if attention_mask is not None and attention_mask.dim() > 2:
             scores_bias = _scores_bias(attention_mask.to(device), grid, config.num_attention_heads)
-            batch, probed = TokenBatch.padded(grid, device), _read(probes)
+            strange = torch.zeros((), device=device) if _is_bias(attention_mask) else _strange(attention_mask)
+            batch, probed = TokenBatch.padded(grid, device), _read([strange, *probes])
         else:
             mask, probes = _padding_mask(config, input_ids, attention_mask, grid, device, probes)
             batch, probed = _laid_out(mask, needs_first, probes)
-    _check_values(config, grid, input_ids, position_ids, probed)
+        strange, *probed = probed or [False]
+        if strange:
+            raise ValueError(
+                "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. A mask to "
+                "add to the scores must have four dimensions and hold floating-point numbers."
+            )
+    _check_values(vocabulary, config, input_ids, position_ids, probed)
     return EncoderInputs(
         batch=batch,
         input_ids=None if input_ids is None else batch.pack(input_ids).long(),
@@ -94,10 +103,11 @@ def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor 
         given = "neither" if input_ids is None else "both"
         raise ValueError(f"Pass either input_ids or inputs_embeds; {given} came.")
     if inputs_embeds is not None:
-        if inputs_embeds.dim() != 3 or inputs_embeds.shape[2] != config.hidden_size:
+        sizes = inputs_embeds.dim() == 3 and inputs_embeds.shape[2] == config.hidden_size
+        if not sizes or not inputs_embeds.is_floating_point():
             raise ValueError(
-                f"inputs_embeds has shape {tuple(inputs_embeds.shape)}; it must be (rows, columns, "
-                f"hidden_size={config.hidden_size})."
+                f"inputs_embeds has shape {tuple(inputs_embeds.shape)} and dtype {inputs_embeds.dtype}; it must hold "
+                f"floating-point numbers of shape (rows, columns, hidden_size={config.hidden_size})."
             )
     elif input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(
@@ -122,9 +132,11 @@ def _check_length(config: ErnieMConfig, what: str, length: int) -> None:
 def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
     if position_ids is None:
         return None
-    if position_ids.dim() != 2 or position_ids.shape[0] not in (1, grid[0]) or position_ids.shape[1] != grid[1]:
+    sizes = position_ids.dim() == 2 and position_ids.shape[0] in (1, grid[0]) and position_ids.shape[1] == grid[1]
+    if not sizes or position_ids.is_floating_point():
         raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)}; it must be {grid} like the input, or (1, {grid[1]})."
+            f"position_ids has shape {tuple(position_ids.shape)} and dtype {position_ids.dtype}; it must hold integers "
+            f"of shape {grid} like the input, or (1, {grid[1]})."
         )
     return position_ids.expand(grid)
 
@@ -147,8 +159,7 @@ def _padding_mask(
             f"query of shape ({grid[0]}, {grid[1]}, {grid[1]}) or ({grid[0]}, 1 or heads, {grid[1]}, {grid[1]})."
         )
     values = attention_mask.to(device).expand(grid)
-    mask = values != 0
-    return mask, [(mask & (values != 1)).any(), *probes]
+    return values != 0, [_strange(values), *probes]
 
 
 def _scores_bias(mask: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
@@ -161,9 +172,18 @@ def _scores_bias(mask: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
             f"attention_mask has shape {tuple(mask.shape)}; a mask per query must be ({rows}, {columns}, {columns}) or "
             f"({rows}, 1 or {heads}, {columns}, {columns})."
         )
-    if mask.dim() == 4 and mask.is_floating_point():
+    if _is_bias(mask):
         return bias.masked_fill(bias <= torch.finfo(bias.dtype).min, -torch.inf)
     return torch.zeros(bias.shape, device=bias.device).masked_fill(bias == 0, -torch.inf)
+
+
+def _is_bias(mask: Tensor) -> bool:
+    return mask.dim() == 4 and mask.is_floating_point()
+
+
+def _strange(mask: Tensor) -> Tensor:
+    """Whether a mask holds anything but 0 and 1, one element."""
+    return ((mask != 0) & (mask != 1)).any()
 
 
 def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tuple[TokenBatch, list[int]]:
@@ -171,12 +191,6 @@ def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tupl
         batch, probed = TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
     else:
         batch, probed = TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask), _read(probes)
-    strange_values, *probed = probed
-    if strange_values:
-        raise ValueError(
-            "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. An additive "
-            "mask must have four dimensions."
-        )
     return batch, probed
 
 
@@ -196,6 +210,11 @@ def _as_it_came(
         raise ValueError(
             f"Packed input (cu_seq_lens_q) is one row without attention_mask; {grid[0]} rows came, "
             f"{'with' if attention_mask is not None else 'without'} attention_mask."
+        )
+    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers, "
+            f"one more than there are sequences."
         )
     _check_length(config, "max_length_q", max_seqlen)
     lengths = cu_seqlens.diff()
@@ -222,8 +241,8 @@ def _read(probes: Sequence[Tensor]) -> list[int]:
 
 
 def _check_values(
+    vocabulary: int,
     config: ErnieMConfig,
-    grid: tuple[int, int],
     input_ids: Tensor | None,
     position_ids: Tensor | None,
     probed: list[int],
@@ -231,7 +250,7 @@ def _check_values(
     """Ids and positions must be rows of their tables; `probed` holds the least and the greatest of each."""
     extremes = iter(probed)
     positions = config.max_position_embeddings - RESERVED_POSITIONS
-    limits = (("input_ids", input_ids, config.vocab_size), ("position_ids", position_ids, positions))
+    limits = (("input_ids", input_ids, vocabulary), ("position_ids", position_ids, positions))
     for name, values, limit in limits:
         if values is None or values.numel() == 0 or not probed:
             continue

@@ -18,7 +18,7 @@ from transformers.modeling_outputs import (
 from . import flags, inputs
 from .configuration import ErnieMConfig
 from .dropout import draw_seeds
-from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
+from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer, is_active
 
 IGNORED_LABEL = -100
 
@@ -47,6 +47,15 @@ class ErnieMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = [ErnieMEncoderLayer.__name__, ErnieMEmbeddings.__name__]  # noqa: RUF012 (as the base has it)
+
+    def enable_input_require_grads(self) -> None:
+        """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need it.
+
+        By a hook on the embeddings' result: one on the word table, as transformers sets it whenever checkpointing is
+        enabled, would take the embeddings' op apart.
+        """
+        hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
+        self._require_grads_hooks = [hook]  # what `disable_input_require_grads` takes away
 
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
         """Takes attention heads out for good, and notes them in the config so that a saved model loads again.
@@ -153,6 +162,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 cu_seq_lens_q,
                 max_length_q,
                 needs_first=self.pooler is not None,
+                vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
             )
             output = self._encode(ready, self._head_mask(head_mask), output_attentions, output_hidden_states)
         if _as_dict(config, return_dict):
@@ -171,9 +181,10 @@ class ErnieMModel(ErnieMPreTrainedModel):
         """The walk from prepared input to the unpacked output."""
         batch = ready.batch
         seeds = self._seeds(batch.columns.device)
-        embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, seeds[0, 0])
+        of_embeddings, of_layers = (None, None) if seeds is None else (seeds[0], seeds[1:])
+        embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, of_embeddings)
         hidden, states, attentions = self.encoder(
-            embedded, batch, seeds[1:], head_mask, ready.scores_bias, output_attentions, output_hidden_states
+            embedded, batch, of_layers, head_mask, ready.scores_bias, output_attentions, output_hidden_states
         )
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=batch.unpack(hidden),
@@ -182,11 +193,12 @@ class ErnieMModel(ErnieMPreTrainedModel):
             attentions=tuple(batch.unpack_attention(each) for each in attentions) if output_attentions else None,
         )
 
-    def _seeds(self, device: torch.device) -> Tensor:
-        """A row of dropout seeds for the embeddings and one for each layer, drawn only where they are used."""
-        rows = self.config.num_hidden_layers + 1
-        if not self.training:
-            return torch.zeros(rows, SEEDS_PER_LAYER, dtype=torch.int64, device=device)
+    def _seeds(self, device: torch.device) -> Tensor | None:
+        """A row of dropout seeds for the embeddings and one for each layer, where any dropout is active."""
+        places = [self.embeddings.dropout, *(place for layer in self.encoder.layers for place in layer.dropouts())]
+        if not any(is_active(place) for place in places):
+            return None
+        rows = len(self.encoder.layers) + 1
         return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)
 
     def _head_mask(self, head_mask: Tensor | None) -> Tensor | None:
@@ -223,6 +235,7 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         super().__init__(config)
         self.dropout = self._dropout()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.loss_type = "ForSequenceClassification"  # also of subclasses, whose names say nothing
         self.post_init()
 
     def forward(
@@ -327,6 +340,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
         super().__init__(config, add_pooling_layer=False)
         self.dropout = self._dropout()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
+        self.loss_type = "ForTokenClassification"  # also of subclasses, whose names say nothing
         self.post_init()
 
     def forward(
@@ -372,6 +386,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
         if labels is not None:
             came_packed = cu_seq_lens_q is not None
             real = None if came_packed else inputs.real_positions(self.config, input_ids, attention_mask)
+            _check_labels("labels", labels, logits.shape[:2])
             labels = labels if real is None else labels.masked_fill(~real, IGNORED_LABEL)
             loss = self.loss_function(logits, labels, self.config)
         return self._answer(return_dict, encoded, TokenClassifierOutput, loss=loss, logits=logits)
@@ -385,6 +400,7 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         if config.num_labels != 2:
             raise ValueError(f"num_labels={config.num_labels}; question answering scores starts and ends: set it to 2.")
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
+        self.loss_type = "ForQuestionAnswering"  # also of subclasses, whose names say nothing
         self.post_init()
 
     def forward(
@@ -477,6 +493,8 @@ class ErnieMForInformationExtraction(_ErnieMHead):
         end_logits = self.linear_end(encoded.last_hidden_state).squeeze(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
+            _check_labels("start_positions", start_positions, start_logits.shape, columns_will_do=True)
+            _check_labels("end_positions", end_positions, end_logits.shape, columns_will_do=True)
             losses = [
                 _span_loss(logits, positions, real)
                 for logits, positions in ((start_logits, start_positions), (end_logits, end_positions))
@@ -489,6 +507,15 @@ class ErnieMForInformationExtraction(_ErnieMHead):
 
 def _as_dict(config: ErnieMConfig, return_dict: bool | None) -> bool:
     return config.return_dict if return_dict is None else return_dict
+
+
+def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do: bool = False) -> None:
+    rows, columns = shape
+    if labels.shape != shape and not (columns_will_do and labels.shape in ((rows,), (rows, 1))):
+        other = f", or ({rows},) with one column a row" if columns_will_do else ""
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}; it must be ({rows}, {columns}) like the input{other}."
+        )
 
 
 def _flatten_choices(x: Tensor | None) -> Tensor | None:
@@ -514,11 +541,11 @@ def _without_padding(positions: Tensor, real: Tensor | None) -> Tensor:
 def _span_loss(logits: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
     """Mean binary cross entropy over `(rows, columns)`, without padding and without rows that have no valid column."""
     rows, columns = logits.shape
-    counted = torch.ones_like(logits, dtype=torch.bool) if real is None else real
+    counted = torch.ones_like(logits, dtype=torch.bool) if real is None else real.expand(rows, columns)
     if positions.shape == logits.shape:
         targets = positions
     else:
-        column = positions.reshape(rows)
+        column = positions.reshape(rows).long()
         inside = (column >= 0) & (column < columns)
         targets = one_hot(column.clamp(0, columns - 1), columns)
         counted = counted & inside[:, None]

@@ -13,7 +13,7 @@ from torch.nn.modules.module import _has_any_global_hook
 
 def project(linear: nn.Module, x: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor | None]:
     """`linear(x)`, or where the next op adds the bias itself (`leave_bias`), the product and the bias apart."""
-    if leave_bias and _is_plain(linear):
+    if leave_bias and is_plain(linear, nn.Linear):
         return F.linear(x, linear.weight), linear.bias
     return linear(x), None
 
@@ -26,7 +26,7 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
     and writes through `parameter.data` change no version, and it went stale. Nor was one wide product faster on CPU:
     within 3 % of three from 12 to 4,096 tokens at base size.)
     """
-    if not all(_is_plain(linear) and linear.bias is not None for linear in linears):
+    if not all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in linears):
         return torch.cat([linear(x) for linear in linears], dim=-1)
     if torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling():
         weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
@@ -38,11 +38,13 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
     return out
 
 
-def _is_plain(linear: nn.Module) -> bool:
+def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module does nothing but what its kind does, so that its parameters say it all."""
     hooks = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
     return (
-        type(linear) is nn.Linear
-        and "forward" not in linear.__dict__  # accelerate's offloading replaces it on the instance
-        and not any(getattr(linear, hook) for hook in hooks)
+        type(module) is kind
+        and type(module.weight) in (nn.Parameter, Tensor)  # not one that is quantised or sharded
+        and "forward" not in module.__dict__  # accelerate's offloading replaces it on the instance
+        and not any(getattr(module, hook) for hook in hooks)
         and not _has_any_global_hook()
     )

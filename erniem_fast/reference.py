@@ -153,7 +153,7 @@ def attend_backward(
 
 def _scores(query: Tensor, key: Tensor, scale: float, kept: Tensor | None, scores_bias: Tensor | None) -> Tensor:
     scores = query @ key.transpose(-1, -2) * scale
-    scores = scores if scores_bias is None else scores + scores_bias
+    scores = scores if scores_bias is None else scores + scores_bias.to(scores.dtype)
     return scores if kept is None else scores.masked_fill(~kept, -torch.inf)
 
 
@@ -183,23 +183,29 @@ def bias_gelu_dropout(
 
 def activate(x: Tensor, activation: str) -> Tensor:
     """`gelu` by its definition, x Φ(x); `gelu_tanh`, its approximation; `relu`."""
+    dtype, x = x.dtype, x.to(wide(x.dtype))
     if activation == "gelu":
-        return 0.5 * x * (1.0 + torch.erf(x * 2.0**-0.5))
-    if activation == "gelu_tanh":
-        return 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
-    return torch.relu(x)
+        y = 0.5 * x * (1.0 + torch.erf(x * 2.0**-0.5))
+    elif activation == "gelu_tanh":
+        y = 0.5 * x * (1.0 + torch.tanh((2.0 / torch.pi) ** 0.5 * (x + 0.044715 * x**3)))
+    else:
+        y = torch.relu(x)
+    return y.to(dtype)
 
 
 def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     """The gradient of x, given that of `activate(x, activation)`."""
+    dtype, x = x.dtype, x.to(wide(x.dtype))
     if activation == "gelu":
         density = torch.exp(-0.5 * x * x) * (2.0 * torch.pi) ** -0.5
-        return grad * (0.5 * (1.0 + torch.erf(x * 2.0**-0.5)) + x * density)
-    if activation == "gelu_tanh":
+        slope = 0.5 * (1.0 + torch.erf(x * 2.0**-0.5)) + x * density
+    elif activation == "gelu_tanh":
         root = (2.0 / torch.pi) ** 0.5
         tanh = torch.tanh(root * (x + 0.044715 * x**3))
-        return grad * (0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * root * (1.0 + 3 * 0.044715 * x * x))
-    return torch.where(x > 0, grad, 0.0)
+        slope = 0.5 * (1.0 + tanh) + 0.5 * x * (1.0 - tanh * tanh) * root * (1.0 + 3 * 0.044715 * x * x)
+    else:
+        slope = (x > 0).to(x.dtype)
+    return (grad * slope).to(dtype)
 
 
 def add_layernorm(
@@ -232,9 +238,11 @@ def add_layernorm(
 
 def layer_norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450), with the biased variance."""
+    dtype = torch.promote_types(x.dtype, weight.dtype)
+    x = x.to(wide(x.dtype))
     mean = x.mean(-1, keepdim=True)
     variance = (x - mean).square().mean(-1, keepdim=True)
-    return (x - mean) * torch.rsqrt(variance + eps) * weight + norm_bias
+    return ((x - mean) * torch.rsqrt(variance + eps) * weight + norm_bias).to(dtype)
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
@@ -244,6 +252,11 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
     normal, of_normal = centred * rstd, grad * weight
     means = of_normal.mean(-1, keepdim=True) + normal * (of_normal * normal).mean(-1, keepdim=True)
     return rstd * (of_normal - means), (grad * normal).sum(0), grad.sum(0)
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of statistics, of functions that overflow, and of sums over tokens: at least float32."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def softmax(scores: Tensor) -> Tensor:

@@ -54,8 +54,9 @@ class AlignedText:
         return self[: len(self.text.rstrip())]
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """The span of the input that characters `start` to `end`, of which there is at least one, came from."""
-        return self.positions[start], self.positions[end - 1] + 1
+        """The span of the input that characters `start` to `end` came from; an empty one for what was only added."""
+        last = self.positions[end - 1] + 1
+        return (self.positions[start] if start < end else last), last
 
 
 class ErnieMTokenizer(PreTrainedTokenizer):

@@ -6,21 +6,12 @@ from . import add_layernorm as _add_layernorm
 from . import attention as _attention
 from . import bias_gelu_dropout as _bias_gelu_dropout
 from . import embeddings as _embeddings
-from .implementation import choose
-
-# By the names of `flags.OPS`; each table lists the preferred implementation first.
-IMPLEMENTATIONS = {
-    "embeddings": _embeddings.IMPLEMENTATIONS,
-    "attention": _attention.IMPLEMENTATIONS,
-    "bias_gelu": _bias_gelu_dropout.IMPLEMENTATIONS,
-    "layernorm": _add_layernorm.IMPLEMENTATIONS,
-}
+from .implementation import IMPLEMENTATIONS, choose
 
 
 def fuses_bias(op: str, x: Tensor) -> bool:
     """Whether the op, for inputs like `x`, wants to add the bias of the matrix product before it."""
-    implementations = IMPLEMENTATIONS[op]
-    return implementations[choose(op, implementations, x.device, x.dtype)].fuses_bias
+    return IMPLEMENTATIONS[op][choose(op, x.device, x.dtype)].fuses_bias
 
 
 ACTIVATIONS = _bias_gelu_dropout.ACTIVATIONS

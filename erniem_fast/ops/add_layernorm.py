@@ -5,8 +5,9 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, call, choose, differentiable, run
-from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
+from ..reference import wide
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .layer_norm import REFERENCE, TORCH, LayerNorm
 from .triton import implementation as triton_implementation
 
 
@@ -38,11 +39,11 @@ def add_layernorm(
     Raises:
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
-    name = choose("layernorm", IMPLEMENTATIONS, x.device, x.dtype)
+    name = choose("layernorm", x.device, x.dtype)
     tensors = (residual, x, bias, weight, norm_bias)
     save = differentiable(*tensors)
     inputs = (*tensors, eps, batch.columns, batch.sequences, p, seed, save)
-    return call("add_layernorm", IMPLEMENTATIONS, name, _forward, save, *inputs)[0]
+    return call("layernorm", name, _forward, save, *inputs)[0]
 
 
 @torch.library.custom_op("erniem_fast::add_layernorm", mutates_args=())
@@ -62,7 +63,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor]:
     """The result, and the layer norm's input `z` for the backward, empty where it is not to be saved."""
     inputs = (residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save)
-    return run("add_layernorm", IMPLEMENTATIONS, implementation, "forward", *inputs)
+    return run("layernorm", implementation, "forward", *inputs)
 
 
 @torch.library.custom_op("erniem_fast::add_layernorm_backward", mutates_args=())
@@ -79,19 +80,19 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """Gradients of residual, x, bias, weight and norm_bias; that of x is empty where it equals the residual's."""
     inputs = (grad, z, weight, eps, columns, sequences, p, seed)
-    return run("add_layernorm", IMPLEMENTATIONS, implementation, "backward", *inputs)
+    return run("layernorm", implementation, "backward", *inputs)
 
 
 @_forward.register_fake
 def _(residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save, implementation):
-    out = torch.empty_like(x, dtype=torch.promote_types(residual.dtype, x.dtype))
-    return out, torch.empty_like(out) if save else out.new_empty(0)
+    out = x.new_empty(x.shape, dtype=torch.promote_types(residual.dtype, x.dtype))
+    return out, out.new_empty(out.shape) if save else out.new_empty(0)
 
 
 @_backward.register_fake
 def _(grad, z, weight, eps, columns, sequences, p, seed, implementation):
-    of_x = z.new_empty(0) if seed is None else torch.empty_like(z)
-    return torch.empty_like(z), of_x, *(torch.empty_like(weight, dtype=wide(z.dtype)) for _ in range(3))
+    of_x = z.new_empty(0) if seed is None else z.new_empty(z.shape)
+    return z.new_empty(z.shape), of_x, *(weight.new_empty(weight.shape, dtype=wide(z.dtype)) for _ in range(3))
 
 
 def _setup_context(ctx, inputs, output):
@@ -128,7 +129,7 @@ def _composite(norm: LayerNorm) -> Implementation:
     return Implementation(forward, backward)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS["layernorm"] = {
     "triton": triton_implementation("layernorm"),
     "torch": _composite(TORCH),
     "reference": _composite(REFERENCE),

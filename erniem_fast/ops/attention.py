@@ -10,7 +10,7 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
-from .implementation import Implementation, call, choose, differentiable, run
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
 from .triton import implementation as triton_implementation
 
 
@@ -35,11 +35,11 @@ def attention(
     Raises:
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
-    name = choose("attention", IMPLEMENTATIONS, qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
+    name = choose("attention", qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
     order = (batch.longest_first, batch.contiguous)
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
     inputs = (qkv, *order, *where, heads, scale, p, seed)
-    return call("attention", IMPLEMENTATIONS, name, _forward, differentiable(qkv), *inputs)[0]
+    return call("attention", name, _forward, differentiable(qkv), *inputs)[0]
 
 
 def attention_with_probabilities(
@@ -85,7 +85,7 @@ def _forward(
     """The result, and what else the implementation saves for its backward, empty where that is nothing."""
     where = (longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask)
     inputs = (qkv, *where, heads, scale, p, seed)
-    return run("attention", IMPLEMENTATIONS, implementation, "forward", *inputs)
+    return run("attention", implementation, "forward", *inputs)
 
 
 @torch.library.custom_op("erniem_fast::attention_backward", mutates_args=())
@@ -110,7 +110,7 @@ def _backward(
     """Gradient of qkv."""
     where = (longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask)
     inputs = (grad, out, saved, qkv, *where, heads, scale, p, seed)
-    return run("attention", IMPLEMENTATIONS, implementation, "backward", *inputs)
+    return run("attention", implementation, "backward", *inputs)
 
 
 @_forward.register_fake
@@ -122,7 +122,7 @@ def _(qkv, longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences
 
 @_backward.register_fake
 def _(grad, out, saved, qkv, *rest):
-    return torch.empty_like(qkv)
+    return qkv.new_empty(qkv.shape)
 
 
 def _setup_context(ctx, inputs, output):
@@ -243,7 +243,7 @@ def _stateless(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) 
     return Implementation(run_forward, run_backward)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS["attention"] = {
     "triton": triton_implementation("attention", largest=256),
     "torch": _stateless(_forward_torch, _backward_torch),
     "reference": _stateless(_forward_reference, _backward_reference),

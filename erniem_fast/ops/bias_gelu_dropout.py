@@ -8,8 +8,8 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, call, choose, differentiable, run
-from .layer_norm import wide
+from ..reference import wide
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
 from .triton import implementation as triton_implementation
 
 # transformers' names of the activations that the op knows; the exact GELU is ERNIE-M's.
@@ -47,9 +47,9 @@ def bias_gelu_dropout(
     Raises:
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
-    name = choose("bias_gelu", IMPLEMENTATIONS, x.device, x.dtype)
+    name = choose("bias_gelu", x.device, x.dtype)
     inputs = (x, bias, activation, batch.columns, batch.sequences, p, seed)
-    return call("bias_gelu_dropout", IMPLEMENTATIONS, name, _forward, differentiable(x, bias), *inputs)
+    return call("bias_gelu", name, _forward, differentiable(x, bias), *inputs)
 
 
 @torch.library.custom_op("erniem_fast::bias_gelu_dropout", mutates_args=())
@@ -64,7 +64,7 @@ def _forward(
     implementation: str,
 ) -> Tensor:
     inputs = (x, bias, activation, columns, sequences, p, seed)
-    return run("bias_gelu_dropout", IMPLEMENTATIONS, implementation, "forward", *inputs)
+    return run("bias_gelu", implementation, "forward", *inputs)
 
 
 @torch.library.custom_op("erniem_fast::bias_gelu_dropout_backward", mutates_args=())
@@ -81,17 +81,17 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and bias, the latter empty where there is no bias."""
     inputs = (grad, x, bias, activation, columns, sequences, p, seed)
-    return run("bias_gelu_dropout", IMPLEMENTATIONS, implementation, "backward", *inputs)
+    return run("bias_gelu", implementation, "backward", *inputs)
 
 
 @_forward.register_fake
 def _(x, bias, activation, columns, sequences, p, seed, implementation):
-    return torch.empty_like(x)
+    return x.new_empty(x.shape)
 
 
 @_backward.register_fake
 def _(grad, x, bias, activation, columns, sequences, p, seed, implementation):
-    return torch.empty_like(x), x.new_empty(0 if bias is None else x.shape[1], dtype=wide(x.dtype))
+    return x.new_empty(x.shape), x.new_empty(0 if bias is None else x.shape[1], dtype=wide(x.dtype))
 
 
 def _setup_context(ctx, inputs, output):
@@ -136,7 +136,7 @@ def _composite(activate: Callable[..., Tensor], activate_backward: Callable[...,
     return Implementation(forward, backward)
 
 
-IMPLEMENTATIONS = {
+IMPLEMENTATIONS["bias_gelu"] = {
     "triton": triton_implementation("bias_gelu_dropout"),
     "torch": _composite(_activate_torch, _activate_backward_torch),
     "reference": _composite(reference.activate, reference.activate_backward),

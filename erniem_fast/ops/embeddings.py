@@ -8,8 +8,9 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
-from .implementation import Implementation, call, choose, differentiable, run
-from .layer_norm import REFERENCE, TORCH, LayerNorm, wide
+from ..reference import wide
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .layer_norm import REFERENCE, TORCH, LayerNorm
 from .native import NATIVE
 
 
@@ -47,11 +48,11 @@ def embeddings(
     Raises:
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
-    name = choose("embeddings", IMPLEMENTATIONS, word_table.device, word_table.dtype)
+    name = choose("embeddings", word_table.device, word_table.dtype)
     tables = (word_table, position_table, weight, norm_bias)
     save = differentiable(*tables)
     inputs = (ids, positions, *tables, eps, padding_idx, batch.columns, batch.sequences, p, seed, save)
-    return call("embeddings", IMPLEMENTATIONS, name, partial(_forward, sparse=sparse), save, *inputs)[0]
+    return call("embeddings", name, partial(_forward, sparse=sparse), save, *inputs)[0]
 
 
 @torch.library.custom_op("erniem_fast::embeddings", mutates_args=())
@@ -75,7 +76,7 @@ def _forward(
     """The result, and the layer norm's input `z` for the backward, empty where it is not to be saved."""
     tables = (word_table, position_table, weight, norm_bias)
     inputs = (ids, positions, *tables, eps, padding_idx, columns, sequences, p, seed, save)
-    return run("embeddings", IMPLEMENTATIONS, implementation, "forward", *inputs)
+    return run("embeddings", implementation, "forward", *inputs)
 
 
 @torch.library.custom_op("erniem_fast::embeddings_backward", mutates_args=())
@@ -99,21 +100,21 @@ def _backward(
     """Gradients of word_table, position_table, weight and norm_bias; `sparse` leaves the first as rows, one a token."""
     rows = (ids, positions, words, max_positions)
     inputs = (grad, z, *rows, weight, eps, padding_idx, columns, sequences, p, seed, sparse)
-    return run("embeddings", IMPLEMENTATIONS, implementation, "backward", *inputs)
+    return run("embeddings", implementation, "backward", *inputs)
 
 
 @_forward.register_fake
 def _(ids, positions, word_table, position_table, weight, norm_bias, eps, padding_idx, *rest):
     *_, save, _, _ = rest
     out = word_table.new_empty(ids.shape[0], word_table.shape[1])
-    return out, torch.empty_like(out) if save else out.new_empty(0)
+    return out, out.new_empty(out.shape) if save else out.new_empty(0)
 
 
 @_backward.register_fake
 def _(grad, z, ids, positions, words, max_positions, weight, *rest):
     *_, sparse, _ = rest
     tables = (z.new_empty(rows, z.shape[1]) for rows in (z.shape[0] if sparse else words, max_positions))
-    return *tables, *(torch.empty_like(weight, dtype=wide(z.dtype)) for _ in range(2))
+    return *tables, *(weight.new_empty(weight.shape, dtype=wide(z.dtype)) for _ in range(2))
 
 
 def _setup_context(ctx, inputs, output):
@@ -127,9 +128,13 @@ def _setup_context(ctx, inputs, output):
 def _autograd(ctx, grad, _):
     z, ids, positions, weight, columns, sequences, seed = ctx.saved_tensors
     norm = (weight, ctx.eps, ctx.padding_idx)
-    choice = (ctx.sparse, ctx.implementation)
+    # A frozen word table wants no gradient, which would be as large as the table; its rows are at hand anyway.
+    frozen = not ctx.needs_input_grad[2]
+    choice = (ctx.sparse or frozen, ctx.implementation)
     of_words, *grads = _backward(grad, z, ids, positions, *ctx.rows, *norm, columns, sequences, ctx.p, seed, *choice)
-    if ctx.sparse:
+    if frozen:
+        of_words = None
+    elif ctx.sparse:
         rows = of_words.masked_fill((ids == ctx.padding_idx)[:, None], 0)
         of_words = torch.sparse_coo_tensor(ids[None], rows, (ctx.rows[0], z.shape[1]), check_invariants=False)
     return None, None, of_words, *grads, *[None] * 9
@@ -173,4 +178,4 @@ def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int) -> Tensor
     return torch.ops.aten.embedding_dense_backward(rows, index, size, padding_idx, False)
 
 
-IMPLEMENTATIONS = {"native": NATIVE, "torch": _composite(TORCH), "reference": _composite(REFERENCE)}
+IMPLEMENTATIONS["embeddings"] = {"native": NATIVE, "torch": _composite(TORCH), "reference": _composite(REFERENCE)}

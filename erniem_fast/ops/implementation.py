@@ -1,6 +1,6 @@
 """What an op's implementations have in common: how one is chosen, and how it is verified against the reference."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import inf
 
@@ -40,21 +40,24 @@ class Implementation:
         return self.refuses(device, dtype)
 
 
+# The implementations of each op, by the names of `flags.OPS` and their own, the preferred first; every op's file adds
+# its own.
+IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
+
+
 @torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph
-def choose(
-    op: str, implementations: Mapping[str, Implementation], device: torch.device, dtype: torch.dtype, size: int = 0
-) -> str:
+def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
     """The implementation that runs a call: the flag's, or with `auto` the first that can serve it.
 
     Args:
         op: a key of `flags.OPS`.
-        implementations: by name, the preferred first.
         device, dtype: of the op's input.
         size: head_dim for attention; nothing to the other ops.
 
     Raises:
         RuntimeError: the flag asks for an implementation that cannot serve this device, dtype and size.
     """
+    implementations = IMPLEMENTATIONS[op]
     wanted = flags.read(flags.OPS[op])
     if wanted != "auto":
         implementations[wanted].prepare(device)
@@ -73,31 +76,40 @@ def differentiable(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
-def call(
-    op: str,
-    implementations: Mapping[str, Implementation],
-    name: str,
-    custom_op: Callable[..., Tensors],
-    differentiable: bool,
-    *inputs: object,
-) -> Tensors:
+def call(op: str, name: str, custom_op: Callable[..., Tensors], differentiable: bool, *inputs: object) -> Tensors:
     """Runs a forward: as a custom op where autograd or a graph must know of it, else without that detour."""
     if differentiable or torch.compiler.is_compiling():
         return custom_op(*inputs, name)
-    return run(op, implementations, name, "forward", *inputs)
+    return run(op, name, "forward", *inputs)
 
 
-def run(op: str, implementations: Mapping[str, Implementation], name: str, direction: str, *inputs: object) -> Tensors:
-    """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it."""
+def run(op: str, name: str, direction: str, *inputs: object) -> Tensors:
+    """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it.
+
+    Implementations get and give contiguous tensors, and the dtypes that come: autocast is the products' concern.
+    """
+    inputs = [each.contiguous() if isinstance(each, Tensor) else each for each in inputs]
+    device = inputs[0].device.type
+    if torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):
+            return _run(op, name, direction, inputs)
+    return _run(op, name, direction, inputs)
+
+
+def _run(op: str, name: str, direction: str, inputs: list[object]) -> Tensors:
+    implementations = IMPLEMENTATIONS[op]
     outputs = getattr(implementations[name], direction)(*inputs)
     if name != "reference" and flags.read(flags.VERIFY) == "1":
         oracle = getattr(implementations["reference"], direction)
         _verify(f"{op} {direction} ({name})", outputs, oracle(*inputs), oracle(*(_double(each) for each in inputs)))
-    return outputs
+    return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(each.contiguous() for each in outputs)
 
 
 def _double(value: object) -> object:
     return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+
+
+_REMEDY = "Choose another implementation by its flag and report this with the output of `python -m erniem_fast status`."
 
 
 def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) -> None:
@@ -109,14 +121,18 @@ def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) ->
     for index, (output, same, truth) in enumerate(results):
         if same.numel() == 0:
             continue
+        if output.shape != same.shape or output.dtype != same.dtype:
+            raise RuntimeError(
+                f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
+                f"{output.dtype}, not {tuple(same.shape)} and {same.dtype}. {_REMEDY}"
+            )
         slack = 8 * torch.finfo(output.dtype).eps * truth.abs().amax().item()
         bound = 2 * (same.double() - truth).abs().amax().item() + slack
         error = (output.double() - truth).abs().amax().item()
         if not error <= bound:
             raise RuntimeError(
                 f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "
-                f"{output.dtype} is off by {error:.3e}, the bound is {bound:.3e}. Choose another implementation by its "
-                f"flag and report this with the output of `python -m erniem_fast status`."
+                f"{output.dtype} is off by {error:.3e}, the bound is {bound:.3e}. {_REMEDY}"
             )
 
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
+from ..reference import wide
 
 
 @dataclass(frozen=True)
@@ -25,22 +26,19 @@ class LayerNorm:
     backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
 
 
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics and of gradients that are summed over tokens: float32, or float64 for float64."""
-    return torch.promote_types(dtype, torch.float32)
-
-
 def _forward_torch(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     return torch.native_layer_norm(z, z.shape[-1:], _native(weight, z), _native(norm_bias, z), eps)[0]
 
 
 def _backward_torch(grad: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    variance, mean = torch.var_mean(z.to(wide(z.dtype)), dim=-1, correction=0, keepdim=True)
     weight = _native(weight, z)
-    of_z, of_weight, of_norm_bias = torch.ops.aten.native_layer_norm_backward(
-        grad.to(z.dtype), z, z.shape[-1:], mean, torch.rsqrt(variance + eps), weight, weight, [True, True, True]
+    _, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], weight, weight, eps)
+    of_z, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grad.to(z.dtype), z, z.shape[-1:], mean, rstd, weight, weight, [True, False, False]
     )
-    return of_z, of_weight.to(wide(z.dtype)), of_norm_bias.to(wide(z.dtype))
+    # The native kernel sums over tokens one after another on CPU, and less exactly than `sum` does.
+    grad = grad.to(wide(z.dtype))
+    return of_z, (grad * (z - mean) * rstd).sum(0), grad.sum(0)
 
 
 def _native(weight: Tensor, z: Tensor) -> Tensor:

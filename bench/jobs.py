@@ -1,0 +1,105 @@
+"""What is measured: batches of real text or of random tokens, padded to their longest row."""
+
+import csv
+import dataclasses
+import pathlib
+import random
+
+PARALLEL = pathlib.Path(__file__).parent / "data" / "parallel.tsv"
+# The file is full of menu labels ("Log out"), which leave a batch of 32 only 28 % full and would flatter whoever skips
+# padding. Translations of ten English words or more are sentences, and fill it to 45 % on average over seeds (standard
+# deviation over two batches: 4.5 %). The first two batches of this seed are as full as that average.
+SENTENCE_WORDS = 10
+SEED = 10
+MOST_BATCHES = 16  # in one turn; batches of one row would else take as long as all others together
+SPECIAL_TOKENS = 4  # ids below are [CLS], [PAD], [SEP] and [UNK]
+PAD = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Batches that every peer runs, turn after turn.
+
+    Attributes:
+        batch_size: rows in a batch.
+        lengths: where the rows come from, as on the command line.
+        batches: keyword arguments of the model, nested lists (batch, length): input_ids and attention_mask.
+    """
+
+    batch_size: int
+    lengths: str
+    batches: list[dict[str, list[list[int]]]]
+
+    @property
+    def name(self):
+        return f"{self.batch_size} x {self.lengths}"
+
+    @property
+    def tokens(self):
+        """Real tokens of all batches."""
+        return sum(sum(map(sum, batch["attention_mask"])) for batch in self.batches)
+
+    @property
+    def positions(self):
+        """Positions of all batches, padding included."""
+        return sum(len(row) for batch in self.batches for row in batch["input_ids"])
+
+    @property
+    def fill(self):
+        """Share of the positions that are real tokens."""
+        return self.tokens / self.positions
+
+
+def make_jobs(batch_sizes, lengths, sentences, encode, vocab_size, max_length):
+    """One job for each of `lengths` with each of `batch_sizes`.
+
+    Args:
+        batch_sizes: rows in a batch, one number per job.
+        lengths: "text", "fixed:N" or "modernbert".
+        sentences: rows in a turn; a job has at least one batch and at most MOST_BATCHES.
+        encode: turns texts into lists of token ids, cut at the maximum, special tokens included; only for "text".
+        vocab_size, max_length: of the model, in tokens.
+
+    Raises:
+        ValueError: rows of a fixed length are longer than max_length.
+    """
+    jobs = []
+    for batch_size in batch_sizes:
+        count = min(max(1, sentences // batch_size), MOST_BATCHES)
+        for spec in lengths:
+            rows = _rows(spec, count * batch_size, encode, vocab_size, max_length)
+            batches = [pad(rows[i * batch_size : (i + 1) * batch_size]) for i in range(count)]
+            jobs.append(Job(batch_size, spec, batches))
+    return jobs
+
+
+def pad(rows):
+    """A batch of rows of token ids, padded on the right to the longest."""
+    longest = max(map(len, rows))
+    return {
+        "input_ids": [row + [PAD] * (longest - len(row)) for row in rows],
+        "attention_mask": [[1] * len(row) + [0] * (longest - len(row)) for row in rows],
+    }
+
+
+def _rows(spec, count, encode, vocab_size, max_length):
+    """`count` rows of token ids; the same first rows for every count."""
+    rng = random.Random(SEED)
+    if spec == "text":
+        return encode(rng.choices(read_sentences(), k=count))
+    kind, _, length = spec.partition(":")
+    if kind == "fixed" and int(length) > max_length:
+        raise ValueError(f"--lengths {spec}: the model takes {max_length} tokens at most; choose fixed:{max_length}")
+    rows = []
+    for _ in range(count):
+        # modernbert: the recipe of its paper for its own measurement of unpadding
+        row_length = int(length) if kind == "fixed" else min(max(round(rng.gauss(256, 64)), 1), max_length)
+        rows.append([rng.randrange(SPECIAL_TOKENS, vocab_size) for _ in range(row_length)])
+    return rows
+
+
+def read_sentences():
+    """The translations in parallel.tsv whose English has SENTENCE_WORDS words or more."""
+    with PARALLEL.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    return [row["translation"] for row in rows if len(row["english"].split()) >= SENTENCE_WORDS]

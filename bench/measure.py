@@ -1,0 +1,106 @@
+"""One job: outputs are compared, then the peers take turns, round after round, so that all meet the same noise."""
+
+import dataclasses
+import pathlib
+import tempfile
+
+import numpy as np
+from jobs import Job
+from workers import WorkerError
+
+# Largest difference of a hidden state between two peers, in units of the reference's root mean square. Right peers were
+# seen to differ by 5e-6, 0.1 and 0.012 (base size, 2,600 tokens); a wrong one is off by 1 and more.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03}
+
+
+@dataclasses.dataclass
+class Measurement:
+    """What one peer did in one job.
+
+    Attributes:
+        difference: largest difference from the reference's output (see TOLERANCE); None for the reference itself.
+        rounds: seconds of each batch, per round.
+        peak_memory: bytes, at any time of the rounds; None before the first round.
+        problem: why it was not measured, or not to the end.
+    """
+
+    job: Job
+    peer: str
+    difference: float | None = None
+    rounds: list[list[float]] = dataclasses.field(default_factory=list)
+    peak_memory: int | None = None
+    problem: str | None = None
+
+
+def measure(job, workers, dtype, rounds, measurements, bar):
+    """Measure every worker in one job.
+
+    Args:
+        job: what to run.
+        workers: who runs it, the reference first. One that dies is reported in that job and in those that it misses.
+        dtype: of the weights; decides how far outputs may differ.
+        rounds: timed rounds, after one that warms up.
+        measurements: grows by one per worker at the start, so that an interrupted run keeps what it has.
+        bar: tqdm's bar, which moves by one per worker and turn.
+    """
+    entries = [(worker, Measurement(job, worker.name)) for worker in workers]
+    measurements.extend(entry for _, entry in entries)
+    with tempfile.TemporaryDirectory() as folder:
+        _check(entries, TOLERANCE[dtype], pathlib.Path(folder, "output.npy"), bar)
+    for turn in range(rounds + 1):
+        bar.set_description(f"{job.name}, {f'round {turn} of {rounds}' if turn else 'warm-up'}")
+        for worker, entry in entries if turn % 2 == 0 else entries[::-1]:
+            if entry.problem is None:
+                _take_turn(worker, entry, timed=turn > 0)
+            bar.update()
+
+
+def _check(entries, tolerance, output, bar):
+    """Run every batch on every worker, and refuse those whose real tokens differ from the first one's."""
+    reference = None
+    for worker, entry in entries:
+        bar.set_description(f"{entry.job.name}, comparing outputs")
+        hidden_states = _run(worker, entry, output)
+        bar.update()
+        if hidden_states is None:
+            continue
+        if reference is None:
+            reference, reference_name = hidden_states, worker.name
+            continue
+        entry.difference = difference(hidden_states, reference)
+        if not entry.difference <= tolerance:  # NaN is refused too
+            entry.problem = (
+                f"{worker.name} refused: its output differs from that of {reference_name} by {entry.difference:.2g}"
+                f" (largest difference over root mean square; {tolerance:g} is allowed), so its time would mean nothing"
+            )
+
+
+def _run(worker, entry, output):
+    """The worker's hidden states of all real tokens, or None where it is dead."""
+    if worker.dead:
+        entry.problem = f"{worker.name} not measured: it died in an earlier job"
+        return None
+    try:
+        worker.request("check", batches=entry.job.batches, output=str(output))
+    except WorkerError as error:
+        entry.problem = f"{worker.name} {error}"
+        return None
+    return np.load(output)
+
+
+def difference(output, reference):
+    """Largest difference over the root mean square of `reference`; infinite where shapes differ."""
+    if output.shape != reference.shape:
+        return float("inf")
+    return float(np.abs(output - reference).max() / np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
+
+
+def _take_turn(worker, entry, timed):
+    try:
+        reply = worker.request("time")
+    except WorkerError as error:
+        entry.problem = f"{worker.name} {error}"
+        return
+    if timed:
+        entry.rounds.append(reply["seconds"])
+        entry.peak_memory = reply["peak_memory"]

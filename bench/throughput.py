@@ -1,0 +1,185 @@
+"""End-to-end throughput of ERNIE-M: erniem_fast beside its peers, on the same weights and batches, in one run.
+
+Every peer runs in a process and an environment of its own. All are loaded at once, their outputs are compared on the
+real tokens, and then they take turns, round after round, in alternating order. Reported are real tokens per second
+(padding earns nothing), the ratio of ours to each peer (paired round by round) and the peak memory of each process.
+"""
+
+import argparse
+import contextlib
+import datetime
+import json
+import pathlib
+import sys
+
+import torch
+from checkpoint import SIZES, random_checkpoint, read_config
+from jobs import make_jobs
+from machine import available_cores, describe, slug
+from measure import TOLERANCE, measure
+from plot import plot
+from report import markdown
+from summary import summarise
+from tqdm import tqdm
+from workers import OURS, PEERS, ROOT, Worker, WorkerError
+
+from erniem_fast import ErnieMTokenizer
+
+TOKENIZER = ROOT / "tests/golden/tiny"
+
+
+def parse_arguments(argv):
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    jobs = parser.add_argument_group("jobs", "every batch size is run with every kind of lengths")
+    jobs.add_argument("--batch-size", type=_positive, nargs="+", default=[32, 1], metavar="N", help="default: 32 1")
+    jobs.add_argument(
+        "--lengths",
+        type=_lengths,
+        nargs="+",
+        default=["text", "fixed:32"],
+        metavar="KIND",
+        help="text: real sentences in 34 languages, cut at the model's maximum; fixed:N: rows of N random tokens, no"
+        " padding; modernbert: random tokens, lengths from N(256, 64) cut at the maximum (default: text fixed:32)",
+    )
+    jobs.add_argument(
+        "--sentences",
+        type=_positive,
+        default=64,
+        metavar="N",
+        help="rows that a peer runs in one turn, in as many batches as they fill: 1 to 16 (default: 64)",
+    )
+    jobs.add_argument("--rounds", type=_positive, default=7, metavar="N", help="timed turns of each peer (default: 7)")
+    model = parser.add_argument_group("model").add_mutually_exclusive_group()
+    model.add_argument("--size", choices=SIZES, default="base", help="random weights (default: base)")
+    model.add_argument(
+        "--model", type=_checkpoint, metavar="DIR", help="folder of a real ERNIE-M checkpoint with its tokenizer"
+    )
+    run = parser.add_argument_group("run")
+    run.add_argument("--dtype", choices=TOLERANCE, default="float32", help="of the weights (default: float32)")
+    run.add_argument("--device", type=_device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    run.add_argument("--threads", type=_positive, metavar="N", help="CPU threads of each peer (default: one per core)")
+    run.add_argument(
+        "--output", type=pathlib.Path, metavar="DIR", help="folder for results (default: bench/results/MACHINE)"
+    )
+    return parser.parse_args(argv)
+
+
+def _positive(text):
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of 1 or more")
+    return int(text)
+
+
+def _lengths(text):
+    kind, _, number = text.partition(":")
+    if text in ("text", "modernbert") or (kind == "fixed" and number.isdecimal() and int(number) > 0):
+        return text
+    raise argparse.ArgumentTypeError(f"{text!r} is none of text, modernbert and fixed:N with N of 1 or more")
+
+
+def _checkpoint(text):
+    try:
+        read_config(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return pathlib.Path(text)
+
+
+def _device(text):
+    try:
+        device = torch.device(text)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise argparse.ArgumentTypeError(f"{text!r} is none of cpu, cuda and cuda:N")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise argparse.ArgumentTypeError(f"torch sees {torch.cuda.device_count()} CUDA devices here, so no {text!r}")
+    return text
+
+
+def main(argv=None, peers=PEERS):
+    """Run the benchmark; returns the exit code: 0, 1 where a peer died or was refused, 130 after Ctrl-C."""
+    arguments = parse_arguments(argv)
+    machine = describe(arguments.device)
+    output = arguments.output or ROOT / "bench/results" / slug(machine)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        with contextlib.nullcontext(arguments.model) if arguments.model else random_checkpoint(arguments.size) as model:
+            run = {"machine": machine, **benchmark(arguments, model, peers)}
+    except (ValueError, OSError) as error:
+        sys.exit(f"throughput.py: {error}")
+    if run["jobs"]:
+        save(run, output)
+    if run["interrupted"]:
+        return 130
+    return int(any(peer["problem"] for job in run["jobs"] for peer in job["peers"]))
+
+
+def benchmark(arguments, model, peers):
+    """Measure everything that `arguments` ask for on the checkpoint in the folder `model`; returns the run for JSON."""
+    config = read_config(model)
+    max_length = config["max_position_embeddings"] - 2
+    encode = text_encoder(arguments.model or TOKENIZER, max_length)
+    jobs = make_jobs(
+        arguments.batch_size, arguments.lengths, arguments.sentences, encode, config["vocab_size"], max_length
+    )
+    run = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "settings": {
+            "model": arguments.model.resolve().name if arguments.model else f"{arguments.size}, random weights",
+            "dtype": arguments.dtype,
+            "device": arguments.device,
+            "threads": arguments.threads or available_cores(),
+            "sentences": arguments.sentences,
+            "rounds": arguments.rounds,
+        },
+        "peers": [],
+        "absent": [],
+        "interrupted": False,
+    }
+    measurements = []
+    with contextlib.ExitStack() as stack:
+        try:
+            running = list(start(peers, model, run, stack))
+            turns = len(jobs) * len(running) * (arguments.rounds + 2)
+            with tqdm(total=turns, unit="turn", disable=None) as bar:
+                for job in jobs:
+                    bar.write(f"{job.name}: {job.tokens:,} tokens in a turn", file=sys.stderr)
+                    measure(job, running, arguments.dtype, arguments.rounds, measurements, bar)
+        except KeyboardInterrupt:
+            run["interrupted"] = True
+    return {**run, "jobs": summarise(measurements, OURS.name)}
+
+
+def text_encoder(folder, max_length):
+    """A function from texts to lists of token ids, `max_length` at most, with the tokenizer in `folder`."""
+    tokenizer = ErnieMTokenizer.from_pretrained(folder)
+    return lambda texts: tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
+
+
+def start(peers, model, run, stack):
+    """Yield a loaded worker for each peer, to be closed by `stack`; `run` is told of them and of those that fail."""
+    settings = run["settings"]
+    load = {"model": str(model), **{name: settings[name] for name in ("device", "dtype", "threads")}}
+    for peer in peers:
+        print(f"loading {peer.name}", file=sys.stderr)
+        try:
+            worker = stack.enter_context(contextlib.closing(Worker(peer, **load)))
+        except WorkerError as error:
+            run["absent"].append(f"{peer.name} is absent: {error}")
+            continue
+        run["peers"].append({"name": peer.name, "versions": worker.versions, "load_seconds": worker.load_seconds})
+        yield worker
+
+
+def save(run, output):
+    """Print the report and write it as JSON, Markdown and PNG into the folder `output`."""
+    stem = output / f"throughput-{run['settings']['model'].partition(',')[0]}-{run['settings']['dtype']}"
+    stem.with_suffix(".json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    stem.with_suffix(".md").write_text(markdown(run), encoding="utf-8")
+    plot(run, stem.with_suffix(".png"))
+    print(f"\n{markdown(run)}\n{stem}.json, .md and .png hold this, the picture and every round")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

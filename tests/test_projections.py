@@ -1,0 +1,348 @@
+"""Projections: the modules' own results, by fewer and cheaper calls where the modules allow it."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.nn.utils import parametrizations, prune
+from torch.overrides import TorchFunctionMode
+
+from erniem_fast.projections import project, project_side_by_side
+
+SIZES = (24, 24, 16)  # not all equal, as where a layer was pruned by hand
+TOKENS, FEATURES = 7, 32
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+    torch.manual_seed(0)
+
+
+def make_linears(dtype=torch.float32, device="cpu"):
+    return [nn.Linear(FEATURES, size, dtype=dtype, device=device) for size in SIZES]
+
+
+def make_input(dtype=torch.float32, device="cpu"):
+    return torch.randn(TOKENS, FEATURES, dtype=dtype, device=device)
+
+
+def separately(linears, x):
+    return torch.cat([linear(x) for linear in linears], dim=-1)
+
+
+# Sums of 32 products of about 0.2, in any order.
+TOLERANCE = {"rtol": 0, "atol": 1e-6}
+MODES = {"training": torch.enable_grad, "no_grad": torch.no_grad, "inference": torch.inference_mode}
+every_mode = pytest.mark.parametrize("mode", MODES.values(), ids=MODES)
+
+
+class LinearCalls(TorchFunctionMode):
+    """Counts the calls of `F.linear`."""
+
+    count = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        self.count += function is F.linear
+        return function(*args, **(kwargs or {}))
+
+
+class Doubling(nn.Linear):
+    def forward(self, x):
+        return 2 * super().forward(x)
+
+
+class LowRank(nn.Module):
+    """What adapters put in a linear's place."""
+
+    def __init__(self, base):
+        super().__init__()
+        self.base, self.down, self.up = base, nn.Linear(FEATURES, 2, bias=False), nn.Linear(2, base.out_features)
+
+    @property
+    def weight(self):
+        return self.base.weight
+
+    @property
+    def bias(self):
+        return self.base.bias
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+class Quantised(torch.Tensor):
+    """A weight that only knows how to be used in `F.linear`, as quantised and sharded tensors are."""
+
+    @classmethod
+    def __torch_function__(cls, function, types, args=(), kwargs=None):
+        if function is F.linear:
+            x, weight, *bias = args
+            return F.linear(x, weight.as_subclass(torch.Tensor).round(decimals=1), *bias)
+        if function in (torch.cat, torch.addmm, torch.Tensor.t, torch.matmul):
+            raise NotImplementedError(f"{function} of a quantised weight")
+        return super().__torch_function__(function, types, args, kwargs or {})
+
+
+def doubled(module, arguments, output):
+    return 2 * output
+
+
+def input_doubled(module, arguments):
+    return (2 * arguments[0],)
+
+
+def with_forward_hook(linear):
+    linear.register_forward_hook(doubled)
+    return linear
+
+
+def with_pre_hook(linear):
+    linear.register_forward_pre_hook(input_doubled)
+    return linear
+
+
+def with_backward_hook(linear):
+    linear.register_full_backward_hook(lambda module, of_inputs, of_outputs: (2 * of_inputs[0],))
+    return linear
+
+
+def with_backward_pre_hook(linear):
+    linear.register_full_backward_pre_hook(lambda module, of_outputs: (2 * of_outputs[0],))
+    return linear
+
+
+def with_forward_replaced(linear):
+    forward = linear.forward
+    linear.forward = lambda x: 2 * forward(x)
+    return linear
+
+
+def quantised(linear):
+    linear.weight = nn.Parameter(linear.weight.detach().as_subclass(Quantised), requires_grad=False)
+    return linear
+
+
+def doubling(linear):
+    other = Doubling(FEATURES, linear.out_features)
+    other.load_state_dict(linear.state_dict())
+    return other
+
+
+SPECIAL = {
+    "forward hook": with_forward_hook,
+    "forward pre-hook": with_pre_hook,
+    "backward hook": with_backward_hook,
+    "backward pre-hook": with_backward_pre_hook,
+    "replaced forward": with_forward_replaced,
+    "subclass": doubling,
+    "adapter": LowRank,
+    "parametrised": parametrizations.weight_norm,
+    "pruned": lambda linear: prune.l1_unstructured(linear, "weight", 0.5),
+    "quantised weight": quantised,
+}
+every_special = pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL)
+
+
+def test_project_takes_the_bias_apart():
+    linear, x = nn.Linear(FEATURES, 24), make_input()
+    product, bias = project(linear, x, leave_bias=True)
+    assert bias is linear.bias
+    torch.testing.assert_close(product, x @ linear.weight.t(), rtol=0, atol=0)
+    whole, none = project(linear, x, leave_bias=False)
+    assert none is None
+    assert torch.equal(whole, linear(x))
+
+
+def test_project_without_a_bias():
+    linear, x = nn.Linear(FEATURES, 24, bias=False), make_input()
+    for leave_bias in (True, False):
+        product, bias = project(linear, x, leave_bias=leave_bias)
+        assert bias is None
+        assert torch.equal(product, linear(x))
+
+
+@every_special
+@pytest.mark.parametrize("leave_bias", [True, False])
+def test_project_calls_a_special_module(special, leave_bias):
+    linear, x = special(nn.Linear(FEATURES, 24)), make_input().requires_grad_()
+    expected = linear(x)
+    product, bias = project(linear, x, leave_bias=leave_bias)
+    out = product if bias is None else product + bias
+    torch.testing.assert_close(out, expected, rtol=0, atol=1e-6)
+    of_x = [torch.autograd.grad(each.sum(), x)[0] for each in (out, expected)]
+    torch.testing.assert_close(*of_x, rtol=0, atol=1e-6)
+
+
+@every_mode
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16, torch.float64])
+def test_side_by_side_equals_separately(dtype, mode):
+    linears, x = make_linears(dtype), make_input(dtype)
+    with mode():
+        out, expected = project_side_by_side(linears, x), separately(linears, x)
+    assert out.dtype == dtype
+    assert out.is_contiguous()
+    # Results of about 1, each the sum of 32 products: one unit in the last place apart at most.
+    torch.testing.assert_close(out, expected, rtol=0, atol=2 * torch.finfo(dtype).eps)
+
+
+@every_mode
+@pytest.mark.parametrize("view", ["transposed", "sliced", "empty"])
+def test_side_by_side_takes_views(view, mode):
+    x = {
+        "transposed": torch.randn(FEATURES, TOKENS).t(),
+        "sliced": torch.randn(TOKENS, 2 * FEATURES)[:, ::2],
+        "empty": torch.randn(0, FEATURES),
+    }[view]
+    linears = make_linears()
+    with mode():
+        torch.testing.assert_close(project_side_by_side(linears, x), separately(linears, x), **TOLERANCE)
+
+
+@every_mode
+def test_side_by_side_under_autocast(mode):
+    linears, x = make_linears(), make_input()
+    with mode(), torch.autocast("cpu", torch.bfloat16):
+        out, expected = project_side_by_side(linears, x), separately(linears, x)
+    assert out.dtype == expected.dtype == torch.bfloat16
+    torch.testing.assert_close(out, expected, rtol=0, atol=2 * torch.finfo(torch.bfloat16).eps)
+
+
+def test_gradients_reach_the_separate_parameters():
+    linears, x = make_linears(), make_input().requires_grad_()
+    leaves = [x, *(parameter for linear in linears for parameter in (linear.weight, linear.bias))]
+    grad = torch.randn(TOKENS, sum(SIZES))
+    computed = torch.autograd.grad(project_side_by_side(linears, x), leaves, grad)
+    expected = torch.autograd.grad(separately(linears, x), leaves, grad)
+    for ours, theirs in zip(computed, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=4e-6)
+
+
+def test_frozen_linears_get_no_gradient():
+    linears, x = make_linears(), make_input()
+    linears[1].requires_grad_(False)
+    project_side_by_side(linears, x).sum().backward()
+    assert [linear.weight.grad is None for linear in linears] == [False, True, False]
+
+
+@every_mode
+@every_special
+@pytest.mark.parametrize("place", range(len(SIZES)))
+def test_side_by_side_calls_special_modules(special, place, mode):
+    linears, x = make_linears(), make_input()
+    linears[place] = special(linears[place])
+    with mode():
+        torch.testing.assert_close(project_side_by_side(linears, x), separately(linears, x), **TOLERANCE)
+
+
+@every_mode
+@pytest.mark.parametrize("register", [register_module_forward_hook, register_module_forward_pre_hook])
+def test_hooks_on_all_modules_see_every_linear(register, mode):
+    linears, x, seen = make_linears(), make_input(), []
+    handle = register(lambda module, *rest: seen.append(module))
+    try:
+        with mode():
+            project_side_by_side(linears, x)
+            project(linears[0], x, leave_bias=True)
+    finally:
+        handle.remove()
+    assert seen == [*linears, linears[0]]
+
+
+@every_mode
+@pytest.mark.parametrize("place", [None, *range(len(SIZES))])
+def test_linears_without_a_bias(place, mode):
+    linears, x = make_linears(), make_input()
+    for index, linear in enumerate(linears):
+        if place in (None, index):
+            linear.bias = None
+    with mode():
+        torch.testing.assert_close(project_side_by_side(linears, x), separately(linears, x), **TOLERANCE)
+
+
+def test_training_takes_one_product():
+    linears, x = make_linears(), make_input()
+    with LinearCalls() as calls:
+        project_side_by_side(linears, x)
+    assert calls.count == 1
+
+
+def add_in_place(linear):
+    with torch.no_grad():
+        linear.weight.add_(1.0)
+
+
+def add_to_bias_in_place(linear):
+    with torch.no_grad():
+        linear.bias.add_(1.0)
+
+
+def add_in_inference_mode(linear):
+    with torch.inference_mode():
+        linear.weight.add_(1.0)
+
+
+def add_through_detached(linear):
+    linear.weight.detach().add_(1.0)
+
+
+def step(linear, optimizer, **options):
+    optimizer = optimizer(linear.parameters(), lr=0.1, **options)
+    linear(make_input()).square().sum().backward()
+    optimizer.step()
+
+
+def load_state(linear, assign):
+    other = nn.Linear(linear.in_features, linear.out_features)
+    linear.load_state_dict(other.state_dict(), assign=assign)
+
+
+def replace_parameter(linear):
+    linear.weight = nn.Parameter(torch.randn_like(linear.weight))
+
+
+def swap_data(linear):
+    linear.weight.data = torch.randn_like(linear.weight)
+
+
+def swap_tensors(linear):
+    torch.utils.swap_tensors(linear.weight, nn.Parameter(torch.randn_like(linear.weight)))
+
+
+def write_through_data(linear):
+    linear.weight.data.mul_(2.0)
+    linear.bias.data.copy_(torch.ones_like(linear.bias))
+
+
+CHANGES = {
+    "in place": add_in_place,
+    "bias in place": add_to_bias_in_place,
+    "in place in inference mode": add_in_inference_mode,
+    "through a detached view": add_through_detached,
+    "through data": write_through_data,
+    "SGD": lambda linear: step(linear, torch.optim.SGD),
+    "AdamW": lambda linear: step(linear, torch.optim.AdamW),
+    "AdamW foreach": lambda linear: step(linear, torch.optim.AdamW, foreach=True),
+    "AdamW fused": lambda linear: step(linear, torch.optim.AdamW, fused=True),
+    "load_state_dict": lambda linear: load_state(linear, assign=False),
+    "load_state_dict, assigning": lambda linear: load_state(linear, assign=True),
+    "replaced": replace_parameter,
+    "data swapped": swap_data,
+    "tensors swapped": swap_tensors,
+}
+
+
+@every_mode
+@pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("place", range(len(SIZES)))
+def test_a_change_of_the_parameters_is_seen(change, place, mode):
+    """Nothing derived from the parameters may outlive a change of them, however it is made."""
+    linears, x = make_linears(), make_input()
+    for _ in range(2):
+        with mode():
+            before = project_side_by_side(linears, x).clone()
+        change(linears[place])
+        with mode():
+            after = project_side_by_side(linears, x)
+            torch.testing.assert_close(after, separately(linears, x), **TOLERANCE)
+        assert not torch.equal(before, after), "the test must change something"

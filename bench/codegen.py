@@ -33,7 +33,7 @@ from erniem_fast.kernels import attention, bias_gelu_dropout, device, layernorm
 
 TABLE = Path(__file__).parent / "results" / "codegen.md"
 KIB = 1024
-SHARED_LIMITS = {80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
+SHARED_LIMITS = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 TENSOR_CORE = {90: "wgmma", 100: "tcgen05"}  # mma.sync elsewhere
 
 
@@ -71,7 +71,7 @@ class Row:
         if self.shared > SHARED_LIMITS[self.arch]:
             broken.append(f"{self.shared} bytes of shared memory, of {SHARED_LIMITS[self.arch]} that are there")
         # No ERNIE-M has heads of more than 64; without tensor cores a lane holds a whole row of them.
-        if self.spills and not (is_attention and self.dtype == "float32" and self.size > 64):
+        if self.spills > self.allowed_spills() and not (is_attention and self.dtype == "float32" and self.size > 64):
             broken.append(f"spills {self.spills} bytes a thread")
         if not is_attention and (self.loads, self.stores) != (16, 16):
             broken.append(f"loads {self.loads} and stores {self.stores} bytes at once, not 16")
@@ -79,6 +79,10 @@ class Row:
         if is_attention and self.dtype != "float32" and self.size <= 128 and self.tensor_core != wanted:
             broken.append(f"multiplies with {self.tensor_core}, not {wanted}")
         return broken
+
+    def allowed_spills(self) -> int:
+        """None where registers run out; else the two that the assembler of Triton 3.6 trades for occupancy."""
+        return 0 if self.registers == 255 else 8
 
 
 class CompilingDriver:
@@ -128,9 +132,8 @@ def launch_bias_gelu(dtype: torch.dtype, features: int, seed: Tensor | None, tok
     bias_gelu_dropout.backward(x, x, x[0], "gelu", columns, columns, 0.1, seed)
 
 
-def launch_attention(
-    dtype: torch.dtype, head_dim: int, seed: Tensor | None, max_seqlen: int = 512, heads: int = 2
-) -> None:
+def launch_attention(dtype: torch.dtype, head_dim: int, seed: Tensor | None, max_seqlen: int = 512) -> None:
+    heads = 768 // head_dim  # the base model's hidden size
     qkv, columns = torch.zeros(64, 3 * heads * head_dim, dtype=dtype), torch.zeros(64, dtype=torch.int64)
     where = (torch.zeros(1, dtype=torch.int64), True, torch.zeros(2).int(), max_seqlen, columns, columns, None)
     case = (*where, heads, 0.1, 0.1, seed)
@@ -138,28 +141,40 @@ def launch_attention(
     attention.backward(out, out, lse, qkv, *case)
 
 
-def launches() -> Iterator[tuple]:
-    """`(op, launch, dtype, size, seed, …)` of every configuration that is shipped, with and without dropout."""
+def launches(arch: int) -> Iterator[tuple]:
+    """`(op, launch, dtype, size, seed, …)` of all that an architecture is served, with and without dropout."""
     for seed in (None, torch.ones(1, dtype=torch.int64)):
         for dtype in (torch.float16, torch.float32):
             for hidden in (768, 1024, 4096):
                 yield "layernorm", launch_layernorm, dtype, hidden, seed
             yield "bias_gelu_dropout", launch_bias_gelu, dtype, 3072, seed
-            for head_dim in (32, 64, 128, 256):
+            for head_dim in (32, 64, 128, 256) if arch >= 80 else ():
                 yield "attention", launch_attention, dtype, head_dim, seed
-        yield "attention ≤ 64", launch_attention, torch.float16, 64, seed, 64
-        yield "attention ≤ 64", launch_attention, torch.float16, 128, seed, 64
-        yield "attention", launch_attention, torch.bfloat16, 64, seed
+        if arch >= 80:
+            yield "attention ≤ 64", launch_attention, torch.float16, 64, seed, 64
+            yield "attention ≤ 64", launch_attention, torch.float16, 128, seed, 64
+            yield "attention", launch_attention, torch.bfloat16, 64, seed
 
 
-def rows(arch: int, sizes: tuple[int, ...] = ()) -> list[Row]:
-    """What is shipped, of these sizes or of all, compiled for an architecture."""
-    return [
-        row(arch, op, dtype, size, seed is not None, kernel)
-        for op, launch, dtype, size, seed, *rest in launches()
-        if not sizes or size in sizes
-        for kernel in compiled(arch, launch, dtype, size, seed, *rest)
-    ]
+def all_rows(arch: int) -> list[Row]:
+    """What is shipped, compiled for an architecture."""
+    return [row for launch in launches(arch) for row in rows(arch, launch)]
+
+
+def chosen_rows(arch: int) -> list[Row]:
+    """Half of them: every kernel with dropout, which has all of its code, and without where its tiles are others."""
+    return [row for launch in launches(arch) if is_chosen(arch, *launch) for row in rows(arch, launch)]
+
+
+def is_chosen(arch: int, op: str, _, dtype: torch.dtype, size: int, seed: Tensor | None, max_seqlen: int = 512) -> bool:
+    plain, dropout = (attention.forward_config(arch, dtype, size, max_seqlen, drops) for drops in (False, True))
+    return seed is not None or (op.startswith("attention") and plain != dropout)
+
+
+def rows(arch: int, launch: tuple) -> list[Row]:
+    op, call, dtype, size, seed, *rest = launch
+    kernels = compiled(arch, call, dtype, size, seed, *rest)
+    return [row(arch, op, dtype, size, seed is not None, kernel) for kernel in kernels]
 
 
 def row(arch: int, op: str, dtype: torch.dtype, size: int, dropout: bool, kernel) -> Row:
@@ -206,7 +221,7 @@ def digest() -> str:
     return hashlib.sha256(b"".join(source.read_bytes() for source in sources)).hexdigest()[:16]
 
 
-def all_rows() -> list[Row]:
+def on_every_architecture(rows: Callable[[int], list[Row]]) -> list[Row]:
     with ProcessPoolExecutor(2) as pool:
         return [row for rows_of_arch in pool.map(rows, SHARED_LIMITS) for row in rows_of_arch]
 
@@ -229,7 +244,7 @@ def main() -> int:
     arguments = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     arguments.add_argument("--check", action="store_true", help="write nothing, only look for rows that break a rule")
     check = arguments.parse_args().check
-    compiled_rows = all_rows()
+    compiled_rows = on_every_architecture(all_rows)
     broken = [(row, rule) for row in compiled_rows for rule in row.broken_rules()]
     for row, rule in broken:
         print(f"sm_{row.arch} {row.op} {row.kernel} {row.dtype} {row.size} dropout={row.dropout}: {rule}")

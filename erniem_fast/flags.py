@@ -36,7 +36,7 @@ _CHOICES = ("auto", "triton", "torch", "reference")
 OPS = {
     "embeddings": Flag(
         "ERNIEM_FAST_EMBEDDINGS",
-        ("auto", "native", "torch", "reference"),
+        ("auto", "native", "triton", "torch", "reference"),
         "implementation of the embeddings; `native` is compiled where it is not built yet",
     ),
     "attention": Flag("ERNIEM_FAST_ATTENTION", _CHOICES, "implementation of attention"),

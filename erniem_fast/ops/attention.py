@@ -244,7 +244,8 @@ def _stateless(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) 
 
 
 IMPLEMENTATIONS["attention"] = {
-    "triton": triton_implementation("attention", largest=256),
+    # Below 8.0 Triton has no tensor-core products, and the tiles do not fit (seen with Triton 3.6 and 3.9).
+    "triton": triton_implementation("attention", largest=256, capability=(8, 0)),
     "torch": _stateless(_forward_torch, _backward_torch),
     "reference": _stateless(_forward_reference, _backward_reference),
 }

@@ -28,7 +28,7 @@ def assert_equivalent(
     with torch.no_grad():
         grad = torch.randn_like(reference(*exact_inputs))
     # The gradient of the result is rounded once, so that all three start from the same values.
-    grad = grad.to(torch.float16 if any(each.dtype == torch.float16 for each in inputs) else torch.float32)
+    grad = grad.to(min((each.dtype for each in inputs), key=lambda dtype: dtype.itemsize))
     results = zip(
         run(kernel, inputs, grad), run(reference, inputs, grad), run(reference, exact_inputs, grad), strict=True
     )

@@ -77,3 +77,49 @@ print(json.dumps(counts))
         "launch_bias_gelu": [14, 2],
         "launch_attention": [15, 3],
     }
+
+
+def test_no_size_is_compiled_anew():
+    """Whatever the tokens, lengths and sequences: one compilation of a kernel, two where short sequences have tiles."""
+    code = """
+import codegen, json, torch
+from itertools import accumulate
+from erniem_fast.batch import TokenBatch
+from erniem_fast.kernels import attention
+
+seed = torch.tensor([3])
+
+def launch_rows(launch, size):
+    for tokens in (1, 2, 15, 16, 17, 128, 333, 16384, 16385):
+        launch(torch.float16, size, seed, tokens)
+
+def launch_attention():
+    for lengths in ([1], [2, 1], [16] * 16, [64, 3, 0], [65], [70, 512, 33], [128] * 31, [257, 1, 2], [512] * 4):
+        batch = TokenBatch.from_cu_seqlens(torch.tensor([0, *accumulate(lengths)]), max(lengths), sum(lengths))
+        qkv = torch.zeros(batch.tokens, 3 * 128, dtype=torch.float16)
+        order = (batch.longest_first, batch.contiguous)
+        where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
+        for scale, p in ((0.125, 0.1), (0.2, 0.3)):
+            case = (*order, *where, 2, scale, p, seed)
+            out, lse = attention.forward(qkv, *case)
+            attention.backward(out, out, lse, qkv, *case)
+
+def count(*launch):
+    kernels = {}
+    for kernel in codegen.compiled(90, *launch):
+        kernels.setdefault(kernel.metadata.name, []).append(kernel.hash)
+    return {name: [len(hashes), len({*hashes})] for name, hashes in sorted(kernels.items())}
+
+print(json.dumps([
+    count(launch_rows, codegen.launch_layernorm, 768),
+    count(launch_rows, codegen.launch_bias_gelu, 3072),
+    count(launch_attention),
+]))
+"""
+    layernorm, bias_gelu, attention = in_process_of_its_own(code)
+    assert layernorm == bias_gelu == {"_backward_kernel": [9, 1], "_forward_kernel": [9, 1]}
+    assert attention == {
+        "_backward_keys_kernel": [18, 2],
+        "_backward_queries_kernel": [18, 2],
+        "_forward_kernel": [18, 2],
+    }

@@ -44,12 +44,14 @@ def steps(results):
     output = [] if results is None else ["--output", str(results)]
     bench = ("tqdm", "psutil")
     device = ["--device", "cuda", "--dtype", "bfloat16"]
+    tests = ["-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
     return [
         Step("what runs each op", ["-m", "erniem_fast", "status"]),
         Step("building the native libraries", ["-m", "erniem_fast", "build"], ("ninja",)),
+        Step("compiling the kernels", ["bench/compile_ahead.py", "cuda"], ("psutil",), limit=90),
         Step("verification", ["-m", "erniem_fast", "verify"]),
-        Step("tests on the GPU", ["-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"], ("pytest",)),
-        Step("bench of the kernels", ["bench/kernel_speed.py", *device, "--budget", "100", *output], bench),
+        Step("tests on the GPU", tests, ("pytest",)),
+        Step("bench of the kernels", ["bench/kernel_speed.py", *device, "--budget", "80", *output], bench),
         Step("bench of the model", ["bench/throughput.py", *device, *output], (*bench, "matplotlib")),
     ]
 

@@ -16,8 +16,9 @@ def markdown(run):
         f" product at {rates['flops_per_second'] / 1e12:,.2f} TFLOP/s takes, both measured here. torch"
         f" {settings['torch']}. {run['date'][:10]}."
     )
+    ours = ", ".join(f"{op} by {name}" for op, name in run["implementations"].items())
     steps = "\n".join(f"* {name}: {meaning}" for name, meaning in settings["steps"].items())
-    blocks = [f"### {title(run)}", method, steps, _results(run), *_notes(run)]
+    blocks = [f"### {title(run)}", method, f"erniem_fast runs {ours}.", steps, _results(run), *_notes(run)]
     return "\n\n".join(blocks) + "\n"
 
 

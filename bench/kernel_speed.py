@@ -22,7 +22,7 @@ from timing import WARM_UP, measured_rates, take_turns
 from tqdm import tqdm
 
 from erniem_fast import extension
-from erniem_fast.__main__ import status
+from erniem_fast.ops.implementation import choose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LENGTHS = ("32", "64", "128", "256", "512", "ragged")
@@ -56,21 +56,21 @@ def parse_arguments(argv):
 def main(argv=None):
     """Run the benchmark; returns the exit code: 0, 1 where a contender failed or was refused, 130 after Ctrl-C."""
     arguments = parse_arguments(argv)
+    try:
+        extension.build([arguments.device.type])
+    except extension.BuildError as error:
+        print(f"the native embeddings are not measured: {error}", file=sys.stderr)
     machine = describe(arguments.device)
     run = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "machine": machine,
         "settings": {"dtype": arguments.dtype, "rounds": arguments.rounds, "torch": torch.__version__, "steps": STEPS},
-        "status": status().splitlines(),
+        "implementations": {op: choose(op, arguments.device, getattr(torch, arguments.dtype)) for op in arguments.ops},
         "rates": measured_rates(arguments.device, getattr(torch, arguments.dtype)),
         "results": [],
         "left_out": [],
         "interrupted": False,
     }
-    try:
-        extension.build([arguments.device.type])
-    except extension.BuildError as error:
-        print(f"the native embeddings are not measured: {error}", file=sys.stderr)
     try:
         run_jobs(arguments, run)
     except KeyboardInterrupt:

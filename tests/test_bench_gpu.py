@@ -11,6 +11,7 @@ import torch
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 sys.path.append(str(ROOT / "bench"))
 
+import compile_ahead  # noqa: E402
 import environment  # noqa: E402
 import gpu  # noqa: E402
 from gpu import Step  # noqa: E402
@@ -66,7 +67,24 @@ def test_every_step_is_there():
             assert step.command[1] in ("erniem_fast", "pytest")
         else:
             assert (ROOT / step.command[0]).exists()
-            assert step.command[-2:] == ["--output", "results"]
+            assert step.command[-2:] == ["--output", "results"] or step.command[1:] == ["cuda"]
+
+
+def test_every_check_is_in_one_share_and_failures_are_left_to_verify(monkeypatch):
+    ran = []
+
+    class Check:
+        def __init__(self, number):
+            self.number = number
+
+        def run(self):
+            ran.append(self.number)
+            raise RuntimeError
+
+    monkeypatch.setattr(compile_ahead, "battery", lambda device: [Check(number) for number in range(7)])
+    for index in range(3):
+        compile_ahead.run_share("cpu", index, 3)
+    assert sorted(ran) == list(range(7))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

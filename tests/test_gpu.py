@@ -47,10 +47,6 @@ def batch_of(lengths, device):
     return TokenBatch.from_cu_seqlens(cu_seqlens, max(lengths), sum(lengths))
 
 
-def randn(*shape, like):
-    return torch.randn(*shape, device=like.device).to(like.dtype)
-
-
 def attention(batch, heads, p, seed, qkv):
     with use_kernels(attention="triton"):
         return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, p, seed)
@@ -103,9 +99,12 @@ def test_bias_gelu_dropout_of_many_rows(device, sized, half, seed, features, poi
     assert_equivalent(kernel, oracle, inputs)
 
 
+TAIL = 64  # rows; a multiple of a tile's, so that they lie in theirs as they do in a tensor of their own
+
+
 def tokens_beyond(elements, features):
     """How many tokens of so many features have more elements than that."""
-    return elements // features + 100
+    return TAIL * (elements // features // TAIL + 2)
 
 
 @pytest.fixture
@@ -130,9 +129,11 @@ def test_add_layernorm_beyond_31_bits_of_index(device, half, seed, huge):
         return of_norm_bias, (out, z, of_residual, of_x)
 
     of_norm_bias, whole = rows(slice(None))
-    _, alone = rows(slice(-50, None))
-    assert all(torch.equal(one[-50:], other) for one, other in zip(whole, alone, strict=True))
-    exact, size = residual.sum(0, dtype=torch.float64), residual.abs().sum(0, dtype=torch.float64)
+    _, alone = rows(slice(-TAIL, None))
+    assert all(torch.equal(one[-TAIL:], other) for one, other in zip(whole, alone, strict=True))
+    exact, size = (
+        sum(part.sum(0, dtype=torch.float64) for part in each.split(2**16)) for each in (residual, residual.abs())
+    )
     assert ((of_norm_bias - exact).abs() / size).max() < 1e-6
 
 
@@ -147,13 +148,13 @@ def test_bias_gelu_dropout_beyond_31_bits_of_index(device, half, seed, huge):
         out = bias_gelu_dropout.forward(x[of], bias, "gelu", *where)
         return out, bias_gelu_dropout.backward(x[of], x[of], bias, "gelu", *where)[0]
 
-    whole, alone = rows(slice(None)), rows(slice(-50, None))
-    assert all(torch.equal(one[-50:], other) for one, other in zip(whole, alone, strict=True))
+    whole, alone = rows(slice(None)), rows(slice(-TAIL, None))
+    assert all(torch.equal(one[-TAIL:], other) for one, other in zip(whole, alone, strict=True))
 
 
 def test_attention_beyond_31_bits_of_index(device, sized, half, huge):
     heads, length = sized(12, 2), sized(512, 70)
-    sequences = tokens_beyond(huge, 3 * heads * 64) // length + 1
+    sequences = huge // (3 * heads * 64) // length + 2
     qkv = torch.randn(sequences * length, 3 * heads * 64, device=device, dtype=half)
     grad = torch.randn(sequences * length, heads * 64, device=device, dtype=half)
     whole = run(partial(attention, batch_of([length] * sequences, device), heads, 0.0, None), [qkv], grad)
@@ -201,7 +202,7 @@ def test_the_model_is_as_exact_as_the_reference(device, sized, half, packed):
         assert (one - truth).abs().max() <= 2 * (other - truth).abs().max() + slack
 
 
-@pytest.mark.parametrize("embeddings", ["torch", "native"])
+@pytest.mark.parametrize("embeddings", ["triton", "native"])
 def test_repeats_are_equal_to_the_bit(device, sized, half, embeddings):
     ids, mask = rows_of(sized(HARD_LENGTHS[-5:] * 4, (3, 20)), device)
     model = model_of(device, half).train()
@@ -291,7 +292,9 @@ def test_the_sanitizer_finds_no_stray_access(device):
     extension.build([device.type])
     code = STEP.format(tests=os.path.dirname(__file__), device=device.type)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    done = subprocess.run([*sanitizer, sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    done = subprocess.run(
+        [*sanitizer, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
     if "Device not supported" in done.stdout:
         pytest.skip("compute-sanitizer does not support this device")
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

@@ -133,7 +133,7 @@ LAYERNORM = {
     "_forward_kernel": [
         ("x = _add(x, bias, CHUNKS)", "pass"),
         ("x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "pass"),
-        ("_add(residual, x, CHUNKS)", "x"),
+        ("_add(z, x, CHUNKS)", "x"),
         ("z_ptr, rows, tokens, z,", "z_ptr, rows, tokens, x,"),
         ("_multiply(normal, weight, CHUNKS)", "normal"),
         ("_add(_multiply(normal, weight, CHUNKS), norm_bias, CHUNKS)", "_multiply(normal, weight, CHUNKS)"),

@@ -23,7 +23,9 @@ def test_the_battery_passes(tmp_path):
     assert summary == f"{len(lines)} checks, 0 failures"
     assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
     assert {tuple(line.split()[1:4]) for line in lines} == {
-        (op, "triton", dtype) for op in ("attention", "bias_gelu", "layernorm") for dtype in ("float32", "float16")
+        (op, "triton", dtype)
+        for op in ("embeddings", "attention", "bias_gelu", "layernorm")
+        for dtype in ("float32", "float16")
     }
     for line in lines:
         error, bound = line.partition(" error ")[2].split("  ")[0].split(", bound ")

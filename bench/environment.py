@@ -28,7 +28,8 @@ def main(folder):
     code = f"import importlib.util as i; print(*(n for n in {NEEDED} if i.find_spec(n) is None))"
     missing = subprocess.check_output([python, "-c", code], text=True).split()
     if missing:
-        print(f"{sys.executable} lacks {', '.join(missing)}; `{sys.executable} -m pip install`", file=sys.stderr)
+        names = " ".join(missing)
+        print(f"{sys.executable} lacks what this needs; `{sys.executable} -m pip install {names}`", file=sys.stderr)
         return 1
     options = ["--quiet", "--disable-pip-version-check", "--no-index", "--no-build-isolation", "--no-deps"]
     return subprocess.call([python, "-m", "pip", "install", *options, "--editable", str(ROOT)])

@@ -9,7 +9,6 @@ import contextlib
 import importlib.util
 import os
 import pathlib
-import shutil
 import subprocess
 import sys
 import time
@@ -19,7 +18,7 @@ import torch
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 BUDGET = 465  # seconds of all steps: 8 minutes, less the time to make the environment
-RESERVED = 60  # of them, for the last step
+RESERVED = 90  # of them, for the last step
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def steps(results):
     tests = ["-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
     return [
         Step("what runs each op", ["-m", "erniem_fast", "status"]),
-        Step("building the native libraries", ["-m", "erniem_fast", "build"], ("ninja",)),
+        Step("building the native libraries", ["-m", "erniem_fast", "build"]),
         Step("compiling the kernels", ["bench/compile_ahead.py", "cuda"], ("psutil",), limit=90),
         Step("verification", ["-m", "erniem_fast", "verify"]),
         Step("tests on the GPU", tests, ("pytest",)),
@@ -62,8 +61,6 @@ def main(argv=None):
     results = parser.parse_args(argv).results
     if not torch.cuda.is_available():
         sys.exit("make gpu: torch finds no CUDA device, so there is nothing to run; `make test` needs none.")
-    if importlib.util.find_spec("triton") is None or shutil.which("nvcc") is None:
-        print("Triton or nvcc is missing: `pip install triton`, and CUDA's compiler on the PATH", file=sys.stderr)
     return run_all(steps(results))
 
 

@@ -33,7 +33,7 @@ def test_the_environment_needs_no_network_and_holds_this_package(tmp_path):
 def test_the_environment_says_what_is_missing(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(environment, "NEEDED", ("torch", "package_of_the_future"))
     assert environment.main(tmp_path / "venv") == 1
-    assert "lacks package_of_the_future; `" in capsys.readouterr().err
+    assert "-m pip install package_of_the_future`" in capsys.readouterr().err
 
 
 def test_steps_go_on_after_one_that_fails(capfd):

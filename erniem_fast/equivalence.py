@@ -1,7 +1,7 @@
 """When a result counts as the reference's: the first rule of the kernels."""
 
 from dataclasses import dataclass
-from math import inf, isfinite
+from math import inf
 
 import torch
 from torch import Tensor
@@ -22,15 +22,15 @@ class Comparison:
     bound: float
 
     @property
-    def ratio(self) -> float:
-        """The error in units of the bound; infinite where a number is none."""
-        if self.error == 0:
-            return 0.0
-        return self.error / self.bound if isfinite(self.error) and self.bound > 0 else inf
+    def holds(self) -> bool:
+        return self.error <= self.bound  # which NaN is not; infinity is where the reference overflows too
 
     @property
-    def holds(self) -> bool:
-        return self.ratio <= 1
+    def ratio(self) -> float:
+        """How near the error is to its bound: at most 1, infinite beyond it."""
+        if not self.holds:
+            return inf
+        return self.error / self.bound if 0 < self.error < inf else 0.0
 
 
 def compare(result: Tensor, same_dtype: Tensor, exact: Tensor) -> Comparison:

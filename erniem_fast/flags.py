@@ -35,7 +35,7 @@ RECOMPUTE = Flag(
 )
 VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises where they disagree")
 
-_CHOICES = ("auto", "triton", "torch", "reference")
+_CHOICES = ("auto", "triton", "native", "torch", "reference")
 
 # Keyed by the names that `use_kernels` and `ops` use.
 OPS = {

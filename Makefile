@@ -2,15 +2,21 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+GPU := .venv-gpu
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test bench goldens lint format wheel wheel-check clean
+.PHONY: test bench gpu goldens lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/installed $(PEERS)/installed
 	$(VENV)/bin/python bench/throughput.py $(ARGS)
+
+# On a machine with a GPU and, perhaps, without a network: made from what $(PYTHON) has installed.
+gpu:
+	$(PYTHON) bench/environment.py $(GPU)
+	$(GPU)/bin/python bench/gpu.py $(if $(RESULTS),--results '$(RESULTS)')
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
@@ -48,4 +54,4 @@ $(PEERS)/installed: bench/peers/requirements.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(GPU) build dist *.egg-info

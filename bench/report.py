@@ -28,7 +28,7 @@ def _peers(run):
         [peer["name"], ", ".join(f"{k} {v}" for k, v in peer["versions"].items()), f"{peer['load_seconds']:.1f} s"]
         for peer in run["peers"]
     ]
-    return _table(["who", "runs on", "start to ready"], rows)
+    return table(["who", "runs on", "start to ready"], rows)
 
 
 def _jobs(run):
@@ -39,7 +39,7 @@ def _jobs(run):
             rows.append([label, *_cells(peer)])
             label = ""
     header = ["job", "who", "real tokens/s (quartiles)", "our speed / theirs", "peak memory", "our memory / theirs"]
-    return _table(header, rows)
+    return table(header, rows)
 
 
 def _cells(peer):
@@ -53,7 +53,7 @@ def _cells(peer):
     ]
 
 
-def _table(header, rows):
+def table(header, rows):
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)

@@ -1,13 +1,16 @@
-"""`python -m erniem_fast status`, which implementation runs each op here and why, and `build`, the native libraries."""
+"""`python -m erniem_fast status`: which implementation runs each op here and why; `build`: compiles the native
+libraries; `verify`: holds every kernel that runs here to the reference."""
 
 import argparse
+import os
 import platform
 import sys
+from importlib.util import find_spec
 
 import torch
 import transformers
 
-from . import extension, flags, ops
+from . import extension, flags, ops, verification
 from .ops.implementation import choose
 
 
@@ -16,9 +19,17 @@ def main() -> int:
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("status", help="show versions, flags, and what runs each op here")
     commands.add_parser("build", help="compile the native libraries for the devices present")
-    if parser.parse_args().command == "status":
-        print(status())
-        return 0
+    commands.add_parser("verify", help="hold every kernel that runs here to the reference, forward and backward")
+    command = parser.parse_args().command
+    return {"status": _status, "build": _build, "verify": _verify}[command]()
+
+
+def _status() -> int:
+    print(status())
+    return 0
+
+
+def _build() -> int:
     try:
         for device, path in extension.build().items():
             print(f"{device}: {path}")
@@ -26,6 +37,23 @@ def main() -> int:
         print(error, file=sys.stderr)
         return 1
     return 0
+
+
+def _verify() -> int:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        print(f"{device} ({torch.cuda.get_device_name(device)})")
+    else:
+        _interpret_triton()
+        device = torch.device("cpu")
+        print("No GPU: what is written in Triton runs in Triton's interpreter, in float32 and float16.")
+    return 0 if verification.verify(device) else 1
+
+
+def _interpret_triton() -> None:
+    """Starts the command again where Triton, which torch has imported by now, would compile for a GPU."""
+    if find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def status() -> str:

@@ -8,11 +8,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import prune_linear_layer
 
-from . import ops
+from . import flags, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .projections import is_plain, project, project_side_by_side
@@ -46,6 +47,11 @@ def _add_norm(
         return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, p, seed)
     x = x if bias is None else x + bias
     return norm(residual + feature_dropout(x, batch.columns, batch.sequences, p, seed))
+
+
+@torch.compiler.assume_constant_result
+def _recomputes_activations() -> bool:
+    return flags.read(flags.RECOMPUTE) == "1"
 
 
 class ErnieMEmbeddings(nn.Module):
@@ -209,16 +215,29 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
         p_and_seed = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
         hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed)
-        x = self._activate(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION))
-        x, bias = project(self.linear2, x, leave_bias=ops.fuses_bias("layernorm", x))
+        x, bias = self._feed_forward(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION))
         p_and_seed = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
         return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed), probabilities
 
-    def _activate(self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None) -> Tensor:
-        if self._fused_activation is not None:
-            x, bias = project(self.linear1, hidden, leave_bias=ops.fuses_bias("bias_gelu", hidden))
-            return ops.bias_gelu_dropout(x, bias, self._fused_activation, batch, p, seed)
-        return feature_dropout(self.activation(self.linear1(hidden)), batch.columns, batch.sequences, p, seed)
+    def _feed_forward(
+        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """As `project`: `(tokens, hidden)`, and the bias where that is left to the next op."""
+        fused = self._fused_activation is not None
+        x, bias = project(self.linear1, hidden, leave_bias=fused and ops.fuses_bias("bias_gelu", hidden))
+        leave_bias = ops.fuses_bias("layernorm", x)
+
+        def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
+            if fused:
+                x = ops.bias_gelu_dropout(x, bias, self._fused_activation, batch, p, seed)
+            else:
+                x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
+            return project(self.linear2, x, leave_bias)
+
+        if torch.is_grad_enabled() and _recomputes_activations():
+            # Computing again ends with what the second product keeps for its weight's gradient: it does not run twice.
+            return checkpoint(activate_and_project, x, use_reentrant=False)
+        return activate_and_project(x)
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2

@@ -28,6 +28,11 @@ class Flag:
 
 KERNELS = Flag("ERNIEM_FAST_KERNELS", ("auto", "off"), "`off` runs every op in plain PyTorch")
 PACKING = Flag("ERNIEM_FAST_PACKING", ("1", "0"), "`0` computes padded positions too, as transformers 4.57.6 did")
+RECOMPUTE = Flag(
+    "ERNIEM_FAST_RECOMPUTE",
+    ("0", "1"),
+    "`1` computes activations again in the backward: a `(tokens, intermediate_size)` tensor a layer less is kept",
+)
 VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises where they disagree")
 
 _CHOICES = ("auto", "triton", "native", "torch", "reference")
@@ -36,7 +41,7 @@ _CHOICES = ("auto", "triton", "native", "torch", "reference")
 OPS = {
     "embeddings": Flag(
         "ERNIEM_FAST_EMBEDDINGS",
-        ("auto", "native", "torch", "reference"),
+        ("auto", "native", "triton", "torch", "reference"),
         "implementation of the embeddings; `native` is compiled where it is not built yet",
     ),
     "attention": Flag("ERNIEM_FAST_ATTENTION", _CHOICES, "implementation of attention"),
@@ -44,7 +49,7 @@ OPS = {
     "layernorm": Flag("ERNIEM_FAST_LAYERNORM", _CHOICES, "implementation of add-layernorm"),
 }
 
-FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, VERIFY)}
+FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE, VERIFY)}
 
 _overrides: ContextVar[Mapping[str, str]] = ContextVar("erniem_fast_overrides", default=MappingProxyType({}))
 

@@ -63,9 +63,9 @@ def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if head_dim > 128:
         return Config(16, 32, warps=4, stages=1)
     if head_dim > 64 or arch == 120:
-        return Config(64, 32, warps=8, stages=2)
+        return Config(64, 32, warps=8, stages=1 if head_dim > 64 and arch == 120 else 2)
     step = 64 if arch in _LARGE_TILES else 32
-    return Config(64, step, warps=4, stages=2) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
+    return Config(64, step, warps=4, stages=1) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
 
 
 def forward(

@@ -1,5 +1,7 @@
 """LN(residual + dropout(x + bias)), forward and backward: each reads its inputs once and writes its results once.
 
+Without x it is the plain layer norm of the residual.
+
 A tile is a few rows. A row is a tuple of `CHUNKS` blocks of a power of two features, so that 768 = 3 · 256 leaves no
 lane idle, and a warp has rows of its own up to 768 features, so that a row's sums need no other warp. Statistics are
 taken in float32, of values in registers, in two passes.
@@ -65,24 +67,24 @@ def backward_config(hidden: int, itemsize: int) -> Config:
 
 def forward(
     residual: Tensor,
-    x: Tensor,
+    x: Tensor | None,
     bias: Tensor | None,
     weight: Tensor,
     norm_bias: Tensor,
     eps: float,
-    columns: Tensor,
-    sequences: Tensor,
+    columns: Tensor | None,
+    sequences: Tensor | None,
     p: float,
     seed: Tensor | None,
     save: bool,
 ) -> tuple[Tensor, Tensor]:
     """The result, and the layer norm's input for the backward, empty where it is not to be saved."""
-    residual, x = residual.contiguous(), x.contiguous()
-    tokens, hidden = x.shape
-    out = torch.empty_like(x, dtype=torch.promote_types(residual.dtype, x.dtype))
+    residual, x = residual.contiguous(), None if x is None else x.contiguous()
+    tokens, hidden = residual.shape
+    out = torch.empty_like(residual, dtype=torch.promote_types(residual.dtype, (residual if x is None else x).dtype))
     z = torch.empty_like(out) if save else None
     config = forward_config(hidden, out.itemsize)
-    programs, rows_per_program = share(tokens, config.rows, config.programs * describe(x.device).multiprocessors)
+    programs, rows_per_program = share(tokens, config.rows, config.programs * describe(residual.device).multiprocessors)
     _forward_kernel[(programs,)](
         residual,
         x,
@@ -113,8 +115,8 @@ def backward(
     z: Tensor,
     weight: Tensor,
     eps: float,
-    columns: Tensor,
-    sequences: Tensor,
+    columns: Tensor | None,
+    sequences: Tensor | None,
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
@@ -224,7 +226,7 @@ def _normalise(z, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.con
 @triton.jit(do_not_specialize=["tokens", "rows_per_program", "threshold"])
 def _forward_kernel(
     residual_ptr,  # (tokens, HIDDEN)
-    x_ptr,  # (tokens, HIDDEN)
+    x_ptr,  # (tokens, HIDDEN), or None
     bias_ptr,  # (HIDDEN,), or None
     weight_ptr,  # (HIDDEN,)
     norm_bias_ptr,  # (HIDDEN,)
@@ -255,15 +257,16 @@ def _forward_kernel(
     last = tl.minimum(first + rows_per_program, tokens)
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
-        residual = _load_rows(residual_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
-        x = _load_rows(x_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
-        if bias_ptr is not None:
-            x = _add(x, bias, CHUNKS)
-        if seed_ptr is not None:
-            column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)
-        z = _add(residual, x, CHUNKS)
+        z = _load_rows(residual_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
+        if x_ptr is not None:
+            x = _load_rows(x_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
+            if bias_ptr is not None:
+                x = _add(x, bias, CHUNKS)
+            if seed_ptr is not None:
+                column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+                sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+                x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)
+            z = _add(z, x, CHUNKS)
         if z_ptr is not None:
             _store_rows(z_ptr, rows, tokens, z, HIDDEN, BLOCK, CHUNKS)
         normal, _ = _normalise(z, eps, HIDDEN, BLOCK, CHUNKS)

@@ -17,6 +17,22 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+# What cuBLAS has to be told before torch calls it in deterministic mode.
+os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
+def pytest_runtest_setup(item):
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
+@pytest.fixture(params=["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def device(request):
+    """Runs a test on a GPU, and without one in the interpreter, so that the test's own code is tried everywhere."""
+    if request.param == "cpu" and torch.cuda.is_available():
+        pytest.skip("kernels are compiled where there is a GPU")
+    return torch.device(request.param)
+
 
 def pytest_configure(config):
     """Builds the native library, so that tests of every implementation find it; without a compiler they skip it."""
@@ -27,7 +43,7 @@ def pytest_configure(config):
 @pytest.fixture
 def poisoned_memory():
     """Fills memory that is not initialised with NaN, so that nothing a kernel forgets to write goes unseen."""
-    torch.use_deterministic_algorithms(True)
+    torch.use_deterministic_algorithms(True, warn_only=True)
     assert torch.empty(1).isnan().all()
     yield
     torch.use_deterministic_algorithms(False)

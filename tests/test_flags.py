@@ -28,6 +28,7 @@ def test_names_and_defaults():
         "ERNIEM_FAST_BIAS_GELU": "auto",
         "ERNIEM_FAST_LAYERNORM": "auto",
         "ERNIEM_FAST_PACKING": "1",
+        "ERNIEM_FAST_RECOMPUTE": "0",
         "ERNIEM_FAST_VERIFY": "0",
     }
 

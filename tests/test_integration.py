@@ -414,8 +414,11 @@ dist.destroy_process_group()
 """
 
 
-def test_distributed_data_parallel(tmp_path, batch):
+@pytest.mark.parametrize("implementation", ["auto", "triton"])
+def test_distributed_data_parallel(implementation, tmp_path, batch):
     """Two processes with half a ragged batch each have the gradients of one with all of it."""
+    names = ("ERNIEM_FAST_ATTENTION", "ERNIEM_FAST_BIAS_GELU", "ERNIEM_FAST_LAYERNORM")
+    environment = {**os.environ, "TRITON_INTERPRET": "1", **dict.fromkeys(names, implementation)}
     model = load(ErnieMForSequenceClassification).train()
     model.save_pretrained(tmp_path / "model")
     inputs = batch | {"labels": torch.arange(len(TEXTS)) % 2}
@@ -423,7 +426,7 @@ def test_distributed_data_parallel(tmp_path, batch):
     command = [sys.executable, "-c", WORKER]
     arguments = [str(tmp_path / "model"), str(tmp_path)]
     workers = [
-        subprocess.Popen([*command, str(rank), *arguments], stderr=subprocess.PIPE, text=True, env=os.environ)
+        subprocess.Popen([*command, str(rank), *arguments], stderr=subprocess.PIPE, text=True, env=environment)
         for rank in range(2)
     ]
     try:

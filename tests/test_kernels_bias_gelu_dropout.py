@@ -82,7 +82,8 @@ def test_inputs_that_are_not_contiguous():
 def test_dropout_draws_the_bits_of_the_reference(features, dtype):
     """Over tiles of 32 to 256 features; a kept element and its gradient are scaled by 1 / (1 - p), exactly."""
     batch = batch_of(9)
-    out, of_x = run(partial(kernel, "relu", batch, 0.5, SEED), [torch.full((9, features), 3.0, dtype=dtype)])
+    x = torch.full((9, features), 3.0, dtype=dtype, device=DEVICE)
+    out, of_x = run(partial(kernel, "relu", batch, 0.5, SEED), [x])
     keep = keep_mask(SEED, 0.5, features, batch.columns, batch.sequences).to(dtype)
     assert 0.4 < keep.mean() < 0.6
     assert torch.equal(out, keep * 6)

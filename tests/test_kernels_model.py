@@ -2,6 +2,7 @@
 
 import copy
 
+import peft
 import pytest
 import torch
 from equivalence import DEVICE
@@ -29,12 +30,16 @@ def mask():
     return mask
 
 
+def all_kernels(implementation):
+    return use_kernels(attention=implementation, bias_gelu=implementation, layernorm=implementation)
+
+
 def outputs_and_gradients(implementation, model, mask):
     """Of a seeded forward and backward; real tokens only, as padding has no meaning."""
     model.zero_grad()
     torch.manual_seed(0)
     ids = torch.randint(3, 100, mask.shape, device=DEVICE)
-    with use_kernels(attention=implementation, bias_gelu=implementation, layernorm=implementation):
+    with all_kernels(implementation):
         hidden = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
         # Checkpointed layers run again here, by the flags that are in force here.
         (hidden * torch.linspace(-1, 1, hidden.numel(), device=DEVICE).view_as(hidden)).sum().backward()
@@ -63,3 +68,59 @@ def test_gradient_checkpointing_regenerates_the_masks(mask):
     plain = copy.deepcopy(outputs_and_gradients("triton", model, mask))
     model.gradient_checkpointing_enable()
     assert_same(outputs_and_gradients("triton", model, mask), plain)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_lora_on_the_projections(training, mask):
+    """Adapted projections add their own bias, plain ones leave it to the kernels."""
+    config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "linear1", "out_proj"], init_lora_weights=False)
+    model = peft.get_peft_model(ErnieMModel(ErnieMConfig(**CONFIG)), config).to(DEVICE).train(training)
+    kernels = copy.deepcopy(outputs_and_gradients("triton", model, mask))
+    assert len(kernels[1]) == 2 * 2 * 4
+    assert_same(kernels, outputs_and_gradients("reference", model, mask))
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_autocast_to_float16(training, mask):
+    """Products in float16, the residual stream in float32: errors against float32 as large as the reference's.
+
+    Both round alike but not the same, for which there is half as much again, and 1e-5 for sums in float32.
+    """
+    model = ErnieMModel(ErnieMConfig(**CONFIG)).to(DEVICE).train(training)
+    exact = copy.deepcopy(outputs_and_gradients("reference", model, mask))
+    with torch.autocast(DEVICE.type, torch.float16):
+        kernels = copy.deepcopy(outputs_and_gradients("triton", model, mask))
+        same = outputs_and_gradients("reference", model, mask)
+    assert kernels[0].dtype == torch.float32
+    largest = max(grad.abs().max() for grad in exact[1].values())
+    assert relative_error(kernels[0], exact[0], 0.0) <= 1.5 * relative_error(same[0], exact[0], 0.0)
+    for name, grad in exact[1].items():
+        bound = 1.5 * relative_error(same[1][name], grad, largest) + 1e-5
+        assert relative_error(kernels[1][name], grad, largest) <= bound, name
+
+
+def relative_error(value, exact, largest):
+    """In the root of the mean of squares; keys' biases, as above, by the size of the others."""
+    return (value - exact).norm() / max(exact.norm(), 1e-3 * largest * exact.numel() ** 0.5)
+
+
+@pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
+def test_one_graph_of_torch_compile(training):
+    """Without breaks, forward and backward, whatever the size: the same bits as without."""
+    torch.compiler.reset()
+    model = ErnieMModel(ErnieMConfig(**CONFIG)).to(DEVICE).train(training)
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for lengths in ([3, 19], [7, 1], [30, 11]):
+        cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)
+        ids = torch.randint(3, 100, (1, sum(lengths)), device=DEVICE)
+        found = []
+        for each in (compiled, model):
+            model.zero_grad()
+            torch.manual_seed(0)
+            with all_kernels("triton"):
+                output = each(ids, cu_seq_lens_q=cu_seqlens, max_length_q=max(lengths))
+            (output.last_hidden_state.square().sum() + output.pooler_output.sum()).backward()
+            grads = {name: each.grad for name, each in model.named_parameters()}
+            found.append((output.last_hidden_state.detach(), grads))
+        assert torch.equal(found[0][0], found[1][0])
+        assert all(torch.equal(grad, found[1][1][name]) for name, grad in found[0][1].items())

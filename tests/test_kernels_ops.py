@@ -48,6 +48,23 @@ def test_the_processor_is_refused_without_the_interpreter(monkeypatch):
     assert "Triton has no kernels for cpu; move the model to a GPU" in triton.objection(CPU, torch.float32, 0)
 
 
+@pytest.mark.parametrize(
+    ("op", "dtype", "least"),
+    [
+        ("attention", torch.float16, "8.0"),
+        ("attention", torch.float32, "8.0"),
+        ("layernorm", torch.bfloat16, "8.0"),
+        ("layernorm", torch.float16, None),
+        ("bias_gelu", torch.float32, None),
+    ],
+)
+@pytest.mark.skipif(torch.version.hip is not None, reason="not an NVIDIA GPU")
+def test_what_a_turing_gpu_is_refused(op, dtype, least, monkeypatch):
+    monkeypatch.setattr("torch.cuda.get_device_capability", lambda device: (7, 5))
+    reason = ops.IMPLEMENTATIONS[op]["triton"].refuses(torch.device("cuda"), dtype)
+    assert reason == (least and f"for {dtype} the kernels need compute capability {least} or above; choose `torch`.")
+
+
 def test_float64_is_refused(batch):
     with (
         use_kernels(layernorm="triton"),

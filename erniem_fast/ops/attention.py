@@ -255,7 +255,8 @@ def _forward_native(
 _TORCH = _stateless(_forward_torch, _backward_torch)
 
 IMPLEMENTATIONS["attention"] = {
-    "triton": triton_implementation("attention", largest=256),
+    # Below 8.0 Triton has no tensor-core products, and the tiles do not fit (seen with Triton 3.6 and 3.9).
+    "triton": triton_implementation("attention", largest=256, capability=(8, 0)),
     "native": native_implementation(_forward_native, _TORCH.backward, ("cpu",)),
     "torch": _TORCH,
     "reference": _stateless(_forward_reference, _backward_reference),

@@ -10,8 +10,9 @@ from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
-from .layer_norm import REFERENCE, TORCH, LayerNorm
+from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm
 from .native_embeddings import NATIVE
+from .triton import served
 
 
 def embeddings(
@@ -178,4 +179,9 @@ def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int) -> Tensor
     return torch.ops.aten.embedding_dense_backward(rows, index, size, padding_idx, False)
 
 
-IMPLEMENTATIONS["embeddings"] = {"native": NATIVE, "torch": _composite(TORCH), "reference": _composite(REFERENCE)}
+IMPLEMENTATIONS["embeddings"] = {
+    "native": NATIVE,
+    "triton": served(_composite(TRITON)),
+    "torch": _composite(TORCH),
+    "reference": _composite(REFERENCE),
+}

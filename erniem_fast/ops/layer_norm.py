@@ -1,4 +1,4 @@
-"""The layer norm inside `embeddings` and `add_layernorm`: by PyTorch's kernels, and by the reference.
+"""The layer norm inside `embeddings` and `add_layernorm`: by Triton's, by PyTorch's kernels, and by the reference.
 
 Only its input `z` is saved for the backward, which reads all of a row anyway and gets the row's statistics from it.
 """
@@ -55,5 +55,19 @@ def _backward_reference(grad: Tensor, z: Tensor, weight: Tensor, eps: float) -> 
     return grads[0].to(z.dtype), *grads[1:]
 
 
+def _forward_triton(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+    from ..kernels import layernorm
+
+    return layernorm.forward(z, None, None, weight, norm_bias, eps, None, None, 0.0, None, save=False)[0]
+
+
+def _backward_triton(grad: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
+    from ..kernels import layernorm
+
+    of_z, _, _, of_weight, of_norm_bias = layernorm.backward(grad, z, weight, eps, None, None, 0.0, None)
+    return of_z, of_weight, of_norm_bias
+
+
+TRITON = LayerNorm(_forward_triton, _backward_triton)
 TORCH = LayerNorm(_forward_torch, _backward_torch)
 REFERENCE = LayerNorm(_forward_reference, _backward_reference)

@@ -1,0 +1,315 @@
+"""The equivalence battery: every kernel that a device can run, forward and backward, against the reference.
+
+The cases are those where kernels go wrong: lengths around the tiles', sequences without tokens or keys, sizes that are
+no powers of two, padding on every side, dropout. What a kernel leaves unwritten reads as NaN. Devices that are fast
+enough are given the models' own sizes as well.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from . import ops
+from .batch import TokenBatch
+from .configuration import RESERVED_POSITIONS
+from .equivalence import Comparison, compare
+from .flags import use_kernels
+from .ops.implementation import Implementation
+
+_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+_EPS = 1e-3  # so large that a kernel without it shows
+_PADDING = 1  # the row of the embedding tables that gets no gradient
+
+Problem = tuple[Callable[..., Tensor], dict[str, Tensor]]
+
+
+@dataclass(frozen=True)
+class Case:
+    """
+    Attributes:
+        op: a key of `flags.OPS`.
+        shape: of the inputs, in words.
+        make: from the generator of the inputs, a device and a dtype, the op as a function of its leaves, and those.
+        size: that implementations may be too small for, see `ops.choose`.
+    """
+
+    op: str
+    shape: str
+    make: Callable[[torch.Generator, torch.device, torch.dtype], Problem]
+    size: int = 0
+
+
+@dataclass(frozen=True)
+class Check:
+    """A case, on an implementation, in a dtype, on a device."""
+
+    case: Case
+    implementation: str
+    dtype: torch.dtype
+    device: torch.device
+
+    def run(self) -> dict[str, Comparison]:
+        """Compares the result and every leaf's gradient, by name."""
+        generator = torch.Generator().manual_seed(0)
+        call, leaves = self.case.make(generator, self.device, self.dtype)
+        exact_leaves = {name: leaf.double() for name, leaf in leaves.items()}
+        with use_kernels(**{self.case.op: "reference"}), torch.no_grad():
+            out = call(*leaves.values())
+        # Rounded once, so that all start from the same values.
+        grad = _randn(generator, self.device, out.dtype, *out.shape)
+        with use_kernels(**{self.case.op: "reference"}):
+            same, exact = _solve(call, leaves, grad), _solve(call, exact_leaves, grad)
+        with use_kernels(**{self.case.op: self.implementation}), _poisoned_memory():
+            results = _solve(call, leaves, grad)
+        for name, result in results.items():
+            if result.dtype != same[name].dtype:  # of a shape, autograd sees to it
+                raise RuntimeError(f"{name} is {result.dtype}, not {same[name].dtype}")
+        return {name: compare(result, same[name], exact[name]) for name, result in results.items()}
+
+
+def verify(device: torch.device) -> bool:
+    """Runs the battery, prints a line for each check when it is done, and returns whether there were any and all held.
+
+    A line shows the result, or the leaf whose gradient it is, that came closest to its bound.
+    """
+    for op, name, implementation in _kernels():
+        reason = implementation.objection(device, torch.float32, size=0)
+        if reason is not None:
+            print(f"{op}: {name} is not checked: {reason}")
+    checks, failures = battery(device), 0
+    for number, check in enumerate(checks, 1):
+        dtype = str(check.dtype).removeprefix("torch.")
+        line = f"{number:3}/{len(checks)} {check.case.op:10} {check.implementation:6} {dtype:8} {check.case.shape:42}"
+        try:
+            name, worst = max(check.run().items(), key=lambda each: each[1].ratio)
+            line += f" {name:14} error {worst.error:.1e}, bound {worst.bound:.1e}"
+            passed = worst.holds
+        except Exception as error:  # whatever keeps a kernel from running, the others are to be checked
+            line += f" {type(error).__name__}: {error}"
+            passed = False
+        failures += not passed
+        print(f"{line}  {'pass' if passed else 'FAIL'}", flush=True)
+    print(f"{len(checks)} checks, {failures} failures")
+    return bool(checks) and not failures
+
+
+def battery(device: torch.device) -> list[Check]:
+    """All checks of the kernels that run on a device; those that PyTorch brings are not ours to check."""
+    interpreted = device.type != "cuda"
+    return [
+        Check(case, name, dtype, device)
+        for case in (*_HARD, *(() if interpreted else _MODELS))
+        for op, name, implementation in _kernels()
+        if op == case.op
+        for dtype in _DTYPES
+        if implementation.objection(device, dtype, case.size) is None
+        # Triton's interpreter computes nonsense for matrix products in bfloat16.
+        and not (interpreted and name == "triton" and dtype == torch.bfloat16)
+    ]
+
+
+def _kernels() -> list[tuple[str, str, Implementation]]:
+    return [
+        (op, name, implementation)
+        for op, implementations in ops.IMPLEMENTATIONS.items()
+        for name, implementation in implementations.items()
+        if name not in ("torch", "reference")
+    ]
+
+
+def _solve(call: Callable[..., Tensor], leaves: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
+    """The result of the call and the gradients of its leaves."""
+    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
+    out = call(*leaves.values())
+    grads = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
+    return {"result": out.detach(), **dict(zip(leaves, grads, strict=True))}
+
+
+@contextmanager
+def _poisoned_memory() -> Iterator[None]:
+    """Fills memory that is not initialised with NaN, so that nothing a kernel forgets to write goes unseen."""
+    before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+
+
+def _randn(generator: torch.Generator, device: torch.device, dtype: torch.dtype, *shape: int) -> Tensor:
+    return torch.randn(shape, generator=generator).to(device, dtype)
+
+
+def _seed(p: float, device: torch.device) -> Tensor | None:
+    return torch.tensor([0x123456789ABCDEF], device=device) if p else None
+
+
+# --- Layouts ---------------------------------------------------------------------------------------------------------
+
+
+def _sequences(*lengths: int) -> Callable[[torch.device], TokenBatch]:
+    """Sequences that came packed."""
+
+    def layout(device: torch.device) -> TokenBatch:
+        cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+        return TokenBatch.from_cu_seqlens(cu_seqlens, max(lengths), sum(lengths))
+
+    return layout
+
+
+def _mask(device: torch.device) -> Tensor:
+    """Rows with padding at the right, at the left, in between, everywhere, and nowhere."""
+    mask = torch.ones(5, 70, dtype=torch.bool, device=device)
+    mask[0, 33:] = False
+    mask[1, :66] = False
+    mask[2, ::3] = False
+    mask[3] = False
+    return mask
+
+
+def _packed(device: torch.device) -> TokenBatch:
+    """First columns are computed even where they are padding, which nobody attends to."""
+    return TokenBatch.from_mask(_mask(device), keep_first=True)[0]
+
+
+def _padded(device: torch.device) -> TokenBatch:
+    return TokenBatch.padded((5, 70), device, _mask(device))
+
+
+_LAYOUTS = {
+    "no tokens": _sequences(0, 0),
+    "1 token": _sequences(0, 1),
+    "18 tokens": _sequences(5, 0, 13),
+    "lengths around 16": _sequences(1, 2, 15, 16, 17),
+    "lengths around 64": _sequences(63, 0, 64, 65),
+    "lengths around 128": _sequences(127, 128, 129),
+    "lengths 2, 512, 257": _sequences(2, 512, 257),
+    "packed with holes": _packed,
+    "padded with a mask": _padded,
+    "32 of 1 to 497": _sequences(*range(1, 512, 16)),
+    "32 of 512": _sequences(*[512] * 32),
+}
+
+
+# --- Cases -----------------------------------------------------------------------------------------------------------
+
+
+def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0) -> Case:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
+        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        leaves = {"qkv": _randn(generator, device, dtype, batch.tokens, 3 * heads * head_dim)}
+        return lambda qkv: ops.attention(qkv, batch, heads, head_dim**-0.5, p, seed), leaves
+
+    return Case("attention", f"{layout}, {heads} x {head_dim}, p {p}", make, size=head_dim)
+
+
+def _bias_gelu(layout: str, features: int, activation: str = "gelu", p: float = 0.0, bias: bool = True) -> Case:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
+        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        leaves = {"x": 2 * _randn(generator, device, dtype, batch.tokens, features)}
+        if bias:
+            leaves["bias"] = _randn(generator, device, dtype, features)
+        return lambda x, bias=None: ops.bias_gelu_dropout(x, bias, activation, batch, p, seed), leaves
+
+    name = f"{layout} x {features}, {activation}, p {p}{'' if bias else ', no bias'}"
+    return Case("bias_gelu", name, make)
+
+
+def _layernorm(layout: str, hidden: int, p: float = 0.0, bias: bool = True, mixed: bool = False) -> Case:
+    """`mixed`: in float32 but for x and its bias, as under autocast."""
+
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
+        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        outer = torch.float32 if mixed else dtype
+        leaves = {
+            "residual": _randn(generator, device, outer, batch.tokens, hidden) + 3,
+            "x": _randn(generator, device, dtype, batch.tokens, hidden),
+            "weight": _randn(generator, device, outer, hidden),
+            "norm_bias": _randn(generator, device, outer, hidden),
+        }
+        if bias:
+            leaves["bias"] = _randn(generator, device, dtype, hidden)
+
+        def call(residual: Tensor, x: Tensor, weight: Tensor, norm_bias: Tensor, bias: Tensor | None = None) -> Tensor:
+            return ops.add_layernorm(residual, x, bias, weight, norm_bias, _EPS, batch, p, seed)
+
+        return call, leaves
+
+    name = f"{layout} x {hidden}, p {p}{'' if bias else ', no bias'}{', mixed' if mixed else ''}"
+    return Case("layernorm", name, make)
+
+
+def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0) -> Case:
+    def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
+        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        ids = torch.randint(words, (batch.tokens,), generator=generator).to(device)
+        positions = batch.columns + RESERVED_POSITIONS
+        leaves = {
+            "word_table": _randn(generator, device, dtype, words, hidden),
+            "position_table": _randn(generator, device, dtype, 512 + RESERVED_POSITIONS, hidden),
+            "weight": _randn(generator, device, dtype, hidden),
+            "norm_bias": _randn(generator, device, dtype, hidden),
+        }
+        return lambda *tables: ops.embeddings(ids, positions, *tables, _EPS, _PADDING, batch, p, seed), leaves
+
+    return Case("embeddings", f"{layout} x {hidden}, p {p}", make)
+
+
+# The cheapest come first: they see most of what can be wrong.
+_HARD = (
+    _embeddings("18 tokens", 9, 97, p=0.3),
+    _embeddings("padded with a mask", 50, 96, p=0.3),
+    _embeddings("lengths 2, 512, 257", 300, 768),
+    _embeddings("lengths around 64", 50, 1024, p=0.1),
+    _embeddings("18 tokens", 9, 96, p=1.0),
+    _embeddings("no tokens", 9, 96, p=0.1),
+    _attention("18 tokens", 2, 8, p=0.5),
+    _attention("lengths around 16", 3, 64),
+    _attention("18 tokens", 1, 256, p=0.1),
+    _attention("packed with holes", 2, 32, p=0.3),
+    _attention("padded with a mask", 2, 48, p=0.1),
+    _attention("padded with a mask", 2, 64),
+    _attention("lengths around 64", 2, 64, p=0.1),
+    _attention("lengths around 128", 1, 128, p=0.1),
+    _attention("lengths around 128", 1, 64),
+    _attention("lengths 2, 512, 257", 1, 32, p=0.1),
+    _attention("18 tokens", 2, 64, p=1.0),
+    _attention("no tokens", 2, 64, p=0.1),
+    _bias_gelu("18 tokens", 97, p=0.3),
+    _bias_gelu("18 tokens", 96, "relu", p=0.1),
+    _bias_gelu("18 tokens", 1000, "gelu_tanh", p=0.1),
+    _bias_gelu("packed with holes", 96, p=0.3),
+    _bias_gelu("lengths around 128", 384, p=0.1),
+    _bias_gelu("lengths around 16", 3072),
+    _bias_gelu("lengths around 16", 768, bias=False),
+    _bias_gelu("1 token", 4096, p=0.1),
+    _bias_gelu("18 tokens", 96, p=1.0),
+    _bias_gelu("no tokens", 96, p=0.1),
+    _layernorm("18 tokens", 97, p=0.3),
+    _layernorm("18 tokens", 1000, mixed=True),
+    _layernorm("18 tokens", 1024, p=0.1),
+    _layernorm("lengths around 128", 96, p=0.1),
+    _layernorm("lengths around 16", 384),
+    _layernorm("lengths around 16", 768, p=0.1, mixed=True),
+    _layernorm("18 tokens", 768, bias=False),
+    _layernorm("1 token", 4096, p=0.1),
+    _layernorm("18 tokens", 96, p=1.0),
+    _layernorm("no tokens", 96, p=0.1),
+)
+
+# Of the base and the large model.
+_MODELS = tuple(
+    case
+    for layout in ("32 of 1 to 497", "32 of 512")
+    for p in (0.0, 0.1)
+    for hidden, heads in ((768, 12), (1024, 16))
+    for case in (
+        _embeddings(layout, 30_000, hidden, p),
+        _attention(layout, heads, 64, p),
+        _bias_gelu(layout, 4 * hidden, p=p),
+        _layernorm(layout, hidden, p),
+    )
+)

@@ -1,0 +1,300 @@
+"""What takes a GPU: bfloat16 products, sizes of real batches and beyond 2^31 elements, graphs, the sanitizer.
+
+`make gpu` runs what is marked. Without a GPU the same code runs in the interpreter, small and in float16, so that the
+tests themselves are tried.
+"""
+
+import copy
+import os
+import shutil
+import subprocess
+import sys
+from functools import partial
+
+import pytest
+import torch
+from equivalence import assert_equivalent, run
+from triton import knobs
+
+from erniem_fast import ErnieMConfig, ErnieMModel, extension, ops, reference
+from erniem_fast.batch import TokenBatch
+from erniem_fast.flags import use_kernels
+from erniem_fast.kernels import bias_gelu_dropout, layernorm
+
+EPS = 1e-5
+HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 257, 512)
+KERNELS = {"attention": "triton", "bias_gelu": "triton", "layernorm": "triton"}
+
+
+@pytest.fixture
+def sized(device):
+    """A function that takes the size for a GPU and the one for the interpreter."""
+    return lambda on_gpu, interpreted: on_gpu if device.type == "cuda" else interpreted
+
+
+@pytest.fixture
+def half(sized):
+    return sized(torch.bfloat16, torch.float16)  # the interpreter's products of bfloat16 are wrong
+
+
+@pytest.fixture
+def seed(device):
+    return torch.tensor([0x123456789ABCDEF], device=device)
+
+
+def batch_of(lengths, device):
+    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
+    return TokenBatch.from_cu_seqlens(cu_seqlens, max(lengths), sum(lengths))
+
+
+def attention(batch, heads, p, seed, qkv):
+    with use_kernels(attention="triton"):
+        return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, p, seed)
+
+
+def attention_reference(batch, heads, p, seed, qkv):
+    scale = (qkv.shape[1] // (3 * heads)) ** -0.5
+    return reference.attention(qkv, batch.cu_seqlens, batch.columns, batch.key_mask, heads, scale, p, seed)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (2, 32), (2, 128)])
+def test_attention_of_hard_lengths(device, sized, half, seed, heads, head_dim, dropout, poisoned_memory):
+    batch = batch_of(sized(HARD_LENGTHS, (1, 17, 0, 65)), device)
+    heads, p_and_seed = sized(heads, 2), (0.1, seed if dropout else None)
+    qkv = torch.randn(batch.tokens, 3 * heads * head_dim, device=device).to(half)
+    kernel, oracle = (partial(op, batch, heads, *p_and_seed) for op in (attention, attention_reference))
+    assert_equivalent(kernel, oracle, [qkv])
+
+
+@pytest.mark.parametrize("hidden", [96, 768, 1024])
+def test_add_layernorm_of_many_rows(device, sized, half, seed, hidden, poisoned_memory):
+    batch = batch_of(sized([512] * 40, [7, 12]), device)
+    rows = [torch.randn(batch.tokens, hidden, device=device).to(half) for _ in range(2)]
+    vectors = [torch.randn(hidden, device=device).to(half) for _ in range(3)]
+
+    def kernel(residual, x, bias, weight, norm_bias):
+        with use_kernels(layernorm="triton"):
+            return ops.add_layernorm(residual, x, bias, weight, norm_bias, EPS, batch, 0.1, seed)
+
+    def oracle(residual, x, bias, weight, norm_bias):
+        where = (batch.columns, batch.sequences)
+        return reference.add_layernorm(residual, x, bias, weight, norm_bias, EPS, *where, 0.1, seed)
+
+    assert_equivalent(kernel, oracle, [*rows, *vectors])
+
+
+@pytest.mark.parametrize("features", [96, 3072, 4096])
+def test_bias_gelu_dropout_of_many_rows(device, sized, half, seed, features, poisoned_memory):
+    batch = batch_of(sized([512] * 40, [7, 12]), device)
+    inputs = [torch.randn(shape, device=device).to(half) for shape in ((batch.tokens, features), (features,))]
+
+    def kernel(x, bias):
+        with use_kernels(bias_gelu="triton"):
+            return ops.bias_gelu_dropout(x, bias, "gelu", batch, 0.1, seed)
+
+    def oracle(x, bias):
+        return reference.bias_gelu_dropout(x, bias, "gelu", batch.columns, batch.sequences, 0.1, seed)
+
+    assert_equivalent(kernel, oracle, inputs)
+
+
+TAIL = 64  # rows; a multiple of a tile's, so that they lie in theirs as they do in a tensor of their own
+
+
+def tokens_beyond(elements, features):
+    """How many tokens of so many features have more elements than that."""
+    return TAIL * (elements // features // TAIL + 2)
+
+
+@pytest.fixture
+def huge(sized):
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < 40 * 2**30:
+        pytest.skip("less than 40 GiB of the GPU's memory are free")
+    return sized(2**31, 2**14)
+
+
+def test_add_layernorm_beyond_31_bits_of_index(device, half, seed, huge):
+    """The last rows come out as they do alone."""
+    hidden = 768
+    tokens = tokens_beyond(huge, hidden)
+    batch = batch_of([tokens // 3, tokens - tokens // 3], device)
+    residual, x = (torch.randn(tokens, hidden, device=device, dtype=half) for _ in range(2))
+    vectors = [torch.randn(hidden, device=device, dtype=half) for _ in range(3)]
+
+    def rows(of):
+        where = (batch.columns[of], batch.sequences[of], 0.1, seed)
+        out, z = layernorm.forward(residual[of], x[of], *vectors, EPS, *where, True)
+        of_residual, of_x, _, _, of_norm_bias = layernorm.backward(residual[of], z, vectors[1], EPS, *where)
+        return of_norm_bias, (out, z, of_residual, of_x)
+
+    of_norm_bias, whole = rows(slice(None))
+    _, alone = rows(slice(-TAIL, None))
+    assert all(torch.equal(one[-TAIL:], other) for one, other in zip(whole, alone, strict=True))
+    exact, size = (
+        sum(part.sum(0, dtype=torch.float64) for part in each.split(2**16)) for each in (residual, residual.abs())
+    )
+    assert ((of_norm_bias - exact).abs() / size).max() < 1e-6
+
+
+def test_bias_gelu_dropout_beyond_31_bits_of_index(device, half, seed, huge):
+    features = 3072
+    tokens = tokens_beyond(huge, features)
+    batch = batch_of([tokens // 3, tokens - tokens // 3], device)
+    x, bias = (torch.randn(shape, device=device, dtype=half) for shape in ((tokens, features), (features,)))
+
+    def rows(of):
+        where = (batch.columns[of], batch.sequences[of], 0.1, seed)
+        out = bias_gelu_dropout.forward(x[of], bias, "gelu", *where)
+        return out, bias_gelu_dropout.backward(x[of], x[of], bias, "gelu", *where)[0]
+
+    whole, alone = rows(slice(None)), rows(slice(-TAIL, None))
+    assert all(torch.equal(one[-TAIL:], other) for one, other in zip(whole, alone, strict=True))
+
+
+def test_attention_beyond_31_bits_of_index(device, sized, half, huge):
+    heads, length = sized(12, 2), sized(512, 70)
+    sequences = huge // (3 * heads * 64) // length + 2
+    qkv = torch.randn(sequences * length, 3 * heads * 64, device=device, dtype=half)
+    grad = torch.randn(sequences * length, heads * 64, device=device, dtype=half)
+    whole = run(partial(attention, batch_of([length] * sequences, device), heads, 0.0, None), [qkv], grad)
+    alone = run(partial(attention, batch_of([length], device), heads, 0.0, None), [qkv[-length:]], grad[-length:])
+    assert all(torch.equal(one[-length:], other) for one, other in zip(whole, alone, strict=True))
+
+
+def model_of(device, dtype, **settings):
+    """One layer of the base model, and few words; small where it is interpreted."""
+    sizes = {"hidden_size": 768, "num_attention_heads": 12, "intermediate_size": 3072}
+    if device.type == "cpu":
+        sizes = {"hidden_size": 64, "num_attention_heads": 2, "intermediate_size": 96}
+    torch.manual_seed(0)
+    return ErnieMModel(ErnieMConfig(vocab_size=1000, num_hidden_layers=1, **sizes, **settings)).to(device, dtype)
+
+
+def rows_of(lengths, device):
+    """Random ids, padded on the right, and their mask."""
+    mask = torch.arange(max(lengths), device=device) < torch.tensor(lengths, device=device)[:, None]
+    return torch.randint(3, 1000, mask.shape, device=device), mask.long()
+
+
+def train(model, ids, mask, embeddings, kernels=KERNELS):
+    """The hidden states of a seeded forward, then the gradients."""
+    model.zero_grad()
+    torch.manual_seed(0)
+    with use_kernels(embeddings=embeddings, **kernels):
+        hidden = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
+        (hidden * torch.linspace(-1, 1, hidden.numel(), device=ids.device).view_as(hidden)).sum().backward()
+    return [hidden.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
+
+
+def test_the_model_is_as_exact_as_the_reference(device, sized, half, packed):
+    """With dropout on: the seeds are the same in every dtype."""
+    ids, mask = rows_of(sized(HARD_LENGTHS[:8] + HARD_LENGTHS[9:], (1, 17, 30)), device)
+    model = model_of(device, half).train()
+    reference_kernels = dict.fromkeys(KERNELS, "reference")
+    kernels = train(model, ids, mask, "torch")
+    same = train(model, ids, mask, "reference", reference_kernels)
+    exact = train(copy.deepcopy(model).double(), ids, mask, "reference", reference_kernels)
+    largest = max(grad.abs().max() for grad in exact[1:])
+    for one, other, truth in zip(kernels, same, exact, strict=True):
+        # Keys' biases have no gradient but rounding: it is judged by the size of the others.
+        slack = 8 * torch.finfo(half).eps * max(truth.abs().max(), 1e-3 * largest)
+        assert (one - truth).abs().max() <= 2 * (other - truth).abs().max() + slack
+
+
+@pytest.mark.parametrize("embeddings", ["triton", "native"])
+def test_repeats_are_equal_to_the_bit(device, sized, half, embeddings):
+    ids, mask = rows_of(sized(HARD_LENGTHS[-5:] * 4, (3, 20)), device)
+    model = model_of(device, half).train()
+    first = train(model, ids, mask, embeddings)
+    assert all(each.isfinite().all() for each in first)
+    for _ in range(sized(250, 2)):
+        again = train(model, ids, mask, embeddings)
+        assert all(torch.equal(one, other) for one, other in zip(first, again, strict=True))
+
+
+@pytest.mark.gpu
+def test_shapes_compile_nothing_new(monkeypatch, half):
+    """A forward and a backward: attention's three kernels and two of each other op; three for sequences up to 64."""
+    compiled = []
+    monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, fn, **_: compiled.append(fn.name))
+    device = torch.device("cuda")
+    settings = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 320}  # no other test's
+    model = ErnieMModel(ErnieMConfig(vocab_size=1000, num_hidden_layers=1, **settings)).to(device, half).train()
+    counts = []
+    for lengths in ([65], [512, 1, 100], [128] * 3, [129, 128, 64, 1, 1], [513 - 1] * 33, [64], [1], [17, 3]):
+        train(model, *rows_of(lengths, device), "torch")
+        counts.append(len(compiled))
+    assert counts == [7] * 5 + [10] * 3, compiled
+
+
+def test_a_forward_is_captured_in_a_graph(device, half, monkeypatch):
+    """One batch of ids records it, another one replays it; in the padded layout, which waits for nothing."""
+    monkeypatch.setenv("ERNIEM_FAST_PACKING", "0")
+    model = model_of(device, half).eval()
+    (ids, mask), (others, _) = rows_of((32, 7), device), rows_of((32, 7), device)
+    with use_kernels(**KERNELS), torch.inference_mode():
+        expected = model(others, attention_mask=mask).last_hidden_state
+        out, replay = captured(lambda: model(ids, attention_mask=mask).last_hidden_state, device)
+        assert not torch.equal(out, expected)
+        ids.copy_(others)
+        assert torch.equal(replay(), expected)
+
+
+def captured(forward, device):
+    """The result of `forward`, and a function that computes it again: on a GPU, from a graph."""
+    if device.type == "cpu":
+        return forward(), forward
+    for _ in range(2):
+        forward()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = forward()
+
+    def replay():
+        graph.replay()
+        return out
+
+    return replay().clone(), replay
+
+
+def test_bad_ids_are_named_and_do_no_harm(device, half, packed):
+    """The error comes before any table is read, and what runs next runs."""
+    model = model_of(device, half).eval()
+    ids, mask = rows_of((9, 4), device)
+    with use_kernels(embeddings="native", **KERNELS), torch.inference_mode():
+        before = model(ids, attention_mask=mask).last_hidden_state
+        bad = ids.clone()
+        bad[1, 2] = 1000
+        with pytest.raises(ValueError, match=r"input_ids\[1, 2\] is 1000, outside \[0, 1000\)"):
+            model(bad, attention_mask=mask)
+        assert torch.equal(model(ids, attention_mask=mask).last_hidden_state, before)
+
+
+STEP = """
+import sys
+import torch
+sys.path.insert(0, {tests!r})
+from test_gpu import model_of, rows_of, train
+device = torch.device({device!r})
+results = train(model_of(device, torch.float16).train(), *rows_of((33, 5, 70), device), "native")
+assert all(each.isfinite().all() for each in results)
+"""
+
+
+def test_the_sanitizer_finds_no_stray_access(device):
+    """In a training step on all kernels, where every tensor is an allocation of its own."""
+    sanitizer = []
+    if device.type == "cuda":
+        if shutil.which("compute-sanitizer") is None:
+            pytest.skip("there is no compute-sanitizer; it comes with the CUDA toolkit")
+        sanitizer = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9"]
+    extension.build([device.type])
+    code = STEP.format(tests=os.path.dirname(__file__), device=device.type)
+    environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    done = subprocess.run(
+        [*sanitizer, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+    )
+    if "Device not supported" in done.stdout:
+        pytest.skip("compute-sanitizer does not support this device")
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]

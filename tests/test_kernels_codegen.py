@@ -1,0 +1,125 @@
+"""What the kernels compile to for GPUs that are not here; in processes of their own, as this one may interpret."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+
+
+def in_process_of_its_own(code):
+    """The JSON that `code` prints, which finds `bench/codegen.py` as `codegen`."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return json.loads(done.stdout)
+
+
+def test_the_table_is_of_these_kernels_and_breaks_no_rule():
+    code = """
+import codegen, json
+rows = codegen.read_table()
+introduction = codegen.TABLE.read_text().split("|")[0]
+print(json.dumps({
+    "up to date": codegen.digest() in introduction,
+    "broken": [f"{row}: {rule}" for row in rows for rule in row.broken_rules()],
+    "archs": sorted({row.arch for row in rows}),
+    "kernels": sorted({(row.op, row.kernel) for row in rows}),
+    "launches": len(rows),
+}))
+"""
+    found = in_process_of_its_own(code)
+    assert found["up to date"], "the kernels have changed; run `python bench/codegen.py`"
+    assert found["broken"] == []
+    assert found["archs"] == [75, 80, 86, 89, 90, 100, 120]
+    assert found["kernels"] == [
+        *(["attention", kernel] for kernel in ("backward_keys", "backward_queries", "forward")),
+        *(["attention ≤ 64", kernel] for kernel in ("backward_keys", "backward_queries", "forward")),
+        *(["bias_gelu_dropout", kernel] for kernel in ("backward", "forward")),
+        *(["layernorm", kernel] for kernel in ("backward", "forward")),
+    ]
+    assert found["launches"] == 32 + 6 * 98
+
+
+def test_what_compiles_here_keeps_the_rules_and_is_in_the_table():
+    """Figures are compared where Triton is the table's; the rules hold for every other one too."""
+    code = """
+import codegen, json, triton
+rows = codegen.on_every_architecture(codegen.chosen_rows)
+same_triton = f"Triton {triton.__version__} " in codegen.TABLE.read_text()
+print(json.dumps({
+    "rows": len(rows),
+    "broken": [f"{row}: {rule}" for row in rows for rule in row.broken_rules()],
+    "unknown": [str(row) for row in rows if row not in codegen.read_table()] if same_triton else [],
+}))
+"""
+    assert in_process_of_its_own(code) == {"rows": 16 + 6 * 49 + 6 * 3 + 2 * 9, "broken": [], "unknown": []}
+
+
+def test_token_counts_and_lengths_compile_nothing_new():
+    code = """
+import codegen, json, torch
+seed = torch.ones(1, dtype=torch.int64)
+counts = {}
+for launch, size, varied in (
+    (codegen.launch_layernorm, 768, (1, 2, 15, 16, 17, 1000, 5000)),
+    (codegen.launch_bias_gelu, 3072, (1, 2, 15, 16, 17, 1000, 5000)),
+    (codegen.launch_attention, 64, (65, 100, 128, 129, 512)),
+):
+    compiled = [kernel for each in varied for kernel in codegen.compiled(90, launch, torch.float16, size, seed, each)]
+    counts[launch.__name__] = [len(compiled), len({kernel.hash for kernel in compiled})]
+print(json.dumps(counts))
+"""
+    assert in_process_of_its_own(code) == {
+        "launch_layernorm": [14, 2],
+        "launch_bias_gelu": [14, 2],
+        "launch_attention": [15, 3],
+    }
+
+
+def test_no_size_is_compiled_anew():
+    """Whatever the tokens, lengths and sequences: one compilation of a kernel, two where short sequences have tiles."""
+    code = """
+import codegen, json, torch
+from itertools import accumulate
+from erniem_fast.batch import TokenBatch
+from erniem_fast.kernels import attention
+
+seed = torch.tensor([3])
+
+def launch_rows(launch, size):
+    for tokens in (1, 2, 15, 16, 17, 128, 333, 16384, 16385):
+        launch(torch.float16, size, seed, tokens)
+
+def launch_attention():
+    for lengths in ([1], [2, 1], [16] * 16, [64, 3, 0], [65], [70, 512, 33], [128] * 31, [257, 1, 2], [512] * 4):
+        batch = TokenBatch.from_cu_seqlens(torch.tensor([0, *accumulate(lengths)]), max(lengths), sum(lengths))
+        qkv = torch.zeros(batch.tokens, 3 * 128, dtype=torch.float16)
+        order = (batch.longest_first, batch.contiguous)
+        where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
+        for scale, p in ((0.125, 0.1), (0.2, 0.3)):
+            case = (*order, *where, 2, scale, p, seed)
+            out, lse = attention.forward(qkv, *case)
+            attention.backward(out, out, lse, qkv, *case)
+
+def count(*launch):
+    kernels = {}
+    for kernel in codegen.compiled(90, *launch):
+        kernels.setdefault(kernel.metadata.name, []).append(kernel.hash)
+    return {name: [len(hashes), len({*hashes})] for name, hashes in sorted(kernels.items())}
+
+print(json.dumps([
+    count(launch_rows, codegen.launch_layernorm, 768),
+    count(launch_rows, codegen.launch_bias_gelu, 3072),
+    count(launch_attention),
+]))
+"""
+    layernorm, bias_gelu, attention = in_process_of_its_own(code)
+    assert layernorm == bias_gelu == {"_backward_kernel": [9, 1], "_forward_kernel": [9, 1]}
+    assert attention == {
+        "_backward_keys_kernel": [18, 2],
+        "_backward_queries_kernel": [18, 2],
+        "_forward_kernel": [18, 2],
+    }

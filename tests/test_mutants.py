@@ -1,0 +1,251 @@
+"""Kernels that are broken on purpose: the battery of `python -m erniem_fast verify` catches every one.
+
+A mutant is a kernel's source with one text replaced, imported in the place of the kernel's module.
+"""
+
+import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+
+from erniem_fast import kernels
+from erniem_fast.verification import battery
+
+KERNELS = Path(kernels.__path__[0])
+MODULE_OF_OP = {"attention": "attention", "bias_gelu": "bias_gelu_dropout", "layernorm": "layernorm"}
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of numbers that overflow in a mutant
+
+# By file and function: what is replaced, and by what.
+ATTENTION = {
+    "_load": [
+        ("row < length", "row < length - 1"),
+        ("dim < HEAD_DIM)", "dim < HEAD_DIM - 1)"),
+    ],
+    "_store": [
+        ("row < length", "row < length - 1"),
+        ("dim < HEAD_DIM)", "dim < HEAD_DIM - 1)"),
+    ],
+    "_kept_keys": [
+        ("key < length", "key <= length"),
+        ("key < length", "key < length - 1"),
+        ("tl.load(key_mask_ptr + start + key, mask=kept, other=0).to(tl.int1)", "kept"),
+        ("key_mask_ptr + start + key", "key_mask_ptr + key"),
+    ],
+    "_keep": [
+        ("first_key // 4 + tl", "tl"),
+        ("groups, query, sequence, head", "groups, query, 0, head"),
+        ("groups, query, sequence, head", "groups, query, sequence, 0"),
+        ("groups, query, sequence, head", "groups, 0, sequence, head"),
+        ("key_column, query_column, sequence", "key, query_column, sequence"),
+        ("key_column, query_column, sequence", "key_column, query, sequence"),
+    ],
+    "_forward_kernel": [
+        ("* (scale * LOG2_E)", "* LOG2_E"),
+        ("* (scale * LOG2_E)", "* scale"),
+        ('tl.where(kept, scores, float("-inf"))', "scores"),
+        ("total * shrink + tl.sum", "total + tl.sum"),
+        ("acc=out * shrink", "acc=out"),
+        ("tl.where(keep, probabilities, 0.0)", "probabilities"),
+        ("out *= rescale", "out *= 1.0"),
+        ("largest + tl.log2", "tl.log2"),
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        ("tl.range(0, length, STEP", "tl.range(STEP, length, STEP"),
+        ("tl.store(lse_ptr + row, lse, mask=row < length)", "tl.store(lse_ptr + row, lse, mask=row < length - 1)"),
+    ],
+    "_backward_queries_kernel": [
+        ("* (scale * LOG2_E)", "* LOG2_E"),
+        ("tl.where(kept, tl.exp2(scores - lse), 0.0)", "tl.exp2(scores - lse)"),
+        ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
+        ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
+        ("(of_probabilities - delta)", "of_probabilities"),
+        ("of_query * scale", "of_query"),
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        ("delta, mask=row < length", "delta, mask=row < length - 1"),
+    ],
+    "_backward_keys_kernel": [
+        ("* (scale * LOG2_E)", "* LOG2_E"),
+        ("tl.where(kept, tl.exp2(scores - lse), 0.0)", "tl.exp2(scores - lse)"),
+        ("tl.where(keep, probabilities, 0.0)", "probabilities"),
+        ("of_value *= rescale", "of_value *= 1.0"),
+        ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
+        ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
+        ("(of_probabilities - delta)", "of_probabilities"),
+        ("of_key * scale", "of_key"),
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+    ],
+}
+BIAS_GELU = {
+    "_activate": [
+        ("tl.erf(x * 0.7071067811865476)", "2.0 * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1.0"),
+        ("0.044715 * x * x * x", "0.0"),
+        ("tl.maximum(x, 0.0)", "x"),
+    ],
+    "_derivative": [
+        (" + x * density", ""),
+        ("+ x * sigmoid * (1.0 - sigmoid) * slope", ""),
+        ("0.134145 * x * x", "0.044715 * x * x"),
+        ("tl.where(x > 0.0, 1.0, 0.0)", "1.0"),
+    ],
+    "_load_bias": [("features < FEATURES", "features < FEATURES - 1")],
+    "_forward_kernel": [
+        ("x += bias", "x += 0.0"),
+        ("out = drop_features(out, seed, threshold, rescale, column, sequence, block, BLOCK)", "pass"),
+        ("column, sequence, block, BLOCK", "rows.to(tl.int32), sequence, block, BLOCK"),
+        ("column, sequence, block, BLOCK", "column, 0, block, BLOCK"),
+        ("column, sequence, block, BLOCK", "column, sequence, 0, BLOCK"),
+        ("(rows < tokens) &", "(rows < tokens - 1) &"),
+        ("& (features < FEATURES)", "& (features < FEATURES - 1)"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+    "_backward_kernel": [
+        ("x += bias", "x += 0.0"),
+        ("of_x = drop_features(of_x, seed, threshold, rescale, column, sequence, block, BLOCK)", "pass"),
+        ("column, sequence, block, BLOCK", "column, sequence, 0, BLOCK"),
+        ("of_x *= _derivative(x, ACTIVATION)", "pass"),
+        ("of_bias += of_x", "of_bias = of_x"),
+        ("(rows < tokens) &", "(rows < tokens - 1) &"),
+        ("sums, mask=features < FEATURES", "sums, mask=features < FEATURES - 1"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+}
+LAYERNORM = {
+    "_load_vector": [("features < HIDDEN", "features < HIDDEN - 1")],
+    "_load_rows": [
+        ("(rows < tokens)", "(rows < tokens - 1)"),
+        ("(features < HIDDEN)", "(features < HIDDEN - 1)"),
+    ],
+    "_store_rows": [
+        ("(rows < tokens)", "(rows < tokens - 1)"),
+        ("(features < HIDDEN)", "(features < HIDDEN - 1)"),
+    ],
+    "_dropout": [("sequence, chunk, BLOCK", "sequence, 0, BLOCK")],
+    "_row_sums": [("tl.static_range(1, CHUNKS)", "tl.static_range(2, CHUNKS)")],
+    "_normalise": [
+        ("z[chunk] - mean, 0.0", "z[chunk], 0.0"),
+        ("tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0)", "z[chunk] - mean"),
+        (" + eps", ""),
+        ("_row_sums(squares, CHUNKS) / HIDDEN", "_row_sums(squares, CHUNKS) / (HIDDEN - 1)"),
+    ],
+    "_forward_kernel": [
+        ("x = _add(x, bias, CHUNKS)", "pass"),
+        ("x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "pass"),
+        ("_add(z, x, CHUNKS)", "x"),
+        ("z_ptr, rows, tokens, z,", "z_ptr, rows, tokens, x,"),
+        ("_multiply(normal, weight, CHUNKS)", "normal"),
+        ("_add(_multiply(normal, weight, CHUNKS), norm_bias, CHUNKS)", "_multiply(normal, weight, CHUNKS)"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+    "_backward_kernel": [
+        ("_add(of_weight, _multiply(grad, normal, CHUNKS), CHUNKS)", "_multiply(grad, normal, CHUNKS)"),
+        ("_multiply(grad, normal, CHUNKS)", "grad"),
+        ("_add(of_norm_bias, grad, CHUNKS)", "grad"),
+        ("_multiply(grad, weight, CHUNKS)", "grad"),
+        (" - mean", ""),
+        (" - normal[chunk] * slope", ""),
+        (") * rstd", ")"),
+        ("_dropout(of_z, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "of_z"),
+        ("_add(of_bias, of_x, CHUNKS)", "of_x"),
+        ("_add(of_bias, of_z, CHUNKS)", "of_z"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+    "_store_sums": [("features < HIDDEN", "features < HIDDEN - 1")],
+}
+DROPOUT = {
+    "launch_arguments": [
+        ("dropout.rescale(p)", "1.0"),
+        ("dropout.threshold(p)", "dropout.threshold(p / 2)"),
+    ],
+    "keep_mask": [
+        ("tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
+        (">= threshold", "< threshold"),
+        ("n_rounds=ROUNDS", "n_rounds=10"),
+    ],
+}
+DROPOUT_OF_FEATURES = {
+    "drop_features": [
+        ("x * rescale", "x"),
+        ("block * (BLOCK // 4)", "block * BLOCK"),
+        ("tl.where(keep_mask(seed, threshold, groups, column, sequence, 0), x * rescale, 0.0)", "x * rescale"),
+    ],
+}
+DROPOUT_OF_COLUMNS = {
+    "keep_column_mask": [
+        ("last // 4", "last"),
+        ("last % 4 == 1", "last % 4 == 3"),
+        ("n_rounds=ROUNDS", "n_rounds=10"),
+    ],
+}
+
+
+def mutants():
+    """`(op, file, function, old, new)` of each."""
+    for op, file, table in (
+        ("attention", "attention", ATTENTION),
+        ("bias_gelu", "bias_gelu_dropout", BIAS_GELU),
+        ("layernorm", "layernorm", LAYERNORM),
+        *((op, "dropout", DROPOUT) for op in MODULE_OF_OP),
+        *((op, "dropout", DROPOUT_OF_FEATURES) for op in ("bias_gelu", "layernorm")),
+        ("attention", "dropout", DROPOUT_OF_COLUMNS),
+    ):
+        for function, replacements in table.items():
+            for old, new in replacements:
+                yield pytest.param(op, file, function, old, new, id=f"{op}: {file}.{function}: {old} -> {new}")
+
+
+def mutate(source, function, old, new):
+    """The source of a file with the one occurrence of `old` in a function replaced."""
+    (body,) = re.findall(rf"^def {function}\(.*?(?=\n\n\n|\Z)", source, re.MULTILINE | re.DOTALL)
+    assert body.count(old) == 1
+    assert source.count(body) == 1
+    return source.replace(body, body.replace(old, new))
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Imports a source as a module of the kernels, in the place of the one that has its name."""
+
+    def install(name, source):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = spec_from_file_location(f"erniem_fast.kernels.{name}", path)
+        module = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+
+    return install
+
+
+def source_of(name):
+    return (KERNELS / f"{name}.py").read_text(encoding="utf-8")
+
+
+def checks_of(op):
+    """Those in float32, on kernels of Triton, on the CPU, where they are interpreted."""
+    return [
+        check
+        for check in battery(torch.device("cpu"))
+        if (check.case.op, check.implementation, check.dtype) == (op, "triton", torch.float32)
+    ]
+
+
+def holds(check):
+    return all(comparison.holds for comparison in check.run().values())
+
+
+@pytest.mark.parametrize("op", MODULE_OF_OP)
+def test_unchanged_kernels_survive(op, install):
+    for name in ("dropout", MODULE_OF_OP[op]):
+        install(name, source_of(name))
+    assert holds(checks_of(op)[0])
+
+
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(mutants()))
+def test_no_mutant_survives(op, file, function, old, new, install):
+    install(file, mutate(source_of(file), function, old, new))
+    if file == "dropout":
+        install(MODULE_OF_OP[op], source_of(MODULE_OF_OP[op]))
+    assert not all(holds(check) for check in checks_of(op))

@@ -1,0 +1,105 @@
+"""`python -m erniem_fast verify`, and what it must not let pass."""
+
+from math import inf, nan
+
+import pytest
+import torch
+from test_main import run
+
+from erniem_fast import __main__, verification
+from erniem_fast.equivalence import Comparison, compare
+from erniem_fast.kernels import layernorm
+
+CPU = torch.device("cpu")
+FORWARD = layernorm.forward
+
+
+def test_the_battery_passes(tmp_path):
+    done = run("verify", XDG_CACHE_HOME=str(tmp_path), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    heading, unchecked, *lines, summary = done.stdout.splitlines()
+    assert heading == "No GPU: what is written in Triton runs in Triton's interpreter, in float32 and float16."
+    assert unchecked == "embeddings: native is not checked: it is not built; run `python -m erniem_fast build`."
+    assert summary == f"{len(lines)} checks, 0 failures"
+    assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
+    assert {tuple(line.split()[1:4]) for line in lines} == {
+        (op, "triton", dtype)
+        for op in ("embeddings", "attention", "bias_gelu", "layernorm")
+        for dtype in ("float32", "float16")
+    }
+    for line in lines:
+        error, bound = line.partition(" error ")[2].split("  ")[0].split(", bound ")
+        assert float(error) <= float(bound)
+
+
+def broken(wrong):
+    def forward(*inputs):
+        out, z = FORWARD(*inputs)
+        return wrong(out), z
+
+    return forward
+
+
+def unlaunchable(out):
+    raise RuntimeError("out of shared memory")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (lambda out: out.index_fill(1, torch.tensor([-1]), 0), "result         error "),
+        (torch.empty_like, "result         error nan, bound "),
+        (lambda out: out.double(), "RuntimeError: result is torch.float64, not torch.float32"),
+        (lambda out: out[:-1], "RuntimeError: Mismatch in shape"),
+        (unlaunchable, "RuntimeError: out of shared memory"),
+    ],
+    ids=["wrong", "unwritten", "dtype", "shape", "raises"],
+)
+def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
+    case = next(
+        case
+        for case in verification._HARD
+        if case.op == "layernorm" and case.shape == "18 tokens x 768, p 0.0, no bias"
+    )
+    monkeypatch.setattr(verification, "_HARD", (case,))
+    assert __main__._verify() == 0
+    capsys.readouterr()
+    monkeypatch.setattr(layernorm, "forward", broken(wrong))
+    assert __main__._verify() == 1
+    *_, single, half, summary = capsys.readouterr().out.splitlines()
+    assert line in single
+    assert single.endswith("  FAIL")
+    assert half.endswith("  FAIL")
+    assert summary == "2 checks, 2 failures"
+
+
+def test_nothing_to_check_is_no_success(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not verification.verify(torch.device("meta"))
+    out = capsys.readouterr().out
+    assert "attention: triton is not checked: Triton has no kernels for meta" in out
+    assert out.endswith("0 checks, 0 failures\n")
+
+
+def test_the_bound():
+    exact = torch.tensor([0.0, 4.0], dtype=torch.float64)
+    same = torch.tensor([0.25, 4.0])
+    comparison = compare(torch.tensor([0.0, 3.5]), same, exact)
+    assert comparison == Comparison(error=0.5, bound=0.5 + 8 * 2.0**-23 * 4)
+    assert comparison.holds
+    assert not compare(torch.tensor([0.0, 3.49]), same, exact).holds
+    assert compare(torch.tensor([0.0, 3.49]).half(), same, exact).bound == 0.5 + 8 * 2.0**-10 * 4
+    assert compare(exact[:0], same[:0], exact[:0]).holds
+
+
+@pytest.mark.parametrize(("error", "bound"), [(nan, 1.0), (inf, 1.0), (1.0, nan), (nan, nan), (1.0, 0.0)])
+def test_what_is_no_number_exceeds_every_bound(error, bound):
+    comparison = Comparison(error, bound)
+    assert not comparison.holds
+    assert comparison.ratio == inf
+
+
+def test_overflow_is_no_error_where_the_reference_overflows():
+    exact, overflown = torch.tensor([1e5], dtype=torch.float64), torch.tensor([inf], dtype=torch.float16)
+    assert compare(overflown, overflown, exact).holds
+    assert not compare(overflown, overflown.new_tensor([6e4]), exact).holds

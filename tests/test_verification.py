@@ -17,9 +17,11 @@ FORWARD = layernorm.forward
 def test_the_battery_passes(tmp_path):
     done = run("verify", XDG_CACHE_HOME=str(tmp_path), TRITON_INTERPRET="0")
     assert done.returncode == 0, done.stdout + done.stderr
-    heading, unchecked, *lines, summary = done.stdout.splitlines()
+    heading, *lines, summary = done.stdout.splitlines()
     assert heading == "No GPU: what is written in Triton runs in Triton's interpreter, in float32 and float16."
-    assert unchecked == "embeddings: native is not checked: it is not built; run `python -m erniem_fast build`."
+    unchecked = [line for line in lines if "is not checked" in line]
+    assert "embeddings: native is not checked: it is not built; run `python -m erniem_fast build`." in unchecked
+    lines = lines[len(unchecked) :]
     assert summary == f"{len(lines)} checks, 0 failures"
     assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
     assert {tuple(line.split()[1:4]) for line in lines} == {

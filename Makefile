@@ -2,15 +2,24 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+RIVALS := .venv-rivals
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test bench goldens lint format wheel wheel-check clean
+.PHONY: test bench bench-all readme goldens lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 bench: $(VENV)/installed $(PEERS)/installed
 	$(VENV)/bin/python bench/throughput.py $(ARGS)
+
+# Every rival, training, the kernels one by one, and where the time goes.
+bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed
+	$(VENV)/bin/python bench/everything.py $(ARGS)
+
+# The README's table, from the latest results of this machine.
+readme: $(VENV)/installed
+	$(VENV)/bin/python bench/readme.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
@@ -47,5 +56,12 @@ $(PEERS)/installed: bench/peers/requirements.txt
 	$(PEERS)/bin/python $(PIP) --requirement bench/peers/requirements.txt
 	touch $@
 
+# A rival that cannot be installed here is absent from the report with its reason; the others run.
+$(RIVALS)/installed: bench/peers/rivals.txt
+	$(PYTHON) -m venv $(RIVALS)
+	$(RIVALS)/bin/python $(PIP) $$(grep '^torch==' $<)
+	$(RIVALS)/bin/python $(PIP) --requirement $<
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(RIVALS) build dist *.egg-info

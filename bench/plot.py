@@ -43,9 +43,9 @@ def plot(run, path):
 
 
 def _label(job):
-    kinds = {"text": "real text", "modernbert": "ModernBERT's lengths"}
+    kinds = {"text": "real text", "sorted": "text by length", "modernbert": "ModernBERT's lengths"}
     kind = kinds.get(job["lengths"]) or f"{job['lengths'].removeprefix('fixed:')} tokens each"
-    return f"batch {job['batch_size']}, {kind}\n({job['fill']:.0%} full)"
+    return f"{'training, ' * job['train']}batch {job['batch_size']}, {kind}\n({job['fill']:.0%} full)"
 
 
 def _draw_rates(axis, at, peers, style):

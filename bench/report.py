@@ -15,20 +15,25 @@ def markdown(run):
 
 
 def _method(run):
-    settings = run["settings"]
+    rounds = sorted({max(len(peer["rounds"]) for peer in job["peers"]) for job in run["jobs"]})
     return (
-        f"Medians and quartiles of {settings['rounds']} rounds of up to {settings['sentences']} rows, peers in turn;"
-        " ratios are taken round by round. Padding counts for nothing. Memory is that of the whole process, weights"
-        f" included. {run['date'][:10]}."
+        f"Medians and quartiles of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds of up to"
+        f" {max(job['rows'] for job in run['jobs'])} rows, peers in turn; ratios are taken round by round. Padding"
+        f" counts for nothing. Memory is that of the whole process, weights included. {run['date'][:10]}."
     )
 
 
 def _peers(run):
     rows = [
-        [peer["name"], ", ".join(f"{k} {v}" for k, v in peer["versions"].items()), f"{peer['load_seconds']:.1f} s"]
+        [
+            peer["name"],
+            ", ".join(f"{name} {version}" for name, version in peer["versions"].items()),
+            f"{peer['load_seconds']:.1f} s",
+            f"{peer['first_seconds']:.1f} s" if peer.get("first_seconds") else "",
+        ]
         for peer in run["peers"]
     ]
-    return _table(["who", "runs on", "start to ready"], rows)
+    return _table(["who", "runs on", "start to ready", "first batch"], rows)
 
 
 def _jobs(run):
@@ -38,15 +43,27 @@ def _jobs(run):
         for peer in job["peers"]:
             rows.append([label, *_cells(peer)])
             label = ""
-    header = ["job", "who", "real tokens/s (quartiles)", "our speed / theirs", "peak memory", "our memory / theirs"]
+    header = [
+        "job",
+        "who",
+        "real tokens/s (quartiles)",
+        "rows/s",
+        "batch, ms (99th percentile)",
+        "our speed / theirs",
+        "peak memory",
+        "our memory / theirs",
+    ]
     return _table(header, rows)
 
 
 def _cells(peer):
     rate, speedup, memory = peer["tokens_per_second"], peer["speedup"], peer["memory_ratio"]
+    batch = peer["batch_seconds"]
     return [
         peer["peer"],
         f"{rate['median']:,.0f} ({rate['q1']:,.0f}-{rate['q3']:,.0f})" if rate else "not measured",
+        f"{peer['rows_per_second']:,.1f}" if rate else "",
+        f"{batch['median'] * 1e3:,.0f} ({batch['p99'] * 1e3:,.0f})" if rate else "",
         f"{speedup['median']:.2f}x ({speedup['q1']:.2f}-{speedup['q3']:.2f})" if speedup else "",
         f"{peer['peak_memory'] / 2**20:,.0f} MiB" if peer["peak_memory"] else "",
         f"{memory:.2f}x" if memory else "",
@@ -78,7 +95,7 @@ def _notes(run):
         )
     if run["interrupted"]:
         notes.append("**Interrupted**: the figures are those of the rounds until then.")
-    return notes + [f"**Problem.** {text}" for text in run["absent"] + problems]
+    return notes + [f"**Absent.** {text}" for text in run["absent"]] + [f"**Problem.** {text}" for text in problems]
 
 
 def _spread(rate):

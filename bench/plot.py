@@ -42,6 +42,30 @@ def plot(run, path):
     figure.savefig(path)
 
 
+def plot_breakdown(run, path):
+    """Write the PNG `path`: for a forward and a step of training, what each op takes and what it would at the least."""
+    figure = Figure(figsize=(12, 4.5), dpi=150, layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("forward", "training"), strict=True):
+        rows = run[name][:-1]
+        at = range(len(rows))
+        bars = axis.barh(at, [row["seconds"] * 1e3 for row in rows], color=COLOURS[0], label="measured")
+        floors = [(row["floor"] or 0) * 1e3 for row in rows]
+        axis.barh(at, floors, height=0.4, color=COLOURS[1], label="floor of this machine")
+        ratios = [f"{row['ratio']:.1f}x the floor" if row["ratio"] else "" for row in rows]
+        texts = [f"{row['seconds'] * 1e3:,.0f} ms  {ratio}" for row, ratio in zip(rows, ratios, strict=True)]
+        axis.bar_label(bars, texts, padding=6, fontsize=9)
+        axis.set_yticks(at, [row["op"] for row in rows])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.6 * max(axis.get_xlim()[1], 1))  # room for the figures beside the bars
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set(xlabel="milliseconds", title=f"{name.capitalize()}: {run[name][-1]['seconds'] * 1e3:,.0f} ms")
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Where the time goes: {title(run)}", fontweight="bold")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
 def _label(job):
     kinds = {"text": "real text", "sorted": "text by length", "modernbert": "ModernBERT's lengths"}
     kind = kinds.get(job["lengths"]) or f"{job['lengths'].removeprefix('fixed:')} tokens each"

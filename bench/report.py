@@ -14,6 +14,33 @@ def markdown(run):
     return "\n\n".join([f"### {title(run)}", _method(run), _peers(run), _jobs(run), *_notes(run)]) + "\n"
 
 
+def breakdown_markdown(run):
+    """A table for a forward and one for a step of training: what each op takes, and what it would take at the least."""
+    rates = run["rates"]
+    method = (
+        f"{run['tokens']:,} real tokens in a batch that is {run['fill']:.0%} full. The floor is what an op would take"
+        f" at {rates['operations_per_second'] / 1e9:,.0f} GFLOP/s, the measured rate of a large matrix product, or at"
+        f" {rates['bytes_per_second'] / 1e9:,.1f} GB/s, that of a large copy, whichever is longer."
+    )
+    tables = [f"**{name.capitalize()}**\n\n{_ops(run[name])}" for name in ("forward", "training")]
+    return "\n\n".join([f"### Where the time goes: {title(run)}", method, *tables]) + "\n"
+
+
+def _ops(rows):
+    total = rows[-1]["seconds"]
+    cells = [
+        [
+            row["op"],
+            f"{row['seconds'] * 1e3:,.1f} ms",
+            f"{row['seconds'] / total:.1%}",
+            f"{row['floor'] * 1e3:,.1f} ms" if row["floor"] else "",
+            f"{row['ratio']:.2f}x" if row["ratio"] else "",
+        ]
+        for row in rows
+    ]
+    return _table(["op", "time", "share", "floor", "time / floor"], cells)
+
+
 def _method(run):
     rounds = sorted({max(len(peer["rounds"]) for peer in job["peers"]) for job in run["jobs"]})
     return (
@@ -78,12 +105,13 @@ def _table(header, rows):
 
 def _notes(run):
     entries = [(job["name"], peer) for job in run["jobs"] for peer in job["peers"]]
-    slower = [
-        f"{job} against {peer['peer']} ({peer['speedup']['median']:.2f}x)"
-        for job, peer in entries
-        if peer["speedup"] and round(peer["speedup"]["median"], 2) < 1
-    ]
-    unsteady = [f"{job} of {peer['peer']}" for job, peer in entries if _spread(peer["tokens_per_second"]) > STEADY]
+    slower, unsteady = [], []
+    for job in run["jobs"]:
+        losses = [(peer["peer"], peer["speedup"]["median"]) for peer in job["peers"] if peer["speedup"]]
+        losses = [f"{name} ({ratio:.2f}x)" for name, ratio in losses if round(ratio, 2) < 1]
+        slower += [f"{job['name']} against {', '.join(losses)}"] * bool(losses)
+        shaky = [peer["peer"] for peer in job["peers"] if _spread(peer["tokens_per_second"]) > STEADY]
+        unsteady += [f"{job['name']} of {', '.join(shaky)}"] * bool(shaky)
     problems = [f"{job}: {peer['problem']}" for job, peer in entries if peer["problem"]]
     notes = []
     if slower:

@@ -56,11 +56,12 @@ $(PEERS)/installed: bench/peers/requirements.txt
 	$(PEERS)/bin/python $(PIP) --requirement bench/peers/requirements.txt
 	touch $@
 
-# A rival that cannot be installed here is absent from the report with its reason; the others run.
+# A rival that cannot be installed here is absent from the report, which says why; the others run.
 $(RIVALS)/installed: bench/peers/rivals.txt
 	$(PYTHON) -m venv $(RIVALS)
-	$(RIVALS)/bin/python $(PIP) $$(grep '^torch==' $<)
-	$(RIVALS)/bin/python $(PIP) --requirement $<
+	$(RIVALS)/bin/python $(PIP) --constraint $< torch
+	for each in triton transformers 'onnx onnxscript onnxruntime' openvino ctranslate2; do \
+	    $(RIVALS)/bin/python $(PIP) --constraint $< $$each || echo "$$each: not installed" >&2; done
 	touch $@
 
 clean:

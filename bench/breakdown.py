@@ -6,19 +6,17 @@ and the bytes that it cannot but read and write at the measured rate of a large 
 
 import contextlib
 import dataclasses
-import json
 import math
 import statistics
 import time
 
 import torch
 from jobs import Spec, make_jobs
-from machine import available_cores, describe, slug
+from outcome import begin, write
 from plot import plot_breakdown
 from report import breakdown_markdown
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
-from workers import ROOT
 
 from erniem_fast import ErnieMModel, ops
 
@@ -195,14 +193,7 @@ def _rows(seconds, floors):
 
 def run_and_save(arguments, model, encode):
     """Measure, print the report, and write it as JSON, Markdown and PNG."""
-    machine, threads = describe("cpu"), arguments.threads or available_cores()
-    name = arguments.model.resolve().name if arguments.model else f"{arguments.size}, random weights"
-    settings = {"model": name, "dtype": arguments.dtype, "device": "cpu", "threads": threads}
-    run = {"machine": machine, "settings": settings, **breakdown(model, encode, arguments.dtype, threads)}
-    output = arguments.output or ROOT / "bench/results" / slug(machine)
-    output.mkdir(parents=True, exist_ok=True)
-    stem = output / f"breakdown-{name.partition(',')[0]}-{arguments.dtype}"
-    stem.with_suffix(".json").write_text(json.dumps(run, indent=1) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(breakdown_markdown(run), encoding="utf-8")
+    run = begin("breakdown", arguments)
+    run |= breakdown(model, encode, arguments.dtype, run["settings"]["threads"])
+    stem = write(run, breakdown_markdown(run), arguments.output)
     plot_breakdown(run, stem.with_suffix(".png"))
-    print(f"\n{breakdown_markdown(run)}")

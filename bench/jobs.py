@@ -22,7 +22,7 @@ class Spec:
 
     Attributes:
         batch_size: rows in a batch.
-        lengths: "text", "sorted", "fixed:N" or "modernbert".
+        lengths: "text", "sorted" (text in order of length, as for encoding many documents), "fixed:N" or "modernbert".
         rows: rows in a turn; a job has at least one batch and at most MOST_BATCHES.
         rounds: timed turns of each peer.
         train: whether a turn is steps of training, and not forwards.
@@ -87,7 +87,10 @@ def make_jobs(specs, encode, vocab_size, max_length):
     for spec in specs:
         size = spec.batch_size
         count = min(max(1, spec.rows // size), MOST_BATCHES)
-        rows = _rows(spec.lengths, count * size, encode, vocab_size, max_length)
+        if spec.lengths == "sorted":
+            rows = _sorted_rows(count, size, encode)
+        else:
+            rows = _rows(spec.lengths, count * size, encode, vocab_size, max_length)
         jobs.append(Job(spec, [pad(rows[i * size : (i + 1) * size]) for i in range(count)]))
     return jobs
 
@@ -104,9 +107,8 @@ def pad(rows):
 def _rows(lengths, count, encode, vocab_size, max_length):
     """`count` rows of token ids; the same first rows for every count."""
     rng = random.Random(SEED)
-    if lengths in ("text", "sorted"):
-        rows = encode(rng.choices(read_sentences(), k=count))
-        return sorted(rows, key=len) if lengths == "sorted" else rows
+    if lengths == "text":
+        return encode(rng.choices(read_sentences(), k=count))
     kind, _, length = lengths.partition(":")
     if kind == "fixed" and int(length) > max_length:
         raise ValueError(f"--lengths {lengths}: the model takes {max_length} tokens at most; choose fixed:{max_length}")
@@ -116,6 +118,13 @@ def _rows(lengths, count, encode, vocab_size, max_length):
         row_length = int(length) if kind == "fixed" else min(max(round(rng.gauss(256, 64)), 1), max_length)
         rows.append([rng.randrange(SPECIAL_TOKENS, vocab_size) for _ in range(row_length)])
     return rows
+
+
+def _sorted_rows(count, size, encode):
+    """Rows of `count` batches, which stand for the MOST_BATCHES that many sentences make when sorted by length."""
+    rows = sorted(_rows("text", MOST_BATCHES * size, encode, None, None), key=len)
+    chosen = [int((i + 0.5) * MOST_BATCHES / count) for i in range(count)]
+    return [row for batch in chosen for row in rows[batch * size : (batch + 1) * size]]
 
 
 def read_sentences():

@@ -3,16 +3,9 @@
 from matplotlib.figure import Figure
 from report import title
 
-COLOURS = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-]  # Okabe and Ito's: safe for the colour-blind
-
-
+# Okabe and Ito's: safe for the colour-blind.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+OURS, OTHERS = COLOURS[0], "#BBBBBB"
 GAP = 0.6  # between the groups of bars, in bars
 
 
@@ -28,7 +21,7 @@ def plot(run, path):
         _draw_rates(rates, at, peers, style)
         _draw_memories(memories, at, peers, style)
     middles = [j * (len(names) + GAP) + (len(names) - 1) / 2 for j in range(len(jobs))]
-    rates.set_yticks(middles, [_label(job) for job in jobs])
+    rates.set_yticks(middles, [label(job) for job in jobs])
     rates.invert_yaxis()
     rates.set(xlabel="real tokens per second (bars: median, whiskers: quartiles)", title="Throughput: longer is better")
     memories.set(xlabel="peak memory while running, MiB", title="Memory: shorter is better")
@@ -66,7 +59,8 @@ def plot_breakdown(run, path):
     figure.savefig(path)
 
 
-def _label(job):
+def label(job):
+    """What a job is, in two short lines."""
     kinds = {"text": "real text", "sorted": "text by length", "modernbert": "ModernBERT's lengths"}
     kind = kinds.get(job["lengths"]) or f"{job['lengths'].removeprefix('fixed:')} tokens each"
     return f"{'training, ' * job['train']}batch {job['batch_size']}, {kind}\n({job['fill']:.0%} full)"

@@ -11,7 +11,8 @@ def title(run):
 
 def markdown(run):
     """The whole report: what ran where, the table, and in words what went wrong or is slower."""
-    return "\n\n".join([f"### {title(run)}", _method(run), _peers(run), _jobs(run), *_notes(run)]) + "\n"
+    parts = [f"### {title(run)}", _method(run), _peers(run), overview(run), _jobs(run), *_notes(run)]
+    return "\n\n".join(parts) + "\n"
 
 
 def breakdown_markdown(run):
@@ -63,6 +64,23 @@ def _peers(run):
     return _table(["who", "runs on", "start to ready", "first batch"], rows)
 
 
+def overview(run):
+    """A row for every peer and a column for every job: our rate, and for the others how much faster we are."""
+    jobs = run["jobs"]
+    names = list(dict.fromkeys(peer["peer"] for job in jobs for peer in job["peers"]))
+    by_name = [{peer["peer"]: peer for peer in job["peers"]} for job in jobs]
+    rows = [[name, *(_overview_cell(peers.get(name)) for peers in by_name)] for name in names]
+    return _table(["", *(f"{job['name']}, {job['fill']:.0%} full" for job in jobs)], rows)
+
+
+def _overview_cell(peer):
+    if peer is None or not peer["rounds"]:
+        return "-"
+    if peer["speedup"] is None:
+        return f"{peer['tokens_per_second']['median']:,.0f} tokens/s"
+    return f"{peer['speedup']['median']:.2f}x"
+
+
 def _jobs(run):
     rows = []
     for job in run["jobs"]:
@@ -103,27 +121,36 @@ def _table(header, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)
 
 
-def _notes(run):
-    entries = [(job["name"], peer) for job in run["jobs"] for peer in job["peers"]]
-    slower, unsteady = [], []
+def losses(run):
+    """In words, where erniem_fast is slower; a list of one paragraph or none."""
+    slower = []
     for job in run["jobs"]:
-        losses = [(peer["peer"], peer["speedup"]["median"]) for peer in job["peers"] if peer["speedup"]]
-        losses = [f"{name} ({ratio:.2f}x)" for name, ratio in losses if round(ratio, 2) < 1]
-        slower += [f"{job['name']} against {', '.join(losses)}"] * bool(losses)
-        shaky = [peer["peer"] for peer in job["peers"] if _spread(peer["tokens_per_second"]) > STEADY]
-        unsteady += [f"{job['name']} of {', '.join(shaky)}"] * bool(shaky)
-    problems = [f"{job}: {peer['problem']}" for job, peer in entries if peer["problem"]]
-    notes = []
-    if slower:
-        notes.append(f"**erniem_fast is slower** in {'; '.join(slower)}.")
-    if unsteady:
-        notes.append(
-            f"**Unsteady**: the quartiles lie more than {STEADY:.0%} of the median apart in {'; '.join(unsteady)}."
-            " Something else kept the machine busy; measure again."
-        )
+        ratios = [(peer["peer"], peer["speedup"]["median"]) for peer in job["peers"] if peer["speedup"]]
+        lost = [f"{name} ({ratio:.2f}x)" for name, ratio in ratios if round(ratio, 2) < 1]
+        slower += [f"{job['name']} against {', '.join(lost)}"] if lost else []
+    return [f"**erniem_fast is slower** in {'; '.join(slower)}."] if slower else []
+
+
+def _unsteady(run):
+    shaky = []
+    for job in run["jobs"]:
+        names = [peer["peer"] for peer in job["peers"] if _spread(peer["tokens_per_second"]) > STEADY]
+        shaky += [f"{job['name']} of {', '.join(names)}"] if names else []
+    if not shaky:
+        return []
+    return [
+        f"**Unsteady**: the quartiles lie more than {STEADY:.0%} of the median apart in {'; '.join(shaky)}."
+        " Something else kept the machine busy; measure again."
+    ]
+
+
+def _notes(run):
+    notes = [*losses(run), *_unsteady(run)]
     if run["interrupted"]:
         notes.append("**Interrupted**: the figures are those of the rounds until then.")
-    return notes + [f"**Absent.** {text}" for text in run["absent"]] + [f"**Problem.** {text}" for text in problems]
+    notes += [f"**Absent.** {text}" for text in run["absent"]]
+    problems = [(job["name"], peer["problem"]) for job in run["jobs"] for peer in job["peers"] if peer["problem"]]
+    return notes + [f"**Problem.** {job}: {problem}" for job, problem in problems]
 
 
 def _spread(rate):

@@ -29,6 +29,13 @@ ALL = (
     Peer("CTranslate2 int8", SCRIPTS / "ctranslate2_peer.py", RIVALS, ("int8",), int8=True),
     Peer("ONNX Runtime int8", SCRIPTS / "onnxruntime_peer.py", RIVALS, ("onnx-int8",), int8=True),
 )
+# On a GPU packed PyTorch takes the place of the CPU's runtimes.
+ON_CUDA = (
+    *(peer for peer in ALL if peer.trains),
+    Peer("packed, varlen_attn", SCRIPTS / "packed.py", RIVALS, ("varlen",)),
+    Peer("packed, varlen_attn, compiled", SCRIPTS / "packed.py", RIVALS, ("compile",)),
+    Peer("packed, flash-attn", SCRIPTS / "packed.py", RIVALS, ("flash",)),
+)
 
 
 def rivals(against, device, dtype):
@@ -40,7 +47,9 @@ def rivals(against, device, dtype):
     """
     if against == "itself":
         return OURS, *_ablations(torch.device(device), getattr(torch, dtype))
-    return {"original": (OURS, ORIGINAL), "all": ALL}[against]
+    if against == "original":
+        return OURS, ORIGINAL
+    return ON_CUDA if torch.device(device).type == "cuda" else ALL
 
 
 def _ablations(device, dtype):

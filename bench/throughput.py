@@ -7,8 +7,6 @@ real tokens, and then they take turns, round after round, in alternating order. 
 
 import argparse
 import contextlib
-import datetime
-import json
 import pathlib
 import sys
 import tempfile
@@ -16,9 +14,11 @@ import tempfile
 import psutil
 import torch
 from checkpoint import SIZES, random_checkpoint, read_config
+from curves import plot_curves, plot_panels
 from jobs import Spec, make_jobs
-from machine import available_cores, describe, slug
+from machine import available_cores
 from measure import TOLERANCE, measure
+from outcome import begin, write
 from plot import plot
 from report import markdown
 from rivals import OURS, rivals
@@ -29,6 +29,7 @@ from workers import ROOT, Worker, WorkerError
 from erniem_fast import ErnieMTokenizer
 
 TOKENIZER = ROOT / "tests/golden/tiny"
+MANY = 6  # peers in one group of bars
 
 
 def parse_arguments(argv):
@@ -151,36 +152,25 @@ def run_and_save(name, arguments, model, peers, specs):
     Returns:
         The exit code of `main`.
     """
-    run = {"name": name, "machine": describe(arguments.device), **benchmark(arguments, model, peers, specs)}
+    run = {**begin(name, arguments), **benchmark(arguments, model, peers, specs)}
     if run["jobs"]:
-        save(run, arguments.output or ROOT / "bench/results" / slug(run["machine"]))
+        draw(run, write(run, markdown(run), arguments.output))
     if run["interrupted"]:
         return 130
     return int(any(peer["problem"] for job in run["jobs"] for peer in job["peers"]))
 
 
 def benchmark(arguments, model, peers, specs):
-    """Measure the jobs of `specs` on the checkpoint in the folder `model`; returns the run for JSON."""
+    """Measure the jobs of `specs` on the checkpoint in the folder `model`; returns the figures for JSON."""
     config = read_config(model)
     max_length = config["max_position_embeddings"] - 2
     jobs = make_jobs(specs, text_encoder(arguments.model or TOKENIZER, max_length), config["vocab_size"], max_length)
-    run = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            "model": arguments.model.resolve().name if arguments.model else f"{arguments.size}, random weights",
-            "dtype": arguments.dtype,
-            "device": arguments.device,
-            "threads": arguments.threads or available_cores(),
-        },
-        "peers": [],
-        "absent": [],
-        "interrupted": False,
-    }
+    run = {"peers": [], "absent": [], "interrupted": False}
     measurements, running = [], []
     with contextlib.ExitStack() as stack:
         try:
             peers = choose(peers, model, arguments.device, any(spec.train for spec in specs), run["absent"])
-            running.extend(start(peers, model, run, stack))
+            running.extend(start(peers, arguments, model, run, stack))
             turns = sum(spec.rounds + 1 for spec in specs) * len(running)
             with tqdm(total=turns, unit="turn", disable=None) as bar:
                 for job in jobs:
@@ -218,10 +208,11 @@ def text_encoder(folder, max_length):
     return lambda texts: tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
 
 
-def start(peers, model, run, stack):
+def start(peers, arguments, model, run, stack):
     """Yield a loaded worker for each peer, to be closed by `stack`; `run` is told of them and of those that fail."""
     exports = stack.enter_context(tempfile.TemporaryDirectory())
-    settings = {name: run["settings"][name] for name in ("device", "dtype", "threads")}
+    threads = arguments.threads or available_cores()
+    settings = {"device": arguments.device, "dtype": arguments.dtype, "threads": threads}
     for peer in peers:
         print(f"loading {peer.name}", file=sys.stderr)
         try:
@@ -233,14 +224,13 @@ def start(peers, model, run, stack):
         yield worker
 
 
-def save(run, output):
-    """Print the report and write it as JSON, Markdown and PNG into the folder `output`."""
-    output.mkdir(parents=True, exist_ok=True)
-    stem = output / f"{run['name']}-{run['settings']['model'].partition(',')[0]}-{run['settings']['dtype']}"
-    stem.with_suffix(".json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(markdown(run), encoding="utf-8")
-    plot(run, stem.with_suffix(".png"))
-    print(f"\n{markdown(run)}\n{stem}.json, .md and .png hold this, the picture and every round")
+def draw(run, stem):
+    """Write the pictures of a run beside its other files."""
+    if len(run["jobs"][0]["peers"]) > MANY:
+        plot_panels(run, stem.with_suffix(".png"))
+        plot_curves(run, stem.with_name(f"{stem.name}-curves.png"))
+    else:
+        plot(run, stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":

@@ -176,6 +176,15 @@ def test_real_text_fills_a_batch_of_32_to_about_45_percent():
     assert job.fill == pytest.approx(0.45, abs=0.005)
 
 
+def test_sorted_text_stands_for_many_batches_and_is_nearly_full():
+    encode = throughput.text_encoder(TINY, max_length=512)
+    (job,) = make_jobs([Spec(32, "sorted", 64, 1)], encode, vocab_size=2300, max_length=512)
+    lengths = [sum(row) for batch in job.batches for row in batch["attention_mask"]]
+    assert len(lengths) == 64
+    assert lengths == sorted(lengths)
+    assert job.fill > 0.9
+
+
 def test_real_text_is_cut_at_the_maximum():
     assert [len(row) for row in throughput.text_encoder(TINY, max_length=6)(["one " * 20])] == [6]
 

@@ -1,21 +1,7 @@
 // The row arithmetic of the `embeddings` op, one source for host and device.
-//
-// A row is the work of `lanes.count` lanes; each takes every count-th piece of `Lanes::piece` neighbouring elements.
-// On a GPU the lanes are the threads of a warp and a piece is what one or two 16-byte accesses move. On a CPU a single
-// lane has long pieces, whose loops the compiler turns into vector instructions. Arithmetic is in float32.
 #pragma once
 
-#include <cmath>
-#include <cstdint>
-#include <cstring>
-
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE inline
-#endif
+#include "rows.h"
 
 // ---- What Python passes: addresses of contiguous tensors, then sizes, then factors. erniem_fast/ops/native.py mirrors
 // these structures field by field. "Elements" are of the dtype that the call names.
@@ -62,191 +48,11 @@ struct Scatter {
   int64_t tokens, table_rows, hidden, padding_idx;
 };
 
-enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
-
-// ---- Elements
-
-struct Half {
-  uint16_t bits;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-HOST_DEVICE uint32_t as_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-HOST_DEVICE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-HOST_DEVICE float to_float(float x) { return x; }
-
-HOST_DEVICE float to_float(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
-
-HOST_DEVICE float to_float(Half x) {
-#ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(x.bits));
-#else
-  const uint32_t magnitude = x.bits & 0x7fff;
-  const float normal = as_float((magnitude << 13) + (112u << 23));  // the exponents' biases differ by 112
-  const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
-  const float special = as_float((magnitude << 13) | 0x7f800000);
-  const float absolute = magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : special;
-  return as_float(as_bits(absolute) | uint32_t(x.bits & 0x8000) << 16);
-#endif
-}
-
-HOST_DEVICE void from_float(float x, float& to) { to = x; }
-
-// Both round to nearest, ties to even.
-HOST_DEVICE void from_float(float x, BFloat16& to) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-HOST_DEVICE void from_float(float x, Half& to) {
-#ifdef __CUDA_ARCH__
-  to.bits = __half_as_ushort(__float2half_rn(x));
-#else
-  const uint32_t magnitude = as_bits(x) & 0x7fffffff;
-  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // units of 0.5 are those of halves
-  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-  const uint32_t bits = magnitude < 0x38800000 ? subnormal : magnitude < 0x47800000 ? normal : special;
-  to.bits = uint16_t(bits | (as_bits(x) >> 16 & 0x8000));
-#endif
-}
-
-// ---- Pieces of a row
-
-template <int N>
-struct alignas(16) Piece {
-  float x[N];
-};
-
-template <typename T, int N>
-struct alignas(16) Packed {
-  T x[N];
-};
-
-// A number of elements that the compiler knows.
-template <int N>
-struct Whole {
-  HOST_DEVICE constexpr operator int() const { return N; }
-};
-
-template <typename Lanes, typename T, typename Count>
-HOST_DEVICE Piece<Lanes::piece> load(const T* from, Count count) {
-  constexpr int N = Lanes::piece;
-  Piece<N> piece = {};
-  if constexpr (Lanes::aligned) {
-    const auto packed = *reinterpret_cast<const Packed<T, N>*>(from);
-    for (int i = 0; i < N; ++i) piece.x[i] = to_float(packed.x[i]);
-  } else {
-    for (int i = 0; i < count; ++i) piece.x[i] = to_float(from[i]);
-  }
-  return piece;
-}
-
-template <typename Lanes, typename T, typename Count>
-HOST_DEVICE void store(T* to, const Piece<Lanes::piece>& piece, Count count) {
-  constexpr int N = Lanes::piece;
-  if constexpr (Lanes::aligned) {
-    Packed<T, N> packed;
-    for (int i = 0; i < N; ++i) from_float(piece.x[i], packed.x[i]);
-    *reinterpret_cast<Packed<T, N>*>(to) = packed;
-  } else {
-    for (int i = 0; i < count; ++i) from_float(piece.x[i], to[i]);
-  }
-}
-
-HOST_DEVICE int pieces_of(int64_t hidden, int piece) { return int((hidden + piece - 1) / piece); }
-
-// Calls `body(piece, count)` for each of the lane's pieces; only the last of a row can have fewer elements than N.
-template <typename Lanes, typename Body>
-HOST_DEVICE void for_pieces(const Lanes& lanes, int64_t hidden, const Body& body) {
-  constexpr int N = Lanes::piece;
-  const int whole = int(hidden / N);
-  int piece = lanes.lane;
-  for (; piece < whole; piece += lanes.count) body(piece, Whole<N>());
-  if constexpr (!Lanes::aligned) {
-    if (piece == whole && hidden % N != 0) body(piece, int(hidden % N));
-  }
-}
-
-// The sum of `term(piece, i)` over a row's elements, known to all of its lanes.
-template <typename Lanes, typename Term>
-HOST_DEVICE float row_sum(const Lanes& lanes, int64_t hidden, const Term& term) {
-  constexpr int N = Lanes::piece;
-  Piece<N> sums = {};
-  for_pieces(lanes, hidden, [&](int piece, auto count) {
-    for (int i = 0; i < count; ++i) sums.x[i] += term(piece, i);
-  });
-  for (int width = N / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) sums.x[i] += sums.x[i + width];
-  }
-  return lanes.sum(sums.x[0]);
-}
-
-// ---- Dropout: the same bits as erniem_fast/dropout.py
-
-struct Words {
-  uint32_t w[4];
-};
-
-HOST_DEVICE Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t first = uint64_t(c0) * 0xD2511F53u, second = uint64_t(c2) * 0xCD9E8D57u;
-    c0 = uint32_t(second >> 32) ^ c1 ^ k0;
-    c2 = uint32_t(first >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(second), c3 = uint32_t(first);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
-
-// Zeroes what is dropped of a piece of a token's row and rescales what is kept.
-template <typename Op, int N>
-HOST_DEVICE void drop(const Op& op, int64_t token, int piece, Piece<N>& values) {
-  if (op.seed == nullptr) return;
-  const uint64_t seed = uint64_t(*op.seed);
-  const uint32_t column = uint32_t(op.columns[token]), sequence = uint32_t(op.sequences[token]);
-  const uint32_t threshold = uint32_t(op.threshold);
-  const float rescale = float(op.rescale);
-  for (int group = 0; group < N / 4; ++group) {
-    const Words words = philox(seed, uint32_t(piece * (N / 4) + group), column, sequence, 0);
-    for (int i = 0; i < 4; ++i) {
-      float& value = values.x[4 * group + i];
-      value = words.w[i] >= threshold ? value * rescale : 0.0f;
-    }
-  }
-}
-
 // ---- Rows
 
 template <typename T>
 HOST_DEVICE const T* table_row(const void* table, int64_t row, int64_t rows, int64_t hidden) {
   return row < 0 || row >= rows ? nullptr : static_cast<const T*>(table) + row * hidden;
-}
-
-// What subtracting the mean leaves of a row, in place, and 1 / its standard deviation.
-template <typename Lanes>
-HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<Lanes::piece>* row) {
-  const float mean = row_sum(lanes, hidden, [&](int piece, int i) { return row[piece].x[i]; }) / float(hidden);
-  const float squares = row_sum(lanes, hidden, [&](int piece, int i) {
-    const float centred = row[piece].x[i] -= mean;
-    return centred * centred;
-  });
-  return 1.0f / sqrtf(squares / float(hidden) + float(eps));
 }
 
 // out[token] = dropout(LN(word_table[id] + position_table[position])). A token whose id or position is outside of its
@@ -297,24 +103,9 @@ HOST_DEVICE void backward_row(const Lanes& lanes, const Backward& op, int64_t to
     of_y[piece] = load<Lanes>(grad + piece * N, count);
     drop(op, token, piece, of_y[piece]);
   });
-  const float rstd = centre(lanes, op.hidden, op.eps, row);
-  // From here on `row` is the normalised row, and `of_y`, weighted, its gradient.
+  layer_norm_backward(lanes, op.hidden, op.weight, op.eps, row, of_y, of_weight, of_norm_bias);
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {
-    const Piece<N> weight = load<Lanes>(op.weight + piece * N, count);
-    for (int i = 0; i < N; ++i) {
-      row[piece].x[i] *= rstd;
-      of_weight[piece].x[i] += of_y[piece].x[i] * row[piece].x[i];
-      of_norm_bias[piece].x[i] += of_y[piece].x[i];
-      of_y[piece].x[i] *= weight.x[i];
-    }
-  });
-  const float mean = row_sum(lanes, op.hidden, [&](int piece, int i) { return of_y[piece].x[i]; }) / float(op.hidden);
-  const float slope =
-      row_sum(lanes, op.hidden, [&](int piece, int i) { return of_y[piece].x[i] * row[piece].x[i]; }) / float(op.hidden);
-  for_pieces(lanes, op.hidden, [&](int piece, auto count) {
-    Piece<N> of_z;
-    for (int i = 0; i < N; ++i) of_z.x[i] = rstd * (of_y[piece].x[i] - mean - row[piece].x[i] * slope);
-    store<Lanes>(op.of_z + token * op.hidden + piece * N, of_z, count);
+    store<Lanes>(op.of_z + token * op.hidden + piece * N, of_y[piece], count);
   });
 }
 
@@ -357,17 +148,4 @@ HOST_DEVICE void scatter_run(const Lanes& lanes, const Scatter& op, int64_t firs
     }
     store<Lanes>(to + piece * N, sum, count);
   });
-}
-
-// Calls `body` with an element of the dtype's type.
-template <typename Body>
-auto with_dtype(int dtype, const Body& body) {
-  switch (dtype) {
-    case FLOAT16:
-      return body(Half());
-    case BFLOAT16:
-      return body(BFloat16());
-    default:
-      return body(float());
-  }
 }

@@ -63,11 +63,22 @@ def load(device: str) -> ctypes.CDLL:
     Raises:
         BuildError: it is not built, or does not load.
     """
-    _check_presence(device)
     path = library(device)
-    if not path.exists():
-        raise BuildError("it is not built; run `python -m erniem_fast build`.")
-    return _open(path)
+    if path not in _opened:
+        _check_presence(device)
+        if not path.exists():
+            raise BuildError("it is not built; run `python -m erniem_fast build`.")
+        _opened[path] = _open(path)
+    return _opened[path]
+
+
+def is_built(device: str) -> bool:
+    """Whether `load` succeeds."""
+    try:
+        load(device)
+    except BuildError:
+        return False
+    return True
 
 
 def status() -> dict[str, str]:
@@ -89,7 +100,7 @@ def library(device: str) -> Path:
     digest = hashlib.sha256(shlex.join([platform.system(), platform.machine(), *_flags(device)]).encode())
     for source in sorted(SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    return cache() / f"embeddings_{device}-{digest.hexdigest()[:16]}.so"
+    return cache() / f"native_{device}-{digest.hexdigest()[:16]}.so"
 
 
 def cache() -> Path:
@@ -139,9 +150,9 @@ _REQUIREMENTS = (
 
 
 def _command(device: str) -> list[str]:
-    source = {"cpu": "embeddings_cpu.cpp", "cuda": "embeddings_cuda.cu"}[device]
+    sources = sorted(SOURCES.glob({"cpu": "*_cpu.cpp", "cuda": "*_cuda.cu"}[device]))
     compiler = compiler_path() if device == "cpu" else nvcc_path()
-    return [compiler, *_flags(device), str((SOURCES / source).resolve())]
+    return [compiler, *_flags(device), *(str(source.resolve()) for source in sources)]
 
 
 def _flags(device: str) -> list[str]:
@@ -163,7 +174,9 @@ def cuda_flags(architectures: Sequence[int]) -> list[str]:
     return ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", *code]
 
 
-@functools.cache
+_opened: dict[Path, ctypes.CDLL] = {}
+
+
 def _open(path: Path) -> ctypes.CDLL:
     try:
         return ctypes.CDLL(str(path))

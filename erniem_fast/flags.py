@@ -30,7 +30,7 @@ KERNELS = Flag("ERNIEM_FAST_KERNELS", ("auto", "off"), "`off` runs every op in p
 PACKING = Flag("ERNIEM_FAST_PACKING", ("1", "0"), "`0` computes padded positions too, as transformers 4.57.6 did")
 VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises where they disagree")
 
-_CHOICES = ("auto", "triton", "torch", "reference")
+_CHOICES = ("auto", "triton", "native", "torch", "reference")
 
 # Keyed by the names that `use_kernels` and `ops` use.
 OPS = {

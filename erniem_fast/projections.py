@@ -10,12 +10,25 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from . import extension, flags
+from .ops.native_encoder import few_tokens
+
+# The token counts for which the native product beats PyTorch's, measured on two cores of a Xeon with AVX-512 at base
+# size: 1.3 to 1.7 times as fast from 8 to 64 tokens. One token alone is a product with a vector, which MKL does better.
+_FEW_TOKENS = range(4, 65)
+
 
 def project(linear: nn.Module, x: Tensor, leave_bias: bool) -> tuple[Tensor, Tensor | None]:
     """`linear(x)`, or where the next op adds the bias itself (`leave_bias`), the product and the bias apart."""
-    if leave_bias and is_plain(linear, nn.Linear):
+    if not is_plain(linear, nn.Linear):
+        return linear(x), None
+    if _takes_few_tokens(x, linear.weight):
+        out = x.new_empty(x.shape[0], linear.out_features)
+        few_tokens(x, linear.weight, linear.bias, out)
+        return out, None
+    if leave_bias:
         return F.linear(x, linear.weight), linear.bias
-    return linear(x), None
+    return F.linear(x, linear.weight, linear.bias), None
 
 
 def project_side_by_side(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
@@ -33,9 +46,27 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor) -> Tensor:
         return F.linear(x, weight, bias)
     widths = [linear.out_features for linear in linears]
     out = x.new_empty(x.shape[0], sum(widths))
+    few = _takes_few_tokens(x, linears[0].weight)
     for linear, columns in zip(linears, out.split(widths, dim=1), strict=True):
-        torch.addmm(linear.bias, x, linear.weight.t(), out=columns)
+        if few:
+            few_tokens(x, linear.weight, linear.bias, columns)
+        else:
+            torch.addmm(linear.bias, x, linear.weight.t(), out=columns)
     return out
+
+
+def _takes_few_tokens(x: Tensor, weight: Tensor) -> bool:
+    """Whether the native product serves, and is faster: in inference on the CPU, where it is built."""
+    return (
+        x.shape[0] in _FEW_TOKENS
+        and x.device.type == "cpu"
+        and x.dtype == weight.dtype == torch.float32
+        and not torch.is_grad_enabled()
+        and not torch.is_autocast_enabled("cpu")
+        and not torch.compiler.is_compiling()
+        and flags.read(flags.KERNELS) == "auto"
+        and extension.is_built("cpu")
+    )
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -16,7 +16,7 @@ from torch import Tensor
 from erniem_fast import dropout, extension, reference
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
-from erniem_fast.ops import embeddings, native
+from erniem_fast.ops import embeddings, native, native_embeddings
 
 PADDING, EPS = 1, 1e-5
 HIDDEN = [1, 7, 96, 384, 768, 1024, 1031]
@@ -178,7 +178,7 @@ def test_every_value_of_a_half_is_read_and_rounded_as_by_torch(device, dtype):
     position_table[:8] = 0.0
     rows, batch, norm = torch.arange(256, device=device), batch_of(256, device), torch.ones(256, device=device)
     coordinates = (batch.columns, batch.sequences)
-    _, z = native.NATIVE.forward(
+    _, z = native_embeddings.NATIVE.forward(
         rows, rows, word_table, position_table, norm, norm, EPS, PADDING, *coordinates, 0.0, None, True
     )
     expected = (word_table.float() + position_table.float()).to(dtype)
@@ -243,7 +243,7 @@ def test_rows_out_of_range_are_never_read(device, hidden):
     case.ids[:3] = torch.tensor([-1, 50, 2**60])
     case.positions[3:5] = torch.tensor([-(2**40), 40])
     out = torch.empty(9, hidden, device=device)
-    native._FORWARD(
+    native_embeddings._FORWARD(
         out.device,
         torch.float32,
         ids=case.ids,
@@ -258,11 +258,11 @@ def test_rows_out_of_range_are_never_read(device, hidden):
         hidden=hidden,
         eps=EPS,
         **good,
-        **native._dropout(case.batch.columns, case.batch.sequences, 0.0, None),
+        **native.dropout(case.batch.columns, case.batch.sequences, 0.0, None),
     )
     assert out[:5].isnan().all()
     assert out[5:].isfinite().all()
-    scattered = native._scatter(torch.ones(9, hidden, device=device), case.ids, 50, PADDING, torch.float32)
+    scattered = native_embeddings._scatter(torch.ones(9, hidden, device=device), case.ids, 50, PADDING, torch.float32)
     counts = torch.bincount(case.ids[3:], minlength=50).float()
     counts[PADDING] = 0.0
     assert torch.equal(scattered, counts[:, None].expand(-1, hidden))

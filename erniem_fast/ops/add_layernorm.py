@@ -8,6 +8,7 @@ from ..batch import TokenBatch
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm
+from .native_encoder import ADD_LAYERNORM
 from .triton import implementation as triton_implementation
 
 
@@ -131,6 +132,7 @@ def _composite(norm: LayerNorm) -> Implementation:
 
 IMPLEMENTATIONS["layernorm"] = {
     "triton": triton_implementation("layernorm"),
+    "native": ADD_LAYERNORM,
     "torch": _composite(TORCH),
     "reference": _composite(REFERENCE),
 }

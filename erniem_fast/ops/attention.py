@@ -11,6 +11,8 @@ from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .native import implementation as native_implementation
+from .native_encoder import attention as native_attention
 from .triton import implementation as triton_implementation
 
 
@@ -243,8 +245,18 @@ def _stateless(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) 
     return Implementation(run_forward, run_backward)
 
 
+def _forward_native(
+    qkv, longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, scale, p, seed
+):
+    out = native_attention(qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed)
+    return out, qkv.new_empty(0, dtype=torch.float32)
+
+
+_TORCH = _stateless(_forward_torch, _backward_torch)
+
 IMPLEMENTATIONS["attention"] = {
     "triton": triton_implementation("attention", largest=256),
-    "torch": _stateless(_forward_torch, _backward_torch),
+    "native": native_implementation(_forward_native, _TORCH.backward, ("cpu",)),
+    "torch": _TORCH,
     "reference": _stateless(_forward_reference, _backward_reference),
 }

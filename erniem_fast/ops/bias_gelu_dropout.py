@@ -10,6 +10,7 @@ from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .native_encoder import BIAS_GELU
 from .triton import implementation as triton_implementation
 
 # transformers' names of the activations that the op knows; the exact GELU is ERNIE-M's.
@@ -138,6 +139,7 @@ def _composite(activate: Callable[..., Tensor], activate_backward: Callable[...,
 
 IMPLEMENTATIONS["bias_gelu"] = {
     "triton": triton_implementation("bias_gelu_dropout"),
+    "native": BIAS_GELU,
     "torch": _composite(_activate_torch, _activate_backward_torch),
     "reference": _composite(reference.activate, reference.activate_backward),
 }

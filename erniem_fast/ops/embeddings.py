@@ -11,7 +11,7 @@ from ..batch import TokenBatch
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm
-from .native import NATIVE
+from .native_embeddings import NATIVE
 
 
 def embeddings(

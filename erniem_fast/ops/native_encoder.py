@@ -1,0 +1,234 @@
+"""The `native` implementations of the ops inside a layer, and the matrix product of few tokens: on the CPU only."""
+
+import torch
+from torch import Tensor
+
+from ..reference import wide
+from .native import DROPOUT, ELEMENT, FLOAT, INT, TOKENS_PER_CHUNK, Function, dropout, implementation, seed_and_rate
+
+# As csrc/bias_gelu_dropout_cpu.cpp numbers them.
+_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+
+_BIAS_GELU = Function(
+    "bias_gelu_forward",
+    {
+        "x": (ELEMENT, "tokens", "features"),
+        "bias": (FLOAT, "features"),
+        **DROPOUT,
+        "out": (ELEMENT, "tokens", "features"),
+    },
+    sizes="tokens features activation threshold",
+    factors="rescale",
+)
+
+_BIAS_GELU_BACKWARD = Function(
+    "bias_gelu_backward",
+    {
+        "grad": (ELEMENT, "tokens", "features"),
+        "x": (ELEMENT, "tokens", "features"),
+        "bias": (FLOAT, "features"),
+        **DROPOUT,
+        "of_x": (ELEMENT, "tokens", "features"),
+        "of_bias": (FLOAT, "chunks", "features"),
+    },
+    sizes="tokens chunks tokens_per_chunk features activation threshold",
+    factors="rescale",
+)
+
+_ADD_LAYERNORM = Function(
+    "add_layernorm_forward",
+    {
+        "residual": (ELEMENT, "tokens", "hidden"),
+        "x": (ELEMENT, "tokens", "hidden"),
+        "bias": (FLOAT, "hidden"),
+        "weight": (FLOAT, "hidden"),
+        "norm_bias": (FLOAT, "hidden"),
+        **DROPOUT,
+        "out": (ELEMENT, "tokens", "hidden"),
+        "z": (ELEMENT, "tokens", "hidden"),
+    },
+    sizes="tokens hidden threshold",
+    factors="eps rescale",
+)
+
+_ADD_LAYERNORM_BACKWARD = Function(
+    "add_layernorm_backward",
+    {
+        "grad": (ELEMENT, "tokens", "hidden"),
+        "z": (ELEMENT, "tokens", "hidden"),
+        "weight": (FLOAT, "hidden"),
+        **DROPOUT,
+        "of_residual": (ELEMENT, "tokens", "hidden"),
+        "of_x": (ELEMENT, "tokens", "hidden"),
+        "sums": (FLOAT, "chunks", 3, "hidden"),
+    },
+    sizes="tokens chunks tokens_per_chunk hidden threshold",
+    factors="eps rescale",
+)
+
+_ATTENTION = Function(
+    "attention_forward",
+    {
+        "qkv": (ELEMENT, "tokens", "width"),
+        "longest_first": (INT, "sequences"),
+        "cu_seqlens": (torch.int32, "bounds"),
+        "columns": (INT, "tokens"),
+        "key_mask": (torch.bool, "tokens"),
+        "seed": (INT, 1),
+        "out": (ELEMENT, "tokens", "hidden"),
+    },
+    sizes="tokens sequences bounds width hidden heads head_dim threshold",
+    factors="scale rescale",
+)
+
+_FEW_TOKENS = Function(
+    "few_tokens",
+    {
+        "x": (FLOAT, "tokens", "in_features"),
+        "weight": (FLOAT, "out_features", "in_features"),
+        "bias": (FLOAT, "out_features"),
+        "out": (FLOAT, "tokens", "out_features"),
+    },
+    sizes="tokens in_features out_features out_stride",
+    strided=("out",),
+)
+
+
+def _bias_gelu_forward(x, bias, activation, columns, sequences, p, seed):
+    tokens, features = x.shape
+    out = torch.empty_like(x)
+    _BIAS_GELU(
+        x.device,
+        x.dtype,
+        x=x,
+        bias=bias,
+        out=out,
+        tokens=tokens,
+        features=features,
+        activation=_ACTIVATIONS[activation],
+        **dropout(columns, sequences, p, seed),
+    )
+    return out
+
+
+def _bias_gelu_backward(grad, x, bias, activation, columns, sequences, p, seed):
+    tokens, features = x.shape
+    of_x = torch.empty_like(x)
+    chunks = -(-tokens // TOKENS_PER_CHUNK)
+    of_bias = None if bias is None else x.new_empty(chunks, features, dtype=torch.float32)
+    _BIAS_GELU_BACKWARD(
+        x.device,
+        x.dtype,
+        grad=grad,
+        x=x,
+        bias=bias,
+        of_x=of_x,
+        of_bias=of_bias,
+        tokens=tokens,
+        chunks=chunks,
+        tokens_per_chunk=TOKENS_PER_CHUNK,
+        features=features,
+        activation=_ACTIVATIONS[activation],
+        **dropout(columns, sequences, p, seed),
+    )
+    return of_x, x.new_empty(0, dtype=wide(x.dtype)) if bias is None else of_bias.sum(0)
+
+
+def _add_layernorm_forward(residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save):
+    tokens, hidden = x.shape
+    out = torch.empty(tokens, hidden, dtype=torch.promote_types(residual.dtype, x.dtype), device=x.device)
+    z = torch.empty_like(out) if save else None
+    _ADD_LAYERNORM(
+        out.device,
+        out.dtype,
+        residual=residual,
+        x=x,
+        bias=bias,
+        weight=weight,
+        norm_bias=norm_bias,
+        out=out,
+        z=z,
+        tokens=tokens,
+        hidden=hidden,
+        eps=eps,
+        **dropout(columns, sequences, p, seed),
+    )
+    return out, out.new_empty(0) if z is None else z
+
+
+def _add_layernorm_backward(grad, z, weight, eps, columns, sequences, p, seed):
+    tokens, hidden = z.shape
+    of_residual = torch.empty_like(z)
+    of_x = None if seed is None else torch.empty_like(z)
+    chunks = -(-tokens // TOKENS_PER_CHUNK)
+    sums = z.new_empty(chunks, 3, hidden, dtype=torch.float32)
+    _ADD_LAYERNORM_BACKWARD(
+        z.device,
+        z.dtype,
+        grad=grad,
+        z=z,
+        weight=weight,
+        of_residual=of_residual,
+        of_x=of_x,
+        sums=sums,
+        tokens=tokens,
+        chunks=chunks,
+        tokens_per_chunk=TOKENS_PER_CHUNK,
+        hidden=hidden,
+        eps=eps,
+        **dropout(columns, sequences, p, seed),
+    )
+    of_weight, of_norm_bias, of_bias = (sums[:, i].sum(0) for i in range(3))
+    return of_residual, z.new_empty(0) if of_x is None else of_x, of_bias, of_weight, of_norm_bias
+
+
+def attention(qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed) -> Tensor:
+    tokens, width = qkv.shape
+    out = qkv.new_empty(tokens, width // 3)
+    _ATTENTION(
+        qkv.device,
+        qkv.dtype,
+        qkv=qkv,
+        longest_first=longest_first,
+        cu_seqlens=cu_seqlens,
+        key_mask=key_mask,
+        out=out,
+        tokens=tokens,
+        sequences=len(longest_first),
+        bounds=len(cu_seqlens),
+        heads=heads,
+        head_dim=width // (3 * heads),
+        hidden=width // 3,
+        width=width,
+        columns=columns,
+        scale=scale,
+        **seed_and_rate(p, seed),
+    )
+    return out
+
+
+def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    """Writes `F.linear(x, weight, bias)` into `out`, whose rows may lie apart; float32.
+
+    Args:
+        x: `(tokens, in_features)`, a few tens of tokens: with more of them PyTorch's product is faster.
+        weight, bias: `(out_features, in_features)`, and `(out_features,)` or None.
+        out: `(tokens, out_features)`.
+    """
+    tokens, in_features = x.shape
+    _FEW_TOKENS(
+        x.device,
+        x.dtype,
+        x=x,
+        weight=weight,
+        bias=bias,
+        out=out,
+        tokens=tokens,
+        in_features=in_features,
+        out_features=weight.shape[0],
+        out_stride=out.stride(0),
+    )
+
+
+BIAS_GELU = implementation(_bias_gelu_forward, _bias_gelu_backward, ("cpu",))
+ADD_LAYERNORM = implementation(_add_layernorm_forward, _add_layernorm_backward, ("cpu",))

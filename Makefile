@@ -10,11 +10,14 @@ PIP := -m pip install --quiet --disable-pip-version-check
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
+# Where the native libraries cannot be built, what is measured is PyTorch alone, and `status` says why.
 bench: $(VENV)/installed $(PEERS)/installed
+	-$(VENV)/bin/python -m erniem_fast build
 	$(VENV)/bin/python bench/throughput.py $(ARGS)
 
 # Every rival, training, the kernels one by one, and where the time goes.
 bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed
+	-$(VENV)/bin/python -m erniem_fast build
 	$(VENV)/bin/python bench/everything.py $(ARGS)
 
 # The README's table, from the latest results of this machine.

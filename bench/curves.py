@@ -6,16 +6,18 @@ from plot import COLOURS, OTHERS, OURS, label
 from report import title
 
 COLUMNS = 4
-MARKERS = "osD^vPX*hd"
+MARKERS = "osD^vPX*"
+INT8 = " int8"  # how the name of a rival ends that rounds to 8 bits
 
 
 def plot_panels(run, path):
     """Write the PNG `path`: for every job a panel of bars, the fastest on top; ours stands out."""
     jobs = run["jobs"]
-    rows = -(-len(jobs) // COLUMNS)
+    columns = min(COLUMNS, len(jobs))
+    rows = -(-len(jobs) // columns)
     height = 1.2 + rows * (0.9 + 0.24 * len(jobs[0]["peers"]))
-    figure = Figure(figsize=(16, height), dpi=130, layout="constrained")
-    for i, axis in enumerate(figure.subplots(rows, COLUMNS, squeeze=False).flat):
+    figure = Figure(figsize=(max(4 * columns, 9), height), dpi=130, layout="constrained")
+    for i, axis in enumerate(figure.subplots(rows, columns, squeeze=False).flat):
         if i < len(jobs):
             _draw_panel(axis, jobs[i])
         else:
@@ -67,7 +69,7 @@ def plot_curves(run, path):
     for axis in (by_batch, by_length, by_fill):
         axis.xaxis.set_major_formatter("{x:.0f}")
     by_batch.yaxis.set_major_formatter("{x:,.0f}")
-    by_batch.set_ylim(bottom=0)
+    by_batch.yaxis.set_major_locator(FixedLocator([n * 10**k for k in range(7) for n in (1, 2, 5)]))
     figure.suptitle(title(run), fontweight="bold")
     figure.legend(*by_batch.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     figure.savefig(path)
@@ -75,13 +77,16 @@ def plot_curves(run, path):
 
 def _draw_curves(axis, points):
     points = sorted(points, key=lambda point: point[0])
-    for i, peer in enumerate(points[0][1]["peers"] if points else ()):
-        measured = [(x, job["peers"][i]["tokens_per_second"]) for x, job in points]
-        line = [(x, rate["median"]) for x, rate in measured if rate]
-        style = {"linewidth": 3, "zorder": 3} if i == 0 else {"linewidth": 1.2, "alpha": 0.9}
-        colour = COLOURS[i % len(COLOURS)]
-        dashes = "--" if i >= len(COLOURS) else "-"
-        axis.plot(*zip(*line, strict=True), dashes, marker=MARKERS[i % 10], color=colour, label=peer["peer"], **style)
+    names = [peer["peer"] for peer in points[0][1]["peers"]] if points else []
+    for i, name in enumerate(names):
+        measured = [(x, job["peers"][i]) for x, job in points if job["peers"][i]["rounds"]]
+        rates = [peer["tokens_per_second"]["median"] for _, peer in measured]
+        # Rounded to 8 bits, a rival keeps its colour and is dashed.
+        full = names.index(name.removesuffix(INT8)) if name.removesuffix(INT8) in names else i
+        style = {"color": COLOURS[full % len(COLOURS)], "marker": MARKERS[full % len(MARKERS)], "label": name}
+        style |= {"linewidth": 3, "zorder": 3} if i == 0 else {"linewidth": 1.2}
+        axis.plot([x for x, _ in measured], rates, "--" if name.endswith(INT8) else "-", **style)
+    axis.set_yscale("log", base=2)
     axis.minorticks_off()
     axis.grid(axis="y", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)

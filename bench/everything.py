@@ -29,7 +29,7 @@ TRAINING = (Spec(32, "text", rows=32, rounds=3, train=True),)
 PARTS = (
     ("rivals", "all", INFERENCE),
     ("training", "all", TRAINING),
-    ("ablation", "itself", (dataclasses.replace(HEADLINE, rounds=3),)),
+    ("ablation", "itself", (Spec(32, "text", rows=32, rounds=3),)),
 )
 LONG_PARTS = (*PARTS, ("ablation-training", "itself", TRAINING))
 INTERRUPTED = 130

@@ -4,7 +4,7 @@ from matplotlib.figure import Figure
 from report import title
 
 # Okabe and Ito's: safe for the colour-blind.
-COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00"]
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999"]
 OURS, OTHERS = COLOURS[0], "#BBBBBB"
 GAP = 0.6  # between the groups of bars, in bars
 

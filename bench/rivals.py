@@ -53,17 +53,17 @@ def rivals(against, device, dtype):
 
 
 def _ablations(device, dtype):
-    """Erniem_fast without each kernel that runs here, with it alone, without any, and without packing."""
+    """Erniem_fast without any kernel, without packing, without each kernel that runs here, and with it alone."""
     chosen = {op: choose(op, device, dtype) for op in ops.IMPLEMENTATIONS}
     kernels = {op: name for op, name in chosen.items() if name not in ("torch", "reference")}
-    off = {flags.KERNELS.name: "off"}
+    off, padded = {flags.KERNELS.name: "off"}, {flags.PACKING.name: "0"}
+    yield _variant("no kernels", off)
+    yield _variant("no packing", padded)
+    yield _variant("no kernels, no packing", {**off, **padded})
     for op, name in kernels.items():
         yield _variant(f"{op} not by {name}", {flags.OPS[op].name: "torch"})
     for op, name in kernels.items() if len(kernels) > 1 else ():
         yield _variant(f"{op} by {name} alone", {**off, flags.OPS[op].name: name})
-    yield _variant("no kernels", off)
-    yield _variant("no packing", {flags.PACKING.name: "0"})
-    yield _variant("no kernels, no packing", {**off, flags.PACKING.name: "0"})
 
 
 def _variant(name, environment):

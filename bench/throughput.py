@@ -226,11 +226,10 @@ def start(peers, arguments, model, run, stack):
 
 def draw(run, stem):
     """Write the pictures of a run beside its other files."""
-    if len(run["jobs"][0]["peers"]) > MANY:
-        plot_panels(run, stem.with_suffix(".png"))
+    many = len(run["jobs"][0]["peers"]) > MANY
+    (plot_panels if many else plot)(run, stem.with_suffix(".png"))
+    if many and len(run["jobs"]) > 1:
         plot_curves(run, stem.with_name(f"{stem.name}-curves.png"))
-    else:
-        plot(run, stem.with_suffix(".png"))
 
 
 if __name__ == "__main__":

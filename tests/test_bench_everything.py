@@ -22,6 +22,7 @@ import readme  # noqa: E402
 import rivals  # noqa: E402
 import throughput  # noqa: E402
 import xlm_roberta  # noqa: E402
+from curves import plot_curves, plot_panels  # noqa: E402
 from jobs import Spec, pad  # noqa: E402
 from report import losses, overview  # noqa: E402
 
@@ -201,14 +202,29 @@ def test_a_long_run_adds_batches_of_128():
     assert training == Spec(32, "text", rows=32, rounds=7, train=True)
 
 
+HEAD = {
+    "date": "2026-11-23T10:00:00+00:00",
+    "settings": {"model": "base, random weights", "dtype": "float32", "threads": 2},
+    "machine": {"cpu": "A CPU", "gpu": None, "instructions": "AVX2"},
+    "peers": [{"versions": {"python": "3.11", "transformers": "5"}}, {"versions": {"openvino": "1"}}],
+}
+
+
 def job(name, **ratios):
     rate = {"q1": 900.0, "median": 1000.0, "q3": 1100.0}
     ours = {"peer": "erniem_fast", "rounds": [[1.0]], "speedup": None, "tokens_per_second": rate}
     others = [
-        {"peer": peer, "rounds": [[1.0]] if ratio else [], "speedup": ratio and {"median": ratio}}
+        {
+            "peer": peer,
+            "rounds": [[1.0]] if ratio else [],
+            "speedup": ratio and {"median": ratio},
+            "tokens_per_second": rate if ratio else None,
+        }
         for peer, ratio in ratios.items()
     ]
-    return {"name": name, "fill": 0.45, "peers": [ours, *others]}
+    size, _, lengths = name.partition(" x ")
+    spec = {"batch_size": int(size), "lengths": lengths, "train": False}
+    return {"name": name, "fill": 0.45, "peers": [ours, *others], **spec}
 
 
 def test_overview_has_a_row_for_every_peer_and_a_dash_for_what_was_not_measured():
@@ -222,26 +238,28 @@ def test_overview_has_a_row_for_every_peer_and_a_dash_for_what_was_not_measured(
     assert losses(run) == ["**erniem_fast is slower** in 1 x text against new (0.90x)."]
 
 
+def test_pictures_leave_out_what_was_not_measured(tmp_path):
+    run = {**HEAD, "jobs": [job(name, old=2.0, dead=None) for name in ("32 x text", "1 x text", "32 x fixed:9")]}
+    for draw in (plot_panels, plot_curves):
+        draw(run, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "picture.png").unlink()
+
+
 def test_the_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
     text = (ROOT / "README.md").read_text(encoding="utf-8")
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     readme.README.write_text(text, encoding="utf-8")
-    head = {
-        "date": "2026-11-23T10:00:00+00:00",
-        "settings": {"model": "base, random weights", "dtype": "float32", "threads": 2},
-        "machine": {"cpu": "A CPU", "gpu": None, "instructions": "AVX2"},
-        "peers": [{"versions": {"python": "3.11", "transformers": "5"}}, {"versions": {"openvino": "1"}}],
-    }
-    for name, jobs in ((readme.RIVALS, [job("32 x text", old=2.5)]), (readme.TRAINING, [job("training", old=0.8)])):
-        (tmp_path / name).write_text(json.dumps({**head, "jobs": jobs}))
+    for name, jobs in ((readme.RIVALS, [job("32 x text", old=2.5)]), (readme.TRAINING, [job("4 x fixed:9", old=0.8)])):
+        (tmp_path / name).write_text(json.dumps({**HEAD, "jobs": jobs}))
     readme.main([str(tmp_path)])
     new = readme.README.read_text(encoding="utf-8")
     before, rest = new.split(readme.BEGIN)
     section, after = rest.split(readme.END)
     assert (before, after) == (text.split(readme.BEGIN)[0], text.split(readme.END)[1])
-    assert "| old         | 2.50x               | 0.80x              |" in section
+    assert "| old         | 2.50x               | 0.80x                 |" in section
     assert "openvino 1, python 3.11; 2026-11-23" in section
-    assert "**erniem_fast is slower** in training against old (0.80x)." in section
+    assert "**erniem_fast is slower** in 4 x fixed:9 against old (0.80x)." in section
     assert str(tmp_path) not in section
 
 

@@ -2,21 +2,33 @@
 PYTHON ?= python3
 VENV := .venv
 PEERS := .venv-peers
+RIVALS := .venv-rivals
 GPU := .venv-gpu
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test bench gpu goldens lint format wheel wheel-check clean
+.PHONY: test bench bench-all gpu readme goldens lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
+# Where the native libraries cannot be built, what is measured is PyTorch alone, and `status` says why.
 bench: $(VENV)/installed $(PEERS)/installed
+	-$(VENV)/bin/python -m erniem_fast build
 	$(VENV)/bin/python bench/throughput.py $(ARGS)
 
 # On a machine with a GPU and, perhaps, without a network: made from what $(PYTHON) has installed.
 gpu:
 	$(PYTHON) bench/environment.py $(GPU)
 	$(GPU)/bin/python bench/gpu.py $(if $(RESULTS),--results '$(RESULTS)')
+
+# Every rival, training, the kernels one by one, and where the time goes.
+bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed
+	-$(VENV)/bin/python -m erniem_fast build
+	$(VENV)/bin/python bench/everything.py $(ARGS)
+
+# The README's table, from the latest results of this machine.
+readme: $(VENV)/installed
+	$(VENV)/bin/python bench/readme.py
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
@@ -53,5 +65,13 @@ $(PEERS)/installed: bench/peers/requirements.txt
 	$(PEERS)/bin/python $(PIP) --requirement bench/peers/requirements.txt
 	touch $@
 
+# A rival that cannot be installed here is absent from the report, which says why; the others run.
+$(RIVALS)/installed: bench/peers/rivals.txt
+	$(PYTHON) -m venv $(RIVALS)
+	$(RIVALS)/bin/python $(PIP) --constraint $< torch
+	for each in triton transformers 'onnx onnxscript onnxruntime' openvino ctranslate2; do \
+	    $(RIVALS)/bin/python $(PIP) --constraint $< $$each || echo "$$each: not installed" >&2; done
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(PEERS) $(GPU) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(RIVALS) $(GPU) build dist *.egg-info

@@ -17,22 +17,44 @@ PAD = 1
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
-    """Batches that every peer runs, turn after turn.
+class Spec:
+    """What to make a job of.
 
     Attributes:
         batch_size: rows in a batch.
-        lengths: where the rows come from, as on the command line.
-        batches: keyword arguments of the model, nested lists (batch, length): input_ids and attention_mask.
+        lengths: "text", "sorted" (text in order of length, as for encoding many documents), "fixed:N" or "modernbert".
+        rows: rows in a turn; a job has at least one batch and at most MOST_BATCHES.
+        rounds: timed turns of each peer.
+        train: whether a turn is steps of training, and not forwards.
     """
 
     batch_size: int
     lengths: str
+    rows: int
+    rounds: int
+    train: bool = False
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """Batches that every peer runs, turn after turn.
+
+    Attributes:
+        spec: what they were made of.
+        batches: keyword arguments of the model, nested lists (batch, length): input_ids and attention_mask.
+    """
+
+    spec: Spec
     batches: list[dict[str, list[list[int]]]]
 
     @property
     def name(self):
-        return f"{self.batch_size} x {self.lengths}"
+        return f"{self.spec.batch_size} x {self.spec.lengths}{', training' if self.spec.train else ''}"
+
+    @property
+    def rows(self):
+        """Rows of all batches."""
+        return sum(len(batch["input_ids"]) for batch in self.batches)
 
     @property
     def tokens(self):
@@ -50,26 +72,26 @@ class Job:
         return self.tokens / self.positions
 
 
-def make_jobs(batch_sizes, lengths, sentences, encode, vocab_size, max_length):
-    """One job for each of `lengths` with each of `batch_sizes`.
+def make_jobs(specs, encode, vocab_size, max_length):
+    """One job for each of `specs`.
 
     Args:
-        batch_sizes: rows in a batch, one number per job.
-        lengths: "text", "fixed:N" or "modernbert".
-        sentences: rows in a turn; a job has at least one batch and at most MOST_BATCHES.
-        encode: turns texts into lists of token ids, cut at the maximum, special tokens included; only for "text".
+        specs: of class Spec.
+        encode: turns texts into lists of token ids, cut at the maximum, special tokens included; only for text.
         vocab_size, max_length: of the model, in tokens.
 
     Raises:
         ValueError: rows of a fixed length are longer than max_length.
     """
     jobs = []
-    for batch_size in batch_sizes:
-        count = min(max(1, sentences // batch_size), MOST_BATCHES)
-        for spec in lengths:
-            rows = _rows(spec, count * batch_size, encode, vocab_size, max_length)
-            batches = [pad(rows[i * batch_size : (i + 1) * batch_size]) for i in range(count)]
-            jobs.append(Job(batch_size, spec, batches))
+    for spec in specs:
+        size = spec.batch_size
+        count = min(max(1, spec.rows // size), MOST_BATCHES)
+        if spec.lengths == "sorted":
+            rows = _sorted_rows(count, size, encode)
+        else:
+            rows = _rows(spec.lengths, count * size, encode, vocab_size, max_length)
+        jobs.append(Job(spec, [pad(rows[i * size : (i + 1) * size]) for i in range(count)]))
     return jobs
 
 
@@ -82,20 +104,27 @@ def pad(rows):
     }
 
 
-def _rows(spec, count, encode, vocab_size, max_length):
+def _rows(lengths, count, encode, vocab_size, max_length):
     """`count` rows of token ids; the same first rows for every count."""
     rng = random.Random(SEED)
-    if spec == "text":
+    if lengths == "text":
         return encode(rng.choices(read_sentences(), k=count))
-    kind, _, length = spec.partition(":")
+    kind, _, length = lengths.partition(":")
     if kind == "fixed" and int(length) > max_length:
-        raise ValueError(f"--lengths {spec}: the model takes {max_length} tokens at most; choose fixed:{max_length}")
+        raise ValueError(f"--lengths {lengths}: the model takes {max_length} tokens at most; choose fixed:{max_length}")
     rows = []
     for _ in range(count):
         # modernbert: the recipe of its paper for its own measurement of unpadding
         row_length = int(length) if kind == "fixed" else min(max(round(rng.gauss(256, 64)), 1), max_length)
         rows.append([rng.randrange(SPECIAL_TOKENS, vocab_size) for _ in range(row_length)])
     return rows
+
+
+def _sorted_rows(count, size, encode):
+    """Rows of `count` batches, which stand for the MOST_BATCHES that many sentences make when sorted by length."""
+    rows = sorted(_rows("text", MOST_BATCHES * size, encode, None, None), key=len)
+    chosen = [int((i + 0.5) * MOST_BATCHES / count) for i in range(count)]
+    return [row for batch in chosen for row in rows[batch * size : (batch + 1) * size]]
 
 
 def read_sentences():

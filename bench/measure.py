@@ -9,8 +9,10 @@ from jobs import Job
 from workers import WorkerError
 
 # Largest difference of a hidden state between two peers, in units of the reference's root mean square. Right peers were
-# seen to differ by 5e-6, 0.1 and 0.012 (base size, 2,600 tokens); a wrong one is off by 1 and more.
+# seen to differ by 5e-6, 0.1 and 0.012, and by 0.29 where weights and activations are rounded to 8 bits (base size,
+# 2,600 tokens); a wrong one is off by 1 and more.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03}
+INT8_TOLERANCE = 0.6
 
 
 @dataclasses.dataclass
@@ -32,14 +34,13 @@ class Measurement:
     problem: str | None = None
 
 
-def measure(job, workers, dtype, rounds, measurements, bar):
+def measure(job, workers, dtype, measurements, bar):
     """Measure every worker in one job.
 
     Args:
         job: what to run.
         workers: who runs it, the reference first. One that dies is reported in that job and in those that it misses.
         dtype: of the weights; decides how far outputs may differ.
-        rounds: timed rounds, after one that warms up.
         measurements: grows by one per worker at the start, so that an interrupted run keeps what it has.
         bar: tqdm's bar, which moves by one per worker and turn.
     """
@@ -47,16 +48,16 @@ def measure(job, workers, dtype, rounds, measurements, bar):
     measurements.extend(entry for _, entry in entries)
     with tempfile.TemporaryDirectory() as folder:
         _check(entries, TOLERANCE[dtype], pathlib.Path(folder, "output.npy"), bar)
-    for turn in range(rounds + 1):
-        bar.set_description(f"{job.name}, {f'round {turn} of {rounds}' if turn else 'warm-up'}")
-        for worker, entry in entries if turn % 2 == 0 else entries[::-1]:
+    for turn in range(1, job.spec.rounds + 1):
+        bar.set_description(f"{job.name}, round {turn} of {job.spec.rounds}")
+        for worker, entry in entries if turn % 2 else entries[::-1]:
             if entry.problem is None:
-                _take_turn(worker, entry, timed=turn > 0)
+                _take_turn(worker, entry)
             bar.update()
 
 
 def _check(entries, tolerance, output, bar):
-    """Run every batch on every worker, and refuse those whose real tokens differ from the first one's."""
+    """Run every batch on every worker, which also warms it up, and refuse those whose real tokens differ from ours."""
     reference = None
     for worker, entry in entries:
         bar.set_description(f"{entry.job.name}, comparing outputs")
@@ -68,10 +69,11 @@ def _check(entries, tolerance, output, bar):
             reference, reference_name = hidden_states, worker.name
             continue
         entry.difference = difference(hidden_states, reference)
-        if not entry.difference <= tolerance:  # NaN is refused too
+        allowed = INT8_TOLERANCE if worker.int8 else tolerance
+        if not entry.difference <= allowed:  # NaN is refused too
             entry.problem = (
                 f"{worker.name} refused: its output differs from that of {reference_name} by {entry.difference:.2g}"
-                f" (largest difference over root mean square; {tolerance:g} is allowed), so its time would mean nothing"
+                f" (largest difference over root mean square; {allowed:g} is allowed), so its time would mean nothing"
             )
 
 
@@ -81,10 +83,11 @@ def _run(worker, entry, output):
         entry.problem = f"{worker.name} not measured: it died in an earlier job"
         return None
     try:
-        worker.request("check", batches=entry.job.batches, output=str(output))
+        reply = worker.request("check", batches=entry.job.batches, train=entry.job.spec.train, output=str(output))
     except WorkerError as error:
         entry.problem = f"{worker.name} {error}"
         return None
+    worker.first_seconds = worker.first_seconds or reply["first_seconds"]
     return np.load(output)
 
 
@@ -95,12 +98,11 @@ def difference(output, reference):
     return float(np.abs(output - reference).max() / np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
 
 
-def _take_turn(worker, entry, timed):
+def _take_turn(worker, entry):
     try:
         reply = worker.request("time")
     except WorkerError as error:
         entry.problem = f"{worker.name} {error}"
         return
-    if timed:
-        entry.rounds.append(reply["seconds"])
-        entry.peak_memory = reply["peak_memory"]
+    entry.rounds.append(reply["seconds"])
+    entry.peak_memory = reply["peak_memory"]

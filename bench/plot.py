@@ -3,16 +3,9 @@
 from matplotlib.figure import Figure
 from report import title
 
-COLOURS = [
-    "#0072B2",
-    "#E69F00",
-    "#009E73",
-    "#CC79A7",
-    "#56B4E9",
-    "#D55E00",
-]  # Okabe and Ito's: safe for the colour-blind
-
-
+# Okabe and Ito's: safe for the colour-blind.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999"]
+OURS, OTHERS = COLOURS[0], "#BBBBBB"
 GAP = 0.6  # between the groups of bars, in bars
 
 
@@ -28,7 +21,7 @@ def plot(run, path):
         _draw_rates(rates, at, peers, style)
         _draw_memories(memories, at, peers, style)
     middles = [j * (len(names) + GAP) + (len(names) - 1) / 2 for j in range(len(jobs))]
-    rates.set_yticks(middles, [_label(job) for job in jobs])
+    rates.set_yticks(middles, [label(job) for job in jobs])
     rates.invert_yaxis()
     rates.set(xlabel="real tokens per second (bars: median, whiskers: quartiles)", title="Throughput: longer is better")
     memories.set(xlabel="peak memory while running, MiB", title="Memory: shorter is better")
@@ -42,10 +35,35 @@ def plot(run, path):
     figure.savefig(path)
 
 
-def _label(job):
-    kinds = {"text": "real text", "modernbert": "ModernBERT's lengths"}
+def plot_breakdown(run, path):
+    """Write the PNG `path`: for a forward and a step of training, what each op takes and what it would at the least."""
+    figure = Figure(figsize=(12, 4.5), dpi=150, layout="constrained")
+    for axis, name in zip(figure.subplots(1, 2), ("forward", "training"), strict=True):
+        rows = run[name][:-1]
+        at = range(len(rows))
+        bars = axis.barh(at, [row["seconds"] * 1e3 for row in rows], color=COLOURS[0], label="measured")
+        floors = [(row["floor"] or 0) * 1e3 for row in rows]
+        axis.barh(at, floors, height=0.4, color=COLOURS[1], label="floor of this machine")
+        ratios = [f"{row['ratio']:.1f}x the floor" if row["ratio"] else "" for row in rows]
+        texts = [f"{row['seconds'] * 1e3:,.0f} ms  {ratio}" for row, ratio in zip(rows, ratios, strict=True)]
+        axis.bar_label(bars, texts, padding=6, fontsize=9)
+        axis.set_yticks(at, [row["op"] for row in rows])
+        axis.invert_yaxis()
+        axis.set_xlim(0, 1.6 * max(axis.get_xlim()[1], 1))  # room for the figures beside the bars
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.set(xlabel="milliseconds", title=f"{name.capitalize()}: {run[name][-1]['seconds'] * 1e3:,.0f} ms")
+        axis.tick_params(axis="y", length=0)
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(f"Where the time goes: {title(run)}", fontweight="bold")
+    figure.legend(*axis.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.savefig(path)
+
+
+def label(job):
+    """What a job is, in two short lines."""
+    kinds = {"text": "real text", "sorted": "text by length", "modernbert": "ModernBERT's lengths"}
     kind = kinds.get(job["lengths"]) or f"{job['lengths'].removeprefix('fixed:')} tokens each"
-    return f"batch {job['batch_size']}, {kind}\n({job['fill']:.0%} full)"
+    return f"{'training, ' * job['train']}batch {job['batch_size']}, {kind}\n({job['fill']:.0%} full)"
 
 
 def _draw_rates(axis, at, peers, style):

@@ -11,24 +11,74 @@ def title(run):
 
 def markdown(run):
     """The whole report: what ran where, the table, and in words what went wrong or is slower."""
-    return "\n\n".join([f"### {title(run)}", _method(run), _peers(run), _jobs(run), *_notes(run)]) + "\n"
+    parts = [f"### {title(run)}", _method(run), _peers(run), overview(run), _jobs(run), *_notes(run)]
+    return "\n\n".join(parts) + "\n"
+
+
+def breakdown_markdown(run):
+    """A table for a forward and one for a step of training: what each op takes, and what it would take at the least."""
+    rates = run["rates"]
+    method = (
+        f"{run['tokens']:,} real tokens in a batch that is {run['fill']:.0%} full. The floor is what an op would take"
+        f" at {rates['operations_per_second'] / 1e9:,.0f} GFLOP/s, the measured rate of a large matrix product, or at"
+        f" {rates['bytes_per_second'] / 1e9:,.1f} GB/s, that of a large copy, whichever is longer."
+    )
+    tables = [f"**{name.capitalize()}**\n\n{_ops(run[name])}" for name in ("forward", "training")]
+    return "\n\n".join([f"### Where the time goes: {title(run)}", method, *tables]) + "\n"
+
+
+def _ops(rows):
+    total = rows[-1]["seconds"]
+    cells = [
+        [
+            row["op"],
+            f"{row['seconds'] * 1e3:,.1f} ms",
+            f"{row['seconds'] / total:.1%}",
+            f"{row['floor'] * 1e3:,.1f} ms" if row["floor"] else "",
+            f"{row['ratio']:.2f}x" if row["ratio"] else "",
+        ]
+        for row in rows
+    ]
+    return table(["op", "time", "share", "floor", "time / floor"], cells)
 
 
 def _method(run):
-    settings = run["settings"]
+    rounds = sorted({max(len(peer["rounds"]) for peer in job["peers"]) for job in run["jobs"]})
     return (
-        f"Medians and quartiles of {settings['rounds']} rounds of up to {settings['sentences']} rows, peers in turn;"
-        " ratios are taken round by round. Padding counts for nothing. Memory is that of the whole process, weights"
-        f" included. {run['date'][:10]}."
+        f"Medians and quartiles of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds of up to"
+        f" {max(job['rows'] for job in run['jobs'])} rows, peers in turn; ratios are taken round by round. Padding"
+        f" counts for nothing. Memory is that of the whole process, weights included. {run['date'][:10]}."
     )
 
 
 def _peers(run):
     rows = [
-        [peer["name"], ", ".join(f"{k} {v}" for k, v in peer["versions"].items()), f"{peer['load_seconds']:.1f} s"]
+        [
+            peer["name"],
+            ", ".join(f"{name} {version}" for name, version in peer["versions"].items()),
+            f"{peer['load_seconds']:.1f} s",
+            f"{peer['first_seconds']:.1f} s" if peer.get("first_seconds") else "",
+        ]
         for peer in run["peers"]
     ]
-    return table(["who", "runs on", "start to ready"], rows)
+    return table(["who", "runs on", "start to ready", "first batch"], rows)
+
+
+def overview(run):
+    """A row for every peer and a column for every job: our rate, and for the others how much faster we are."""
+    jobs = run["jobs"]
+    names = list(dict.fromkeys(peer["peer"] for job in jobs for peer in job["peers"]))
+    by_name = [{peer["peer"]: peer for peer in job["peers"]} for job in jobs]
+    rows = [[name, *(_overview_cell(peers.get(name)) for peers in by_name)] for name in names]
+    return table(["", *(f"{job['name']}, {job['fill']:.0%} full" for job in jobs)], rows)
+
+
+def _overview_cell(peer):
+    if peer is None or not peer["rounds"]:
+        return "-"
+    if peer["speedup"] is None:
+        return f"{peer['tokens_per_second']['median']:,.0f} tokens/s"
+    return f"{peer['speedup']['median']:.2f}x"
 
 
 def _jobs(run):
@@ -38,15 +88,27 @@ def _jobs(run):
         for peer in job["peers"]:
             rows.append([label, *_cells(peer)])
             label = ""
-    header = ["job", "who", "real tokens/s (quartiles)", "our speed / theirs", "peak memory", "our memory / theirs"]
+    header = [
+        "job",
+        "who",
+        "real tokens/s (quartiles)",
+        "rows/s",
+        "batch, ms (99th percentile)",
+        "our speed / theirs",
+        "peak memory",
+        "our memory / theirs",
+    ]
     return table(header, rows)
 
 
 def _cells(peer):
     rate, speedup, memory = peer["tokens_per_second"], peer["speedup"], peer["memory_ratio"]
+    batch = peer["batch_seconds"]
     return [
         peer["peer"],
         f"{rate['median']:,.0f} ({rate['q1']:,.0f}-{rate['q3']:,.0f})" if rate else "not measured",
+        f"{peer['rows_per_second']:,.1f}" if rate else "",
+        f"{batch['median'] * 1e3:,.0f} ({batch['p99'] * 1e3:,.0f})" if rate else "",
         f"{speedup['median']:.2f}x ({speedup['q1']:.2f}-{speedup['q3']:.2f})" if speedup else "",
         f"{peer['peak_memory'] / 2**20:,.0f} MiB" if peer["peak_memory"] else "",
         f"{memory:.2f}x" if memory else "",
@@ -59,26 +121,36 @@ def table(header, rows):
     return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)
 
 
-def _notes(run):
-    entries = [(job["name"], peer) for job in run["jobs"] for peer in job["peers"]]
-    slower = [
-        f"{job} against {peer['peer']} ({peer['speedup']['median']:.2f}x)"
-        for job, peer in entries
-        if peer["speedup"] and round(peer["speedup"]["median"], 2) < 1
+def losses(run):
+    """In words, where erniem_fast is slower; a list of one paragraph or none."""
+    slower = []
+    for job in run["jobs"]:
+        ratios = [(peer["peer"], peer["speedup"]["median"]) for peer in job["peers"] if peer["speedup"]]
+        lost = [f"{name} ({ratio:.2f}x)" for name, ratio in ratios if round(ratio, 2) < 1]
+        slower += [f"{job['name']} against {', '.join(lost)}"] if lost else []
+    return [f"**erniem_fast is slower** in {'; '.join(slower)}."] if slower else []
+
+
+def _unsteady(run):
+    shaky = []
+    for job in run["jobs"]:
+        names = [peer["peer"] for peer in job["peers"] if _spread(peer["tokens_per_second"]) > STEADY]
+        shaky += [f"{job['name']} of {', '.join(names)}"] if names else []
+    if not shaky:
+        return []
+    return [
+        f"**Unsteady**: the quartiles lie more than {STEADY:.0%} of the median apart in {'; '.join(shaky)}."
+        " Something else kept the machine busy; measure again."
     ]
-    unsteady = [f"{job} of {peer['peer']}" for job, peer in entries if _spread(peer["tokens_per_second"]) > STEADY]
-    problems = [f"{job}: {peer['problem']}" for job, peer in entries if peer["problem"]]
-    notes = []
-    if slower:
-        notes.append(f"**erniem_fast is slower** in {'; '.join(slower)}.")
-    if unsteady:
-        notes.append(
-            f"**Unsteady**: the quartiles lie more than {STEADY:.0%} of the median apart in {'; '.join(unsteady)}."
-            " Something else kept the machine busy; measure again."
-        )
+
+
+def _notes(run):
+    notes = [*losses(run), *_unsteady(run)]
     if run["interrupted"]:
         notes.append("**Interrupted**: the figures are those of the rounds until then.")
-    return notes + [f"**Problem.** {text}" for text in run["absent"] + problems]
+    notes += [f"**Absent.** {text}" for text in run["absent"]]
+    problems = [(job["name"], peer["problem"]) for job in run["jobs"] for peer in job["peers"] if peer["problem"]]
+    return notes + [f"**Problem.** {job}: {problem}" for job, problem in problems]
 
 
 def _spread(rate):

@@ -36,9 +36,11 @@ def _summarise_job(entries, ours):
     baseline = next((entry for entry in entries if entry.peer == ours), None)
     return {
         "name": job.name,
-        "batch_size": job.batch_size,
-        "lengths": job.lengths,
+        "batch_size": job.spec.batch_size,
+        "lengths": job.spec.lengths,
+        "train": job.spec.train,
         "batches": len(job.batches),
+        "rows": job.rows,
         "tokens": job.tokens,
         "positions": job.positions,
         "fill": job.fill,
@@ -56,6 +58,8 @@ def _summarise_peer(entry, baseline):
     return {
         "peer": entry.peer,
         "tokens_per_second": quartiles(tokens_per_second(entry)) if entry.rounds else None,
+        "rows_per_second": _rows_per_second(entry) if entry.rounds else None,
+        "batch_seconds": _latency(entry.rounds) if entry.rounds else None,
         "speedup": quartiles(speedups) if speedups else None,
         "peak_memory": entry.peak_memory,
         "memory_ratio": memory_ratio,
@@ -63,3 +67,13 @@ def _summarise_peer(entry, baseline):
         "problem": entry.problem,
         "rounds": entry.rounds,
     }
+
+
+def _rows_per_second(entry):
+    return float(np.median([entry.job.rows / sum(seconds) for seconds in entry.rounds]))
+
+
+def _latency(rounds):
+    """Median and 99th percentile of the time that one batch takes, over all batches of all rounds."""
+    median, p99 = np.percentile(np.concatenate(rounds), [50, 99])
+    return {"median": float(median), "p99": float(p99)}

@@ -1,4 +1,4 @@
-"""End-to-end throughput of ERNIE-M: erniem_fast beside its peers, on the same weights and batches, in one run.
+"""End-to-end throughput of ERNIE-M: erniem_fast beside its rivals, on the same weights and batches, in one run.
 
 Every peer runs in a process and an environment of its own. All are loaded at once, their outputs are compared on the
 real tokens, and then they take turns, round after round, in alternating order. Reported are real tokens per second
@@ -7,25 +7,29 @@ real tokens, and then they take turns, round after round, in alternating order. 
 
 import argparse
 import contextlib
-import datetime
-import json
 import pathlib
 import sys
+import tempfile
 
+import psutil
 import torch
 from checkpoint import SIZES, random_checkpoint, read_config
-from jobs import make_jobs
-from machine import available_cores, describe, slug
+from curves import plot_curves, plot_panels
+from jobs import Spec, make_jobs
+from machine import available_cores
 from measure import TOLERANCE, measure
+from outcome import begin, write
 from plot import plot
 from report import markdown
+from rivals import OURS, rivals
 from summary import summarise
 from tqdm import tqdm
-from workers import OURS, PEERS, ROOT, Worker, WorkerError
+from workers import ROOT, Worker, WorkerError
 
 from erniem_fast import ErnieMTokenizer
 
 TOKENIZER = ROOT / "tests/golden/tiny"
+MANY = 6  # peers in one group of bars
 
 
 def parse_arguments(argv):
@@ -38,8 +42,9 @@ def parse_arguments(argv):
         nargs="+",
         default=["text", "fixed:32"],
         metavar="KIND",
-        help="text: real sentences in 34 languages, cut at the model's maximum; fixed:N: rows of N random tokens, no"
-        " padding; modernbert: random tokens, lengths from N(256, 64) cut at the maximum (default: text fixed:32)",
+        help="text: real sentences in 34 languages, cut at the model's maximum; sorted: the same by length; fixed:N:"
+        " rows of N random tokens, no padding; modernbert: random tokens, lengths from N(256, 64) cut at the maximum"
+        " (default: text fixed:32)",
     )
     jobs.add_argument(
         "--sentences",
@@ -49,6 +54,22 @@ def parse_arguments(argv):
         help="rows that a peer runs in one turn, in as many batches as they fill: 1 to 16 (default: 64)",
     )
     jobs.add_argument("--rounds", type=_positive, default=7, metavar="N", help="timed turns of each peer (default: 7)")
+    jobs.add_argument(
+        "--train", action="store_true", help="time steps of training: forward, backward and AdamW, with dropout"
+    )
+    jobs.add_argument(
+        "--against",
+        choices=["original", "all", "itself"],
+        default="original",
+        help="original: transformers 4.57.6; all: every rival; itself: erniem_fast with its kernels and its packing"
+        " switched off (default: original)",
+    )
+    add_run_options(parser)
+    return parser.parse_args(argv)
+
+
+def add_run_options(parser):
+    """The options that every run has: the model, and where and how it runs."""
     model = parser.add_argument_group("model").add_mutually_exclusive_group()
     model.add_argument("--size", choices=SIZES, default="base", help="random weights (default: base)")
     model.add_argument(
@@ -61,7 +82,6 @@ def parse_arguments(argv):
     run.add_argument(
         "--output", type=pathlib.Path, metavar="DIR", help="folder for results (default: bench/results/MACHINE)"
     )
-    return parser.parse_args(argv)
 
 
 def _positive(text):
@@ -72,9 +92,9 @@ def _positive(text):
 
 def _lengths(text):
     kind, _, number = text.partition(":")
-    if text in ("text", "modernbert") or (kind == "fixed" and number.isdecimal() and int(number) > 0):
+    if text in ("text", "sorted", "modernbert") or (kind == "fixed" and number.isdecimal() and int(number) > 0):
         return text
-    raise argparse.ArgumentTypeError(f"{text!r} is none of text, modernbert and fixed:N with N of 1 or more")
+    raise argparse.ArgumentTypeError(f"{text!r} is none of text, sorted, modernbert and fixed:N with N of 1 or more")
 
 
 def _checkpoint(text):
@@ -97,58 +117,89 @@ def _device(text):
     return text
 
 
-def main(argv=None, peers=PEERS):
+def main(argv=None, peers=None):
     """Run the benchmark; returns the exit code: 0, 1 where a peer died or was refused, 130 after Ctrl-C."""
     arguments = parse_arguments(argv)
-    machine = describe(arguments.device)
-    output = arguments.output or ROOT / "bench/results" / slug(machine)
+    specs = [
+        Spec(size, lengths, arguments.sentences, arguments.rounds, arguments.train)
+        for size in arguments.batch_size
+        for lengths in arguments.lengths
+    ]
+    if peers is None:
+        peers = rivals(arguments.against, arguments.device, arguments.dtype)
     try:
-        output.mkdir(parents=True, exist_ok=True)
-        with contextlib.nullcontext(arguments.model) if arguments.model else random_checkpoint(arguments.size) as model:
-            run = {"machine": machine, **benchmark(arguments, model, peers)}
+        with checkpoint(arguments) as model:
+            return run_and_save("training" if arguments.train else "throughput", arguments, model, peers, specs)
     except (ValueError, OSError) as error:
         sys.exit(f"throughput.py: {error}")
+
+
+def checkpoint(arguments):
+    """A context that lends the folder of the checkpoint that was asked for."""
+    return contextlib.nullcontext(arguments.model) if arguments.model else random_checkpoint(arguments.size)
+
+
+def run_and_save(name, arguments, model, peers, specs):
+    """Measure, print the report and write it into files that start with `name`.
+
+    Args:
+        name: of what is measured.
+        arguments: what `add_run_options` asks for.
+        model: folder of the checkpoint.
+        peers: who runs, ours first.
+        specs: of the jobs.
+
+    Returns:
+        The exit code of `main`.
+    """
+    run = {**begin(name, arguments), **benchmark(arguments, model, peers, specs)}
     if run["jobs"]:
-        save(run, output)
+        draw(run, write(run, markdown(run), arguments.output))
     if run["interrupted"]:
         return 130
     return int(any(peer["problem"] for job in run["jobs"] for peer in job["peers"]))
 
 
-def benchmark(arguments, model, peers):
-    """Measure everything that `arguments` ask for on the checkpoint in the folder `model`; returns the run for JSON."""
+def benchmark(arguments, model, peers, specs):
+    """Measure the jobs of `specs` on the checkpoint in the folder `model`; returns the figures for JSON."""
     config = read_config(model)
     max_length = config["max_position_embeddings"] - 2
-    encode = text_encoder(arguments.model or TOKENIZER, max_length)
-    jobs = make_jobs(
-        arguments.batch_size, arguments.lengths, arguments.sentences, encode, config["vocab_size"], max_length
-    )
-    run = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "settings": {
-            "model": arguments.model.resolve().name if arguments.model else f"{arguments.size}, random weights",
-            "dtype": arguments.dtype,
-            "device": arguments.device,
-            "threads": arguments.threads or available_cores(),
-            "sentences": arguments.sentences,
-            "rounds": arguments.rounds,
-        },
-        "peers": [],
-        "absent": [],
-        "interrupted": False,
-    }
-    measurements = []
+    jobs = make_jobs(specs, text_encoder(arguments.model or TOKENIZER, max_length), config["vocab_size"], max_length)
+    run = {"peers": [], "absent": [], "interrupted": False}
+    measurements, running = [], []
     with contextlib.ExitStack() as stack:
         try:
-            running = list(start(peers, model, run, stack))
-            turns = len(jobs) * len(running) * (arguments.rounds + 2)
+            peers = choose(peers, model, arguments.device, any(spec.train for spec in specs), run["absent"])
+            running.extend(start(peers, arguments, model, run, stack))
+            turns = sum(spec.rounds + 1 for spec in specs) * len(running)
             with tqdm(total=turns, unit="turn", disable=None) as bar:
                 for job in jobs:
                     bar.write(f"{job.name}: {job.tokens:,} tokens in a turn", file=sys.stderr)
-                    measure(job, running, arguments.dtype, arguments.rounds, measurements, bar)
+                    measure(job, running, arguments.dtype, measurements, bar)
         except KeyboardInterrupt:
             run["interrupted"] = True
+    for worker, peer in zip(running, run["peers"], strict=False):
+        peer["first_seconds"] = worker.first_seconds
     return {**run, "jobs": summarise(measurements, OURS.name)}
+
+
+def choose(peers, model, device, train, absent):
+    """Yield the peers that can take part and for which there is memory; `absent` is told why the others cannot."""
+    weights = sum(path.stat().st_size for path in model.iterdir())
+    # Training holds weights, gradients and AdamW's two moments; the rest is for what happens between the layers.
+    needed = 4 * weights + 2e9 if train else 1.3 * weights + 4e8
+    free = psutil.virtual_memory().available
+    for peer in peers:
+        if train and not peer.trains:
+            absent.append(f"{peer.name}: it cannot train")
+        elif device == "cpu" and needed > free:
+            absent.append(
+                f"{peer.name}: all peers stay in memory, it needs about {needed / 1e9:.1f} GB and the others"
+                f" leave {max(free, 0) / 1e9:.1f} GB"
+            )
+        else:
+            free -= needed
+            yield peer
 
 
 def text_encoder(folder, max_length):
@@ -157,28 +208,28 @@ def text_encoder(folder, max_length):
     return lambda texts: tokenizer(texts, truncation=True, max_length=max_length)["input_ids"]
 
 
-def start(peers, model, run, stack):
+def start(peers, arguments, model, run, stack):
     """Yield a loaded worker for each peer, to be closed by `stack`; `run` is told of them and of those that fail."""
-    settings = run["settings"]
-    load = {"model": str(model), **{name: settings[name] for name in ("device", "dtype", "threads")}}
+    exports = stack.enter_context(tempfile.TemporaryDirectory())
+    threads = arguments.threads or available_cores()
+    settings = {"device": arguments.device, "dtype": arguments.dtype, "threads": threads}
     for peer in peers:
         print(f"loading {peer.name}", file=sys.stderr)
         try:
-            worker = stack.enter_context(contextlib.closing(Worker(peer, **load)))
+            worker = stack.enter_context(contextlib.closing(Worker(peer, str(model), exports, **settings)))
         except WorkerError as error:
-            run["absent"].append(f"{peer.name} is absent: {error}")
+            run["absent"].append(f"{peer.name}: {error}")
             continue
         run["peers"].append({"name": peer.name, "versions": worker.versions, "load_seconds": worker.load_seconds})
         yield worker
 
 
-def save(run, output):
-    """Print the report and write it as JSON, Markdown and PNG into the folder `output`."""
-    stem = output / f"throughput-{run['settings']['model'].partition(',')[0]}-{run['settings']['dtype']}"
-    stem.with_suffix(".json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(markdown(run), encoding="utf-8")
-    plot(run, stem.with_suffix(".png"))
-    print(f"\n{markdown(run)}\n{stem}.json, .md and .png hold this, the picture and every round")
+def draw(run, stem):
+    """Write the pictures of a run beside its other files."""
+    many = len(run["jobs"][0]["peers"]) > MANY
+    (plot_panels if many else plot)(run, stem.with_suffix(".png"))
+    if many and len(run["jobs"]) > 1:
+        plot_curves(run, stem.with_name(f"{stem.name}-curves.png"))
 
 
 if __name__ == "__main__":

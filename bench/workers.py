@@ -5,7 +5,6 @@ import json
 import os
 import pathlib
 import subprocess
-import sys
 import tempfile
 import time
 
@@ -15,18 +14,25 @@ STDERR_LINES = 12
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """A rival by name: the script that runs it and the Python of the environment it runs in."""
+    """Somebody who runs the model.
+
+    Attributes:
+        name: what the report calls it.
+        script: its worker, a file of peers/.
+        python: the Python of the environment that the worker runs in.
+        arguments: what the worker gets on its command line.
+        environment: environment variables for it, beside our own.
+        trains: whether it can train.
+        int8: whether it rounds to 8 bits, and is held to a tolerance of its own.
+    """
 
     name: str
     script: pathlib.Path
     python: pathlib.Path
-
-
-OURS = Peer("erniem_fast", ROOT / "bench/peers/ours.py", pathlib.Path(sys.executable))
-PEERS = [
-    OURS,
-    Peer("transformers 4.57.6", ROOT / "bench/peers/transformers4.py", ROOT / ".venv-peers/bin/python"),
-]
+    arguments: tuple[str, ...] = ()
+    environment: dict[str, str] = dataclasses.field(default_factory=dict)
+    trains: bool = False
+    int8: bool = False
 
 
 class WorkerError(Exception):
@@ -37,34 +43,47 @@ class Worker:
     """A running peer.
 
     Attributes:
-        name: the peer's name.
+        name, int8: the peer's.
         versions: versions of what it runs on, by name.
-        load_seconds: from the start of the process until the model was ready.
+        load_seconds: from the start of the process until the model was ready, exports apart.
+        first_seconds: of the first batch of all; None before it.
     """
 
-    def __init__(self, peer, **load):
-        """Start the peer's process and load the model: `load` holds the arguments of the protocol's "load"."""
+    def __init__(self, peer, model, exports, **settings):
+        """Start the peer's process and load the model.
+
+        Args:
+            peer: who it is.
+            model: folder of the checkpoint.
+            exports: folder for what is made of it, shared by the workers of a run.
+            settings: device, dtype and threads.
+        """
+        self.first_seconds = None
         self.name = peer.name
+        self.int8 = peer.int8
         if not peer.python.exists():
-            raise WorkerError(f"its environment is missing: no {peer.python.parent.parent.name}; `make bench` makes it")
+            raise WorkerError(
+                f"its environment is missing: no {peer.python.parent.parent.name}; `make bench-all` makes it"
+            )
         start = time.perf_counter()
         # A file takes any amount of stderr without ever blocking the worker.
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [peer.python, peer.script],
+            [peer.python, peer.script, *peer.arguments],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             encoding="utf-8",
-            env={**os.environ, "HF_HUB_OFFLINE": "1"},
+            env={**os.environ, "HF_HUB_OFFLINE": "1", **peer.environment},
             start_new_session=True,  # Ctrl-C is for the benchmark alone, which then ends its workers
         )
         try:
-            self.versions = self.request("load", **load)["versions"]
+            export_seconds = self.request("export", model=model, exports=exports)["seconds"]
+            self.versions = self.request("load", model=model, **settings)["versions"]
         except BaseException:
             self.close()
             raise
-        self.load_seconds = time.perf_counter() - start
+        self.load_seconds = time.perf_counter() - start - export_seconds
 
     @property
     def dead(self):

@@ -1,11 +1,13 @@
 """The benchmark: its statistics, its jobs, and what it does with peers that are wrong, dead or absent."""
 
 import contextlib
+import dataclasses
 import json
 import os
 import pathlib
 import signal
 import sys
+import types
 
 import numpy as np
 import pytest
@@ -15,11 +17,12 @@ TINY = ROOT / "tests/golden/tiny"
 sys.path.append(str(ROOT / "bench"))
 
 import throughput  # noqa: E402
-from jobs import Job, make_jobs, pad  # noqa: E402
+from jobs import Job, Spec, make_jobs, pad  # noqa: E402
 from measure import Measurement, difference  # noqa: E402
 from report import markdown  # noqa: E402
+from rivals import OURS  # noqa: E402
 from summary import quartiles, summarise  # noqa: E402
-from workers import OURS, Peer, Worker, WorkerError  # noqa: E402
+from workers import Peer, Worker, WorkerError  # noqa: E402
 
 # A worker with no model in it: every hidden state is VALUE and every batch takes SECONDS, whatever the clock says.
 FAKE = """
@@ -29,10 +32,13 @@ turn = 0
 for line in sys.stdin:
     request = json.loads(line)
     reply = {}
+    if request["op"] == "export":
+        reply = {"seconds": 0}
     if request["op"] == "load":
         reply = {"versions": {"python": "3"}}
     if request["op"] == "check":
         batches = request["batches"]
+        reply = {"first_seconds": 0.25}
         np.save(request["output"], np.full((sum(np.sum(b["attention_mask"]) for b in batches), 1), VALUE, np.float32))
     if request["op"] == "time":
         turn += 1
@@ -40,8 +46,8 @@ for line in sys.stdin:
         reply = {"seconds": [SECONDS] * len(batches), "peak_memory": MEMORY}
     print(json.dumps(reply), flush=True)
 """
-DIE = "if turn == 3: sys.exit('out of luck')"
-INTERRUPT = "if turn == 3: os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
+DIE = "if turn == 2: sys.exit('out of luck')"
+INTERRUPT = "if turn == 2: os.kill(os.getppid(), signal.SIGINT); time.sleep(60)"
 
 
 @pytest.fixture
@@ -64,7 +70,7 @@ def bench(tmp_path):
     def run(*peers, options=("--batch-size", "4", "--lengths", "text", "--sentences", "8", "--rounds", "3")):
         output = tmp_path / "results"
         code = throughput.main([*options, "--model", str(TINY), "--threads", "1", "--output", str(output)], peers)
-        path = output / "throughput-tiny-float32.json"
+        path = output / f"{'training' if '--train' in options else 'throughput'}-tiny-float32.json"
         return code, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
 
     return run
@@ -72,7 +78,7 @@ def bench(tmp_path):
 
 def measured(peer, rounds, peak_memory=100):
     """A measurement of a job of 30 real tokens in two batches."""
-    job = Job(2, "text", [pad([[5] * 10, [5] * 5]), pad([[5] * 7, [5] * 8])])
+    job = Job(Spec(2, "text", 4, len(rounds)), [pad([[5] * 10, [5] * 5]), pad([[5] * 7, [5] * 8])])
     return Measurement(job, peer, rounds=rounds, peak_memory=peak_memory)
 
 
@@ -102,13 +108,23 @@ def test_table_shows_rates_ratios_and_losses():
     text = markdown(fake_run(summarise(measurements, "erniem_fast")))
     assert "Medians and quartiles of 3 rounds of up to 4 rows" in text
     assert "| 2 x text, 83% full | erniem_fast | 15 (15-15) " in text
-    assert "| old         | 20 (20-20)                | 0.75x (0.75-0.75)  | 2,048 MiB   | 0.50x " in text
+    assert (
+        "| old         | 20 (20-20)                | 2.7    | 750 (750)                   | 0.75x (0.75-0.75)" in text
+    )
+    assert "| 2,048 MiB   | 0.50x " in text
     assert "**erniem_fast is slower** in 2 x text against old (0.75x)." in text
 
 
 def test_a_ratio_that_rounds_to_one_is_no_loss():
     measurements = [measured("erniem_fast", [[1.004]] * 3), measured("old", [[1.0]] * 3)]
     assert "slower" not in markdown(fake_run(summarise(measurements, "erniem_fast")))
+
+
+def test_a_batch_s_time_is_that_of_all_rounds():
+    (job,) = summarise([measured("erniem_fast", [[0.1, 0.2], [0.3, 0.9]])], "erniem_fast")
+    assert job["peers"][0]["batch_seconds"] == {"median": 0.25, "p99": pytest.approx(0.882)}
+    # Four rows, in 0.3 and in 1.2 seconds.
+    assert job["peers"][0]["rows_per_second"] == pytest.approx((4 / 0.3 + 4 / 1.2) / 2)
 
 
 def test_a_busy_machine_is_told():
@@ -120,9 +136,9 @@ def test_a_busy_machine_is_told():
 def fake_run(jobs):
     return {
         "date": "2026-11-23T10:00:00+00:00",
-        "settings": {"model": "base", "dtype": "float32", "threads": 2, "rounds": 3, "sentences": 4},
+        "settings": {"model": "base", "dtype": "float32", "threads": 2},
         "machine": {"cpu": "A CPU", "gpu": None, "instructions": "AVX2"},
-        "peers": [{"name": "old", "versions": {"python": "3"}, "load_seconds": 1.0}],
+        "peers": [{"name": "old", "versions": {"python": "3"}, "load_seconds": 1.0, "first_seconds": 0.5}],
         "absent": [],
         "interrupted": False,
         "jobs": jobs,
@@ -130,7 +146,8 @@ def fake_run(jobs):
 
 
 def test_jobs_hold_the_same_rows_for_every_batch_size():
-    jobs = make_jobs([4, 1], ["modernbert", "fixed:7"], 8, encode=None, vocab_size=100, max_length=300)
+    specs = [Spec(size, lengths, 8, 1) for size in (4, 1) for lengths in ("modernbert", "fixed:7")]
+    jobs = make_jobs(specs, encode=None, vocab_size=100, max_length=300)
     names = ["4 x modernbert", "4 x fixed:7", "1 x modernbert", "1 x fixed:7"]
     assert [(job.name, len(job.batches)) for job in jobs] == list(zip(names, [2, 2, 8, 8], strict=True))
     assert [job.tokens for job in jobs] == [jobs[2].tokens, 56, jobs[2].tokens, 56]
@@ -138,24 +155,34 @@ def test_jobs_hold_the_same_rows_for_every_batch_size():
     rows = [row for job in jobs for batch in job.batches for row in batch["input_ids"]]
     assert min(id for row in rows for id in row if id != 1) == 4
     assert max(map(len, rows)) == 300
-    (short,) = make_jobs([1], ["modernbert"], 2, encode=None, vocab_size=100, max_length=300)
+    (short,) = make_jobs([Spec(1, "modernbert", 2, 1)], encode=None, vocab_size=100, max_length=300)
     assert short.batches == jobs[2].batches[:2]
 
 
 def test_a_turn_has_one_batch_at_least_and_16_at_most():
-    jobs = make_jobs([1, 32, 100], ["fixed:2"], 64, encode=None, vocab_size=100, max_length=300)
+    specs = [Spec(size, "fixed:2", 64, 1) for size in (1, 32, 100)]
+    jobs = make_jobs(specs, encode=None, vocab_size=100, max_length=300)
     assert [len(job.batches) for job in jobs] == [16, 2, 1]
 
 
 def test_rows_are_padded_to_the_longest():
-    (job,) = make_jobs([2], ["text"], 2, lambda texts: [[5] * 3, [6] * 2], vocab_size=100, max_length=4)
+    (job,) = make_jobs([Spec(2, "text", 2, 1)], lambda texts: [[5] * 3, [6] * 2], vocab_size=100, max_length=4)
     assert job.batches == [{"input_ids": [[5, 5, 5], [6, 6, 1]], "attention_mask": [[1, 1, 1], [1, 1, 0]]}]
 
 
 def test_real_text_fills_a_batch_of_32_to_about_45_percent():
     encode = throughput.text_encoder(TINY, max_length=512)
-    (job,) = make_jobs([32], ["text"], 64, encode, vocab_size=2300, max_length=512)
+    (job,) = make_jobs([Spec(32, "text", 64, 1)], encode, vocab_size=2300, max_length=512)
     assert job.fill == pytest.approx(0.45, abs=0.005)
+
+
+def test_sorted_text_stands_for_many_batches_and_is_nearly_full():
+    encode = throughput.text_encoder(TINY, max_length=512)
+    (job,) = make_jobs([Spec(32, "sorted", 64, 1)], encode, vocab_size=2300, max_length=512)
+    lengths = [sum(row) for batch in job.batches for row in batch["attention_mask"]]
+    assert len(lengths) == 64
+    assert lengths == sorted(lengths)
+    assert job.fill > 0.9
 
 
 def test_real_text_is_cut_at_the_maximum():
@@ -199,7 +226,6 @@ def test_a_worker_that_dies_is_reported_and_the_run_goes_on(bench, fake, capsys)
     code, run = bench(fake("erniem_fast"), fake("mortal", on_turn=DIE), fake("old"), options=options)
     first, second = ({peer["peer"]: peer for peer in job["peers"]} for job in run["jobs"])
     assert code == 1
-    # The first turn warms up, the second counts, the third is the last.
     assert [len(first[name]["rounds"]) for name in ("erniem_fast", "mortal", "old")] == [4, 1, 4]
     assert first["mortal"]["problem"] == (
         "mortal ended with exit code 1 in 'time'; the end of its stderr:\nout of luck"
@@ -217,7 +243,7 @@ def test_the_run_goes_on_without_ours(bench, fake):
 
 
 def test_a_worker_that_was_killed_between_two_requests_is_told_from_one_that_failed(fake):
-    worker = Worker(fake("mortal"))
+    worker = Worker(fake("mortal"), "model", "exports")
     worker.process.kill()
     worker.process.wait()
     assert worker.dead
@@ -247,11 +273,13 @@ serve(Talkative())
 def test_the_server_saves_real_tokens_only_and_forgets_the_memory_of_loading(tmp_path):
     script = tmp_path / "talkative.py"
     script.write_text(SERVED.replace("PEERS", repr(str(ROOT / "bench/peers"))))
-    arguments = {"model": "m", "device": "cpu", "dtype": "float32", "threads": 3}
-    with contextlib.closing(Worker(Peer("talkative", script, pathlib.Path(sys.executable)), **arguments)) as worker:
-        assert {name: worker.versions[name] for name in arguments} == arguments
+    settings = {"device": "cpu", "dtype": "float32", "threads": 3}
+    peer = Peer("talkative", script, pathlib.Path(sys.executable))
+    with contextlib.closing(Worker(peer, "m", "e", **settings)) as worker:
+        assert {name: worker.versions[name] for name in settings} == settings
+        assert worker.versions["model"] == "m"
         output = tmp_path / "output.npy"
-        worker.request("check", batches=[pad([[5, 6, 7], [8]]), pad([[9]])], output=str(output))
+        worker.request("check", batches=[pad([[5, 6, 7], [8]]), pad([[9]])], train=False, output=str(output))
         assert np.load(output).tolist() == [[5, -5], [6, -6], [7, -7], [8, -8], [9, -9]]
         reply = worker.request("time")
     assert len(reply["seconds"]) == 2
@@ -261,7 +289,7 @@ def test_the_server_saves_real_tokens_only_and_forgets_the_memory_of_loading(tmp
 
 
 def test_ctrl_c_in_a_terminal_does_not_reach_the_workers(fake):
-    with contextlib.closing(Worker(fake("old"))) as worker:
+    with contextlib.closing(Worker(fake("old"), "model", "exports")) as worker:
         assert os.getsid(worker.process.pid) == worker.process.pid != os.getsid(0)
 
 
@@ -279,8 +307,8 @@ def test_ctrl_c_keeps_what_was_measured(bench, fake, capsys):
     ours, old = run["jobs"][0]["peers"]
     assert code == 130
     assert run["interrupted"]
-    # Warm-up and the first round are whole; in the second, ours had the first turn.
-    assert (len(ours["rounds"]), len(old["rounds"])) == (2, 1)
+    # The first round is whole; in the second, the other had the first turn.
+    assert (len(ours["rounds"]), len(old["rounds"])) == (1, 1)
     assert old["speedup"]["median"] == 1.0
     assert "**Interrupted**" in capsys.readouterr().out
 
@@ -289,8 +317,35 @@ def test_a_peer_without_its_environment_is_absent_with_the_reason(bench, fake):
     absent = Peer("homeless", ROOT / "bench/peers/ours.py", ROOT / ".venv-nowhere/bin/python")
     code, run = bench(fake("erniem_fast"), absent)
     assert code == 0
-    assert run["absent"] == ["homeless is absent: its environment is missing: no .venv-nowhere; `make bench` makes it"]
+    reason = "its environment is missing: no .venv-nowhere; `make bench-all` makes it"
+    assert run["absent"] == [f"homeless: {reason}"]
     assert [peer["peer"] for peer in run["jobs"][0]["peers"]] == ["erniem_fast"]
+
+
+def test_who_finds_no_memory_is_absent_with_the_reason(bench, fake, monkeypatch):
+    weights = sum(path.stat().st_size for path in TINY.iterdir())
+    memory = types.SimpleNamespace(total=2**35, available=2 * (1.3 * weights + 4e8) + 1)
+    monkeypatch.setattr(throughput.psutil, "virtual_memory", lambda: memory)
+    code, run = bench(fake("erniem_fast"), fake("old"), fake("late"))
+    assert code == 0
+    assert [peer["peer"] for peer in run["jobs"][0]["peers"]] == ["erniem_fast", "old"]
+    (reason,) = run["absent"]
+    assert reason.startswith("late: all peers stay in memory, it needs about 0.4 GB and the others leave 0.0 GB")
+
+
+def test_training_is_for_those_who_can_and_is_checked_by_what_was_learnt(bench, fake):
+    options = ("--train", "--batch-size", "4", "--lengths", "fixed:5", "--sentences", "8", "--rounds", "1")
+    learner = Peer("learner", OURS.script, OURS.python, trains=True)
+    pupil = dataclasses.replace(fake("pupil", value=0.0), trains=True)
+    code, run = bench(OURS, fake("runtime"), learner, pupil, options=options)
+    assert code == 1
+    assert run["absent"] == ["runtime: it cannot train"]
+    (job,) = run["jobs"]
+    assert job["name"] == "4 x fixed:5, training"
+    ours, learner, pupil = job["peers"]
+    assert learner["output_difference"] < 1e-5
+    assert min(ours["rounds"][0] + learner["rounds"][0]) > 0
+    assert (pupil["rounds"], pupil["problem"][:13]) == ([], "pupil refused")
 
 
 def test_our_real_worker_end_to_end(bench, tmp_path):
@@ -314,9 +369,9 @@ def test_our_real_worker_end_to_end(bench, tmp_path):
         (["--batch-size", "0"], "argument --batch-size: '0' is not a whole number of 1 or more"),
         (
             ["--lengths", "long"],
-            "argument --lengths: 'long' is none of text, modernbert and fixed:N with N of 1 or more",
+            "argument --lengths: 'long' is none of text, sorted, modernbert and fixed:N with N of 1 or more",
         ),
-        (["--lengths", "fixed:0"], "'fixed:0' is none of text, modernbert and fixed:N"),
+        (["--lengths", "fixed:0"], "'fixed:0' is none of text, sorted, modernbert and fixed:N"),
         (["--lengths", "fixed:513"], "--lengths fixed:513: the model takes 512 tokens at most; choose fixed:512"),
         (["--device", "tpu9"], "argument --device: 'tpu9' is none of cpu, cuda and cuda:N"),
         (["--device", "meta"], "argument --device: 'meta' is none of cpu, cuda and cuda:N"),

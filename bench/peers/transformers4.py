@@ -1,5 +1,8 @@
-"""Worker: ErnieMModel of transformers 4.57.6, the last release that had it."""
+"""Worker: ErnieMModel of transformers 4.57.6, the last release that had it; "compile" as an argument compiles it."""
 
+import sys
+
+import torch
 import transformers
 from serve import serve
 from torch_peer import TorchPeer
@@ -15,6 +18,9 @@ class Transformers4(TorchPeer):
     def build(self, model, dtype):
         module = transformers.ErnieMModel.from_pretrained(model, dtype=dtype)
         module.encoder.register_forward_pre_hook(cast_mask, with_kwargs=True)
+        if "compile" in sys.argv:
+            # With sizes left open it is compiled twice, for one row and for many, and not for every shape.
+            module = torch.compile(module, dynamic=True)
         return module, {"transformers": transformers.__version__}
 
 

@@ -1,0 +1,58 @@
+"""Rewrite the README's table of throughput from the results of `make bench-all`.
+
+    python bench/readme.py [FOLDER]
+
+FOLDER holds the results, as bench/results/MACHINE; it is this machine's where none is named.
+"""
+
+import json
+import pathlib
+import sys
+
+from machine import describe, slug
+from outcome import RESULTS
+from report import losses, overview, title
+from workers import ROOT
+
+README = ROOT / "README.md"
+BEGIN, END = "<!-- throughput: begin -->\n", "<!-- throughput: end -->"
+RIVALS, TRAINING = "rivals-base-float32.json", "training-base-float32.json"
+
+
+def main(argv):
+    folder = pathlib.Path(argv[0]) if argv else RESULTS / slug(describe("cpu"))
+    missing = [name for name in (RIVALS, TRAINING) if not (folder / name).exists()]
+    if missing:
+        sys.exit(f"readme.py: {folder} holds no {' and no '.join(missing)}; `make bench-all` makes them")
+    README.write_text(replaced(README.read_text(encoding="utf-8"), section(folder)), encoding="utf-8")
+
+
+def replaced(text, section):
+    """`text` with what stands between the markers replaced by `section`."""
+    before, rest = text.split(BEGIN)
+    _, after = rest.split(END)
+    return before + BEGIN + section + END + after
+
+
+def section(folder):
+    """What stands between the markers: from where, the table, what is slower, and where the rest is to be found."""
+    inference, training = (json.loads((folder / name).read_text(encoding="utf-8")) for name in (RIVALS, TRAINING))
+    run = {**inference, "jobs": inference["jobs"] + training["jobs"]}
+    versions = dict(item for peer in run["peers"] for item in peer["versions"].items() if item[0] != "transformers")
+    link = folder.resolve().relative_to(ROOT).as_posix() if folder.resolve().is_relative_to(ROOT) else folder.name
+    paragraphs = [
+        f"{title(run)}; {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))};"
+        f" {run['date'][:10]}. All peers ran in one process each, on the same weights and batches, outputs compared"
+        " first. For erniem_fast real tokens per second, for the others how much faster erniem_fast is: median ratio"
+        " of interleaved rounds. A dash: it cannot train, or there was no memory for it.",
+        overview(run),
+        *losses(run),
+        f"![rates by batch size, length and fill]({link}/{RIVALS.removesuffix('.json')}-curves.png)",
+        f"Every round, memory, latencies, and what each kernel is worth: `{link}/`. `make bench-all` measures your"
+        " machine, and `make readme` writes this section.",
+    ]
+    return "\n\n".join(paragraphs) + "\n"
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

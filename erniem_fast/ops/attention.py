@@ -11,8 +11,7 @@ from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
-from .native import implementation as native_implementation
-from .native_encoder import attention as native_attention
+from .native_encoder import ATTENTION
 from .triton import implementation as triton_implementation
 
 
@@ -245,19 +244,10 @@ def _stateless(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) 
     return Implementation(run_forward, run_backward)
 
 
-def _forward_native(
-    qkv, longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, scale, p, seed
-):
-    out = native_attention(qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed)
-    return out, qkv.new_empty(0, dtype=torch.float32)
-
-
-_TORCH = _stateless(_forward_torch, _backward_torch)
-
 IMPLEMENTATIONS["attention"] = {
     # Below 8.0 Triton has no tensor-core products, and the tiles do not fit (seen with Triton 3.6 and 3.9).
     "triton": triton_implementation("attention", largest=256, capability=(8, 0)),
-    "native": native_implementation(_forward_native, _TORCH.backward, ("cpu",)),
-    "torch": _TORCH,
+    "native": ATTENTION,
+    "torch": _stateless(_forward_torch, _backward_torch),
     "reference": _stateless(_forward_reference, _backward_reference),
 }

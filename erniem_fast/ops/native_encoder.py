@@ -67,7 +67,7 @@ _ADD_LAYERNORM_BACKWARD = Function(
 )
 
 _ATTENTION = Function(
-    "attention_forward",
+    "attention",
     {
         "qkv": (ELEMENT, "tokens", "width"),
         "longest_first": (INT, "sequences"),
@@ -75,7 +75,9 @@ _ATTENTION = Function(
         "columns": (INT, "tokens"),
         "key_mask": (torch.bool, "tokens"),
         "seed": (INT, 1),
+        "grad": (ELEMENT, "tokens", "hidden"),
         "out": (ELEMENT, "tokens", "hidden"),
+        "of_qkv": (ELEMENT, "tokens", "width"),
     },
     sizes="tokens sequences bounds width hidden heads head_dim threshold",
     factors="scale rescale",
@@ -182,29 +184,61 @@ def _add_layernorm_backward(grad, z, weight, eps, columns, sequences, p, seed):
     return of_residual, z.new_empty(0) if of_x is None else of_x, of_bias, of_weight, of_norm_bias
 
 
-def attention(qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed) -> Tensor:
+def _attention_forward(
+    qkv, longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, scale, p, seed
+):
+    out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
+    _attend(qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed, out=out)
+    return out, qkv.new_empty(0, dtype=torch.float32)
+
+
+def _attention_backward(
+    grad,
+    out,
+    saved,
+    qkv,
+    longest_first,
+    contiguous,
+    cu_seqlens,
+    max_seqlen,
+    columns,
+    sequences,
+    key_mask,
+    heads,
+    scale,
+    p,
+    seed,
+):
+    of_qkv = torch.empty_like(qkv)
+    _attend(qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed, grad=grad, of_qkv=of_qkv)
+    return of_qkv
+
+
+def _attend(
+    qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed, grad=None, out=None, of_qkv=None
+) -> None:
     tokens, width = qkv.shape
-    out = qkv.new_empty(tokens, width // 3)
     _ATTENTION(
         qkv.device,
         qkv.dtype,
         qkv=qkv,
         longest_first=longest_first,
         cu_seqlens=cu_seqlens,
+        columns=columns,
         key_mask=key_mask,
+        grad=grad,
         out=out,
+        of_qkv=of_qkv,
         tokens=tokens,
         sequences=len(longest_first),
         bounds=len(cu_seqlens),
+        width=width,
+        hidden=width // 3,
         heads=heads,
         head_dim=width // (3 * heads),
-        hidden=width // 3,
-        width=width,
-        columns=columns,
         scale=scale,
         **seed_and_rate(p, seed),
     )
-    return out
 
 
 def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
@@ -231,4 +265,5 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
 
 
 BIAS_GELU = implementation(_bias_gelu_forward, _bias_gelu_backward, ("cpu",))
+ATTENTION = implementation(_attention_forward, _attention_backward, ("cpu",))
 ADD_LAYERNORM = implementation(_add_layernorm_forward, _add_layernorm_backward, ("cpu",))

@@ -67,7 +67,8 @@ def prepare(
     else:
         _check_length(config, "the input's number of columns", grid[1])
         if attention_mask is not None and attention_mask.dim() > 2:
-            scores_bias = _scores_bias(attention_mask.to(device), grid, config.num_attention_heads)
+            attention_mask = attention_mask.to(device)
+            scores_bias = _scores_bias(attention_mask, grid, config.num_attention_heads)
             strange = torch.zeros((), device=device) if _is_bias(attention_mask) else _strange(attention_mask)
             batch, probed = TokenBatch.padded(grid, device), _read([strange, *probes])
         else:

@@ -9,8 +9,6 @@ import os
 import pytest
 import torch
 
-from erniem_fast import extension
-
 # Every checkpoint is a folder of the tests: nothing may be looked up on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
 
@@ -36,6 +34,8 @@ def device(request):
 
 def pytest_configure(config):
     """Builds the native library, so that tests of every implementation find it; without a compiler they skip it."""
+    from erniem_fast import extension  # imports Triton, which must find the setting above
+
     with contextlib.suppress(extension.BuildError):
         extension.build(["cpu"])
 

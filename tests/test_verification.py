@@ -1,5 +1,6 @@
 """`python -m erniem_fast verify`, and what it must not let pass."""
 
+import re
 from math import inf, nan
 
 import pytest
@@ -68,11 +69,12 @@ def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
     capsys.readouterr()
     monkeypatch.setattr(layernorm, "forward", broken(wrong))
     assert __main__._verify() == 1
-    *_, single, half, summary = capsys.readouterr().out.splitlines()
+    *lines, summary = capsys.readouterr().out.splitlines()
+    single, half = (each for each in lines if re.search(r"layernorm +triton +float(32|16)", each))
     assert line in single
     assert single.endswith("  FAIL")
     assert half.endswith("  FAIL")
-    assert summary == "2 checks, 2 failures"
+    assert summary.endswith(" checks, 2 failures")
 
 
 def test_nothing_to_check_is_no_success(monkeypatch, capsys):

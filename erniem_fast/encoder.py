@@ -226,10 +226,12 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         fused = self._fused_activation is not None
         x, bias = project(self.linear1, hidden, leave_bias=fused and ops.fuses_bias("bias_gelu", hidden))
         leave_bias = ops.fuses_bias("layernorm", x)
+        # The product is nobody else's where no gradient and no module but its own can have kept it.
+        overwrite = not torch.is_grad_enabled() and is_plain(self.linear1, nn.Linear)
 
         def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
             if fused:
-                x = ops.bias_gelu_dropout(x, bias, self._fused_activation, batch, p, seed)
+                x = ops.bias_gelu_dropout(x, bias, self._fused_activation, batch, p, seed, overwrite)
             else:
                 x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
             return project(self.linear2, x, leave_bias)

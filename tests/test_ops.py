@@ -1161,3 +1161,27 @@ def test_verify_runs_the_reference_in_both_directions(calls, verify):
         assert calls == [
             (name, direction) for direction in ("forward", "backward") for name in ("kernel", "reference", "reference")
         ]
+
+
+# --- A result in its input's memory ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("p", [0.0, 0.3])
+@pytest.mark.parametrize("bias", [True, False])
+def test_overwrite(bias, p, monkeypatch):
+    """The same bits; in the input's memory where an implementation can and nothing else needs the input."""
+    batch, leaf = BATCHES["holes, packed"], randn(TOKENS, 97, dtype=torch.float32)
+    arguments = (randn(97, dtype=torch.float32) if bias else None, "gelu", batch, p, SEED if p else None)
+    expected = ops.bias_gelu_dropout(leaf, *arguments)
+    assert torch.equal(ops.bias_gelu_dropout(leaf.clone(), *arguments, overwrite=True), expected)
+
+    def overwritten(x):
+        before = x.detach().clone()
+        assert torch.equal(ops.bias_gelu_dropout(x, *arguments, overwrite=True).detach(), expected)
+        return not torch.equal(x.detach(), before)
+
+    assert not overwritten(leaf.clone().requires_grad_())
+    with use_kernels(bias_gelu="native"):
+        assert overwritten(leaf.clone())
+        monkeypatch.setenv(flags.VERIFY.name, "1")
+        assert not overwritten(leaf.clone())

@@ -30,6 +30,7 @@ def bias_gelu_dropout(
     batch: TokenBatch,
     p: float = 0.0,
     seed: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """dropout(activation(x + bias)).
 
@@ -41,6 +42,8 @@ def bias_gelu_dropout(
         batch: the tokens' coordinates, for dropout.
         p: probability of dropping an element.
         seed: int64, one element; None for no dropout.
+        overwrite: lets the result take the memory of `x` where no gradient is wanted: the pages of a tensor this large
+            are new at every call, and getting them costs as much as the op.
 
     Returns:
         `(tokens, intermediate)` in the dtype of `x`.
@@ -50,7 +53,7 @@ def bias_gelu_dropout(
     """
     name = choose("bias_gelu", x.device, x.dtype)
     inputs = (x, bias, activation, batch.columns, batch.sequences, p, seed)
-    return call("bias_gelu", name, _forward, differentiable(x, bias), *inputs)
+    return call("bias_gelu", name, _forward, differentiable(x, bias), *inputs, overwrite=overwrite)
 
 
 @torch.library.custom_op("erniem_fast::bias_gelu_dropout", mutates_args=())

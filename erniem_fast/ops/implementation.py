@@ -21,6 +21,7 @@ class Implementation:
         forward, backward: take and return what the op's two custom ops do, without the implementation's name.
         refuses: why it cannot serve a device and dtype, with the remedy; None where it can.
         prepare: makes it ready to serve a device, for callers that ask for it by name.
+        forward_in_place: a forward whose result takes the memory of its first argument; None where there is none.
         fuses_bias: whether the bias of the matrix product before it is cheaper here than in the product.
         automatic: whether `auto` takes it on a device that it can serve.
         largest: the largest size that it can serve, see `choose`.
@@ -30,6 +31,7 @@ class Implementation:
     backward: Callable[..., Tensors]
     refuses: Callable[[torch.device, torch.dtype], str | None] = lambda device, dtype: None
     prepare: Callable[[torch.device], None] = lambda device: None
+    forward_in_place: Callable[..., Tensors] | None = None
     fuses_bias: bool = False
     automatic: Callable[[torch.device], bool] = lambda device: True
     largest: float = inf
@@ -77,11 +79,23 @@ def differentiable(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
-def call(op: str, name: str, custom_op: Callable[..., Tensors], differentiable: bool, *inputs: object) -> Tensors:
-    """Runs a forward: as a custom op where autograd, a graph or a fake tensor must know of it, else directly."""
+def call(
+    op: str,
+    name: str,
+    custom_op: Callable[..., Tensors],
+    differentiable: bool,
+    *inputs: object,
+    overwrite: bool = False,
+) -> Tensors:
+    """Runs a forward: as a custom op where autograd, a graph or a fake tensor must know of it, else directly.
+
+    `overwrite` lets the result take the memory of the first input, which nobody needs afterwards.
+    """
     if differentiable or torch.compiler.is_compiling() or type(inputs[0]) is not Tensor:
         return custom_op(*inputs, name)
-    return run(op, name, "forward", *inputs)
+    # The reference beside it would find its input gone.
+    overwrite = overwrite and IMPLEMENTATIONS[op][name].forward_in_place is not None and flags.read(flags.VERIFY) == "0"
+    return run(op, name, "forward_in_place" if overwrite else "forward", *inputs)
 
 
 def run(op: str, name: str, direction: str, *inputs: object) -> Tensors:

@@ -108,7 +108,9 @@ def seed_and_rate(p: float, seed: Tensor | None) -> dict[str, object]:
     return {"seed": None if seed is None else seed.reshape(1), **limits}
 
 
-def implementation(forward: Callable, backward: Callable, devices: tuple[str, ...]) -> Implementation:
+def implementation(
+    forward: Callable, backward: Callable, devices: tuple[str, ...], forward_in_place: Callable | None = None
+) -> Implementation:
     """What a forward and a backward make that call the libraries of `devices`."""
 
     def refuses(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -126,4 +128,6 @@ def implementation(forward: Callable, backward: Callable, devices: tuple[str, ..
         if device.type in devices:
             extension.build([device.type])
 
-    return Implementation(forward, backward, refuses, prepare=prepare, fuses_bias=True)
+    return Implementation(
+        forward, backward, refuses, prepare=prepare, forward_in_place=forward_in_place, fuses_bias=True
+    )

@@ -96,9 +96,16 @@ _FEW_TOKENS = Function(
 )
 
 
-def _bias_gelu_forward(x, bias, activation, columns, sequences, p, seed):
+def _bias_gelu_forward(x, *rest):
+    return _bias_gelu_into(torch.empty_like(x), x, *rest)
+
+
+def _bias_gelu_in_place(x, *rest):
+    return _bias_gelu_into(x, x, *rest)
+
+
+def _bias_gelu_into(out, x, bias, activation, columns, sequences, p, seed):
     tokens, features = x.shape
-    out = torch.empty_like(x)
     _BIAS_GELU(
         x.device,
         x.dtype,
@@ -264,6 +271,6 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
     )
 
 
-BIAS_GELU = implementation(_bias_gelu_forward, _bias_gelu_backward, ("cpu",))
+BIAS_GELU = implementation(_bias_gelu_forward, _bias_gelu_backward, ("cpu",), _bias_gelu_in_place)
 ATTENTION = implementation(_attention_forward, _attention_backward, ("cpu",))
 ADD_LAYERNORM = implementation(_add_layernorm_forward, _add_layernorm_backward, ("cpu",))

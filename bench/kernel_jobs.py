@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 from checkpoint import SIZES
-from jobs import make_jobs
+from jobs import Spec, make_jobs
 from torch import Tensor
 
 from erniem_fast import ops
@@ -81,7 +81,9 @@ def make_job(op, size, lengths, tokens, dtype, device, compiled):
 
 def _batch(lengths, tokens, device):
     if lengths == "ragged":
-        (job,) = make_jobs([max(1, tokens // 256)], ["modernbert"], 1, None, vocab_size=100, max_length=512)
+        rows = max(1, tokens // 256)
+        spec = Spec(rows, "modernbert", rows=rows, rounds=1)
+        (job,) = make_jobs([spec], None, vocab_size=100, max_length=512)
         mask = torch.tensor(job.batches[0]["attention_mask"], dtype=torch.bool, device=device)
     else:
         length = min(int(lengths), tokens)

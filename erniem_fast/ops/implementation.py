@@ -49,6 +49,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph
+@flags.while_held
 def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
     """The implementation that runs a call: the flag's, or with `auto` the first that can serve it.
 

@@ -42,12 +42,18 @@ def _add_norm(
     batch: TokenBatch,
     p: float = 0.0,
     seed: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """`ops.add_layernorm` with a module's layer norm, or the module itself where it is no plain one."""
     if is_plain(norm, nn.LayerNorm):
-        return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, p, seed)
+        return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, p, seed, overwrite)
     x = x if bias is None else x + bias
     return norm(residual + feature_dropout(x, batch.columns, batch.sequences, p, seed))
+
+
+def _may_overwrite_product(linear: nn.Module) -> bool:
+    """Whether nobody needs a linear's product but the next op: no gradient and no module but its own can keep it."""
+    return not torch.is_grad_enabled() and is_plain(linear, nn.Linear)
 
 
 @torch.compiler.assume_constant_result
@@ -221,10 +227,12 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
         x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
         p_and_seed = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
-        hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed)
+        overwrite = _may_overwrite_product(self.self_attn.out_proj)
+        hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed, overwrite)
         x, bias = self._feed_forward(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION), scratch)
         p_and_seed = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
-        return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed), probabilities
+        overwrite = _may_overwrite_product(self.linear2)
+        return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed, overwrite), probabilities
 
     def _feed_forward(
         self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Tensor | None
@@ -234,8 +242,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         leave_bias = fused and ops.fuses_bias("bias_gelu", hidden)
         x, bias = project(self.linear1, hidden, leave_bias, scratch)
         leave_bias = ops.fuses_bias("layernorm", x)
-        # The product is nobody else's where no gradient and no module but its own can have kept it.
-        overwrite = not torch.is_grad_enabled() and is_plain(self.linear1, nn.Linear)
+        overwrite = _may_overwrite_product(self.linear1)
 
         def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
             if fused:

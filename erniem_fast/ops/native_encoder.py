@@ -143,9 +143,19 @@ def _bias_gelu_backward(grad, x, bias, activation, columns, sequences, p, seed):
     return of_x, x.new_empty(0, dtype=wide(x.dtype)) if bias is None else of_bias.sum(0)
 
 
-def _add_layernorm_forward(residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save):
+def _add_layernorm_forward(residual, x, *rest):
+    dtype = torch.promote_types(residual.dtype, x.dtype)
+    return _add_layernorm_into(torch.empty_like(x, dtype=dtype), residual, x, *rest)
+
+
+def _add_layernorm_in_place(residual, x, *rest):
+    if x.dtype != torch.promote_types(residual.dtype, x.dtype):
+        return _add_layernorm_forward(residual, x, *rest)
+    return _add_layernorm_into(x, residual, x, *rest)
+
+
+def _add_layernorm_into(out, residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save):
     tokens, hidden = x.shape
-    out = torch.empty(tokens, hidden, dtype=torch.promote_types(residual.dtype, x.dtype), device=x.device)
     z = torch.empty_like(out) if save else None
     _ADD_LAYERNORM(
         out.device,
@@ -274,4 +284,4 @@ def few_tokens(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> N
 
 BIAS_GELU = implementation(_bias_gelu_forward, _bias_gelu_backward, ("cpu",), _bias_gelu_in_place)
 ATTENTION = implementation(_attention_forward, _attention_backward, ("cpu",))
-ADD_LAYERNORM = implementation(_add_layernorm_forward, _add_layernorm_backward, ("cpu",))
+ADD_LAYERNORM = implementation(_add_layernorm_forward, _add_layernorm_backward, ("cpu",), _add_layernorm_in_place)

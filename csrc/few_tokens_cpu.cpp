@@ -24,35 +24,51 @@ struct Operand {
   int64_t in_features;
 };
 
-// Column `column` and the following of the result, as many as a tile has rows.
-template <int VECTORS>
-void multiply_tile_of(const Operand& x, const Product& product, int64_t column) {
-  constexpr int ROWS = TILE_ROWS<VECTORS>, LANES = VECTORS * WIDTH;
+// Columns `column`, `column + stride` and so on of the result, which come from as many rows of the weight.
+template <int ROWS, int VECTORS, typename Ahead>
+void multiply_rows(const Operand& x, const Product& product, int64_t column, int64_t stride, const Ahead& ahead) {
+  constexpr int LANES = VECTORS * WIDTH;
   float tile[ROWS * LANES];
   const int64_t depth = x.in_features;
-  const int rows = int(std::min<int64_t>(ROWS, product.out_features - column));
   const float* weight = product.weight + column * depth;
-  const auto nothing = [](int64_t) {};
-  if (rows < ROWS) {
-    for (int i = 0; i < rows; ++i) {
-      multiply_tile<1, VECTORS>(weight + i * depth, 0, x.transposed, LANES, tile + i * LANES, LANES, depth, nothing);
+  multiply_tile<ROWS, VECTORS>(weight, stride * depth, x.transposed, LANES, tile, LANES, depth, ahead);
+  for (int64_t token = 0; token < x.tokens; ++token) {
+    float* out = product.out + (x.first + token) * product.out_stride;
+    for (int i = 0; i < ROWS; ++i) {
+      const int64_t to = column + i * stride;
+      out[to] = tile[i * LANES + token] + (product.bias == nullptr ? 0.0f : product.bias[to]);
     }
-  } else if (depth >= PAGE) {
-    multiply_tile<ROWS, VECTORS>(weight, depth, x.transposed, LANES, tile, LANES, depth, nothing);
+  }
+}
+
+// The weight's rows in tiles, and what is left over one by one.
+template <int ROWS>
+struct Tiles {
+  explicit Tiles(const Product& product) : whole(product.out_features / ROWS), rest(product.out_features % ROWS) {}
+  int64_t whole, rest;
+};
+
+// Rows of a page or more the processor fetches ahead by itself; at shorter ones it would start anew too often.
+template <int VECTORS>
+void multiply_tile_of(const Operand& x, const Product& product, int64_t tile) {
+  constexpr int ROWS = TILE_ROWS<VECTORS>;
+  const auto nothing = [](int64_t) {};
+  const Tiles<ROWS> tiles(product);
+  if (tile >= tiles.whole) {
+    multiply_rows<1, VECTORS>(x, product, tiles.whole * ROWS + tile - tiles.whole, 0, nothing);
+  } else if (x.in_features >= PAGE) {
+    multiply_rows<ROWS, VECTORS>(x, product, tile * ROWS, 1, nothing);
+  } else if (VECTORS == 1) {
+    // Rows far apart, of which the next tile takes the next ones: so each belongs to a long stream. (Where a result has
+    // more lanes, to scatter them costs more than that saves.)
+    multiply_rows<ROWS, VECTORS>(x, product, tile, tiles.whole, nothing);
   } else {
-    // Rows of less than a page are too short for the processor's own prefetching, which starts anew at each of them. So
-    // the next tile is fetched meanwhile: ROWS lines for every LINE steps, which is how fast a tile is consumed.
-    const float* next = weight + ROWS * depth;
+    // The next tile is fetched meanwhile: ROWS lines for every LINE steps, which is how fast a tile is consumed.
+    const float* next = product.weight + (tile + 1) * ROWS * x.in_features;
     const auto fetch = [&](int64_t k) {
       if (k % LINE < ROWS) __builtin_prefetch(next + (k / LINE * ROWS + k % LINE) * LINE, 0, 2);
     };
-    multiply_tile<ROWS, VECTORS>(weight, depth, x.transposed, LANES, tile, LANES, depth, fetch);
-  }
-  for (int64_t token = 0; token < x.tokens; ++token) {
-    float* out = product.out + (x.first + token) * product.out_stride + column;
-    for (int i = 0; i < rows; ++i) {
-      out[i] = tile[i * LANES + token] + (product.bias == nullptr ? 0.0f : product.bias[column + i]);
-    }
+    multiply_rows<ROWS, VECTORS>(x, product, tile * ROWS, 1, fetch);
   }
 }
 
@@ -66,7 +82,7 @@ const char* multiply(const float* x, Operand operand, const Product* products, i
     const int64_t first = begin * WIDTH, features = std::min(end * WIDTH, depth) - first;
     transpose(x + operand.first * depth + first, operand.tokens, depth, features, transposed.get() + first * LANES, LANES);
   });
-  const auto tiles_of = [](const Product& product) { return round_up(product.out_features, ROWS) / ROWS; };
+  const auto tiles_of = [](const Product& product) { return Tiles<ROWS>(product).whole + Tiles<ROWS>(product).rest; };
   int64_t tiles = 0;
   for (int i = 0; i < count; ++i) tiles += tiles_of(products[i]);
   if (error != nullptr) return error;
@@ -75,7 +91,7 @@ const char* multiply(const float* x, Operand operand, const Product* products, i
     for (int i = 0; i < count; ++i) {
       const int64_t beyond = first + tiles_of(products[i]);
       for (int64_t tile = std::max(begin, first); tile < std::min(end, beyond); ++tile) {
-        multiply_tile_of<VECTORS>(operand, products[i], (tile - first) * ROWS);
+        multiply_tile_of<VECTORS>(operand, products[i], tile - first);
       }
       first = beyond;
     }

@@ -674,10 +674,12 @@ def test_inference_between_training_steps(mode, packed):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("attentions", [False, True])
 def test_gradient_checkpointing(reentrant, attentions, packed):
-    """Bit for bit, with dropout: the backward draws the masks of the forward again."""
+    """Bit for bit, with dropout: the backward runs every layer again and draws the masks of the forward."""
     found = []
     for checkpointing in (True, False):
-        model = load(ErnieMForTokenClassification, dropout=0.3).train()
+        model, runs = load(ErnieMForTokenClassification, dropout=0.3).train(), []
+        for layer in model.ernie_m.encoder.layers:
+            layer.self_attn.self_attn.register_forward_hook(lambda *_, runs=runs, layer=layer: runs.append(layer))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             assert all(layer.gradient_checkpointing for layer in model.ernie_m.encoder.layers)
@@ -688,6 +690,8 @@ def test_gradient_checkpointing(reentrant, attentions, packed):
         with erniem_fast.use_kernels(embeddings="torch"):
             outputs = model(IDS, **arguments, labels=torch.zeros_like(IDS))
         outputs.loss.backward()
+        layers = list(model.ernie_m.encoder.layers)
+        assert runs == (layers + layers[::-1] if checkpointing else layers)
         found.append((outputs.loss, *outputs.hidden_states, *gradients(model).values()))
     assert len(found[0]) == len(found[1])
     assert all(map(torch.equal, *found))

@@ -1,20 +1,5 @@
 // The `add_layernorm` op on a CPU, forward and backward.
-#include "parallel.h"
-
-struct AddLayernorm {
-  const void* residual;      // (tokens, hidden) elements
-  const void* x;             // (tokens, hidden) elements
-  const float* bias;         // (hidden,) or null
-  const float* weight;       // (hidden,)
-  const float* norm_bias;    // (hidden,)
-  const int64_t* columns;    // (tokens,)
-  const int64_t* sequences;  // (tokens,)
-  const int64_t* seed;       // (1,) or null
-  void* out;                 // (tokens, hidden) elements
-  void* z;                   // (tokens, hidden) elements, the layer norm's input for the backward, or null
-  int64_t tokens, hidden, threshold;
-  double eps, rescale;
-};
+#include "encoder.h"
 
 struct AddLayernormBackward {
   const void* grad;          // (tokens, hidden) elements

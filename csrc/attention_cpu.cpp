@@ -1,37 +1,22 @@
-// The `attention` op on a CPU, forward and backward: a task for each sequence and head, the long ones first.
+// The `attention` op on a CPU, forward and backward: a task is some heads of a sequence, the long ones first.
 //
-// A task copies what it reads into float32 arrays whose rows are whole vectors, zeros beyond, so that the products read
-// neighbouring elements and need no tails.
+// A task copies what it reads into float32 arrays of whole tiles of rows of whole vectors, so that the products read
+// neighbouring elements and need no tails; what they make of the elements beyond, nobody reads.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <type_traits>
 #include <vector>
 
+#include "encoder.h"
 #include "functions.h"
-#include "parallel.h"
 #include "product.h"
-
-struct Attention {
-  const void* qkv;               // (tokens, width) elements: all queries, then all keys, then all values of a token
-  const int64_t* longest_first;  // (sequences,)
-  const int32_t* cu_seqlens;     // (bounds,), one more than there are sequences
-  const int64_t* columns;        // (tokens,)
-  const bool* key_mask;          // (tokens,) or null
-  const int64_t* seed;           // (1,) or null
-  const void* grad;              // (tokens, hidden) elements, or null in the forward
-  void* out;                     // (tokens, hidden) elements, or null in the backward
-  void* of_qkv;                  // (tokens, width) elements, or null in the forward
-  // hidden is heads * head_dim, and width 3 * hidden.
-  int64_t tokens, sequences, bounds, width, hidden, heads, head_dim, threshold;
-  double scale, rescale;
-};
 
 namespace {
 
 constexpr int TILE = TILE_ROWS<4>;
-constexpr int BLOCK = 4 * TILE;  // queries whose scores a forward has at hand at once
-
-int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
+constexpr int BLOCK = 4 * TILE;      // queries whose scores a forward has at hand at once
+constexpr int64_t CACHED = 3 << 19;  // bytes of q, k and v that a core's cache keeps beside what a task works with
 
 // c = a b, where a has whole tiles of rows, and b and c `columns`, whole vectors.
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, float* c, int64_t rows, int64_t depth) {
@@ -58,10 +43,27 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns,
   }
 }
 
-// to[j, i] = from[i, j]
-void transpose(const float* from, int64_t rows, int64_t from_stride, int64_t columns, float* to, int64_t to_stride) {
-  for (int64_t i = 0; i < rows; ++i) {
-    for (int64_t j = 0; j < columns; ++j) to[j * to_stride + i] = from[i * from_stride + j];
+// Memory for `size` floats, which keep what they held.
+float* room(std::vector<float>& array, int64_t size) {
+  if (int64_t(array.size()) < size) array.resize(size);
+  return array.data();
+}
+
+// The sum of WIDTH numbers, in their place.
+float total(float* sums) {
+  for (int width = WIDTH / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
+  }
+  return sums[0];
+}
+
+// The elements of a row in float32.
+template <typename T>
+void convert(const T* from, int64_t size, float* to) {
+  if constexpr (std::is_same_v<T, float>) {
+    memcpy(to, from, size * sizeof(float));
+  } else {
+    for (int64_t d = 0; d < size; ++d) to[d] = to_float(from[d]);
   }
 }
 
@@ -73,17 +75,21 @@ class Task {
  public:
   explicit Task(const Attention& op) : op(op), features(round_up(op.head_dim, WIDTH)) {}
 
-  void run(int64_t its_sequence, int64_t its_head) {
+  // Heads [first, end) of a sequence.
+  void run(int64_t its_sequence, int64_t first, int64_t end) {
     sequence = its_sequence;
-    head = its_head;
     start = op.cu_seqlens[sequence];
     length = op.cu_seqlens[sequence + 1] - start;
     keys = round_up(length, WIDTH);
     factors.resize(keys);
-    if (op.grad == nullptr) {
-      forward();
-    } else {
-      backward();
+    head = first;
+    fetch(end - first);
+    for (; head < end; ++head) {
+      if (op.grad == nullptr) {
+        forward();
+      } else {
+        backward();
+      }
     }
   }
 
@@ -91,23 +97,23 @@ class Task {
   using Array = std::vector<float>;
 
   void forward() {
-    load_transposed(KEY, key);
-    load(VALUE, 0, length, value);
-    scores.resize(BLOCK * keys);
-    result.resize(BLOCK * features);
+    float *left = room(query, BLOCK * features), *row = room(scores, BLOCK * keys), *out = room(result, BLOCK * features);
+    const float *right = load_transposed(KEY, key), *values = load(VALUE, 0, length, value);
     for (int64_t first = 0; first < length; first += BLOCK) {
       const int64_t count = std::min<int64_t>(BLOCK, length - first), rows = round_up(count, TILE);
       load(QUERY, first, count, query);
-      multiply(query.data(), features, key.data(), keys, scores.data(), rows, op.head_dim);
+      multiply(left, features, right, keys, row, rows, op.head_dim);
       for (int64_t i = 0; i < count; ++i) {
-        float* row = scores.data() + i * keys;
-        softmax(row);
+        // Softmax divides what it sums up to; here that is left to the result, which has fewer elements.
+        shares[i] = exponentials(row + i * keys);
         if (draw(first + i)) {
-          for (int64_t j = 0; j < length; ++j) row[j] *= factors[j];
+          for (int64_t j = 0; j < length; ++j) row[i * keys + j] *= factors[j];
         }
       }
-      multiply(scores.data(), keys, value.data(), features, result.data(), rows, length);
-      store_rows(result, 1.0f, first, count, static_cast<T*>(op.out), op.hidden, 0);
+      multiply(row, keys, values, features, out, rows, length);
+      for (int64_t i = 0; i < count; ++i) {
+        store_row(out + i * features, shares[i], static_cast<T*>(op.out) + (start + first + i) * op.hidden);
+      }
     }
   }
 
@@ -115,38 +121,32 @@ class Task {
   // dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
   void backward() {
     const int64_t rows = round_up(length, TILE);
-    load(QUERY, 0, length, query);
-    load_transposed(KEY, key);
-    load_transposed(VALUE, value);
-    load_grad();
-    scores.resize(rows * keys);
-    of_scores.resize(rows * keys);
-    multiply(query.data(), features, key.data(), keys, scores.data(), rows, op.head_dim);
-    multiply(grad.data(), features, value.data(), keys, of_scores.data(), rows, op.head_dim);
-    dropped.assign(rows * keys, 0.0f);
+    const float *queries = load(QUERY, 0, length, query), *of_out = load_grad();
+    float *p = room(scores, rows * keys), *ds = room(of_scores, rows * keys), *pd = room(dropped, rows * keys);
+    multiply(queries, features, load_transposed(KEY, key), keys, p, rows, op.head_dim);
+    multiply(of_out, features, load_transposed(VALUE, value), keys, ds, rows, op.head_dim);
     for (int64_t i = 0; i < length; ++i) backward_row(i);
 
-    turned.assign(rows * rows, 0.0f);
-    result.resize(rows * features);
-    transpose(dropped.data(), length, keys, length, turned.data(), rows);
-    multiply(turned.data(), rows, grad.data(), features, result.data(), rows, length);
-    store_rows(result, 1.0f, 0, length, static_cast<T*>(op.of_qkv), op.width, VALUE);
+    float *across = room(turned, rows * keys), *out = room(result, rows * features);
+    transpose(pd, length, keys, length, across, keys);
+    multiply(across, keys, of_out, features, out, rows, length);
+    store_gradient(out, 1.0f, VALUE);
 
-    transpose(of_scores.data(), length, keys, length, turned.data(), rows);
-    multiply(turned.data(), rows, query.data(), features, result.data(), rows, length);
-    store_rows(result, float(op.scale), 0, length, static_cast<T*>(op.of_qkv), op.width, KEY);
+    transpose(ds, length, keys, length, across, keys);
+    multiply(across, keys, queries, features, out, rows, length);
+    store_gradient(out, float(op.scale), KEY);
 
-    load(KEY, 0, length, key);
-    multiply(of_scores.data(), keys, key.data(), features, result.data(), rows, length);
-    store_rows(result, float(op.scale), 0, length, static_cast<T*>(op.of_qkv), op.width, QUERY);
+    multiply(ds, keys, load(KEY, 0, length, key), features, out, rows, length);
+    store_gradient(out, float(op.scale), QUERY);
   }
 
   // From a query's scores and the gradient of its dropped probabilities to those probabilities and the scores' gradient.
   void backward_row(int64_t i) {
     float *row = scores.data() + i * keys, *of_row = of_scores.data() + i * keys, *to = dropped.data() + i * keys;
-    softmax(row);
+    const float share = exponentials(row);
+    for (int64_t j = 0; j < keys; ++j) row[j] *= share;
     const bool drops = draw(i);
-    float sums[WIDTH] = {}, mean = 0.0f;
+    float sums[WIDTH] = {};
     for (int64_t j = 0; j < keys; j += WIDTH) {
       for (int lane = 0; lane < WIDTH; ++lane) {
         const float factor = drops ? factors[j + lane] : 1.0f;
@@ -155,7 +155,7 @@ class Task {
         sums[lane] += of_row[j + lane] * row[j + lane];
       }
     }
-    for (int lane = 0; lane < WIDTH; ++lane) mean += sums[lane];
+    const float mean = total(sums);
     for (int64_t j = 0; j < keys; ++j) of_row[j] = row[j] * (of_row[j] - mean);
   }
 
@@ -163,39 +163,56 @@ class Task {
     return static_cast<const T*>(op.qkv) + (start + i) * op.width + which * op.hidden + head * op.head_dim;
   }
 
-  // Whole tiles of rows that begin with tokens [first, first + count).
-  void load(Part which, int64_t first, int64_t count, Array& to) const {
-    to.assign(round_up(count, TILE) * features, 0.0f);
-    for (int64_t i = 0; i < count; ++i) {
-      const T* from = part(which, first + i);
-      for (int64_t d = 0; d < op.head_dim; ++d) to[i * features + d] = to_float(from[d]);
-    }
-  }
-
-  void load_transposed(Part which, Array& to) {
-    load(which, 0, length, turned);
-    to.assign(op.head_dim * keys, 0.0f);
-    transpose(turned.data(), length, features, op.head_dim, to.data(), keys);
-  }
-
-  void load_grad() {
-    grad.assign(round_up(length, TILE) * features, 0.0f);
+  // Reads what a task's heads will read in pieces of a head, far apart, which the processor would not fetch ahead.
+  void fetch(int64_t heads) const {
+    const int64_t bytes = heads * op.head_dim * sizeof(T);
+    if (3 * length * bytes > CACHED) return;
     for (int64_t i = 0; i < length; ++i) {
-      const T* from = static_cast<const T*>(op.grad) + (start + i) * op.hidden + head * op.head_dim;
-      for (int64_t d = 0; d < op.head_dim; ++d) grad[i * features + d] = to_float(from[d]);
+      for (const Part which : {QUERY, KEY, VALUE}) {
+        const volatile char* row = reinterpret_cast<const volatile char*>(part(which, i));
+        for (int64_t byte = 0; byte < bytes; byte += 64) row[byte];
+      }
     }
   }
 
-  void store_rows(const Array& rows, float factor, int64_t first, int64_t count, T* to, int64_t stride, int which) const {
-    for (int64_t i = 0; i < count; ++i) {
-      T* row = to + (start + first + i) * stride + which * op.hidden + head * op.head_dim;
-      for (int64_t d = 0; d < op.head_dim; ++d) from_float(rows[i * features + d] * factor, row[d]);
-    }
+  // Tokens [first, first + count), at the beginning of whole tiles of rows.
+  const float* load(Part which, int64_t first, int64_t count, Array& to) const {
+    float* rows = room(to, round_up(count, TILE) * features);
+    for (int64_t i = 0; i < count; ++i) convert(part(which, first + i), op.head_dim, rows + i * features);
+    return rows;
   }
 
-  // Of the scores times the scale, which comes after the largest is taken off and so costs the fewest digits; in place,
-  // over the keys that are kept, zeros where there is none.
-  void softmax(float* row) const {
+  const float* load_transposed(Part which, Array& to) {
+    float* columns = room(to, op.head_dim * keys);
+    if constexpr (std::is_same_v<T, float>) {
+      transpose(part(which, 0), length, op.width, op.head_dim, columns, keys);
+    } else {
+      transpose(load(which, 0, length, turned), length, features, op.head_dim, columns, keys);
+    }
+    return columns;
+  }
+
+  const float* load_grad() {
+    float* rows = room(grad, round_up(length, TILE) * features);
+    const T* from = static_cast<const T*>(op.grad) + start * op.hidden + head * op.head_dim;
+    for (int64_t i = 0; i < length; ++i) convert(from + i * op.hidden, op.head_dim, rows + i * features);
+    return rows;
+  }
+
+  // `to` is a token's row, of which the head has a part.
+  void store_row(const float* row, float factor, T* to) const {
+    for (int64_t d = 0; d < op.head_dim; ++d) from_float(row[d] * factor, to[head * op.head_dim + d]);
+  }
+
+  void store_gradient(const float* rows, float factor, Part which) const {
+    T* to = static_cast<T*>(op.of_qkv) + start * op.width + which * op.hidden;
+    for (int64_t i = 0; i < length; ++i) store_row(rows + i * features, factor, to + i * op.width);
+  }
+
+  // Turns a row of scores into e^(scale (score - largest)), zeros for keys that are not kept and behind the last; returns
+  // the reciprocal of their sum, 0 where no key is kept. The scale comes after the largest is taken off and so costs the
+  // fewest digits.
+  float exponentials(float* row) const {
     for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;
     if (op.key_mask != nullptr) {
       for (int64_t j = 0; j < length; ++j) row[j] = op.key_mask[start + j] ? row[j] : -INFINITY;
@@ -205,16 +222,15 @@ class Task {
     for (int64_t j = 0; j < keys; j += WIDTH) {
       for (int i = 0; i < WIDTH; ++i) most[i] = row[j + i] > most[i] ? row[j + i] : most[i];
     }
-    const float scale = float(op.scale);
-    float largest = -INFINITY, sum = 0.0f;
-    for (int i = 0; i < WIDTH; ++i) largest = most[i] > largest ? most[i] : largest;
-    if (largest == -INFINITY) largest = 0.0f;
+    for (int width = WIDTH / 2; width > 0; width /= 2) {
+      for (int i = 0; i < width; ++i) most[i] = most[i] > most[i + width] ? most[i] : most[i + width];
+    }
+    const float largest = most[0] == -INFINITY ? 0.0f : most[0], scale = float(op.scale);
     for (int64_t j = 0; j < keys; j += WIDTH) {
       for (int i = 0; i < WIDTH; ++i) sums[i] += row[j + i] = exponential((row[j + i] - largest) * scale);
     }
-    for (int i = 0; i < WIDTH; ++i) sum += sums[i];
-    const float share = sum == 0.0f ? 0.0f : 1.0f / sum;
-    for (int64_t j = 0; j < keys; ++j) row[j] *= share;
+    const float sum = total(sums);
+    return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 
   // Sets `factors` to what dropout multiplies a query's probabilities with, by the columns that its keys stand in;
@@ -239,6 +255,7 @@ class Task {
   const Attention& op;
   const int64_t features;  // head_dim in whole vectors
   int64_t sequence, head, start, length, keys;
+  float shares[BLOCK];
   Array query, key, value, grad, scores, of_scores, dropped, turned, result, factors;
 };
 
@@ -248,11 +265,16 @@ extern "C" const char* attention(const Attention* op, int dtype, ParallelFor run
   return with_dtype(dtype, [&](auto element) {
     // Tasks differ in size, so whoever is free takes the next one.
     std::atomic<int64_t> next(0);
-    const int64_t tasks = op->sequences * op->heads;
+    const int64_t enough = op->sequences * op->heads / (4 * op->threads);  // heads a task that leave work to share
+    const int64_t heads = std::min(std::max<int64_t>(1, enough), op->heads);
+    const int64_t groups = (op->heads + heads - 1) / heads, tasks = op->sequences * groups;
     const int64_t mean = tasks == 0 ? 0 : op->tokens / op->sequences;
-    return parallel(run, tasks, mean * (mean + op->head_dim), [&](int64_t, int64_t) {
+    return parallel(run, tasks, heads * mean * (mean + op->head_dim), [&](int64_t, int64_t) {
       Task<decltype(element)> task(*op);
-      for (int64_t i; (i = next++) < tasks;) task.run(op->longest_first[i / op->heads], i % op->heads);
+      for (int64_t i; (i = next++) < tasks;) {
+        const int64_t first = i % groups * heads;
+        task.run(op->longest_first[i / groups], first, std::min(first + heads, op->heads));
+      }
     });
   });
 }

@@ -1,19 +1,6 @@
 // The `bias_gelu_dropout` op on a CPU, forward and backward.
+#include "encoder.h"
 #include "functions.h"
-#include "parallel.h"
-
-enum Activation { GELU, GELU_TANH, RELU };
-
-struct BiasGelu {
-  const void* x;             // (tokens, features) elements
-  const float* bias;         // (features,) or null
-  const int64_t* columns;    // (tokens,)
-  const int64_t* sequences;  // (tokens,)
-  const int64_t* seed;       // (1,) or null
-  void* out;                 // (tokens, features) elements
-  int64_t tokens, features, activation, threshold;
-  double rescale;
-};
 
 struct BiasGeluBackward {
   const void* grad;          // (tokens, features) elements

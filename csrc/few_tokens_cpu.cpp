@@ -1,10 +1,8 @@
-// x W^T + b for so few tokens that reading the weight takes longer than multiplying with it.
-//
-// The weight streams through the caches once, as it lies in memory; x, transposed, stays in them. While a tile is
-// multiplied, the next one is fetched: the processor's own prefetching starts anew at every row and page.
+// The weight streams through the caches once, as it lies in memory; x, transposed, stays in them.
+#include "few_tokens.h"
+
 #include <memory>
 
-#include "parallel.h"
 #include "product.h"
 
 struct FewTokens {
@@ -18,75 +16,98 @@ struct FewTokens {
 namespace {
 
 constexpr int64_t LINE = 64 / sizeof(float);  // elements of a line of the cache
+constexpr int64_t PAGE = 4096 / sizeof(float);
 
-// x^T of up to LANES tokens, zeros beyond them; by blocks of features, so that a block's lines stay in the cache.
-template <int LANES>
-void transpose(const float* x, int64_t tokens, int64_t features, float* transposed) {
-  for (int64_t begin = 0; begin < features; begin += LINE) {
-    const int64_t end = begin + LINE < features ? begin + LINE : features;
-    for (int64_t token = 0; token < LANES; ++token) {
-      for (int64_t k = begin; k < end; ++k) transposed[k * LANES + token] = token < tokens ? x[token * features + k] : 0.0f;
-    }
-  }
-}
+struct Operand {
+  const float* transposed;  // (in_features, LANES)
+  int64_t first, tokens;    // which rows of x and of the results
+  int64_t in_features;
+};
 
-// Columns [begin, end) of the result.
+// Column `column` and the following of the result, as many as a tile has rows.
 template <int VECTORS>
-void multiply_columns(const FewTokens& op, const float* transposed, int64_t begin, int64_t end) {
+void multiply_tile_of(const Operand& x, const Product& product, int64_t column) {
   constexpr int ROWS = TILE_ROWS<VECTORS>, LANES = VECTORS * WIDTH;
   float tile[ROWS * LANES];
-  for (int64_t column = begin; column < end; column += ROWS) {
-    const int rows = column + ROWS > op.out_features ? int(op.out_features - column) : ROWS;
-    const float* weight = op.weight + column * op.in_features;
-    if (rows == ROWS) {
-      const float* next = weight + ROWS * op.in_features;
-      // ROWS lines for every LINE steps, which is how fast a tile's rows are consumed.
-      const auto fetch = [&](int64_t k) {
-        if (k % LINE < ROWS) __builtin_prefetch(next + (k / LINE * ROWS + k % LINE) * LINE, 0, 2);
-      };
-      multiply_tile<ROWS, VECTORS>(weight, op.in_features, transposed, LANES, tile, LANES, op.in_features, fetch);
-    } else {
-      for (int i = 0; i < rows; ++i) {
-        const float* row = weight + i * op.in_features;
-        multiply_tile<1, VECTORS>(row, 0, transposed, LANES, tile + i * LANES, LANES, op.in_features, [](int64_t) {});
-      }
+  const int64_t depth = x.in_features;
+  const int rows = int(std::min<int64_t>(ROWS, product.out_features - column));
+  const float* weight = product.weight + column * depth;
+  const auto nothing = [](int64_t) {};
+  if (rows < ROWS) {
+    for (int i = 0; i < rows; ++i) {
+      multiply_tile<1, VECTORS>(weight + i * depth, 0, x.transposed, LANES, tile + i * LANES, LANES, depth, nothing);
     }
-    for (int64_t token = 0; token < op.tokens; ++token) {
-      float* out = op.out + token * op.out_stride + column;
-      for (int i = 0; i < rows; ++i) out[i] = tile[i * LANES + token] + (op.bias == nullptr ? 0.0f : op.bias[column + i]);
+  } else if (depth >= PAGE) {
+    multiply_tile<ROWS, VECTORS>(weight, depth, x.transposed, LANES, tile, LANES, depth, nothing);
+  } else {
+    // Rows of less than a page are too short for the processor's own prefetching, which starts anew at each of them. So
+    // the next tile is fetched meanwhile: ROWS lines for every LINE steps, which is how fast a tile is consumed.
+    const float* next = weight + ROWS * depth;
+    const auto fetch = [&](int64_t k) {
+      if (k % LINE < ROWS) __builtin_prefetch(next + (k / LINE * ROWS + k % LINE) * LINE, 0, 2);
+    };
+    multiply_tile<ROWS, VECTORS>(weight, depth, x.transposed, LANES, tile, LANES, depth, fetch);
+  }
+  for (int64_t token = 0; token < x.tokens; ++token) {
+    float* out = product.out + (x.first + token) * product.out_stride + column;
+    for (int i = 0; i < rows; ++i) {
+      out[i] = tile[i * LANES + token] + (product.bias == nullptr ? 0.0f : product.bias[column + i]);
     }
   }
 }
 
 template <int VECTORS>
-const char* multiply(const FewTokens& op, ParallelFor run) {
+const char* multiply(const float* x, Operand operand, const Product* products, int count, ParallelFor run) {
   constexpr int ROWS = TILE_ROWS<VECTORS>, LANES = VECTORS * WIDTH;
-  const std::unique_ptr<float[]> transposed(new float[op.in_features * LANES]);
-  transpose<LANES>(op.x, op.tokens, op.in_features, transposed.get());
-  const int64_t tiles = (op.out_features + ROWS - 1) / ROWS;
-  return parallel(run, tiles, ROWS * op.in_features, [&](int64_t begin, int64_t end) {
-    multiply_columns<VECTORS>(op, transposed.get(), begin * ROWS, end * ROWS < op.out_features ? end * ROWS : op.out_features);
+  const int64_t depth = operand.in_features;
+  const std::unique_ptr<float[]> transposed(new float[depth * LANES]);
+  operand.transposed = transposed.get();
+  const char* error = parallel(run, round_up(depth, WIDTH) / WIDTH, LANES * WIDTH, [&](int64_t begin, int64_t end) {
+    const int64_t first = begin * WIDTH, features = std::min(end * WIDTH, depth) - first;
+    transpose(x + operand.first * depth + first, operand.tokens, depth, features, transposed.get() + first * LANES, LANES);
   });
-}
-
-const char* multiply(const FewTokens& op, ParallelFor run) {
-  if (op.tokens <= WIDTH) return multiply<1>(op, run);
-  if (op.tokens <= 2 * WIDTH) return multiply<2>(op, run);
-  if (op.tokens <= 3 * WIDTH) return multiply<3>(op, run);
-  return multiply<4>(op, run);
+  const auto tiles_of = [](const Product& product) { return round_up(product.out_features, ROWS) / ROWS; };
+  int64_t tiles = 0;
+  for (int i = 0; i < count; ++i) tiles += tiles_of(products[i]);
+  if (error != nullptr) return error;
+  return parallel(run, tiles, ROWS * depth, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // tile of a product
+    for (int i = 0; i < count; ++i) {
+      const int64_t beyond = first + tiles_of(products[i]);
+      for (int64_t tile = std::max(begin, first); tile < std::min(end, beyond); ++tile) {
+        multiply_tile_of<VECTORS>(operand, products[i], (tile - first) * ROWS);
+      }
+      first = beyond;
+    }
+  });
 }
 
 }  // namespace
 
-extern "C" const char* few_tokens(const FewTokens* op, int, ParallelFor run) {
+const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
+                         ParallelFor run) {
   constexpr int64_t MOST = 4 * WIDTH;
   const char* error = nullptr;
-  for (int64_t begin = 0; begin < op->tokens && error == nullptr; begin += MOST) {
-    FewTokens part = *op;
-    part.x += begin * op->in_features;
-    part.out += begin * op->out_stride;
-    part.tokens = op->tokens - begin < MOST ? op->tokens - begin : MOST;
-    error = multiply(part, run);
+  for (int64_t first = 0; first < tokens && error == nullptr; first += MOST) {
+    const Operand part = {nullptr, first, std::min(MOST, tokens - first), in_features};
+    switch ((part.tokens - 1) / WIDTH) {
+      case 0:
+        error = multiply<1>(x, part, products, count, run);
+        break;
+      case 1:
+        error = multiply<2>(x, part, products, count, run);
+        break;
+      case 2:
+        error = multiply<3>(x, part, products, count, run);
+        break;
+      default:
+        error = multiply<4>(x, part, products, count, run);
+    }
   }
   return error;
+}
+
+extern "C" const char* few_tokens(const FewTokens* op, int, ParallelFor run) {
+  const Product product = {op->weight, op->bias, op->out, op->out_features, op->out_stride};
+  return multiply_few(op->x, op->tokens, op->in_features, &product, 1, run);
 }

@@ -16,7 +16,8 @@ from transformers.pytorch_utils import prune_linear_layer
 from . import flags, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
-from .projections import is_plain, project, project_side_by_side
+from .ops import native_layer
+from .projections import is_plain, project, project_side_by_side, scratch_for, takes_few_tokens
 from .reference import feature_dropout
 
 # The places of a layer where dropout happens, each with a seed of its own.
@@ -41,12 +42,18 @@ def _add_norm(
     batch: TokenBatch,
     p: float = 0.0,
     seed: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """`ops.add_layernorm` with a module's layer norm, or the module itself where it is no plain one."""
     if is_plain(norm, nn.LayerNorm):
-        return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, p, seed)
+        return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, p, seed, overwrite)
     x = x if bias is None else x + bias
     return norm(residual + feature_dropout(x, batch.columns, batch.sequences, p, seed))
+
+
+def _may_overwrite_product(linear: nn.Module) -> bool:
+    """Whether nobody needs a linear's product but the next op: no gradient and no module but its own can keep it."""
+    return not torch.is_grad_enabled() and is_plain(linear, nn.Linear)
 
 
 @torch.compiler.assume_constant_result
@@ -110,6 +117,7 @@ class ErnieMSelfAttention(nn.Module):
         self.num_attention_heads = config.num_attention_heads
         self.attention_head_size = config.hidden_size // config.num_attention_heads
         self.all_head_size = config.hidden_size
+        self.scale = 1.0 / math.sqrt(self.attention_head_size)
         self.q_proj = nn.Linear(config.hidden_size, self.all_head_size)
         self.k_proj = nn.Linear(config.hidden_size, self.all_head_size)
         self.v_proj = nn.Linear(config.hidden_size, self.all_head_size)
@@ -123,10 +131,11 @@ class ErnieMSelfAttention(nn.Module):
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
+        scratch: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to `(tokens, heads · head_dim)`, and the probabilities where they are asked for."""
-        qkv = project_side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden)
-        heads, scale = self.num_attention_heads, 1.0 / math.sqrt(self.attention_head_size)
+        qkv = project_side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden, scratch)
+        heads, scale = self.num_attention_heads, self.scale
         p, seed = _rate_and_seed(self.dropout, seeds, _ATTENTION)
         probabilities = None
         if output_attentions or scores_bias is not None:
@@ -199,6 +208,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
+        scratch: Tensor | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to the same, and the attention probabilities where they are asked for.
 
@@ -209,25 +219,30 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             head_mask: `(heads,)`, factors of the heads' results.
             scores_bias: see `ops.attention_with_probabilities`.
             output_attentions: whether to return the probabilities.
+            scratch: memory that products may take and that the next one may take again, or None.
         """
-        attention = (head_mask, scores_bias, output_attentions)
+        if seeds is head_mask is scores_bias is None and not output_attentions and self._is_one_call(hidden):
+            return self._one_call(hidden, batch), None
+        attention = (head_mask, scores_bias, output_attentions, scratch)
         context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
         x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
         p_and_seed = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
-        hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed)
-        x, bias = self._feed_forward(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION))
+        overwrite = _may_overwrite_product(self.self_attn.out_proj)
+        hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed, overwrite)
+        x, bias = self._feed_forward(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION), scratch)
         p_and_seed = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
-        return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed), probabilities
+        overwrite = _may_overwrite_product(self.linear2)
+        return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed, overwrite), probabilities
 
     def _feed_forward(
-        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None
+        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """As `project`: `(tokens, hidden)`, and the bias where that is left to the next op."""
         fused = self._fused_activation is not None
-        x, bias = project(self.linear1, hidden, leave_bias=fused and ops.fuses_bias("bias_gelu", hidden))
+        leave_bias = fused and ops.fuses_bias("bias_gelu", hidden)
+        x, bias = project(self.linear1, hidden, leave_bias, scratch)
         leave_bias = ops.fuses_bias("layernorm", x)
-        # The product is nobody else's where no gradient and no module but its own can have kept it.
-        overwrite = not torch.is_grad_enabled() and is_plain(self.linear1, nn.Linear)
+        overwrite = _may_overwrite_product(self.linear1)
 
         def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
             if fused:
@@ -240,6 +255,28 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             # Computing again ends with what the second product keeps for its weight's gradient: it does not run twice.
             return checkpoint(activate_and_project, x, use_reentrant=False)
         return activate_and_project(x)
+
+    def _linears(self) -> dict[str, nn.Module]:
+        inner = self.self_attn.self_attn
+        attention = {"q": inner.q_proj, "k": inner.k_proj, "v": inner.v_proj, "out": self.self_attn.out_proj}
+        return {**attention, "up": self.linear1, "down": self.linear2}
+
+    def _is_one_call(self, hidden: Tensor) -> bool:
+        """Whether one native call computes all of the layer: its products and ops, none of them replaced or hooked."""
+        return (
+            takes_few_tokens(hidden, self.linear1.weight)
+            and self._fused_activation is not None
+            and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in self._linears().values())
+            and is_plain(self.norm1, nn.LayerNorm)
+            and is_plain(self.norm2, nn.LayerNorm)
+            and native_layer.serves(self.self_attn.self_attn.attention_head_size)
+        )
+
+    def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
+        inner = self.self_attn.self_attn
+        norms = {"norm1": self.norm1, "norm2": self.norm2}
+        heads, scale = inner.num_attention_heads, inner.scale
+        return native_layer.layer(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation)
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2
@@ -278,12 +315,13 @@ class ErnieMEncoder(nn.Module):
             probabilities. The two lists are empty unless asked for.
         """
         states, attentions = [], []
+        scratch = scratch_for(hidden, max(3 * self.config.hidden_size, self.config.intermediate_size))
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
             mask = None if head_mask is None else head_mask[index, layer.self_attn.present_heads()]
             of_layer = None if seeds is None else seeds[index]
-            hidden, probabilities = layer(hidden, batch, of_layer, mask, scores_bias, output_attentions)
+            hidden, probabilities = layer(hidden, batch, of_layer, mask, scores_bias, output_attentions, scratch)
             if output_attentions:
                 attentions.append(probabilities)
         if output_hidden_states:

@@ -3,8 +3,9 @@
 Flags are read when a call is made, so that they can be toggled in a running process.
 """
 
+import functools
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -53,6 +54,9 @@ FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE
 
 _overrides: ContextVar[Mapping[str, str]] = ContextVar("erniem_fast_overrides", default=MappingProxyType({}))
 
+# What `while_held` keeps; None where the flags may change at any time.
+_memo: ContextVar[dict[tuple, object] | None] = ContextVar("erniem_fast_memo", default=None)
+
 
 def read(flag: Flag) -> str:
     """The value in force: that of the innermost `use_kernels`, else the environment's, else the default.
@@ -83,11 +87,24 @@ def held() -> Iterator[None]:
         ValueError: the environment holds an unknown flag or value.
     """
     check_names()
-    token = _overrides.set({name: read(flag) for name, flag in FLAGS.items()})
-    try:
+    with _set(_overrides, {name: read(flag) for name, flag in FLAGS.items()}), _set(_memo, {}):
         yield
-    finally:
-        _overrides.reset(token)
+
+
+def while_held(function: Callable) -> Callable:
+    """Calls a function that depends on its arguments and the flags alone once for as long as the flags are held."""
+
+    @functools.wraps(function)
+    def call(*args: object) -> object:
+        memo = _memo.get()
+        if memo is None:
+            return function(*args)
+        key = (function, args)
+        if key not in memo:
+            memo[key] = function(*args)
+        return memo[key]
+
+    return call
 
 
 @contextmanager
@@ -109,11 +126,17 @@ def use_kernels(
     """
     chosen = {"embeddings": embeddings, "attention": attention, "bias_gelu": bias_gelu, "layernorm": layernorm}
     values = {OPS[op].name: _valid(OPS[op], value, op) for op, value in chosen.items() if value is not None}
-    token = _overrides.set({**_overrides.get(), **values})
+    with _set(_overrides, {**_overrides.get(), **values}), _set(_memo, None):
+        yield
+
+
+@contextmanager
+def _set(variable: ContextVar, value: object) -> Iterator[None]:
+    token = variable.set(value)
     try:
         yield
     finally:
-        _overrides.reset(token)
+        variable.reset(token)
 
 
 def _valid(flag: Flag, value: str, source: str) -> str:

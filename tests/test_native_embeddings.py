@@ -18,6 +18,7 @@ from erniem_fast.ops import embeddings, native, native_embeddings
 PADDING, EPS = 1, 1e-5
 HIDDEN = [1, 7, 96, 384, 768, 1024, 1031]
 HALVES = [torch.float16, torch.bfloat16]
+STATM = Path("/proc/self/statm")
 CUDA_ON_HOST = Path(__file__).parent / "cuda_on_host"
 
 
@@ -199,6 +200,27 @@ def test_gradients_are_the_same_at_every_run_and_number_of_threads(device):
         results = case.run("native")
         torch.set_num_threads(threads)
         assert all(torch.equal(result, first) for result, first in zip(results, expected, strict=True))
+
+
+def test_a_large_tables_gradient_takes_the_memory_of_its_words_alone(device, request):
+    if request.node.callspec.params["device"] != "cpu" or not STATM.exists():
+        pytest.skip("about the CPU's memory, as Linux reports it")
+    words, hidden = 200_000, 64  # 51 MB
+    case = Case(batch_of(100, device), hidden)
+    case.tables[0] = torch.zeros(words, hidden)
+    case.ids = torch.randint(0, words, (100,))
+    before = resident_bytes()
+    of_words = case.run("native")[1]
+    assert resident_bytes() - before < 5e6
+    exact = case.run("reference", torch.float64)[1]
+    assert error(of_words, exact) < 1e-5
+    of_words += 1  # as an optimizer may
+    assert error(of_words, exact + 1) < 1e-5
+
+
+def resident_bytes() -> int:
+    pages = int(STATM.read_text().split()[1])
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 @pytest.mark.parametrize("implementation", ["native", "triton", "torch", "reference"])

@@ -1166,22 +1166,41 @@ def test_verify_runs_the_reference_in_both_directions(calls, verify):
 # --- A result in its input's memory ----------------------------------------------------------------------------------
 
 
+def gelu_of(x, bias, dropout, **options):
+    return ops.bias_gelu_dropout(x, bias, "gelu", *dropout, **options)
+
+
+def norm_of(x, bias, dropout, **options):
+    residual, weight, norm_bias = torch.linspace(-1, 1, x.numel()).view_as(x), torch.ones(97), torch.zeros(97)
+    return ops.add_layernorm(residual, x, bias, weight, norm_bias, 1e-5, *dropout, **options)
+
+
+@pytest.mark.parametrize("op", [gelu_of, norm_of])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 @pytest.mark.parametrize("bias", [True, False])
-def test_overwrite(bias, p, monkeypatch):
+def test_overwrite(op, bias, p, monkeypatch):
     """The same bits; in the input's memory where an implementation can and nothing else needs the input."""
-    batch, leaf = BATCHES["holes, packed"], randn(TOKENS, 97, dtype=torch.float32)
-    arguments = (randn(97, dtype=torch.float32) if bias else None, "gelu", batch, p, SEED if p else None)
-    expected = ops.bias_gelu_dropout(leaf, *arguments)
-    assert torch.equal(ops.bias_gelu_dropout(leaf.clone(), *arguments, overwrite=True), expected)
+    dropout = (BATCHES["holes, packed"], p, SEED if p else None)
+    leaf, bias = randn(TOKENS, 97, dtype=torch.float32), randn(97, dtype=torch.float32) if bias else None
+    expected = op(leaf, bias, dropout)
+    assert torch.equal(op(leaf.clone(), bias, dropout, overwrite=True), expected)
 
     def overwritten(x):
         before = x.detach().clone()
-        assert torch.equal(ops.bias_gelu_dropout(x, *arguments, overwrite=True).detach(), expected)
+        assert torch.equal(op(x, bias, dropout, overwrite=True).detach(), expected)
         return not torch.equal(x.detach(), before)
 
     assert not overwritten(leaf.clone().requires_grad_())
-    with use_kernels(bias_gelu="native"):
+    with use_kernels(bias_gelu="native", layernorm="native"):
         assert overwritten(leaf.clone())
         monkeypatch.setenv(flags.VERIFY.name, "1")
         assert not overwritten(leaf.clone())
+
+
+def test_a_norm_overwrites_nothing_of_a_narrower_dtype():
+    x, residual = torch.randn(TOKENS, 97, dtype=torch.bfloat16), torch.randn(TOKENS, 97)
+    before, norm = x.clone(), (torch.ones(97), torch.zeros(97), 1e-5)
+    with use_kernels(layernorm="native"):
+        out = ops.add_layernorm(residual, x, None, *norm, BATCHES["holes, packed"], overwrite=True)
+    assert out.dtype == torch.float32
+    assert torch.equal(x, before)

@@ -10,7 +10,7 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
 from erniem_fast import extension, projections
-from erniem_fast.projections import project, project_side_by_side
+from erniem_fast.projections import project, project_side_by_side, scratch_for
 
 SIZES = (24, 24, 16)  # not all equal, as where a layer was pruned by hand
 TOKENS, FEATURES = 7, 32
@@ -198,8 +198,26 @@ def test_project_calls_a_special_module(special, leave_bias):
 native = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
 
 
+@pytest.mark.parametrize("tokens", [1, 12, 130])
+@pytest.mark.parametrize("leave_bias", [True, False])
+def test_products_take_the_scratch(tokens, leave_bias):
+    linear, x = nn.Linear(FEATURES, 24), torch.randn(tokens, FEATURES)
+    assert scratch_for(x, 72) is None  # autograd keeps products
+    with torch.no_grad():
+        scratch = scratch_for(x, 72).fill_(torch.nan)
+        assert scratch.numel() == 72 * tokens
+        product, bias = project(linear, x, leave_bias, scratch)
+        assert product.data_ptr() == scratch.data_ptr()
+        product = product if bias is None else product + bias
+        torch.testing.assert_close(product, linear(x), **TOLERANCE)
+        joined = project_side_by_side([linear] * 3, x, scratch)
+        assert joined.data_ptr() == scratch.data_ptr()
+        torch.testing.assert_close(joined, torch.cat([linear(x)] * 3, dim=1), **TOLERANCE)
+        assert project(LowRank(linear), x, leave_bias, scratch)[0].data_ptr() != scratch.data_ptr()
+
+
 @native
-@pytest.mark.parametrize("tokens", [4, 15, 16, 17, 32, 33, 48, 49, 64])
+@pytest.mark.parametrize("tokens", [4, 15, 16, 17, 32, 33, 48, 49, 64, 65, 128])
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 24), (768, 97), (31, 5), (7, 1), (96, 3072)])
 def test_few_tokens_beside_float64(tokens, inputs, outputs, poisoned_memory):
     x, linear = torch.randn(tokens, inputs), nn.Linear(inputs, outputs)
@@ -224,7 +242,7 @@ def test_few_tokens_is_for_plain_inference_alone(monkeypatch):
         with torch.no_grad():
             project(linear.bfloat16(), x.bfloat16(), leave_bias=False)
             project(linear.float(), x[:3], leave_bias=False)
-            project(linear, torch.randn(65, FEATURES), leave_bias=False)
+            project(linear, torch.randn(129, FEATURES), leave_bias=False)
             with torch.autocast("cpu", torch.bfloat16):
                 project(linear, x, leave_bias=False)
             with FakeTensorMode(allow_non_fake_inputs=True):

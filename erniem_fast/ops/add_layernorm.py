@@ -22,6 +22,7 @@ def add_layernorm(
     batch: TokenBatch,
     p: float = 0.0,
     seed: Tensor | None = None,
+    overwrite: bool = False,
 ) -> Tensor:
     """LN(residual + dropout(x + bias)).
 
@@ -33,6 +34,7 @@ def add_layernorm(
         batch: the tokens' coordinates, for dropout.
         p: probability of dropping an element.
         seed: int64, one element; None for no dropout.
+        overwrite: lets the result take the memory of `x` where no gradient is wanted, which saves fetching it.
 
     Returns:
         `(tokens, hidden)` in the dtype that `residual` and `x` promote to.
@@ -44,7 +46,7 @@ def add_layernorm(
     tensors = (residual, x, bias, weight, norm_bias)
     save = differentiable(*tensors)
     inputs = (*tensors, eps, batch.columns, batch.sequences, p, seed, save)
-    return call("layernorm", name, _forward, save, *inputs)[0]
+    return call("layernorm", name, _forward, save, *inputs, overwrite=overwrite)[0]
 
 
 @torch.library.custom_op("erniem_fast::add_layernorm", mutates_args=())

@@ -21,7 +21,7 @@ class Implementation:
         forward, backward: take and return what the op's two custom ops do, without the implementation's name.
         refuses: why it cannot serve a device and dtype, with the remedy; None where it can.
         prepare: makes it ready to serve a device, for callers that ask for it by name.
-        forward_in_place: a forward whose result takes the memory of its first argument; None where there is none.
+        forward_in_place: a forward whose result takes the memory of an argument; None where there is none.
         fuses_bias: whether the bias of the matrix product before it is cheaper here than in the product.
         automatic: whether `auto` takes it on a device that it can serve.
         largest: the largest size that it can serve, see `choose`.
@@ -49,6 +49,7 @@ IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph
+@flags.while_held
 def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
     """The implementation that runs a call: the flag's, or with `auto` the first that can serve it.
 
@@ -89,7 +90,7 @@ def call(
 ) -> Tensors:
     """Runs a forward: as a custom op where autograd, a graph or a fake tensor must know of it, else directly.
 
-    `overwrite` lets the result take the memory of the first input, which nobody needs afterwards.
+    `overwrite` lets the result take the memory of the input that the op says nobody needs afterwards.
     """
     if differentiable or torch.compiler.is_compiling() or type(inputs[0]) is not Tensor:
         return custom_op(*inputs, name)

@@ -5,6 +5,7 @@ import ctypes
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
 
 import torch
@@ -25,7 +26,7 @@ INT, FLOAT, ELEMENT = torch.int64, torch.float32, None
 DROPOUT = {"columns": (INT, "tokens"), "sequences": (INT, "tokens"), "seed": (INT, 1)}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Function:
     """A function of the libraries, and its structure of csrc/.
 
@@ -48,37 +49,46 @@ class Function:
         for name, (kind, *shape) in self.tensors.items():
             tensor = values[name]
             if tensor is not None:
-                tensor = self._checked(name, tensor, device, kind or dtype, [values.get(size, size) for size in shape])
-                kept.append(tensor)
+                wanted = tuple(map(values.get, shape, shape))
+                if tensor.shape != wanted or tensor.device != device:
+                    raise ValueError(
+                        f"{self.name}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, but the other "
+                        f"arguments need {wanted} on {device}."
+                    )
+                if name not in self.strided:
+                    tensor = tensor.to(kind or dtype).contiguous()
+                    kept.append(tensor)
                 values[name] = tensor.data_ptr()
-        run, structure = self._on(device.type)
+        run, structure = _linked(extension.load(device.type), self)
         with torch.cuda.device(device) if device.type == "cuda" else _HERE:
-            error = run(structure(**values), _DTYPES[dtype], _context(device))
+            error = run(structure(*self._in_order(values)), _DTYPES[dtype], _context(device))
         if error is not None:
             raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
 
-    def _checked(self, name: str, tensor: Tensor, device: torch.device, dtype: torch.dtype, shape: list[int]) -> Tensor:
-        if list(tensor.shape) != shape or tensor.device != device:
-            raise ValueError(
-                f"{self.name}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, but the other arguments need "
-                f"{tuple(shape)} on {device}."
-            )
-        return tensor if name in self.strided else tensor.to(dtype).contiguous()
+    @functools.cached_property
+    def fields(self) -> tuple[tuple[str, type], ...]:
+        """The structure's fields in their order: addresses, integers, floating-point numbers."""
+        kinds = (
+            (ctypes.c_void_p, self.tensors),
+            (ctypes.c_int64, self.sizes.split()),
+            (ctypes.c_double, self.factors.split()),
+        )
+        return tuple((name, kind) for kind, names in kinds for name in names)
 
-    def _on(self, device: str) -> tuple[Callable[..., bytes | None], type[ctypes.Structure]]:
-        """The function of a device's library, and the type of its argument."""
-        return _linked(extension.load(device), self.name, tuple(self.tensors), self.sizes, self.factors)
+    @functools.cached_property
+    def _in_order(self) -> Callable[[dict[str, object]], tuple]:
+        """A structure's values, by name, in the order of its fields."""
+        return itemgetter(*(name for name, _ in self.fields))
 
 
 @functools.cache
-def _linked(library: ctypes.CDLL, name: str, tensors: tuple[str, ...], sizes: str, factors: str):
-    kinds = ((ctypes.c_void_p, tensors), (ctypes.c_int64, sizes.split()), (ctypes.c_double, factors.split()))
-    fields = [(field, kind) for kind, names in kinds for field in names]
-    structure = type(name, (ctypes.Structure,), {"_fields_": fields})
-    function = getattr(library, name)
-    function.argtypes = (ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p)
-    function.restype = ctypes.c_char_p
-    return function, structure
+def _linked(library: ctypes.CDLL, function: Function) -> tuple[Callable[..., bytes | None], type[ctypes.Structure]]:
+    """The function of a library, and the type of its argument."""
+    structure = type(function.name, (ctypes.Structure,), {"_fields_": function.fields})
+    run = getattr(library, function.name)
+    run.argtypes = (ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p)
+    run.restype = ctypes.c_char_p
+    return run, structure
 
 
 _HERE = contextlib.nullcontext()

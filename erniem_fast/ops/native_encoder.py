@@ -7,7 +7,7 @@ from ..reference import wide
 from .native import DROPOUT, ELEMENT, FLOAT, INT, TOKENS_PER_CHUNK, Function, dropout, implementation, seed_and_rate
 
 # As csrc/bias_gelu_dropout_cpu.cpp numbers them.
-_ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
+ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 
 _BIAS_GELU = Function(
     "bias_gelu_forward",
@@ -79,7 +79,7 @@ _ATTENTION = Function(
         "out": (ELEMENT, "tokens", "hidden"),
         "of_qkv": (ELEMENT, "tokens", "width"),
     },
-    sizes="tokens sequences bounds width hidden heads head_dim threshold",
+    sizes="tokens sequences bounds width hidden heads head_dim threads threshold",
     factors="scale rescale",
 )
 
@@ -114,7 +114,7 @@ def _bias_gelu_into(out, x, bias, activation, columns, sequences, p, seed):
         out=out,
         tokens=tokens,
         features=features,
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         **dropout(columns, sequences, p, seed),
     )
     return out
@@ -137,15 +137,25 @@ def _bias_gelu_backward(grad, x, bias, activation, columns, sequences, p, seed):
         chunks=chunks,
         tokens_per_chunk=TOKENS_PER_CHUNK,
         features=features,
-        activation=_ACTIVATIONS[activation],
+        activation=ACTIVATIONS[activation],
         **dropout(columns, sequences, p, seed),
     )
     return of_x, x.new_empty(0, dtype=wide(x.dtype)) if bias is None else of_bias.sum(0)
 
 
-def _add_layernorm_forward(residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save):
+def _add_layernorm_forward(residual, x, *rest):
+    dtype = torch.promote_types(residual.dtype, x.dtype)
+    return _add_layernorm_into(torch.empty_like(x, dtype=dtype), residual, x, *rest)
+
+
+def _add_layernorm_in_place(residual, x, *rest):
+    if x.dtype != torch.promote_types(residual.dtype, x.dtype):
+        return _add_layernorm_forward(residual, x, *rest)
+    return _add_layernorm_into(x, residual, x, *rest)
+
+
+def _add_layernorm_into(out, residual, x, bias, weight, norm_bias, eps, columns, sequences, p, seed, save):
     tokens, hidden = x.shape
-    out = torch.empty(tokens, hidden, dtype=torch.promote_types(residual.dtype, x.dtype), device=x.device)
     z = torch.empty_like(out) if save else None
     _ADD_LAYERNORM(
         out.device,
@@ -243,18 +253,19 @@ def _attend(
         hidden=width // 3,
         heads=heads,
         head_dim=width // (3 * heads),
+        threads=torch.get_num_threads(),
         scale=scale,
         **seed_and_rate(p, seed),
     )
 
 
-def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> None:
+def few_tokens(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     """Writes `F.linear(x, weight, bias)` into `out`, whose rows may lie apart; float32.
 
     Args:
+        out: `(tokens, out_features)`.
         x: `(tokens, in_features)`, a few tens of tokens: with more of them PyTorch's product is faster.
         weight, bias: `(out_features, in_features)`, and `(out_features,)` or None.
-        out: `(tokens, out_features)`.
     """
     tokens, in_features = x.shape
     _FEW_TOKENS(
@@ -273,4 +284,4 @@ def few_tokens(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> N
 
 BIAS_GELU = implementation(_bias_gelu_forward, _bias_gelu_backward, ("cpu",), _bias_gelu_in_place)
 ATTENTION = implementation(_attention_forward, _attention_backward, ("cpu",))
-ADD_LAYERNORM = implementation(_add_layernorm_forward, _add_layernorm_backward, ("cpu",))
+ADD_LAYERNORM = implementation(_add_layernorm_forward, _add_layernorm_backward, ("cpu",), _add_layernorm_in_place)

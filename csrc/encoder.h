@@ -1,0 +1,55 @@
+// What Python passes to the ops inside a layer, and what a whole layer passes to them: addresses of contiguous tensors,
+// then sizes, then factors, as in erniem_fast/ops/native_encoder.py. "Elements" are of the dtype that the call names.
+// Each function returns null, or what went wrong.
+#pragma once
+
+#include "parallel.h"
+
+struct Attention {
+  const void* qkv;               // (tokens, width) elements: all queries, then all keys, then all values of a token
+  const int64_t* longest_first;  // (sequences,)
+  const int32_t* cu_seqlens;     // (bounds,), one more than there are sequences
+  const int64_t* columns;        // (tokens,)
+  const bool* key_mask;          // (tokens,) or null
+  const int64_t* seed;           // (1,) or null
+  const void* grad;              // (tokens, hidden) elements, or null in the forward
+  void* out;                     // (tokens, hidden) elements, or null in the backward
+  void* of_qkv;                  // (tokens, width) elements, or null in the forward
+  // hidden is heads * head_dim, and width 3 * hidden.
+  int64_t tokens, sequences, bounds, width, hidden, heads, head_dim, threads, threshold;
+  double scale, rescale;
+};
+
+extern "C" const char* attention(const Attention* op, int dtype, ParallelFor run);
+
+struct AddLayernorm {
+  const void* residual;      // (tokens, hidden) elements
+  const void* x;             // (tokens, hidden) elements
+  const float* bias;         // (hidden,) or null
+  const float* weight;       // (hidden,)
+  const float* norm_bias;    // (hidden,)
+  const int64_t* columns;    // (tokens,)
+  const int64_t* sequences;  // (tokens,)
+  const int64_t* seed;       // (1,) or null
+  void* out;                 // (tokens, hidden) elements
+  void* z;                   // (tokens, hidden) elements, the layer norm's input for the backward, or null
+  int64_t tokens, hidden, threshold;
+  double eps, rescale;
+};
+
+extern "C" const char* add_layernorm_forward(const AddLayernorm* op, int dtype, ParallelFor run);
+
+enum Activation { GELU, GELU_TANH, RELU };
+
+struct BiasGelu {
+  const void* x;             // (tokens, features) elements
+  const float* bias;         // (features,) or null
+  const int64_t* columns;    // (tokens,)
+  const int64_t* sequences;  // (tokens,)
+  const int64_t* seed;       // (1,) or null
+  void* out;                 // (tokens, features) elements
+  int64_t tokens, features, activation, threshold;
+  double rescale;
+};
+
+extern "C" const char* bias_gelu_forward(const BiasGelu* op, int dtype, ParallelFor run);

@@ -1,0 +1,16 @@
+// x W^T + b for so few tokens that reading the weight takes longer than multiplying with it; float32.
+#pragma once
+
+#include "parallel.h"
+
+// One of the products of the same x.
+struct Product {
+  const float* weight;  // (out_features, in_features)
+  const float* bias;    // (out_features,) or null
+  float* out;           // (tokens, out_features), its rows `out_stride` apart
+  int64_t out_features, out_stride;
+};
+
+// The products of x, (tokens, in_features). Returns null, or what went wrong.
+const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
+                         ParallelFor run);

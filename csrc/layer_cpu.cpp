@@ -1,0 +1,97 @@
+// A whole layer for so few tokens that coming back to Python between its ops takes as long as some of them do.
+#include "encoder.h"
+#include "few_tokens.h"
+
+struct Layer {
+  const float* x;  // (tokens, hidden)
+  // Weights of linears are (out_features, in_features), biases (out_features,), parameters of layer norms (hidden,).
+  const float *q_weight, *q_bias, *k_weight, *k_bias, *v_weight, *v_bias, *out_weight, *out_bias;
+  const float *norm1_weight, *norm1_bias, *up_weight, *up_bias, *down_weight, *down_bias, *norm2_weight, *norm2_bias;
+  const int64_t* longest_first;  // (sequences,)
+  const int32_t* cu_seqlens;     // (bounds,)
+  const int64_t* columns;        // (tokens,)
+  const int64_t* sequences_of;   // (tokens,)
+  const bool* key_mask;          // (tokens,) or null
+  float* scratch;                // (tokens, 4 * projected + 2 * hidden + intermediate)
+  float* out;                    // (tokens, hidden)
+  // projected is heads * head_dim.
+  int64_t tokens, hidden, projected, intermediate, sequences, bounds, heads, head_dim, threads, activation;
+  double norm1_eps, norm2_eps, scale;
+};
+
+namespace {
+
+const char* project(const Layer& op, const float* x, int64_t in_features, const float* weight, const float* bias,
+                    float* out, int64_t out_features, ParallelFor run) {
+  const Product product = {weight, bias, out, out_features, out_features};
+  return multiply_few(x, op.tokens, in_features, &product, 1, run);
+}
+
+const char* attend(const Layer& op, const float* qkv, float* out, ParallelFor run) {
+  Attention attention_op = {};
+  attention_op.qkv = qkv;
+  attention_op.longest_first = op.longest_first;
+  attention_op.cu_seqlens = op.cu_seqlens;
+  attention_op.columns = op.columns;
+  attention_op.key_mask = op.key_mask;
+  attention_op.out = out;
+  attention_op.tokens = op.tokens;
+  attention_op.sequences = op.sequences;
+  attention_op.bounds = op.bounds;
+  attention_op.width = 3 * op.projected;
+  attention_op.hidden = op.projected;
+  attention_op.heads = op.heads;
+  attention_op.head_dim = op.head_dim;
+  attention_op.threads = op.threads;
+  attention_op.scale = op.scale;
+  return attention(&attention_op, FLOAT32, run);
+}
+
+const char* add_norm(const Layer& op, const float* residual, const float* x, const float* weight, const float* bias,
+                     double eps, float* out, ParallelFor run) {
+  AddLayernorm norm = {};
+  norm.residual = residual;
+  norm.x = x;
+  norm.weight = weight;
+  norm.norm_bias = bias;
+  norm.columns = op.columns;
+  norm.sequences = op.sequences_of;
+  norm.out = out;
+  norm.tokens = op.tokens;
+  norm.hidden = op.hidden;
+  norm.eps = eps;
+  return add_layernorm_forward(&norm, FLOAT32, run);
+}
+
+const char* activate(const Layer& op, float* x, ParallelFor run) {
+  BiasGelu gelu = {};
+  gelu.x = gelu.out = x;
+  gelu.columns = op.columns;
+  gelu.sequences = op.sequences_of;
+  gelu.tokens = op.tokens;
+  gelu.features = op.intermediate;
+  gelu.activation = op.activation;
+  return bias_gelu_forward(&gelu, FLOAT32, run);
+}
+
+}  // namespace
+
+extern "C" const char* layer(const Layer* layer, int, ParallelFor run) {
+  const Layer& op = *layer;
+  const int64_t width = 3 * op.projected, hidden = op.hidden, inner = op.intermediate;
+  float *qkv = op.scratch, *context = qkv + op.tokens * width, *x = context + op.tokens * op.projected;
+  float *attended = x + op.tokens * hidden, *activations = attended + op.tokens * hidden;
+  const Product projections[] = {{op.q_weight, op.q_bias, qkv, op.projected, width},
+                                 {op.k_weight, op.k_bias, qkv + op.projected, op.projected, width},
+                                 {op.v_weight, op.v_bias, qkv + 2 * op.projected, op.projected, width}};
+
+  const char* error = multiply_few(op.x, op.tokens, hidden, projections, 3, run);
+  if (!error) error = attend(op, qkv, context, run);
+  if (!error) error = project(op, context, op.projected, op.out_weight, op.out_bias, x, hidden, run);
+  if (!error) error = add_norm(op, op.x, x, op.norm1_weight, op.norm1_bias, op.norm1_eps, attended, run);
+  if (!error) error = project(op, attended, hidden, op.up_weight, op.up_bias, activations, inner, run);
+  if (!error) error = activate(op, activations, run);
+  if (!error) error = project(op, activations, inner, op.down_weight, op.down_bias, x, hidden, run);
+  if (!error) error = add_norm(op, attended, x, op.norm2_weight, op.norm2_bias, op.norm2_eps, op.out, run);
+  return error;
+}

@@ -1,0 +1,153 @@
+"""The layer that is one native call: equal to its ops called one by one, and not taken where those are needed."""
+
+import pytest
+import torch
+from torch import nn
+
+from erniem_fast import ErnieMConfig, ErnieMModel, extension, use_kernels
+from erniem_fast.ops import native_layer
+
+pytestmark = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
+
+LAYERS, HEADS, HIDDEN = 3, 3, 24
+NATIVE = {"attention": "native", "bias_gelu": "native", "layernorm": "native"}
+
+
+def make_model(**changes) -> ErnieMModel:
+    sizes = {"num_hidden_layers": LAYERS, "num_attention_heads": HEADS, "hidden_size": HIDDEN, "intermediate_size": 41}
+    model = ErnieMModel(ErnieMConfig(vocab_size=50, layer_norm_eps=0.1, **sizes, **changes)).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.5)  # biases and layer norms too, which start as zeros and ones
+    return model
+
+
+@pytest.fixture
+def calls(monkeypatch) -> list[int]:
+    """The token counts of the layers that were one call."""
+    seen, original = [], native_layer.layer
+
+    def layer(x, *rest):
+        seen.append(x.shape[0])
+        return original(x, *rest)
+
+    monkeypatch.setattr(native_layer, "layer", layer)
+    return seen
+
+
+def make_input(lengths: list[int]) -> dict[str, torch.Tensor]:
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return {"input_ids": torch.randint(3, 50, mask.shape).where(mask, 1), "attention_mask": mask.long()}
+
+
+def op_by_op(model: ErnieMModel, **inputs) -> torch.Tensor:
+    """The result of the native ops one after another, which a hook anywhere in a layer brings about."""
+    hooks = [layer.norm2.register_forward_hook(lambda *_: None) for layer in model.encoder.layers]
+    try:
+        return model(**inputs).last_hidden_state
+    finally:
+        for hook in hooks:
+            hook.remove()
+
+
+@pytest.mark.parametrize("activation", ["gelu", "gelu_new", "relu"])
+@pytest.mark.parametrize("lengths", [[4], [1, 2, 1], [16], [17, 0, 9], [33, 31], [65], [100, 28]])
+def test_it_is_what_the_ops_are_one_by_one(calls, lengths, activation):
+    model, inputs = make_model(hidden_act=activation), make_input(lengths)
+    with torch.inference_mode():
+        whole = model(**inputs).last_hidden_state
+        assert calls == [sum(max(length, 1) for length in lengths)] * LAYERS  # a pooler reads column 0 even if empty
+        # Dropping the hook on norm2 leaves its op to PyTorch's layer norm, and so a rounding of a few units.
+        torch.testing.assert_close(whole, op_by_op(model, **inputs), rtol=0, atol=2e-5)
+        assert len(calls) == LAYERS
+
+
+def test_it_is_within_the_goldens_tolerance_of_the_reference_in_float64(calls):
+    model, inputs = make_model(), make_input([40, 3, 21])
+    with torch.inference_mode():
+        whole = model(**inputs).last_hidden_state
+        exact = model.double()(**inputs).last_hidden_state
+    assert len(calls) == LAYERS
+    assert (whole - exact).abs().max() < 2e-5
+
+
+def test_pruned_heads(calls):
+    model, inputs = make_model(), make_input([20, 5])
+    model.prune_heads({0: [1], 2: [0, 2]})
+    with torch.inference_mode():
+        whole = model(**inputs).last_hidden_state
+        assert len(calls) == LAYERS
+        torch.testing.assert_close(whole, op_by_op(model, **inputs), rtol=0, atol=2e-5)
+
+
+def test_masks_with_holes_and_without_packing(calls, monkeypatch):
+    model = make_model()
+    inputs = make_input([30, 12])
+    inputs["attention_mask"][0, 3:7] = 0
+    with torch.inference_mode():
+        for packing in "10":
+            monkeypatch.setenv("ERNIEM_FAST_PACKING", packing)
+            whole = model(**inputs).last_hidden_state
+            torch.testing.assert_close(whole, op_by_op(model, **inputs), rtol=0, atol=2e-5)
+    assert calls == [38] * LAYERS + [60] * LAYERS
+
+
+def replace_out(layer):
+    layer.self_attn.out_proj = nn.Sequential(layer.self_attn.out_proj)
+
+
+def hook_linear(layer):
+    layer.linear1.register_forward_hook(lambda *_: None)
+
+
+def drop_bias(layer):
+    layer.linear2.bias = None
+
+
+def replace_norm(layer):
+    layer.norm1 = nn.Sequential(layer.norm1)
+
+
+@pytest.mark.parametrize("change", [replace_out, hook_linear, drop_bias, replace_norm])
+def test_a_layer_that_is_no_plain_one_goes_op_by_op(calls, change):
+    model, inputs = make_model(), make_input([20, 5])
+    change(model.encoder.layers[1])
+    with torch.inference_mode():
+        whole = model(**inputs).last_hidden_state
+        exact = model.double()(**inputs).last_hidden_state
+    assert len(calls) == LAYERS - 1
+    assert (whole - exact).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"output_attentions": True}, {"head_mask": torch.ones(HEADS)}, {"attention_mask": torch.ones(1, 8, 8)}],
+    ids=["attentions", "head mask", "mask per query"],
+)
+def test_what_it_does_not_compute_goes_op_by_op(calls, options):
+    inputs = {"input_ids": torch.randint(3, 50, (1, 8)), **options}
+    with torch.inference_mode():
+        make_model()(**inputs)
+    assert calls == []
+
+
+def test_flags_training_and_other_dtypes_go_op_by_op(calls, monkeypatch):
+    model, inputs = make_model(), make_input([12])
+    model(**inputs).last_hidden_state.sum().backward()
+    with torch.inference_mode():
+        model.train()(**inputs)
+        model.eval()
+        for op in NATIVE:
+            with use_kernels(**{op: "torch"}):
+                model(**inputs)
+        for name, value in (("ERNIEM_FAST_KERNELS", "off"), ("ERNIEM_FAST_VERIFY", "1")):
+            with monkeypatch.context() as patch:
+                patch.setenv(name, value)
+                model(**inputs)
+        with torch.autocast("cpu", torch.bfloat16):
+            model(**inputs)
+        model.bfloat16()(**inputs)
+        assert calls == []
+        with use_kernels(**NATIVE):
+            model.float()(**inputs)
+        assert calls == [12] * LAYERS

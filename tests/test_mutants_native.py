@@ -48,21 +48,28 @@ EMBEDDINGS = {
     ],
 }
 ATTENTION = {
-    "forward": [("row[j] *= factors[j];", ";")],
+    "forward": [
+        ("row[i * keys + j] *= factors[j];", ";"),
+        ("shares[i], static_cast", "1.0f, static_cast"),
+    ],
+    "backward": [
+        ("float(op.scale), KEY", "1.0f, KEY"),
+        ("float(op.scale), QUERY", "1.0f, QUERY"),
+    ],
     "backward_row": [
+        ("row[j] *= share;", ";"),
         ("draw(i)", "false"),
         ("row[j + lane] * factor;", "row[j + lane];"),
         ("of_row[j + lane] *= factor;", ""),
         ("(of_row[j] - mean)", "of_row[j]"),
     ],
-    "softmax": [
+    "exponentials": [
         ("for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;", ""),
         ("op.key_mask[start + j] ?", "true ?"),
         ("op.key_mask[start + j]", "op.key_mask[j]"),
-        ("if (largest == -INFINITY) largest = 0.0f;", ""),
+        ("most[0] == -INFINITY ? 0.0f : most[0]", "most[0]"),
         ("float(op.scale)", "1.0f"),
         ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
-        ("row[j] *= share", "row[j] *= 1.0f"),
     ],
     "draw": [
         ("op.columns[start + i]", "i"),
@@ -118,9 +125,10 @@ ADD_LAYERNORM = {
 }
 FEW_TOKENS = {
     "": [
-        ("op.bias == nullptr ? 0.0f : op.bias[column + i]", "0.0f"),
-        ("token * op.out_stride", "token * op.out_features"),
-        ("begin * op->out_stride", "0"),
+        ("product.bias == nullptr ? 0.0f : product.bias[column + i]", "0.0f"),
+        ("* product.out_stride", "* product.out_features"),
+        ("(x.first + token)", "token"),
+        ("x + operand.first * depth", "x"),
     ],
 }
 ROWS = {

@@ -3,6 +3,7 @@
 Where no CUDA device is at hand, tests/cuda_on_host makes the device's kernels run on CPU tensors.
 """
 
+import os
 from pathlib import Path
 
 import numpy as np

@@ -12,12 +12,17 @@ from erniem_fast import extension
 HERE = Path(__file__).parent
 FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
 
-# What the battery has no case of.
+# What the battery has no case of, and a whole layer.
 TESTS = {
     "test_native_embeddings.py": [
         "test_every_value_of_a_half_is_read_and_rounded_as_by_torch",
         "test_rows_out_of_range_are_never_read",
         "test_inputs_need_not_be_contiguous_nor_aligned",
+    ],
+    "test_native_layer.py": [
+        "test_it_is_what_the_ops_are_one_by_one",
+        "test_pruned_heads",
+        "test_masks_with_holes_and_without_packing",
     ],
     "test_ops.py": ["test_no_sequences", "test_sequences_without_keys_give_zeros", "test_activations_of_large_values"],
 }

@@ -259,8 +259,9 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         """Classifies sequences; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            labels: int64 `(sequences,)` for one label of several; `(sequences, labels)` of 0.0 and 1.0 for several at
-                once; float `(sequences,)` for regression. `config.problem_type` decides, or else what is given.
+            labels: int64 `(sequences,)` for one label of several, -100 where there is none; `(sequences, labels)` of
+                0.0 and 1.0 for several at once; float `(sequences,)` for regression. `config.problem_type` decides, or
+                else what is given.
 
         Returns:
             `loss` if labels are given, `logits` `(sequences, labels)`, `hidden_states`, `attentions`.
@@ -280,8 +281,18 @@ class ErnieMForSequenceClassification(_ErnieMHead):
             max_length_q=max_length_q,
         )
         logits = self.classifier(self.dropout(encoded.pooler_output))
-        loss = None if labels is None else self.loss_function(labels, logits, self.config)
+        loss = None
+        if labels is not None:
+            if self._takes_classes(labels):
+                _check_classes(labels, self.num_labels, _REMEDY)
+            loss = self.loss_function(labels, logits, self.config)
         return self._answer(return_dict, encoded, SequenceClassifierOutput, loss=loss, logits=logits)
+
+    def _takes_classes(self, labels: Tensor) -> bool:
+        """Whether each label is one class of several, by the rule of transformers' loss."""
+        if self.config.problem_type is None:
+            return self.num_labels > 1 and labels.dtype in (torch.int64, torch.int32)
+        return self.config.problem_type == "single_label_classification"
 
 
 class ErnieMForMultipleChoice(_ErnieMHead):
@@ -308,7 +319,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         """Scores choices; arguments as in `ErnieMModel.forward` with a dimension of choices after the first, and:
 
         Args:
-            labels: int64 `(rows,)`, the right choice of each row.
+            labels: int64 `(rows,)`, the right choice of each row, -100 where there is none.
 
         Returns:
             `loss` if labels are given, `logits` `(rows, choices)`, `hidden_states`, `attentions`.
@@ -329,7 +340,10 @@ class ErnieMForMultipleChoice(_ErnieMHead):
             return_dict=True,
         )
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, given.shape[1])
-        loss = None if labels is None else cross_entropy(logits, labels)
+        loss = None
+        if labels is not None:
+            _check_classes(labels, given.shape[1], "count the choices of a row from 0")
+            loss = cross_entropy(logits, labels)
         return self._answer(return_dict, encoded, MultipleChoiceModelOutput, loss=loss, logits=logits)
 
 
@@ -388,6 +402,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
             real = None if came_packed else inputs.real_positions(self.config, input_ids, attention_mask)
             _check_labels("labels", labels, logits.shape[:2])
             labels = labels if real is None else labels.masked_fill(~real, IGNORED_LABEL)
+            _check_classes(labels, self.num_labels, _REMEDY)
             loss = self.loss_function(logits, labels, self.config)
         return self._answer(return_dict, encoded, TokenClassifierOutput, loss=loss, logits=logits)
 
@@ -515,6 +530,22 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do:
         other = f", or ({rows},) with one column a row" if columns_will_do else ""
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; it must be ({rows}, {columns}) like the input{other}."
+        )
+
+
+_REMEDY = "load the model with the num_labels that the data has, or check what numbers its labels"
+
+
+def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
+    """Each label must be a class or the ignored one; unchecked where that would wait for a device or break a graph."""
+    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+        return
+    wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED_LABEL)
+    if wrong.any():
+        place = wrong.nonzero()[0].tolist()
+        raise ValueError(
+            f"labels{place or ''} is {labels[tuple(place)].item()}, outside [0, {classes}); {remedy}. "
+            f"{IGNORED_LABEL} leaves a place out of the loss."
         )
 
 

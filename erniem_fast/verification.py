@@ -8,16 +8,20 @@ enough are given the models' own sizes as well.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from math import nan
+from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
-from . import ops
+from . import extension, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS
 from .equivalence import Comparison, compare
 from .flags import use_kernels
 from .ops.implementation import Implementation
+from .ops.native_encoder import few_tokens
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _EPS = 1e-3  # so large that a kernel without it shows
@@ -51,6 +55,14 @@ class Check:
     dtype: torch.dtype
     device: torch.device
 
+    @property
+    def op(self) -> str:
+        return self.case.op
+
+    @property
+    def shape(self) -> str:
+        return self.case.shape
+
     def run(self) -> dict[str, Comparison]:
         """Compares the result and every leaf's gradient, by name."""
         generator = torch.Generator().manual_seed(0)
@@ -70,19 +82,61 @@ class Check:
         return {name: compare(result, same[name], exact[name]) for name, result in results.items()}
 
 
+@dataclass(frozen=True)
+class ProductCheck:
+    """The native matrix product of few tokens, which is no op: it serves inference in float32 and has no gradient.
+
+    Attributes:
+        tokens, inputs, outputs: sizes.
+        bias: whether there is one.
+        gap: columns at either side of the result's in the memory that it is written into; they must stay as they are.
+    """
+
+    tokens: int
+    inputs: int
+    outputs: int
+    bias: bool = True
+    gap: int = 0
+
+    op: ClassVar[str] = "product"
+    implementation: ClassVar[str] = "native"
+    dtype: ClassVar[torch.dtype] = torch.float32
+    device: ClassVar[torch.device] = torch.device("cpu")
+
+    @property
+    def shape(self) -> str:
+        bias, gap = "" if self.bias else ", no bias", f", gaps of {self.gap}" if self.gap else ""
+        return f"{self.tokens} x {self.inputs} to {self.outputs}{bias}{gap}"
+
+    def run(self) -> dict[str, Comparison]:
+        """Compares the result, by the name of the others' results, together with what lies beside it."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((self.tokens, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.tokens, self.gap))
+        x, weight, bias, beside = (_randn(generator, self.device, self.dtype, *shape) for shape in shapes)
+        operands = (x, weight, bias if self.bias else None)
+        same, exact = F.linear(*operands), F.linear(*(None if each is None else each.double() for each in operands))
+        out = torch.cat([beside, torch.full_like(same, nan), beside], dim=1)
+        few_tokens(x=x, weight=weight, bias=operands[2], out=out[:, self.gap : self.gap + self.outputs])
+        same, exact = (torch.cat([beside.to(each.dtype), each, beside.to(each.dtype)], dim=1) for each in (same, exact))
+        return {"result": compare(out, same, exact)}
+
+
 def verify(device: torch.device) -> bool:
     """Runs the battery, prints a line for each check when it is done, and returns whether there were any and all held.
 
     A line shows the result, or the leaf whose gradient it is, that came closest to its bound.
     """
-    for op, name, implementation in _kernels():
-        reason = implementation.objection(device, torch.float32, size=0)
+    reasons = [
+        *((op, name, each.objection(device, torch.float32, size=0)) for op, name, each in _kernels()),
+        (ProductCheck.op, ProductCheck.implementation, _product_objection(device)),
+    ]
+    for op, name, reason in reasons:
         if reason is not None:
             print(f"{op}: {name} is not checked: {reason}")
     checks, failures = battery(device), 0
     for number, check in enumerate(checks, 1):
         dtype = str(check.dtype).removeprefix("torch.")
-        line = f"{number:3}/{len(checks)} {check.case.op:10} {check.implementation:6} {dtype:8} {check.case.shape:42}"
+        line = f"{number:3}/{len(checks)} {check.op:10} {check.implementation:6} {dtype:8} {check.shape:42}"
         try:
             name, worst = max(check.run().items(), key=lambda each: each[1].ratio)
             line += f" {name:14} error {worst.error:.1e}, bound {worst.bound:.1e}"
@@ -96,10 +150,10 @@ def verify(device: torch.device) -> bool:
     return bool(checks) and not failures
 
 
-def battery(device: torch.device) -> list[Check]:
+def battery(device: torch.device) -> list[Check | ProductCheck]:
     """All checks of the kernels that run on a device; those that PyTorch brings are not ours to check."""
     interpreted = device.type != "cuda"
-    return [
+    checks = [
         Check(case, name, dtype, device)
         for case in (*_HARD, *(() if interpreted else _MODELS))
         for op, name, implementation in _kernels()
@@ -109,6 +163,7 @@ def battery(device: torch.device) -> list[Check]:
         # Triton's interpreter computes nonsense for matrix products in bfloat16.
         and not (interpreted and name == "triton" and dtype == torch.bfloat16)
     ]
+    return [*checks, *(_PRODUCTS if _product_objection(device) is None else ())]
 
 
 def _kernels() -> list[tuple[str, str, Implementation]]:
@@ -118,6 +173,12 @@ def _kernels() -> list[tuple[str, str, Implementation]]:
         for name, implementation in implementations.items()
         if name not in ("torch", "reference")
     ]
+
+
+def _product_objection(device: torch.device) -> str | None:
+    if device.type != "cpu":
+        return f"it runs on cpu, not on {device}."
+    return None if extension.is_built("cpu") else extension.status()["cpu"]
 
 
 def _solve(call: Callable[..., Tensor], leaves: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
@@ -298,6 +359,17 @@ _HARD = (
     _layernorm("1 token", 4096, p=0.1),
     _layernorm("18 tokens", 96, p=1.0),
     _layernorm("no tokens", 96, p=0.1),
+)
+
+# Tokens around the vectors' widths and more than there are at once; sizes around those of tiles, and the models' own.
+_PRODUCTS = (
+    *(ProductCheck(tokens, 31, 41) for tokens in (1, 4, 15, 16, 17, 33, 64, 65)),
+    ProductCheck(7, 96, 24, bias=False),
+    ProductCheck(33, 7, 1),
+    ProductCheck(17, 33, 97, gap=5),
+    ProductCheck(17, 768, 3072, bias=False),
+    ProductCheck(64, 768, 768, gap=768),
+    ProductCheck(0, 32, 8),
 )
 
 # Of the base and the large model.

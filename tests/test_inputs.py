@@ -332,6 +332,21 @@ BAD_HEAD_INPUTS = {
         {"input_ids": IDS, "labels": LABELS[:, None].expand(-1, 5)},
         r"labels has shape \(3, 5\).*\(3, 8\)",
     ),
+    "class too large": (
+        "ErnieMForSequenceClassification",
+        {"input_ids": IDS, "labels": LABELS},
+        r"labels\[1\] is 2, outside \[0, 2\); load the model with the num_labels that the data has.* -100",
+    ),
+    "class below zero": (
+        "ErnieMForTokenClassification",
+        {"input_ids": IDS, "labels": with_value(torch.ones_like(IDS), -1)},
+        r"labels\[1, 3\] is -1, outside \[0, 2\); load",
+    ),
+    "choice that no row has": (
+        "ErnieMForMultipleChoice",
+        {"input_ids": IDS.expand(2, 3, 8), "labels": LABELS[1:] + 1},
+        r"labels\[0\] is 3, outside \[0, 3\); count the choices",
+    ),
     "too few starts": (
         "ErnieMForInformationExtraction",
         {"input_ids": IDS, "start_positions": torch.ones(3, 5), "end_positions": torch.ones(3, 8)},

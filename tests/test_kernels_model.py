@@ -30,6 +30,16 @@ def mask():
     return mask
 
 
+def make_model(training):
+    """Its biases and norms are such that one more or one less shows."""
+    model = ErnieMModel(ErnieMConfig(**CONFIG))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter += torch.randn_like(parameter) / 4
+    return model.to(DEVICE).train(training)
+
+
 def all_kernels(implementation):
     return use_kernels(attention=implementation, bias_gelu=implementation, layernorm=implementation)
 
@@ -58,13 +68,13 @@ def assert_same(one, other):
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
 def test_the_same_outputs_gradients_and_dropout(packed, training, mask, poisoned_memory):
-    model = ErnieMModel(ErnieMConfig(**CONFIG)).to(DEVICE).train(training)
+    model = make_model(training)
     kernels = copy.deepcopy(outputs_and_gradients("triton", model, mask))
     assert_same(kernels, outputs_and_gradients("reference", model, mask))
 
 
 def test_gradient_checkpointing_regenerates_the_masks(mask):
-    model = ErnieMModel(ErnieMConfig(**CONFIG)).to(DEVICE).train()
+    model = make_model(training=True)
     plain = copy.deepcopy(outputs_and_gradients("triton", model, mask))
     model.gradient_checkpointing_enable()
     assert_same(outputs_and_gradients("triton", model, mask), plain)
@@ -74,7 +84,7 @@ def test_gradient_checkpointing_regenerates_the_masks(mask):
 def test_lora_on_the_projections(training, mask):
     """Adapted projections add their own bias, plain ones leave it to the kernels."""
     config = peft.LoraConfig(r=4, target_modules=["q_proj", "v_proj", "linear1", "out_proj"], init_lora_weights=False)
-    model = peft.get_peft_model(ErnieMModel(ErnieMConfig(**CONFIG)), config).to(DEVICE).train(training)
+    model = peft.get_peft_model(make_model(training), config).to(DEVICE).train(training)
     kernels = copy.deepcopy(outputs_and_gradients("triton", model, mask))
     assert len(kernels[1]) == 2 * 2 * 4
     assert_same(kernels, outputs_and_gradients("reference", model, mask))
@@ -86,7 +96,7 @@ def test_autocast_to_float16(training, mask):
 
     Both round alike but not the same, for which there is half as much again, and 1e-5 for sums in float32.
     """
-    model = ErnieMModel(ErnieMConfig(**CONFIG)).to(DEVICE).train(training)
+    model = make_model(training)
     exact = copy.deepcopy(outputs_and_gradients("reference", model, mask))
     with torch.autocast(DEVICE.type, torch.float16):
         kernels = copy.deepcopy(outputs_and_gradients("triton", model, mask))
@@ -108,7 +118,7 @@ def relative_error(value, exact, largest):
 def test_one_graph_of_torch_compile(training):
     """Without breaks, forward and backward, whatever the size: the same bits as without."""
     torch.compiler.reset()
-    model = ErnieMModel(ErnieMConfig(**CONFIG)).to(DEVICE).train(training)
+    model = make_model(training)
     compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
     for lengths in ([3, 19], [7, 1], [30, 11]):
         cu_seqlens = torch.tensor([0, *lengths], device=DEVICE).cumsum(0, dtype=torch.int32)

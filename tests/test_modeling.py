@@ -427,12 +427,37 @@ def test_labels_at_padding_do_not_count():
         for bias in (parameter for name, parameter in model.named_parameters() if name.endswith("bias")):
             nn.init.normal_(bias)  # so that no label is as good as another where there is nothing but bias
         losses = []
-        for label in (0, 1):
+        for label in (0, 1, 999):
             labels = torch.ones_like(IDS).masked_fill(~REAL, label)
             token = model_class is ErnieMForTokenClassification
             given = {"labels": labels} if token else {"start_positions": labels, "end_positions": labels}
             losses.append(model(IDS, attention_mask=MASK, **given).loss)
-        assert torch.equal(*losses)
+        assert losses[0] == losses[1] == losses[2]
+
+
+def test_labels_that_are_no_classes():
+    """What the losses of transformers take besides: the ignored one, numbers to regress to, several classes at once."""
+    F = nn.functional
+    values = torch.tensor([-7.0, 0.5, 3.0, 12.0, 1.0, 0.0])
+    classes = torch.tensor([2, -100, 0, 1, -100, 2])
+    several = torch.eye(3).repeat(2, 1)
+    for settings, labels, expected in (
+        ({"num_labels": 1}, values, lambda logits: F.mse_loss(logits[:, 0], values)),
+        ({"num_labels": 1}, 9 * classes, lambda logits: F.mse_loss(logits[:, 0], 9.0 * classes)),
+        ({"num_labels": 3}, several, lambda logits: F.binary_cross_entropy_with_logits(logits, several)),
+        ({"num_labels": 3}, classes, lambda logits: F.cross_entropy(logits, classes)),
+        (
+            {"num_labels": 6, "problem_type": "regression"},
+            values.expand(6, 6),
+            lambda logits: F.mse_loss(logits, values.expand(6, 6)),
+        ),
+    ):
+        model = load(ErnieMForSequenceClassification, **settings)
+        outputs = model(IDS, attention_mask=MASK, labels=labels)
+        assert_close(outputs.loss, expected(outputs.logits))
+    model = load(ErnieMForMultipleChoice)
+    outputs = model(IDS.view(2, 3, COLUMNS), MASK.view(2, 3, COLUMNS), labels=torch.tensor([-100, 2]))
+    assert_close(outputs.loss, F.cross_entropy(outputs.logits[1:], torch.tensor([2])))
 
 
 def test_information_extraction_takes_columns_of_any_integers():
@@ -649,10 +674,12 @@ def test_inference_between_training_steps(mode, packed):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("attentions", [False, True])
 def test_gradient_checkpointing(reentrant, attentions, packed):
-    """Bit for bit, with dropout: the backward draws the masks of the forward again."""
+    """Bit for bit, with dropout: the backward runs every layer again and draws the masks of the forward."""
     found = []
     for checkpointing in (True, False):
-        model = load(ErnieMForTokenClassification, dropout=0.3).train()
+        model, runs = load(ErnieMForTokenClassification, dropout=0.3).train(), []
+        for layer in model.ernie_m.encoder.layers:
+            layer.self_attn.self_attn.register_forward_hook(lambda *_, runs=runs, layer=layer: runs.append(layer))
         if checkpointing:
             model.gradient_checkpointing_enable({"use_reentrant": reentrant})
             assert all(layer.gradient_checkpointing for layer in model.ernie_m.encoder.layers)
@@ -663,6 +690,8 @@ def test_gradient_checkpointing(reentrant, attentions, packed):
         with erniem_fast.use_kernels(embeddings="torch"):
             outputs = model(IDS, **arguments, labels=torch.zeros_like(IDS))
         outputs.loss.backward()
+        layers = list(model.ernie_m.encoder.layers)
+        assert runs == (layers + layers[::-1] if checkpointing else layers)
         found.append((outputs.loss, *outputs.hidden_states, *gradients(model).values()))
     assert len(found[0]) == len(found[1])
     assert all(map(torch.equal, *found))
@@ -1029,6 +1058,24 @@ def test_one_graph_for_packed_input_of_any_size(model_class, dropout, dynamic, g
         assert_compiled_equals_eager(compiled, model, batch)
     assert compiler["stats"]["unique_graphs"] == graphs
     assert not compiler["graph_break"]
+
+
+@pytest.mark.parametrize("model_class", [ErnieMForTokenClassification, ErnieMForSequenceClassification])
+def test_a_loss_inside_the_graph(model_class, compiler):
+    # Where it is None the first loss sets the problem type, and the second would need another graph.
+    model = load(model_class, num_labels=3, problem_type="single_label_classification").train()
+    compiled = torch.compile(model, fullgraph=True, dynamic=True, backend="aot_eager")
+    for batch in packed_batches([12, 19]):
+        found = []
+        labels = batch["input_ids"] % 3 if model_class is ErnieMForTokenClassification else torch.tensor([2, 0, -100])
+        for each in (compiled, model):
+            model.zero_grad()
+            loss = each(**batch, labels=labels).loss
+            loss.backward()
+            found.append((loss.detach(), gradients(model)))
+        assert_close(found[0][0], found[1][0])
+        assert_same_gradients(found[0][1], found[1][1])
+    assert compiler["stats"]["unique_graphs"] == 1
 
 
 def test_a_compiled_model_on_padded_input(packed, compiler):

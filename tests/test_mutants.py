@@ -228,7 +228,7 @@ def checks_of(op):
     return [
         check
         for check in battery(torch.device("cpu"))
-        if (check.case.op, check.implementation, check.dtype) == (op, "triton", torch.float32)
+        if (check.op, check.implementation, check.dtype) == (op, "triton", torch.float32)
     ]
 
 

@@ -1,0 +1,259 @@
+"""The CPU's native library broken on purpose: the battery of `python -m erniem_fast verify` catches every mutant.
+
+A mutant is a copy of csrc/ with one text replaced, of which the file of one op is compiled, without optimisation.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+from test_mutants import holds
+
+from erniem_fast import extension
+from erniem_fast.verification import battery
+
+CPU = torch.device("cpu")
+FILE_OF_OP = {
+    "embeddings": "embeddings_cpu.cpp",
+    "attention": "attention_cpu.cpp",
+    "bias_gelu": "bias_gelu_dropout_cpu.cpp",
+    "layernorm": "add_layernorm_cpu.cpp",
+    "product": "few_tokens_cpu.cpp",
+}
+
+pytestmark = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
+
+# By file and function: what is replaced, and by what.
+EMBEDDINGS = {
+    "forward_row": [
+        ("sum.x[i] += other.x[i];", ";"),
+        ("* rstd *", "*"),
+        (" * weight.x[i]", ""),
+        (" + norm_bias.x[i]", ""),
+        ("drop(op, token, piece, y);", ""),
+    ],
+    "backward_row": [("drop(op, token, piece, of_y[piece]);", "")],
+    "backward_chunk": [
+        ("of_weight[piece] = of_norm_bias[piece] = {};", ""),
+        ("token < end &&", "token < end - 1 &&"),
+        ("token < op.tokens", "token < op.tokens - 1"),
+    ],
+    "scatter_run": [
+        ("!starts ||", ""),
+        (" || row == op.padding_idx", ""),
+        ("op.order[j] * op.hidden", "j * op.hidden"),
+        ("while (end < op.tokens && op.sorted[end] == row) ++end;", ""),
+    ],
+}
+ATTENTION = {
+    "forward": [
+        ("row[i * keys + j] *= factors[j];", ";"),
+        ("shares[i], static_cast", "1.0f, static_cast"),
+    ],
+    "backward": [
+        ("float(op.scale), KEY", "1.0f, KEY"),
+        ("float(op.scale), QUERY", "1.0f, QUERY"),
+    ],
+    "backward_row": [
+        ("row[j] *= share;", ";"),
+        ("draw(i)", "false"),
+        ("row[j + lane] * factor;", "row[j + lane];"),
+        ("of_row[j + lane] *= factor;", ""),
+        ("(of_row[j] - mean)", "of_row[j]"),
+    ],
+    "exponentials": [
+        ("for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;", ""),
+        ("op.key_mask[start + j] ?", "true ?"),
+        ("op.key_mask[start + j]", "op.key_mask[j]"),
+        ("most[0] == -INFINITY ? 0.0f : most[0]", "most[0]"),
+        ("float(op.scale)", "1.0f"),
+        ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
+    ],
+    "draw": [
+        ("op.columns[start + i]", "i"),
+        ("op.columns[start + j]", "j"),
+        ("uint32_t(group), column,", "uint32_t(group), 0,"),
+        ("uint32_t(sequence)", "0"),
+        ("uint32_t(head)", "0"),
+        ("words.w[key_column % 4]", "words.w[j % 4]"),
+        (">= uint32_t(op.threshold)", "< uint32_t(op.threshold)"),
+        ("float(op.rescale)", "1.0f"),
+    ],
+}
+BIAS_GELU = {
+    "with_activation": [
+        ("return body(Gelu());", "return body(GeluTanh());"),
+        ("return body(GeluTanh());", "return body(Gelu());"),
+        ("return body(Relu());", "return body(Gelu());"),
+    ],
+    "": [
+        ("normal(x).tail", "0.0f"),
+        ("(x > 0.0f ? 1.0f - at.tail : at.tail)", "at.tail"),
+        (" + x * at.density", ""),
+        ("0.044715f * x * x * x", "0.0f"),
+        ("3.0f * 0.044715f", "0.044715f"),
+        ("(tail / (whole * whole))", "(tail / whole)"),
+        ("x < 0.0f ? 0.0f : x", "x"),
+        ("x > 0.0f ? 1.0f : 0.0f;", "1.0f;"),
+    ],
+    "load_biased": [("x.x[i] += bias.x[i];", ";")],
+    "forward_row": [("drop(op, token, piece, y);", "")],
+    "backward_row": [
+        ("drop(op, token, piece, grad);", ""),
+        ("grad.x[i] *= Function::slope(x.x[i]);", ""),
+        ("of_bias[piece].x[i] += grad.x[i];", "of_bias[piece].x[i] = grad.x[i];"),
+    ],
+}
+ADD_LAYERNORM = {
+    "forward_row": [
+        ("x.x[i] += bias.x[i];", ";"),
+        ("drop(op, token, piece, x);", ""),
+        ("residual.x[i] + x.x[i]", "x.x[i]"),
+        ("row[piece], count);", "x, count);"),
+        ("* rstd *", "*"),
+        (" * weight.x[i]", ""),
+        (" + norm_bias.x[i]", ""),
+    ],
+    "backward_row": [
+        ("drop(op, token, piece, of_x);", ""),
+        ("Piece<N> of_x = of_y[piece];", "Piece<N> of_x = of_y[piece]; drop(op, token, piece, of_x);"),
+        ("of_bias[piece].x[i] += of_x.x[i];", "of_bias[piece].x[i] = of_x.x[i];"),
+    ],
+    "add_layernorm_backward": [("(2 + sum) * pieces", "(4 - sum) * pieces")],
+}
+FEW_TOKENS = {
+    "": [
+        ("product.bias == nullptr ? 0.0f : product.bias[column + i]", "0.0f"),
+        ("* product.out_stride", "* product.out_features"),
+        ("(x.first + token)", "token"),
+        ("x + operand.first * depth", "x"),
+    ],
+}
+ROWS = {
+    "": [
+        ("(magnitude << 13) + (112u << 23)", "(magnitude << 13) + (113u << 23)"),
+        ("(112u << 23)) >> 13", "(113u << 23)) >> 13"),
+    ],
+    "load": [("i < count", "i < count - 1")],
+    "store": [("i < count", "i < count - 1")],
+    "for_pieces": [
+        ("hidden % N != 0", "false"),
+        ("int(hidden % N))", "int(hidden % N) - 1)"),
+    ],
+    "row_sum": [
+        ("i < count", "i < N"),
+        ("width > 0", "width > 1"),
+    ],
+    "philox": [
+        ("round < 7", "round < 10"),
+        ("c1 = uint32_t(second), c3 = uint32_t(first)", "c1 = uint32_t(first), c3 = uint32_t(second)"),
+        ("k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;", ""),
+    ],
+    "drop": [
+        ("piece * (N / 4) + group", "group"),
+        ("uint32_t(op.columns[token])", "uint32_t(token)"),
+        ("column, sequence, 0)", "column, 0, 0)"),
+        (">= threshold", "< threshold"),
+        ("value * rescale", "value"),
+    ],
+    "centre": [
+        ("row[piece].x[i] -= mean", "row[piece].x[i]"),
+        ("squares / float(hidden)", "squares / float(hidden - 1)"),
+        (" + float(eps)", ""),
+    ],
+    "layer_norm_backward": [
+        ("row[piece].x[i] *= rstd;", ""),
+        ("of_weight[piece].x[i] += of_y[piece].x[i] * row[piece].x[i];", "of_weight[piece].x[i] += of_y[piece].x[i];"),
+        ("of_weight[piece].x[i] +=", "of_weight[piece].x[i] ="),
+        ("of_norm_bias[piece].x[i] +=", "of_norm_bias[piece].x[i] ="),
+        ("of_y[piece].x[i] *= weight.x[i];", ""),
+        ("rstd * (of_y", "(of_y"),
+        (" - mean", ""),
+        (" - row[piece].x[i] * slope", ""),
+    ],
+}
+PARALLEL = {
+    "parallel_rows": [("i < end", "i < end - 1")],
+    "for_chunk": [
+        ("sums[piece] = {};", ";"),
+        ("token < end &&", "token < end - 1 &&"),
+        ("token < op.tokens", "token < op.tokens - 1"),
+    ],
+    "store_row": [("piece * Thread::piece, row[piece]", "0, row[piece]")],
+}
+FUNCTIONS = {
+    "exponential": [
+        ("1.0f / 24.0f", "1.0f / 25.0f"),
+        (" - whole * -2.12194440e-4f", ""),
+    ],
+    "normal": [
+        ("0.15916832f", "0.15926832f"),
+        ("-0.5f * size * size", "-0.5f * size"),
+    ],
+}
+
+
+def mutants():
+    """`(op, file, function, old, new)` of each."""
+    for op, file, table in (
+        ("embeddings", "embeddings.h", EMBEDDINGS),
+        ("attention", "attention_cpu.cpp", ATTENTION),
+        ("bias_gelu", "bias_gelu_dropout_cpu.cpp", BIAS_GELU),
+        ("layernorm", "add_layernorm_cpu.cpp", ADD_LAYERNORM),
+        ("product", "few_tokens_cpu.cpp", FEW_TOKENS),
+        ("layernorm", "rows.h", ROWS),
+        ("bias_gelu", "parallel.h", PARALLEL),
+        ("bias_gelu", "functions.h", FUNCTIONS),
+    ):
+        for function, replacements in table.items():
+            for old, new in replacements:
+                yield pytest.param(op, file, function, old, new, id=f"{op}: {file}: {function}: {old} -> {new}")
+
+
+def mutate(source, function, old, new):
+    """The source of a file with the one occurrence of `old` replaced: in a function, or where it has no name."""
+    body = source
+    if function:
+        # From the line that has its type and name to the next brace that closes at that line's indentation.
+        definition = rf'^( *)(?!return|case| )[\w:<>*&" ]+ \*?{function}\([^;{{]*\{{\n.*?^\1\}}'
+        ((start, end),) = (match.span() for match in re.finditer(definition, source, re.MULTILINE | re.DOTALL))
+        body = source[start:end]
+    assert body.count(old) == 1
+    assert source.count(body) == 1
+    return source.replace(body, body.replace(old, new))
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Compiles an op's file of a changed copy of csrc/, for the process to load it in the library's place."""
+
+    def install(op, file=None, *replacement):
+        sources = shutil.copytree(extension.SOURCES, tmp_path / "csrc")
+        if file is not None:
+            path = sources / file
+            path.write_text(mutate(path.read_text(encoding="utf-8"), *replacement), encoding="utf-8")
+        flags = extension.cpu_flags(torch.backends.cpu.get_cpu_capability())
+        library = tmp_path / "library.so"
+        source = str(sources / FILE_OF_OP[op])
+        subprocess.run([extension.compiler_path(), *flags, "-O0", "-w", source, "-o", str(library)], check=True)
+        monkeypatch.setattr(extension, "library", lambda device: library)
+
+    return install
+
+
+def checks_of(op):
+    return [check for check in battery(CPU) if (check.op, check.implementation) == (op, "native")]
+
+
+@pytest.mark.parametrize("op", FILE_OF_OP)
+def test_unchanged_sources_survive(op, install):
+    install(op)
+    assert {holds(check) for check in checks_of(op)} == {True}
+
+
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(mutants()))
+def test_no_mutant_survives(op, file, function, old, new, install):
+    install(op, file, function, old, new)
+    assert not all(holds(check) for check in checks_of(op))

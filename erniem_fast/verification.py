@@ -368,6 +368,7 @@ _PRODUCTS = (
     ProductCheck(33, 7, 1),
     ProductCheck(17, 33, 97, gap=5),
     ProductCheck(17, 768, 3072, bias=False),
+    ProductCheck(20, 1024, 50),  # rows of a page or more are read in another order
     ProductCheck(64, 768, 768, gap=768),
     ProductCheck(0, 32, 8),
 )

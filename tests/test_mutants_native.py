@@ -125,7 +125,11 @@ ADD_LAYERNORM = {
 }
 FEW_TOKENS = {
     "": [
-        ("product.bias == nullptr ? 0.0f : product.bias[column + i]", "0.0f"),
+        ("product.bias == nullptr ? 0.0f : product.bias[to]", "0.0f"),
+        ("tiles.whole * ROWS + tile - tiles.whole", "tiles.whole * ROWS"),
+        ("tile, tiles.whole, nothing", "tile, 1, nothing"),
+        ("tile * ROWS, 1, nothing", "tile, 1, nothing"),
+        ("tile * ROWS, 1, fetch", "tile, 1, fetch"),
         ("* product.out_stride", "* product.out_features"),
         ("(x.first + token)", "token"),
         ("x + operand.first * depth", "x"),

@@ -86,8 +86,8 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def takes_few_tokens(x: Tensor, weight: Tensor) -> bool:
     """Whether the native product serves, and is faster: in inference on the CPU, where it is built."""
     return (
-        x.shape[0] in _FEW_TOKENS
-        and _takes_out(x)
+        _takes_out(x)
+        and x.shape[0] in _FEW_TOKENS
         and type(x) is Tensor  # not a fake one, which has no memory
         and x.device.type == "cpu"
         and x.dtype == weight.dtype == torch.float32

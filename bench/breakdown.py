@@ -1,12 +1,12 @@
 """Where the time of erniem_fast goes: one forward and one step of training by op, beside what this machine allows.
 
 An op's floor is the larger of two times: its floating-point operations at the measured rate of a large matrix product,
-and the bytes that it cannot but read and write at the measured rate of a large copy. CPU only.
+and the bytes that it cannot but read and write at the measured rate of a large copy. Both rates are medians of
+measurements between the steps. CPU only.
 """
 
 import contextlib
 import dataclasses
-import math
 import statistics
 import time
 
@@ -24,7 +24,6 @@ OPS = ("embeddings", "attention", "add_layernorm", "bias_gelu_dropout")
 MATRIX_PRODUCTS, OPTIMIZER, REST = "matrix products", "AdamW", "everything else"
 SPEC = Spec(32, "text", 32, rounds=5)
 MATRIX, COPIED = 2048, 2**26  # sizes of what the rates are measured with, beyond any cache in the copy's case
-REPEATS = 5
 MAX_LENGTH = 512  # tokens
 
 
@@ -32,19 +31,27 @@ def breakdown(model_folder, encode, dtype, threads):
     """Time and floor of every op in one forward and in one step of training.
 
     Returns:
-        Ready for JSON: the measured `rates`, and for "forward" and "training" a list of rows with `op`, `seconds`,
-        `floor` (None for what has none) and `ratio`, the total last.
+        Ready for JSON: the measured `rates`; for "forward" and "training" a list of rows with `op`, `seconds`, `floor`
+        (None for what has none) and `ratio`, the total last; and in `reached`, for each of the two, its `seconds`
+        without a profiler, and the `share` of the rate of matrix products that its operations reach in them.
     """
     torch.set_num_threads(threads)
     model = ErnieMModel.from_pretrained(model_folder, dtype=getattr(torch, dtype))
     (job,) = make_jobs([SPEC], encode, model.config.vocab_size, model.config.max_position_embeddings - 2)
     inputs = {name: torch.tensor(rows) for name, rows in job.batches[0].items()}
     lengths = inputs["attention_mask"].sum(1).tolist()
-    rates = measure_rates(model.dtype)
-    result = {"tokens": job.tokens, "fill": job.fill, "rates": rates}
-    for name, step in {"forward": forward, "training": train}.items():
-        floors = {op: floor(work, rates) for op, work in count(model, lengths, name == "training").items()}
-        result[name] = _rows(median_seconds(step(model, inputs), name), floors)
+    steps = {"forward": forward, "training": train}
+    rounds = {name: measure(step(model, inputs), name, model.dtype) for name, step in steps.items()}
+    rates = _medians([each["rates"] for taken in rounds.values() for each in taken])
+    result = {"tokens": job.tokens, "fill": job.fill, "rates": rates, "reached": {}}
+    for name, taken in rounds.items():
+        work = count(model, lengths, name == "training")
+        floors = {op: floor(each, rates) for op, each in work.items()}
+        result[name] = _rows(_medians([each["ops"] for each in taken]), floors)
+        seconds = statistics.median(each["seconds"] for each in taken)
+        operations = sum(each.operations for each in work.values())
+        share = operations / seconds / rates["operations_per_second"]
+        result["reached"][name] = {"seconds": seconds, "share": share}
     return result
 
 
@@ -66,19 +73,22 @@ def train(model, inputs):
     return step
 
 
-def median_seconds(step, name):
-    """Median seconds of every op over SPEC.rounds calls of `step`, by op; what no op accounts for is REST."""
+def measure(step, name, dtype):
+    """SPEC.rounds times: the rates, the `seconds` of `step`, and of its `ops`; what no op accounts for is REST."""
     taken = []
-    with _labelled_ops():
-        for repeat in tqdm(range(SPEC.rounds + 1), desc=f"breakdown, {name}", unit="step", disable=None):
-            with profile(activities=[ProfilerActivity.CPU]) as profiler:
-                start = time.perf_counter()
-                step()
-                total = time.perf_counter() - start
-            if repeat:
-                seconds = by_op(profiler.events())
-                taken.append({**seconds, REST: total - sum(seconds.values())})
-    return {op: statistics.median(each.get(op, 0.0) for each in taken) for op in taken[0]}
+    for repeat in tqdm(range(SPEC.rounds + 1), desc=f"breakdown, {name}", unit="step", disable=None):
+        rates, seconds = measure_rates(dtype), _seconds(step)
+        with _labelled_ops(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+            total = _seconds(step)
+        if repeat:
+            ops_seconds = by_op(profiler.events())
+            ops_seconds[REST] = total - sum(ops_seconds.values())
+            taken.append({"rates": rates, "seconds": seconds, "ops": ops_seconds})
+    return taken
+
+
+def _medians(rounds):
+    return {name: statistics.median(each.get(name, 0.0) for each in rounds) for name in rounds[0]}
 
 
 def by_op(events):
@@ -165,23 +175,20 @@ def floor(work, rates):
 
 
 def measure_rates(dtype):
-    """The best of REPEATS large matrix products, and of as many large copies (what is read and written counts)."""
-    a, b = torch.randn(2, MATRIX, MATRIX).to(dtype)
+    """Rates of a large matrix product and of a large copy, of which counts what is read and what is written."""
+    a, b, product = torch.randn(3, MATRIX, MATRIX).to(dtype)
     source = torch.randn(COPIED // dtype.itemsize).to(dtype)
-    target = torch.empty_like(source)
+    target = torch.zeros_like(source)
     return {
-        "operations_per_second": 2 * MATRIX**3 / _best_seconds(lambda: a @ b),
-        "bytes_per_second": 2 * COPIED / _best_seconds(lambda: target.copy_(source)),
+        "operations_per_second": 2 * MATRIX**3 / _seconds(lambda: torch.mm(a, b, out=product)),
+        "bytes_per_second": 2 * COPIED / _seconds(lambda: target.copy_(source)),
     }
 
 
-def _best_seconds(call):
-    best = math.inf
-    for _ in range(REPEATS + 1):
-        start = time.perf_counter()
-        call()
-        best = min(best, time.perf_counter() - start)
-    return best
+def _seconds(call):
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
 
 
 def _rows(seconds, floors):

@@ -25,7 +25,7 @@ INFERENCE = (
     Spec(2, "fixed:512", rows=2, rounds=3),
 )
 LARGE_BATCH = Spec(128, "text", rows=128, rounds=3)
-TRAINING = (Spec(32, "text", rows=32, rounds=3, train=True),)
+TRAINING = (Spec(32, "text", rows=64, rounds=3, train=True),)
 PARTS = (
     ("rivals", "all", INFERENCE),
     ("training", "all", TRAINING),

@@ -23,8 +23,14 @@ def breakdown_markdown(run):
         f" at {rates['operations_per_second'] / 1e9:,.0f} GFLOP/s, the measured rate of a large matrix product, or at"
         f" {rates['bytes_per_second'] / 1e9:,.1f} GB/s, that of a large copy, whichever is longer."
     )
-    tables = [f"**{name.capitalize()}**\n\n{_ops(run[name])}" for name in ("forward", "training")]
+    steps = ("forward", "training")
+    tables = [f"**{step.capitalize()}**: {_reached(run['reached'][step])}\n\n{_ops(run[step])}" for step in steps]
     return "\n\n".join([f"### Where the time goes: {title(run)}", method, *tables]) + "\n"
+
+
+def _reached(step):
+    took = f"{step['seconds'] * 1e3:,.1f} ms without the profiler"
+    return f"{took}, in which its operations reach {step['share']:.0%} of that rate."
 
 
 def _ops(rows):

@@ -167,6 +167,9 @@ def test_the_breakdown_accounts_for_every_moment(arguments, capsys, monkeypatch)
         assert min(row["seconds"] for row in rows) > 0
         assert total["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
         assert total["ratio"] == pytest.approx(total["seconds"] / total["floor"])
+        reached = run["reached"][name]
+        assert 0 < reached["seconds"] < 2 * total["seconds"]
+        assert 0 < reached["share"] < 1
     assert (arguments.output / "breakdown-tiny-float32.png").read_bytes().startswith(b"\x89PNG")
     assert "GFLOP/s" in capsys.readouterr().out
 

@@ -41,12 +41,13 @@ def plot_breakdown(run, path):
     for axis, name in zip(figure.subplots(1, 2), ("forward", "training"), strict=True):
         rows = run[name][:-1]
         at = range(len(rows))
-        bars = axis.barh(at, [row["seconds"] * 1e3 for row in rows], color=COLOURS[0], label="measured")
-        floors = [(row["floor"] or 0) * 1e3 for row in rows]
+        measured, floors = ([(row[name] or 0) * 1e3 for row in rows] for name in ("seconds", "floor"))
+        axis.barh(at, measured, color=COLOURS[0], label="measured")
         axis.barh(at, floors, height=0.4, color=COLOURS[1], label="floor of this machine")
         ratios = [f"{row['ratio']:.1f}x the floor" if row["ratio"] else "" for row in rows]
         texts = [f"{row['seconds'] * 1e3:,.0f} ms  {ratio}" for row, ratio in zip(rows, ratios, strict=True)]
-        axis.bar_label(bars, texts, padding=6, fontsize=9)
+        ends = axis.barh(at, list(map(max, measured, floors)), alpha=0)
+        axis.bar_label(ends, texts, padding=6, fontsize=9)
         axis.set_yticks(at, [row["op"] for row in rows])
         axis.invert_yaxis()
         axis.set_xlim(0, 1.6 * max(axis.get_xlim()[1], 1))  # room for the figures beside the bars

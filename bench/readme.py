@@ -8,6 +8,7 @@ FOLDER holds the results, as bench/results/MACHINE; it is this machine's where n
 import json
 import pathlib
 import sys
+import textwrap
 
 from machine import describe, slug
 from outcome import RESULTS
@@ -51,7 +52,12 @@ def section(folder):
         f"Every round, memory, latencies, and what each kernel is worth: `{link}/`. `make bench-all` measures your"
         " machine, and `make readme` writes this section.",
     ]
-    return "\n\n".join(paragraphs) + "\n"
+    return "\n\n".join(map(_wrapped, paragraphs)) + "\n"
+
+
+def _wrapped(paragraph):
+    """In lines of the README's width, unless it is a table or a picture, whose line must stay whole."""
+    return paragraph if paragraph.startswith(("|", "!")) else textwrap.fill(paragraph, 120, break_long_words=False)
 
 
 if __name__ == "__main__":

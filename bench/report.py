@@ -22,6 +22,7 @@ def breakdown_markdown(run):
         f"{run['tokens']:,} real tokens in a batch that is {run['fill']:.0%} full. The floor is what an op would take"
         f" at {rates['operations_per_second'] / 1e9:,.0f} GFLOP/s, the measured rate of a large matrix product, or at"
         f" {rates['bytes_per_second'] / 1e9:,.1f} GB/s, that of a large copy, whichever is longer."
+        " (A copy also fetches what it overwrites: AdamW, which works in place, can be faster.)"
     )
     steps = ("forward", "training")
     tables = [f"**{step.capitalize()}**: {_reached(run['reached'][step])}\n\n{_ops(run[step])}" for step in steps]

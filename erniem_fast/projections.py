@@ -74,7 +74,8 @@ def _rows(scratch: Tensor | None, x: Tensor, width: int) -> Tensor:
 
 def _takes_out(x: Tensor) -> bool:
     """Whether a product of `x` may be written into given memory: autograd, autocast and graphs want their own."""
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or torch.compiler.is_compiling())
+    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or graph)
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1088,6 +1088,18 @@ def test_a_compiled_model_on_padded_input(packed, compiler):
         assert_close(hidden[mask.bool()], expected[mask.bool()])
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_model_computes_other_tokens():
+    """torch.jit.trace records every op, native ones too; what else depends on the mask, it takes as it was."""
+    model = load()
+    with torch.no_grad():
+        inputs = {"input_ids": IDS, "attention_mask": MASK}
+        traced = torch.jit.trace(model, example_kwarg_inputs=inputs, strict=False, check_trace=False)
+        for ids in (IDS, IDS.flip(0)):
+            hidden = traced(input_ids=ids, attention_mask=MASK)["last_hidden_state"]
+            assert_close(hidden, model(ids, attention_mask=MASK).last_hidden_state)
+
+
 def test_a_model_compiled_by_inductor(compiler):
     model = load()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)

@@ -92,7 +92,7 @@ def call(
 
     `overwrite` lets the result take the memory of the input that the op says nobody needs afterwards.
     """
-    if differentiable or torch.compiler.is_compiling() or type(inputs[0]) is not Tensor:
+    if differentiable or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(inputs[0]) is not Tensor:
         return custom_op(*inputs, name)
     # The reference beside it would find its input gone.
     overwrite = overwrite and IMPLEMENTATIONS[op][name].forward_in_place is not None and flags.read(flags.VERIFY) == "0"

@@ -49,14 +49,6 @@ float* room(std::vector<float>& array, int64_t size) {
   return array.data();
 }
 
-// The sum of WIDTH numbers, in their place.
-float total(float* sums) {
-  for (int width = WIDTH / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) sums[i] += sums[i + width];
-  }
-  return sums[0];
-}
-
 // The elements of a row in float32.
 template <typename T>
 void convert(const T* from, int64_t size, float* to) {
@@ -155,7 +147,7 @@ class Task {
         sums[lane] += of_row[j + lane] * row[j + lane];
       }
     }
-    const float mean = total(sums);
+    const float mean = total(load_vector(sums));
     for (int64_t j = 0; j < keys; ++j) of_row[j] = row[j] * (of_row[j] - mean);
   }
 
@@ -229,7 +221,7 @@ class Task {
     for (int64_t j = 0; j < keys; j += WIDTH) {
       for (int i = 0; i < WIDTH; ++i) sums[i] += row[j + i] = exponential((row[j + i] - largest) * scale);
     }
-    const float sum = total(sums);
+    const float sum = total(load_vector(sums));
     return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 

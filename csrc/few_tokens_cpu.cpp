@@ -19,26 +19,52 @@ constexpr int64_t LINE = 64 / sizeof(float);  // elements of a line of the cache
 constexpr int64_t PAGE = 4096 / sizeof(float);
 
 struct Operand {
-  const float* transposed;  // (in_features, LANES)
-  int64_t first, tokens;    // which rows of x and of the results
+  const float* x;           // (tokens, in_features)
+  const float* transposed;  // (in_features, LANES), of the first tokens
+  int64_t tokens, lanes;    // how many there are, and how many of them are transposed
   int64_t in_features;
 };
 
-// Columns `column`, `column + stride` and so on of the result, which come from as many rows of the weight.
+void store(const Product& product, int64_t token, int64_t column, float sum) {
+  product.out[token * product.out_stride + column] = sum + (product.bias == nullptr ? 0.0f : product.bias[column]);
+}
+
+// Columns `column`, `column + stride` and so on of the result, which come from as many rows of the weight, for the tokens
+// that are transposed.
 template <int ROWS, int VECTORS, typename Ahead>
-void multiply_rows(const Operand& x, const Product& product, int64_t column, int64_t stride, const Ahead& ahead) {
+void multiply_lanes(const Operand& x, const Product& product, int64_t column, int64_t stride, const Ahead& ahead) {
   constexpr int LANES = VECTORS * WIDTH;
   float tile[ROWS * LANES];
   const int64_t depth = x.in_features;
   const float* weight = product.weight + column * depth;
   multiply_tile<ROWS, VECTORS>(weight, stride * depth, x.transposed, LANES, tile, LANES, depth, ahead);
-  for (int64_t token = 0; token < x.tokens; ++token) {
-    float* out = product.out + (x.first + token) * product.out_stride;
-    for (int i = 0; i < ROWS; ++i) {
-      const int64_t to = column + i * stride;
-      out[to] = tile[i * LANES + token] + (product.bias == nullptr ? 0.0f : product.bias[to]);
+  for (int64_t token = 0; token < x.lanes; ++token) {
+    for (int i = 0; i < ROWS; ++i) store(product, token, column + i * stride, tile[i * LANES + token]);
+  }
+}
+
+// The same for TOKENS of the others, from `token` on.
+template <int ROWS, int TOKENS>
+void multiply_others(const Operand& x, const Product& product, int64_t column, int64_t stride, int64_t token) {
+  constexpr int PART = ROWS % 4 == 0 ? 4 : ROWS % 3 == 0 ? 3 : ROWS;  // rows whose sums stay in registers
+  float sums[TOKENS * PART];
+  const int64_t depth = x.in_features;
+  for (int part = 0; part < ROWS; part += PART) {
+    const float* weight = product.weight + (column + part * stride) * depth;
+    multiply_dots<PART, TOKENS>(weight, stride * depth, x.x + token * depth, depth, sums, PART);
+    for (int j = 0; j < TOKENS; ++j) {
+      for (int i = 0; i < PART; ++i) store(product, token + j, column + (part + i) * stride, sums[j * PART + i]);
     }
   }
+}
+
+// The same for all tokens: those that are transposed first, then the others, while the rows are in the cache.
+template <int ROWS, int VECTORS, typename Ahead>
+void multiply_rows(const Operand& x, const Product& product, int64_t column, int64_t stride, const Ahead& ahead) {
+  multiply_lanes<ROWS, VECTORS>(x, product, column, stride, ahead);
+  int64_t token = x.lanes;
+  for (; token + 4 <= x.tokens; token += 4) multiply_others<ROWS, 4>(x, product, column, stride, token);
+  for (; token < x.tokens; ++token) multiply_others<ROWS, 1>(x, product, column, stride, token);
 }
 
 // The weight's rows in tiles, and what is left over one by one.
@@ -73,14 +99,14 @@ void multiply_tile_of(const Operand& x, const Product& product, int64_t tile) {
 }
 
 template <int VECTORS>
-const char* multiply(const float* x, Operand operand, const Product* products, int count, ParallelFor run) {
+const char* multiply(const Operand& x, const Product* products, int count, ParallelFor run) {
   constexpr int ROWS = TILE_ROWS<VECTORS>, LANES = VECTORS * WIDTH;
-  const int64_t depth = operand.in_features;
+  const int64_t depth = x.in_features;
   const std::unique_ptr<float[]> transposed(new float[depth * LANES]);
-  operand.transposed = transposed.get();
+  const Operand operand = {x.x, transposed.get(), x.tokens, std::min<int64_t>(LANES, x.tokens), depth};
   const char* error = parallel(run, round_up(depth, WIDTH) / WIDTH, LANES * WIDTH, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * WIDTH, features = std::min(end * WIDTH, depth) - first;
-    transpose(x + operand.first * depth + first, operand.tokens, depth, features, transposed.get() + first * LANES, LANES);
+    transpose(x.x + first, operand.lanes, depth, features, transposed.get() + first * LANES, LANES);
   });
   const auto tiles_of = [](const Product& product) { return Tiles<ROWS>(product).whole + Tiles<ROWS>(product).rest; };
   int64_t tiles = 0;
@@ -102,25 +128,27 @@ const char* multiply(const float* x, Operand operand, const Product* products, i
 
 const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
                          ParallelFor run) {
-  constexpr int64_t MOST = 4 * WIDTH;
-  const char* error = nullptr;
-  for (int64_t first = 0; first < tokens && error == nullptr; first += MOST) {
-    const Operand part = {nullptr, first, std::min(MOST, tokens - first), in_features};
-    switch ((part.tokens - 1) / WIDTH) {
-      case 0:
-        error = multiply<1>(x, part, products, count, run);
-        break;
-      case 1:
-        error = multiply<2>(x, part, products, count, run);
-        break;
-      case 2:
-        error = multiply<3>(x, part, products, count, run);
-        break;
-      default:
-        error = multiply<4>(x, part, products, count, run);
-    }
+  // A vector that would be three quarters empty is not worth it: its tokens are multiplied without being transposed.
+  constexpr int64_t MOST = 4 * WIDTH, FEW = WIDTH / 4;
+  if (tokens > MOST + FEW) {
+    std::vector<Product> rest(products, products + count);
+    for (Product& product : rest) product.out += MOST * product.out_stride;
+    const char* error = multiply_few(x, MOST, in_features, products, count, run);
+    if (error != nullptr) return error;
+    return multiply_few(x + MOST * in_features, tokens - MOST, in_features, rest.data(), count, run);
   }
-  return error;
+  const Operand operand = {x, nullptr, tokens, 0, in_features};
+  switch ((tokens + WIDTH - 1 - FEW) / WIDTH) {
+    case 0:
+    case 1:
+      return multiply<1>(operand, products, count, run);
+    case 2:
+      return multiply<2>(operand, products, count, run);
+    case 3:
+      return multiply<3>(operand, products, count, run);
+    default:
+      return multiply<4>(operand, products, count, run);
+  }
 }
 
 extern "C" const char* few_tokens(const FewTokens* op, int, ParallelFor run) {

@@ -20,6 +20,15 @@ inline Vector load_vector(const float* from) {
   return x;
 }
 
+inline float total(Vector x) {
+  float lanes[WIDTH];
+  memcpy(lanes, &x, sizeof x);
+  for (int width = WIDTH / 2; width > 0; width /= 2) {
+    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
+  }
+  return lanes[0];
+}
+
 inline int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
 // The most rows of a tile with `VECTORS` vectors a row whose sums stay in registers: of 32 with AVX-512, else of 16.
@@ -49,6 +58,31 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
   for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 4
     for (int j = 0; j < VECTORS; ++j) memcpy(c + i * c_stride + j * WIDTH, &sums[i][j], sizeof(Vector));
+  }
+}
+
+// c[token, i] = the product of rows i of a and token of b, each `depth` long; for tokens too few to fill vectors.
+template <int ROWS, int TOKENS>
+inline void multiply_dots(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
+  Vector sums[TOKENS][ROWS] = {};
+  int64_t k = 0;
+  for (; k + WIDTH <= depth; k += WIDTH) {
+    Vector right[TOKENS];
+#pragma GCC unroll 4
+    for (int token = 0; token < TOKENS; ++token) right[token] = load_vector(b + token * depth + k);
+#pragma GCC unroll 4
+    for (int i = 0; i < ROWS; ++i) {
+      const Vector left = load_vector(a + i * a_stride + k);
+#pragma GCC unroll 4
+      for (int token = 0; token < TOKENS; ++token) sums[token][i] += left * right[token];
+    }
+  }
+  for (int token = 0; token < TOKENS; ++token) {
+    for (int i = 0; i < ROWS; ++i) {
+      float sum = total(sums[token][i]);
+      for (int64_t rest = k; rest < depth; ++rest) sum += a[i * a_stride + rest] * b[token * depth + rest];
+      c[token * c_stride + i] = sum;
+    }
   }
 }
 

@@ -363,7 +363,7 @@ _HARD = (
 
 # Tokens around the vectors' widths and more than there are at once; sizes around those of tiles, and the models' own.
 _PRODUCTS = (
-    *(ProductCheck(tokens, 31, 41) for tokens in (1, 4, 15, 16, 17, 33, 64, 65)),
+    *(ProductCheck(tokens, 31, 41) for tokens in (1, 4, 15, 16, 17, 20, 33, 39, 64, 65, 71)),
     ProductCheck(7, 96, 24, bias=False),
     ProductCheck(33, 7, 1),
     ProductCheck(17, 33, 97, gap=5),

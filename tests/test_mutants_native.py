@@ -125,14 +125,18 @@ ADD_LAYERNORM = {
 }
 FEW_TOKENS = {
     "": [
-        ("product.bias == nullptr ? 0.0f : product.bias[to]", "0.0f"),
+        ("product.bias == nullptr ? 0.0f : product.bias[column]", "0.0f"),
         ("tiles.whole * ROWS + tile - tiles.whole", "tiles.whole * ROWS"),
         ("tile, tiles.whole, nothing", "tile, 1, nothing"),
         ("tile * ROWS, 1, nothing", "tile, 1, nothing"),
         ("tile * ROWS, 1, fetch", "tile, 1, fetch"),
-        ("* product.out_stride", "* product.out_features"),
-        ("(x.first + token)", "token"),
-        ("x + operand.first * depth", "x"),
+        ("token * product.out_stride", "token * product.out_features"),
+        ("product.out += MOST * product.out_stride", "product.out += 0"),
+        ("x + MOST * in_features", "x"),
+        ("x.x + token * depth", "x.x"),
+        ("part < ROWS", "part < PART"),
+        ("(column + part * stride)", "column"),
+        ("token + j, column", "token, column"),
     ],
 }
 ROWS = {

@@ -217,7 +217,7 @@ def test_products_take_the_scratch(tokens, leave_bias):
 
 
 @native
-@pytest.mark.parametrize("tokens", [4, 15, 16, 17, 32, 33, 48, 49, 64, 65, 128])
+@pytest.mark.parametrize("tokens", [4, 15, 16, 17, 20, 21, 33, 39, 52, 64, 65, 68, 69, 128])
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 24), (768, 97), (31, 5), (7, 1), (96, 3072)])
 def test_few_tokens_beside_float64(tokens, inputs, outputs, poisoned_memory):
     x, linear = torch.randn(tokens, inputs), nn.Linear(inputs, outputs)

@@ -19,7 +19,8 @@ constexpr int BLOCK = 4 * TILE;      // queries whose scores a forward has at ha
 constexpr int64_t CACHED = 3 << 19;  // bytes of q, k and v that a core's cache keeps beside what a task works with
 
 // c = a b, where a has whole tiles of rows, and b and c `columns`, whole vectors.
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, float* c, int64_t rows, int64_t depth) {
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, float* c, int64_t rows,
+              int64_t depth) {
   const auto nothing = [](int64_t) {};
   for (int64_t row = 0; row < rows; row += TILE) {
     const float* left = a + row * a_stride;
@@ -89,7 +90,8 @@ class Task {
   using Array = std::vector<float>;
 
   void forward() {
-    float *left = room(query, BLOCK * features), *row = room(scores, BLOCK * keys), *out = room(result, BLOCK * features);
+    float *left = room(query, BLOCK * features), *row = room(scores, BLOCK * keys);
+    float* out = room(result, BLOCK * features);
     const float *right = load_transposed(KEY, key), *values = load(VALUE, 0, length, value);
     for (int64_t first = 0; first < length; first += BLOCK) {
       const int64_t count = std::min<int64_t>(BLOCK, length - first), rows = round_up(count, TILE);
@@ -132,7 +134,7 @@ class Task {
     store_gradient(out, float(op.scale), QUERY);
   }
 
-  // From a query's scores and the gradient of its dropped probabilities to those probabilities and the scores' gradient.
+  // From a query's scores and its dropped probabilities' gradient to those probabilities and the scores' gradient.
   void backward_row(int64_t i) {
     float *row = scores.data() + i * keys, *of_row = of_scores.data() + i * keys, *to = dropped.data() + i * keys;
     const float share = exponentials(row);
@@ -201,9 +203,9 @@ class Task {
     for (int64_t i = 0; i < length; ++i) store_row(rows + i * features, factor, to + i * op.width);
   }
 
-  // Turns a row of scores into e^(scale (score - largest)), zeros for keys that are not kept and behind the last; returns
-  // the reciprocal of their sum, 0 where no key is kept. The scale comes after the largest is taken off and so costs the
-  // fewest digits.
+  // Turns a row of scores into e^(scale (score - largest)), zeros for keys that are not kept and behind the last;
+  // returns the reciprocal of their sum, 0 where no key is kept. The scale comes after the largest is taken off and so
+  // costs the fewest digits.
   float exponentials(float* row) const {
     for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;
     if (op.key_mask != nullptr) {

@@ -29,8 +29,8 @@ void store(const Product& product, int64_t token, int64_t column, float sum) {
   product.out[token * product.out_stride + column] = sum + (product.bias == nullptr ? 0.0f : product.bias[column]);
 }
 
-// Columns `column`, `column + stride` and so on of the result, which come from as many rows of the weight, for the tokens
-// that are transposed.
+// Columns `column`, `column + stride` and so on of the result, which come from as many rows of the weight, for the
+// tokens that are transposed.
 template <int ROWS, int VECTORS, typename Ahead>
 void multiply_lanes(const Operand& x, const Product& product, int64_t column, int64_t stride, const Ahead& ahead) {
   constexpr int LANES = VECTORS * WIDTH;

@@ -36,11 +36,11 @@ template <int VECTORS>
 constexpr int TILE_ROWS = WIDTH == 16 ? (VECTORS == 1 ? 8 : VECTORS == 2 ? 12 : VECTORS == 3 ? 8 : 6)
                                       : (VECTORS == 1 ? 8 : VECTORS == 2 ? 6 : VECTORS == 3 ? 3 : 2);
 
-// c = a b, where a has ROWS rows and `depth` columns, b `depth` rows and VECTORS * WIDTH columns. `ahead` is called once
-// for every step of the depth.
+// c = a b, where a has ROWS rows and `depth` columns, b `depth` rows and VECTORS * WIDTH columns. `ahead` is called
+// once for every step of the depth.
 template <int ROWS, int VECTORS, typename Ahead>
-inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c, int64_t c_stride,
-                          int64_t depth, const Ahead& ahead) {
+inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
+                          int64_t c_stride, int64_t depth, const Ahead& ahead) {
   Vector sums[ROWS][VECTORS] = {};
   for (int64_t k = 0; k < depth; ++k) {
     ahead(k);

@@ -17,7 +17,7 @@ from . import flags, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .ops import native_layer
-from .projections import is_plain, project, project_side_by_side, scratch_for, takes_few_tokens
+from .projections import is_plain, is_untouched, project, project_side_by_side, scratch_for, takes_few_tokens
 from .reference import feature_dropout
 
 # The places of a layer where dropout happens, each with a seed of its own.
@@ -266,6 +266,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         return (
             takes_few_tokens(hidden, self.linear1.weight)
             and self._fused_activation is not None
+            and is_untouched(self.self_attn.self_attn, ErnieMSelfAttention)
             and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in self._linears().values())
             and is_plain(self.norm1, nn.LayerNorm)
             and is_plain(self.norm2, nn.LayerNorm)

@@ -103,9 +103,13 @@ def _has_native_product() -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module does nothing but what its kind does, so that its parameters say it all."""
+    return is_untouched(module, kind) and type(module.weight) in (nn.Parameter, Tensor)  # not quantised or sharded
+
+
+def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
+    """Whether a call of the module runs the forward of its kind and nothing else."""
     return (
         type(module) is kind
-        and type(module.weight) in (nn.Parameter, Tensor)  # not one that is quantised or sharded
         and "forward" not in module.__dict__  # accelerate's offloading replaces it on the instance
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)

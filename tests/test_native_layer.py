@@ -100,6 +100,15 @@ def hook_linear(layer):
     layer.linear1.register_forward_hook(lambda *_: None)
 
 
+def hook_attention(layer):
+    layer.self_attn.self_attn.register_forward_hook(lambda *_: None)
+
+
+def replace_attention(layer):
+    inner = layer.self_attn.self_attn
+    inner.__class__ = type("Mine", (type(inner),), {})
+
+
 def drop_bias(layer):
     layer.linear2.bias = None
 
@@ -108,7 +117,9 @@ def replace_norm(layer):
     layer.norm1 = nn.Sequential(layer.norm1)
 
 
-@pytest.mark.parametrize("change", [replace_out, hook_linear, drop_bias, replace_norm])
+@pytest.mark.parametrize(
+    "change", [replace_out, hook_linear, hook_attention, replace_attention, drop_bias, replace_norm]
+)
 def test_a_layer_that_is_no_plain_one_goes_op_by_op(calls, change):
     model, inputs = make_model(), make_input([20, 5])
     change(model.encoder.layers[1])

@@ -674,7 +674,11 @@ def test_inference_between_training_steps(mode, packed):
 @pytest.mark.parametrize("reentrant", [True, False])
 @pytest.mark.parametrize("attentions", [False, True])
 def test_gradient_checkpointing(reentrant, attentions, packed):
-    """Bit for bit, with dropout: the backward runs every layer again and draws the masks of the forward."""
+    """With dropout: the backward runs every layer again and draws the masks of the forward.
+
+    Bit for bit, except that a reentrant checkpoint's first run has no autograd: its products of few tokens are the
+    native ones, which add up in another order.
+    """
     found = []
     for checkpointing in (True, False):
         model, runs = load(ErnieMForTokenClassification, dropout=0.3).train(), []
@@ -694,7 +698,11 @@ def test_gradient_checkpointing(reentrant, attentions, packed):
         assert runs == (layers + layers[::-1] if checkpointing else layers)
         found.append((outputs.loss, *outputs.hidden_states, *gradients(model).values()))
     assert len(found[0]) == len(found[1])
-    assert all(map(torch.equal, *found))
+    if reentrant:
+        for once, again in zip(*found, strict=True):
+            assert_close(again, once, atol=1e-5 * max(1.0, once.abs().max().item()))
+    else:
+        assert all(map(torch.equal, *found))
 
 
 def test_gradient_checkpointing_leaves_the_embeddings_whole():
@@ -726,9 +734,9 @@ def test_checkpointing_of_a_frozen_model_with_input_gradients():
 def test_resized_embeddings(model, tmp_path, packed):
     with torch.no_grad():
         expected = model(IDS, attention_mask=MASK).last_hidden_state
-    model.resize_token_embeddings(cases.VOCABULARY + 10)
-    assert model.config.vocab_size == cases.VOCABULARY + 10
-    assert torch.equal(model(IDS, attention_mask=MASK).last_hidden_state, expected)
+        model.resize_token_embeddings(cases.VOCABULARY + 10)
+        assert model.config.vocab_size == cases.VOCABULARY + 10
+        assert torch.equal(model(IDS, attention_mask=MASK).last_hidden_state, expected)
     added = IDS.clone()
     added[0, 3] = cases.VOCABULARY + 9
     model(added, attention_mask=MASK).last_hidden_state.square().sum().backward()
@@ -983,8 +991,7 @@ def test_the_config_decides_what_is_returned():
 
 def test_copies_compute_the_same(packed):
     model = load(ErnieMForSequenceClassification, num_labels=3)
-    with torch.inference_mode():
-        expected = model(IDS, attention_mask=MASK).logits
+    expected = model(IDS, attention_mask=MASK).logits
 
     def saved_whole(model):
         file = io.BytesIO()

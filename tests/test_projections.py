@@ -214,6 +214,8 @@ def test_products_take_the_scratch(tokens, leave_bias):
         assert joined.data_ptr() == scratch.data_ptr()
         torch.testing.assert_close(joined, torch.cat([linear(x)] * 3, dim=1), **TOLERANCE)
         assert project(LowRank(linear), x, leave_bias, scratch)[0].data_ptr() != scratch.data_ptr()
+        for other in (scratch[:-1], scratch.double()):  # too small, of another dtype
+            assert torch.equal(project_side_by_side([linear] * 3, x, other), joined)
 
 
 @native

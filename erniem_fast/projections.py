@@ -67,7 +67,7 @@ def scratch_for(x: Tensor, width: int) -> Tensor | None:
 
 
 def _rows(scratch: Tensor | None, x: Tensor, width: int) -> Tensor:
-    """`(tokens, width)`, of the scratch where there is one that fits: a linear may have been replaced by a wider one."""
+    """`(tokens, width)`, of the scratch where there is one that fits: somebody may have put in a wider linear."""
     size = x.shape[0] * width
     fits = scratch is not None and (scratch.dtype, scratch.device) == (x.dtype, x.device) and size <= scratch.numel()
     return scratch[:size].view(-1, width) if fits else x.new_empty(x.shape[0], width)

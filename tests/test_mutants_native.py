@@ -9,6 +9,7 @@ import subprocess
 
 import pytest
 import torch
+from mutation import parameters, replaced
 from test_mutants import holds
 
 from erniem_fast import extension
@@ -203,21 +204,16 @@ FUNCTIONS = {
 }
 
 
-def mutants():
-    """`(op, file, function, old, new)` of each."""
-    for op, file, table in (
-        ("embeddings", "embeddings.h", EMBEDDINGS),
-        ("attention", "attention_cpu.cpp", ATTENTION),
-        ("bias_gelu", "bias_gelu_dropout_cpu.cpp", BIAS_GELU),
-        ("layernorm", "add_layernorm_cpu.cpp", ADD_LAYERNORM),
-        ("product", "few_tokens_cpu.cpp", FEW_TOKENS),
-        ("layernorm", "rows.h", ROWS),
-        ("bias_gelu", "parallel.h", PARALLEL),
-        ("bias_gelu", "functions.h", FUNCTIONS),
-    ):
-        for function, replacements in table.items():
-            for old, new in replacements:
-                yield pytest.param(op, file, function, old, new, id=f"{op}: {file}: {function}: {old} -> {new}")
+MUTANTS = (
+    ("embeddings", "embeddings.h", EMBEDDINGS),
+    ("attention", "attention_cpu.cpp", ATTENTION),
+    ("bias_gelu", "bias_gelu_dropout_cpu.cpp", BIAS_GELU),
+    ("layernorm", "add_layernorm_cpu.cpp", ADD_LAYERNORM),
+    ("product", "few_tokens_cpu.cpp", FEW_TOKENS),
+    ("layernorm", "rows.h", ROWS),
+    ("bias_gelu", "parallel.h", PARALLEL),
+    ("bias_gelu", "functions.h", FUNCTIONS),
+)
 
 
 def mutate(source, function, old, new):
@@ -228,9 +224,7 @@ def mutate(source, function, old, new):
         definition = rf'^( *)(?!return|case| )[\w:<>*&" ]+ \*?{function}\([^;{{]*\{{\n.*?^\1\}}'
         ((start, end),) = (match.span() for match in re.finditer(definition, source, re.MULTILINE | re.DOTALL))
         body = source[start:end]
-    assert body.count(old) == 1
-    assert source.count(body) == 1
-    return source.replace(body, body.replace(old, new))
+    return replaced(source, body, old, new)
 
 
 @pytest.fixture
@@ -261,7 +255,7 @@ def test_unchanged_sources_survive(op, install):
     assert {holds(check) for check in checks_of(op)} == {True}
 
 
-@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(mutants()))
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(parameters(MUTANTS)))
 def test_no_mutant_survives(op, file, function, old, new, install):
     install(op, file, function, old, new)
     assert not all(holds(check) for check in checks_of(op))

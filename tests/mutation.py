@@ -1,0 +1,18 @@
+"""Breaking a source on purpose: what the tests of Triton's mutants and of the native ones share."""
+
+import pytest
+
+
+def parameters(tables):
+    """`(op, file, function, old, new)` of each mutant; a table has `(old, new)` pairs by function."""
+    for op, file, table in tables:
+        for function, replacements in table.items():
+            for old, new in replacements:
+                yield pytest.param(op, file, function, old, new, id=f"{op}: {file}: {function}: {old} -> {new}")
+
+
+def replaced(source, body, old, new):
+    """The source with `old` replaced in `body`, a part of it; each occurs once."""
+    assert body.count(old) == 1
+    assert source.count(body) == 1
+    return source.replace(body, body.replace(old, new))

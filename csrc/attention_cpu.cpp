@@ -253,9 +253,17 @@ class Task {
   Array query, key, value, grad, scores, of_scores, dropped, turned, result, factors;
 };
 
+// Whether the bounds cut all tokens into sequences. Inside a graph nobody has checked them, and others would make a task
+// write into memory that is not the result's.
+bool cut_all_tokens(const Attention& op) {
+  const int32_t *begin = op.cu_seqlens, *end = begin + op.bounds;
+  return op.bounds == op.sequences + 1 && *begin == 0 && end[-1] == op.tokens && std::is_sorted(begin, end);
+}
+
 }  // namespace
 
 extern "C" const char* attention(const Attention* op, int dtype, ParallelFor run) {
+  if (!cut_all_tokens(*op)) return "cu_seqlens must rise from 0 to the number of tokens, by one step a sequence";
   return with_dtype(dtype, [&](auto element) {
     // Tasks differ in size, so whoever is free takes the next one.
     std::atomic<int64_t> next(0);

@@ -705,6 +705,15 @@ def test_reference_activations(activation):
     torch.testing.assert_close(computed, of_x, rtol=0, atol=1e-12)
 
 
+@pytest.mark.skipif("native" not in serving("attention"), reason="the native library cannot be built here")
+@pytest.mark.parametrize("bounds", [[0, 4, 9], [0, 4, 7], [1, 4, 8], [0, 9, 8], [0, 8]], ids=str)
+def test_native_attention_refuses_bounds_beyond_the_tokens(bounds):
+    """As a compiled or traced model may pass them: it would write into memory that is not its own."""
+    batch = replace(sequences(4, 4), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    with use_kernels(attention="native"), pytest.raises(RuntimeError, match="cu_seqlens must rise from 0"):
+        ops.attention(torch.randn(8, 3 * 32), batch, heads=2, scale=1.0)
+
+
 def naive_attention(qkv, batch, heads, scale, p, seed):
     """One query at a time, by the definition."""
     query, key, value = qkv.unflatten(1, (3, heads, -1)).unbind(1)

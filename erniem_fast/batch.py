@@ -1,7 +1,7 @@
 """TokenBatch: which tokens a forward computes, and where they stand in the grid that the caller sees."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -36,8 +36,13 @@ class TokenBatch:
     packed: bool
 
     @classmethod
-    def padded(cls, grid: tuple[int, int], device: torch.device, key_mask: Tensor | None = None) -> "TokenBatch":
-        """Every position of the grid is a token; `key_mask`, bool `(rows, columns)`, says who is attended to."""
+    def padded(
+        cls, grid: tuple[int, int], device: torch.device, key_mask: Tensor | None = None, packed: bool = False
+    ) -> "TokenBatch":
+        """Every position of the grid is a token; `key_mask`, bool `(rows, columns)`, says who is attended to.
+
+        With `packed` what is computed at padding is not shown, so that nobody sees a difference to the packed layout.
+        """
         rows, columns = grid
         return cls(
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device) * columns,
@@ -49,7 +54,7 @@ class TokenBatch:
             key_mask=None if key_mask is None else key_mask.flatten(),
             grid=grid,
             indices=None,
-            packed=False,
+            packed=packed,
         )
 
     @classmethod
@@ -77,7 +82,7 @@ class TokenBatch:
         measures = (lengths.sum(), longest, mask.sum(), holes, *probes)
         tokens, max_seqlen, real_tokens, holes, *probed = torch.stack([m.reshape(()).long() for m in measures]).tolist()
         if real_tokens == rows * columns:
-            return replace(cls.padded((rows, columns), mask.device), packed=True), probed
+            return cls.padded((rows, columns), mask.device, packed=True), probed
 
         indices = torch.nonzero_static(computed.flatten(), size=tokens).squeeze(-1)
         cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
@@ -125,10 +130,10 @@ class TokenBatch:
 
     def unpack(self, x: Tensor) -> Tensor:
         """`(tokens, ...)` to `(rows, columns, ...)`, with zeros at padding in the packed layout."""
+        if self.packed and self.key_mask is not None:
+            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         if self.indices is None:
             return x.unflatten(0, self.grid)
-        if self.key_mask is not None:
-            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         rows, columns = self.grid
         flat = x.new_zeros((rows * columns, *x.shape[1:])).index_copy(0, self.indices, x)
         return flat.unflatten(0, self.grid)
@@ -155,6 +160,8 @@ class TokenBatch:
             # The grid is full, or its one row holds all sequences: then only the tails behind them are no tokens.
             lengths = self.cu_seqlens.diff()
             real = torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+            if self.packed and self.key_mask is not None:
+                real = real & self.key_mask.view(self.grid)
             return probabilities * (real[:, None, :, None] & real[:, None, None, :])
         heads = probabilities.shape[1]
         if self.max_seqlen == 0:

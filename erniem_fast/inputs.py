@@ -188,11 +188,11 @@ def _strange(mask: Tensor) -> Tensor:
 
 
 def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tuple[TokenBatch, list[int]]:
-    if flags.read(flags.PACKING) == "1":
-        batch, probed = TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
-    else:
-        batch, probed = TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask), _read(probes)
-    return batch, probed
+    packed = flags.read(flags.PACKING) == "1"
+    # A graph that is recorded once, for all masks to come, would take this mask's number of tokens as a constant.
+    if packed and not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+        return TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
+    return TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask, packed=packed), _read(probes)
 
 
 def _as_it_came(

@@ -1,5 +1,6 @@
 """`attention`: softmax(Q Kᵀ · scale) with dropout, times V, within each sequence of a batch."""
 
+import math
 from collections.abc import Callable
 from itertools import groupby
 
@@ -213,7 +214,8 @@ def _grid(cu_seqlens, max_seqlen, sequences, key_mask):
 
 def _spread(x, place, grid, parts):
     """`(tokens, parts · heads · head_dim)` to `(parts, sequences, heads, max_seqlen, head_dim)`, zeros at no token."""
-    padded = x.new_zeros(grid.numel(), x.shape[1]).index_copy(0, place, x)
+    # Not grid.numel(), which torch.jit.trace takes as a constant.
+    padded = x.new_zeros(math.prod(grid), x.shape[1]).index_copy(0, place, x)
     return padded.view(*grid, *parts, x.shape[1] // (parts[0] * parts[1])).permute(2, 0, 3, 1, 4)
 
 
@@ -224,7 +226,7 @@ def _gather(out, place):
 
 def _keep_mask(seed, p, place, columns, grid, heads):
     """The dropout mask of `(sequences, heads, max_seqlen, max_seqlen)` probabilities."""
-    column = columns.new_zeros(grid.numel()).index_copy(0, place, columns).view(grid)
+    column = columns.new_zeros(math.prod(grid)).index_copy(0, place, columns).view(grid)
     sequence = torch.arange(grid[0], device=seed.device)[:, None, None]
     head = torch.arange(heads, device=seed.device)[None, :, None]
     width = int(columns.max()) + 1 if len(columns) else 0

@@ -264,7 +264,8 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
     def _is_one_call(self, hidden: Tensor) -> bool:
         """Whether one native call computes all of the layer: its products and ops, none of them replaced or hooked."""
         return (
-            takes_few_tokens(hidden, self.linear1.weight)
+            is_plain(self.linear1, nn.Linear)  # others may have no weight, or one that is a function
+            and takes_few_tokens(hidden, self.linear1.weight)
             and self._fused_activation is not None
             and is_untouched(self.self_attn.self_attn, ErnieMSelfAttention)
             and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in self._linears().values())

@@ -96,6 +96,25 @@ def replace_out(layer):
     layer.self_attn.out_proj = nn.Sequential(layer.self_attn.out_proj)
 
 
+def replace_up(layer):
+    layer.linear1 = nn.Sequential(layer.linear1)
+
+
+class WeightOnCall(nn.Module):
+    """A linear as PyTorch's quantised ones are: its weight is what a function returns."""
+
+    def __init__(self, linear):
+        super().__init__()
+        self.linear, self.weight = linear, lambda: linear.weight
+
+    def forward(self, x):
+        return self.linear(x)
+
+
+def replace_linears(layer):
+    layer.linear1, layer.linear2 = WeightOnCall(layer.linear1), WeightOnCall(layer.linear2)
+
+
 def hook_linear(layer):
     layer.linear1.register_forward_hook(lambda *_: None)
 
@@ -118,7 +137,17 @@ def replace_norm(layer):
 
 
 @pytest.mark.parametrize(
-    "change", [replace_out, hook_linear, hook_attention, replace_attention, drop_bias, replace_norm]
+    "change",
+    [
+        replace_out,
+        replace_up,
+        replace_linears,
+        hook_linear,
+        hook_attention,
+        replace_attention,
+        drop_bias,
+        replace_norm,
+    ],
 )
 def test_a_layer_that_is_no_plain_one_goes_op_by_op(calls, change):
     model, inputs = make_model(), make_input([20, 5])

@@ -5,10 +5,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch._C import _functorch as functorch
 
 from . import flags
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
+from .ops.implementation import is_transformed
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ def prepare(
     Raises:
         ValueError: the input cannot be run; the message names the argument, its value and the remedy.
     """
+    if is_transformed():
+        _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
     grid = _grid(config, input_ids, inputs_embeds)
     device = (inputs_embeds if input_ids is None else input_ids).device
     position_ids = _expand_positions(position_ids, grid)
@@ -97,6 +101,17 @@ def real_positions(config: ErnieMConfig, input_ids: Tensor | None, attention_mas
     if attention_mask is None:
         return None if input_ids is None else input_ids != config.pad_token_id
     return attention_mask != 0 if attention_mask.dim() == 2 else None
+
+
+def _check_not_mapped(**values: Tensor | None) -> None:
+    for name, value in values.items():
+        while value is not None and functorch.is_functorch_wrapped_tensor(value):
+            if functorch.is_batchedtensor(value):
+                raise ValueError(
+                    f"{name} is mapped over by torch.vmap, but its values decide which tokens are computed; map over "
+                    f"parameters or inputs_embeds, or take row by row."
+                )
+            value = functorch.get_unwrapped(value)
 
 
 def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
 from . import extension, flags
+from .ops.implementation import is_transformed
 from .ops.native_encoder import few_tokens
 
 # The token counts for which the native product beats PyTorch's, measured on two cores of a Xeon with AVX-512: a forward
@@ -75,8 +76,8 @@ def _rows(scratch: Tensor | None, x: Tensor, width: int) -> Tensor:
 
 def _takes_out(x: Tensor) -> bool:
     """Whether a product of `x` may be written into given memory: autograd, autocast and graphs want their own."""
-    graph = torch.compiler.is_compiling() or torch.jit.is_tracing()
-    return not (torch.is_grad_enabled() or torch.is_autocast_enabled(x.device.type) or graph)
+    followed = torch.is_grad_enabled() or is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    return not (followed or torch.is_autocast_enabled(x.device.type))
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

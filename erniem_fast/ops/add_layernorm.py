@@ -6,7 +6,15 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
-from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .implementation import (
+    IMPLEMENTATIONS,
+    Implementation,
+    call,
+    choose,
+    differentiable,
+    run,
+    without_second_derivatives,
+)
 from .layer_norm import REFERENCE, TORCH, LayerNorm
 from .native_encoder import ADD_LAYERNORM
 from .triton import implementation as triton_implementation
@@ -114,6 +122,7 @@ def _autograd(ctx, grad, _):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+without_second_derivatives(_backward)
 
 
 def _composite(norm: LayerNorm) -> Implementation:

@@ -11,7 +11,15 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
-from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .implementation import (
+    IMPLEMENTATIONS,
+    Implementation,
+    call,
+    choose,
+    differentiable,
+    run,
+    without_second_derivatives,
+)
 from .native_encoder import ATTENTION
 from .triton import implementation as triton_implementation
 
@@ -141,6 +149,7 @@ def _autograd(ctx, grad, _):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+without_second_derivatives(_backward)
 
 
 def _forward_reference(qkv, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, scale, p, seed):

@@ -9,7 +9,15 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
-from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .implementation import (
+    IMPLEMENTATIONS,
+    Implementation,
+    call,
+    choose,
+    differentiable,
+    run,
+    without_second_derivatives,
+)
 from .native_encoder import BIAS_GELU
 from .triton import implementation as triton_implementation
 
@@ -111,6 +119,7 @@ def _autograd(ctx, grad):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+without_second_derivatives(_backward)
 
 
 def _activate_torch(x: Tensor, activation: str) -> Tensor:

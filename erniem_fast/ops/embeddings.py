@@ -9,7 +9,15 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
-from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, run
+from .implementation import (
+    IMPLEMENTATIONS,
+    Implementation,
+    call,
+    choose,
+    differentiable,
+    run,
+    without_second_derivatives,
+)
 from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm
 from .native_embeddings import NATIVE
 from .triton import served
@@ -142,6 +150,7 @@ def _autograd(ctx, grad, _):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
+without_second_derivatives(_backward)
 
 
 def _composite(norm: LayerNorm) -> Implementation:
@@ -160,7 +169,7 @@ def _composite(norm: LayerNorm) -> Implementation:
         seed,
         save,
     ):
-        z = F.embedding(ids, word_table) + F.embedding(positions, position_table)
+        z = F.embedding(ids, word_table, padding_idx) + F.embedding(positions, position_table, padding_idx)
         out = reference.feature_dropout(norm.forward(z, weight, norm_bias, eps), columns, sequences, p, seed)
         return out, z if save else z.new_empty(0)
 

@@ -6,6 +6,7 @@ from math import inf
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import flags
 from ..equivalence import compare
@@ -80,6 +81,25 @@ def differentiable(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
+def is_transformed() -> bool:
+    """Whether torch.func or forward-mode AD follows what is computed now: they know PyTorch's own operators alone."""
+    if torch.compiler.is_compiling():
+        return False
+    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
+
+
+def without_second_derivatives(backward: torch.library.CustomOpDef) -> None:
+    """Makes the second of two backwards through a backward's custom op an error that says what to do."""
+
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{backward._qualname} cannot be differentiated: backward(create_graph=True) gives no second derivatives; "
+            f"torch.func gives them, as torch.func.grad of a function that takes a torch.func.grad."
+        )
+
+    backward.register_autograd(refuse)
+
+
 def call(
     op: str,
     name: str,
@@ -90,8 +110,11 @@ def call(
 ) -> Tensors:
     """Runs a forward: as a custom op where autograd, a graph or a fake tensor must know of it, else directly.
 
+    Transforms get the reference, whose operators are all PyTorch's.
     `overwrite` lets the result take the memory of the input that the op says nobody needs afterwards.
     """
+    if is_transformed():
+        return run(op, "reference", "forward", *inputs)
     if differentiable or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(inputs[0]) is not Tensor:
         return custom_op(*inputs, name)
     # The reference beside it would find its input gone.

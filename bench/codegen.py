@@ -14,7 +14,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import astuple, dataclass, fields
 from pathlib import Path
@@ -33,6 +33,7 @@ from erniem_fast.kernels import attention, bias_gelu_dropout, device, layernorm
 
 TABLE = Path(__file__).parent / "results" / "codegen.md"
 KIB = 1024
+MANY = 300  # sequences, enough for the backward in one pass at any length
 SHARED_LIMITS = {75: 64 * KIB, 80: 163 * KIB, 86: 99 * KIB, 89: 99 * KIB, 90: 227 * KIB, 100: 227 * KIB, 120: 99 * KIB}
 TENSOR_CORE = {90: "wgmma", 100: "tcgen05"}  # mma.sync elsewhere
 
@@ -81,7 +82,7 @@ class Row:
         return broken
 
     def allowed_spills(self) -> int:
-        """None where registers run out; else the two that the assembler of Triton 3.6 trades for occupancy."""
+        """None where registers run out; else the two that the assembler may trade for occupancy."""
         return 0 if self.registers == 255 else 8
 
 
@@ -126,17 +127,26 @@ def launch_layernorm(dtype: torch.dtype, hidden: int, seed: Tensor | None, token
     layernorm.backward(x, x, vector, 1e-5, columns.long(), columns.long(), 0.1, seed)
 
 
+def launch_plain_layernorm(dtype: torch.dtype, hidden: int, seed: None, tokens: int = 64) -> None:
+    """That of the embeddings, whose dropout is an op of its own."""
+    x, vector = torch.zeros(tokens, hidden, dtype=dtype), torch.zeros(hidden, dtype=dtype)
+    layernorm.forward(x, None, None, vector, vector, 1e-5, None, None, 0.0, seed, False)
+    layernorm.backward(x, x, vector, 1e-5, None, None, 0.0, seed)
+
+
 def launch_bias_gelu(dtype: torch.dtype, features: int, seed: Tensor | None, tokens: int = 64) -> None:
     x, columns = torch.zeros(tokens, features, dtype=dtype), torch.zeros(tokens, dtype=torch.int64)
     bias_gelu_dropout.forward(x, x[0], "gelu", columns, columns, 0.1, seed)
     bias_gelu_dropout.backward(x, x, x[0], "gelu", columns, columns, 0.1, seed)
 
 
-def launch_attention(dtype: torch.dtype, head_dim: int, seed: Tensor | None, max_seqlen: int = 512) -> None:
+def launch_attention(
+    dtype: torch.dtype, head_dim: int, seed: Tensor | None, max_seqlen: int = 512, sequences: int = 1
+) -> None:
     heads = 768 // head_dim  # the base model's hidden size
     qkv, columns = torch.zeros(64, 3 * heads * head_dim, dtype=dtype), torch.zeros(64, dtype=torch.int64)
-    where = (torch.zeros(1, dtype=torch.int64), True, torch.zeros(2).int(), max_seqlen, columns, columns, None)
-    case = (*where, heads, 0.1, 0.1, seed)
+    order, cu_seqlens = torch.zeros(sequences, dtype=torch.int64), torch.zeros(sequences + 1).int()
+    case = (order, True, cu_seqlens, max_seqlen, columns, columns, None, heads, 0.1, 0.1, seed)
     out, lse = attention.forward(qkv, *case)
     attention.backward(out, out, lse, qkv, *case)
 
@@ -147,34 +157,47 @@ def launches(arch: int) -> Iterator[tuple]:
         for dtype in (torch.float16, torch.float32):
             for hidden in (768, 1024, 4096):
                 yield "layernorm", launch_layernorm, dtype, hidden, seed
+                if seed is None:
+                    yield "layernorm, plain", launch_plain_layernorm, dtype, hidden, seed
             yield "bias_gelu_dropout", launch_bias_gelu, dtype, 3072, seed
-            for head_dim in (32, 64, 128, 256) if arch >= 80 else ():
-                yield "attention", launch_attention, dtype, head_dim, seed
+            if arch >= 80:
+                yield from attention_launches(dtype, seed)
         if arch >= 80:
-            yield "attention ≤ 64", launch_attention, torch.float16, 64, seed, 64
-            yield "attention ≤ 64", launch_attention, torch.float16, 128, seed, 64
             yield "attention", launch_attention, torch.bfloat16, 64, seed
+
+
+def attention_launches(dtype: torch.dtype, seed: Tensor | None) -> Iterator[tuple]:
+    for head_dim in (32, 64, 128, 256):
+        yield "attention", launch_attention, dtype, head_dim, seed
+        yield "attention, many", launch_attention, dtype, head_dim, seed, 512, MANY
+    of_one_block = ((64, 64), (128, 64), (64, 128)) if dtype == torch.float16 else ((16, 64),)
+    for max_seqlen, head_dim in of_one_block:
+        yield f"attention ≤ {max_seqlen}", launch_attention, dtype, head_dim, seed, max_seqlen
 
 
 def all_rows(arch: int) -> list[Row]:
     """What is shipped, compiled for an architecture."""
-    return [row for launch in launches(arch) for row in rows(arch, launch)]
+    return rows(arch, launches(arch))
 
 
 def chosen_rows(arch: int) -> list[Row]:
     """Half of them: every kernel with dropout, which has all of its code, and without where its tiles are others."""
-    return [row for launch in launches(arch) if is_chosen(arch, *launch) for row in rows(arch, launch)]
+    return rows(arch, (launch for launch in launches(arch) if is_chosen(arch, *launch)))
 
 
-def is_chosen(arch: int, op: str, _, dtype: torch.dtype, size: int, seed: Tensor | None, max_seqlen: int = 512) -> bool:
+def is_chosen(arch: int, op: str, _, dtype: torch.dtype, size: int, seed: Tensor | None, max_seqlen=512, *rest) -> bool:
     plain, dropout = (attention.forward_config(arch, dtype, size, max_seqlen, drops) for drops in (False, True))
-    return seed is not None or (op.startswith("attention") and plain != dropout)
+    return seed is not None or op == "layernorm, plain" or (op.startswith("attention") and plain != dropout)
 
 
-def rows(arch: int, launch: tuple) -> list[Row]:
-    op, call, dtype, size, seed, *rest = launch
-    kernels = compiled(arch, call, dtype, size, seed, *rest)
-    return [row(arch, op, dtype, size, seed is not None, kernel) for kernel in kernels]
+def rows(arch: int, launches: Iterable[tuple]) -> list[Row]:
+    """A row for each kernel, under the first of the names that it is launched by."""
+    of_kernels = {}
+    for op, call, dtype, size, seed, *rest in launches:
+        for kernel in compiled(arch, call, dtype, size, seed, *rest):
+            if kernel.hash not in of_kernels:
+                of_kernels[kernel.hash] = row(arch, op, dtype, size, seed is not None, kernel)
+    return [*of_kernels.values()]
 
 
 def row(arch: int, op: str, dtype: torch.dtype, size: int, dropout: bool, kernel) -> Row:

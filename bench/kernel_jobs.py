@@ -2,6 +2,7 @@
 
 import dataclasses
 from collections.abc import Callable
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -11,6 +12,7 @@ from torch import Tensor
 
 from erniem_fast import ops
 from erniem_fast.batch import TokenBatch
+from erniem_fast.ops.implementation import choose
 
 P, EPS, PADDING = 0.1, 1e-12, 1
 OURS = "erniem_fast"
@@ -26,6 +28,7 @@ class Contender:
         leaves: the tensors that it differentiates by; the gradient of the first one is compared.
         grad: the gradient of the result.
         real: takes the real tokens out of the result and of the first leaf's gradient.
+        steps: those that it takes part in.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Contender:
     leaves: tuple[Tensor, ...]
     grad: Tensor
     real: Callable[[Tensor], Tensor] = lambda rows: rows
+    steps: tuple[str, ...] = ("inference", "forward", "backward")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -109,7 +113,7 @@ def _attention(settings, batch, dtype):
     full = batch.tokens == rows * columns
     mask = None if full else batch.unpack(torch.ones_like(batch.columns, dtype=torch.bool))[:, None, None, :]
 
-    def ours(p):
+    def ours(p, qkv=qkv):
         return ops.attention(qkv, batch, heads, head_dim**-0.5, p, _seed(batch, p))
 
     def heads_of_grid():
@@ -130,6 +134,7 @@ def _attention(settings, batch, dtype):
         Contender("torch eager", eager, (padded,), padded_grad, batch.pack),
         Contender("torch SDPA", sdpa, (padded,), padded_grad, batch.pack),
         *_varlen(qkv, grad, batch, heads, head_dim),
+        *_other_design(ours, qkv, grad),
     ]
     row = batch.tokens * hidden * dtype.itemsize
     product = 2 * batch.cu_seqlens.diff().long().square().sum().item() * hidden
@@ -150,6 +155,35 @@ def _varlen(qkv, grad, batch, heads, head_dim):
             return varlen_attn(*qkv.view(-1, 3, heads, head_dim).unbind(1), *where).flatten(1)
 
         yield Contender("varlen_attn (no dropout)", varlen, (qkv,), grad)
+
+
+def _other_design(ours, qkv, grad):
+    """Ours, with the design of the backward that it does not take, where that is a matter of Triton's kernels."""
+    if choose("attention", qkv.device, qkv.dtype) != "triton":
+        return
+    from erniem_fast.kernels import attention
+
+    takes_one_pass = attention.takes_one_pass
+
+    class OtherDesign(torch.autograd.Function):
+        """Nothing, but for what runs in its backward: all of it while the choice is turned round."""
+
+        @staticmethod
+        def forward(ctx, x, p):
+            with torch.enable_grad():
+                ctx.x = x.detach().requires_grad_()
+                ctx.out = ours(p, ctx.x)
+            return ctx.out.detach()
+
+        @staticmethod
+        def backward(ctx, grad):
+            with mock.patch.object(attention, "takes_one_pass", lambda *case: not takes_one_pass(*case)):
+                return *torch.autograd.grad(ctx.out, ctx.x, grad, retain_graph=True), None
+
+    def forward(p):
+        return OtherDesign.apply(qkv, p)
+
+    yield Contender("erniem_fast, backward's other design", forward, (qkv,), grad, steps=("backward",))
 
 
 def _bias_gelu(settings, batch, dtype):

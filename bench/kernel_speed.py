@@ -112,10 +112,11 @@ def measure(job, tolerance, rounds, rates, device, bar):
     results = []
     for step, (size, flops) in job.work.items():
         floor = max(size / rates["bytes_per_second"], flops / rates["flops_per_second"])
-        calls = [call_of(contender, step) for contender, _, problem in checked if problem is None]
+        present = [each for each in checked if step in each[0].steps]
+        calls = [call_of(contender, step) for contender, _, problem in present if problem is None]
         seconds = iter(take_turns(calls, rounds, device, bar))
         ours = None
-        for contender, difference, problem in checked:
+        for contender, difference, problem in present:
             taken = next(seconds) if problem is None else []
             ours = taken if contender.name == OURS else ours
             ratios = [theirs / own for theirs, own in zip(taken, ours, strict=True)] if taken and ours else None
@@ -143,7 +144,7 @@ def check(job, tolerance):
     for contender in job.contenders:
         try:
             results = outputs(contender)
-            for step in job.work:
+            for step in contender.steps:
                 call_of(contender, step)()
         except Exception as error:  # whatever its compiler may raise; the others go on
             yield contender, None, f"{job.name}: {contender.name} failed: {str(error).strip().splitlines()[0]}"

@@ -7,7 +7,9 @@ are ordered by the length of their sequence, longest first, so that no long one 
 Scores are kept in units of log₂: softmax takes exp2, and `lse`, the logarithm of a row's sum of exponentials, is of
 base 2. It is +inf for a row without keys, whose probabilities are then zero, forward and backward.
 
-The backward has two passes, each with its sums in registers, so that it needs no atomics and is deterministic.
+The backward needs no atomics, and so is deterministic, in either of two designs (`takes_one_pass` chooses). In two
+passes every program owns a block of queries, then one of keys, and keeps its sums in registers. In one pass a program
+owns a sequence and a head: each probability is computed once, but the queries' gradients are added up in memory.
 """
 
 from dataclasses import dataclass
@@ -18,7 +20,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import describe
+from .device import Device, describe
 from .dropout import keep_column_mask, keep_mask, launch_arguments
 
 LOG2_E = tl.constexpr(log2(e))
@@ -57,7 +59,7 @@ def forward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int
 
 
 def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
-    """As the forward's. Both passes hold two operands and one or two sums, so tiles are smaller."""
+    """Of two passes, as the forward's. Both hold two operands and one or two sums, so tiles are smaller."""
     if dtype == torch.float32:
         return Config(32, 32, warps=8, stages=1) if head_dim <= 64 else Config(16, 16, warps=8, stages=1)
     if head_dim > 128:
@@ -66,6 +68,33 @@ def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: in
         return Config(64, 32, warps=8, stages=1 if head_dim > 64 and arch == 120 else 2)
     step = 64 if arch in _LARGE_TILES else 32
     return Config(64, step, warps=4, stages=1) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
+
+
+def one_pass_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+    """Of one pass, as the forward's. Beside two operands and two sums it makes a third one, a step of queries wide."""
+    if dtype == torch.float32:
+        block, step = (32, 16) if head_dim <= 32 else (16, 32 if head_dim <= 64 else 16)
+        return Config(block, step, warps=8, stages=1)
+    if head_dim > 128:
+        return Config(32, 32, warps=8, stages=1)
+    if head_dim > 64:
+        return Config(64, 16, warps=8, stages=2)
+    if max_seqlen <= 64:
+        return Config(64, 32, warps=8 if arch == 120 else 4, stages=1)
+    return Config(128, 32, warps=8, stages=1)
+
+
+def takes_one_pass(config: Config, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:
+    """Which design of the backward has less to do, of so many pairs of a sequence and a head.
+
+    This is counted, not timed; `bench/kernel_speed.py` times both on a GPU. One pass takes 5 matrix products a tile and
+    draws dropout's mask once; two take 7 and draw it twice. Where a block holds all keys of a sequence, one pass is the
+    lesser in everything. Beyond, its sums go to memory and back, which costs about what the two products do, and a pair
+    is one program's: so there have to be a mask to save, and enough pairs to fill the device more than once.
+    """
+    if max_seqlen <= config.block:
+        return True
+    return dropout and pairs >= 2 * device.multiprocessors
 
 
 def forward(
@@ -137,38 +166,24 @@ def backward(
     grad, out, qkv = grad.contiguous(), out.contiguous(), qkv.contiguous()
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     of_qkv = torch.empty_like(qkv)
-    delta = torch.empty_like(lse)
-    config = backward_config(describe(qkv.device).arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
+    if not tokens:
+        return of_qkv
+    device, pairs = describe(qkv.device), longest_first.shape[0] * heads
+    case = (device.arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
+    config = one_pass_config(*case)
+    one_pass = takes_one_pass(config, pairs, max_seqlen, seed is not None, device)
+    config = config if one_pass else backward_config(*case)
     blocks = triton.cdiv(max_seqlen, config.block)
-    if tokens:
-        # The first pass leaves in `delta` what the second one needs.
-        for kernel, extra in ((_backward_queries_kernel, (out,)), (_backward_keys_kernel, ())):
-            kernel[(longest_first.shape[0] * blocks * heads,)](
-                grad,
-                *extra,
-                lse,
-                delta,
-                qkv,
-                cu_seqlens,
-                longest_first,
-                columns,
-                key_mask,
-                seed,
-                of_qkv,
-                tokens,
-                blocks,
-                scale,
-                *launch_arguments(p),
-                heads,
-                head_dim,
-                _padded(head_dim),
-                config.block,
-                config.step,
-                config.stages,
-                contiguous,
-                _precision(qkv.dtype),
-                num_warps=config.warps,
-            )
+    where = (cu_seqlens, longest_first, columns, key_mask, seed, of_qkv, tokens)
+    constants = (heads, head_dim, _padded(head_dim), config.block, config.step, config.stages, contiguous)
+    rest = (scale, *launch_arguments(p), *constants, _precision(qkv.dtype))
+    if one_pass:
+        sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
+        _backward_kernel[(pairs,)](grad, out, lse, sums, qkv, *where, *rest, num_warps=config.warps)
+    else:
+        grid, delta = (pairs * blocks,), torch.empty_like(lse)  # the first pass leaves in it what the second one needs
+        _backward_queries_kernel[grid](grad, out, lse, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
+        _backward_keys_kernel[grid](grad, lse, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
     return of_qkv
 
 
@@ -316,6 +331,18 @@ def _forward_kernel(
     tl.store(lse_ptr + row, lse, mask=row < length)
 
 
+@triton.jit
+def _probabilities(rows, columns, of_rows, of_columns, kept, lse, scale, PRECISION: tl.constexpr):
+    """Those of a tile, and the gradient of what dropout makes of them.
+
+    Rows are queries and columns keys, or the other way round; `of_rows` and `of_columns` are the gradient of the output
+    where they are queries, the values where they are keys.
+    """
+    scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * (scale * LOG2_E)
+    probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
+    return probabilities, tl.dot(of_rows, tl.trans(of_columns), input_precision=PRECISION)
+
+
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
 def _backward_queries_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
@@ -368,9 +395,7 @@ def _backward_queries_kernel(
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
-        probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
-        of_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        probabilities, of_probabilities = _probabilities(query, key, grad, value, kept, lse, scale, PRECISION)
         if seed_ptr is not None:
             keep = _keep(columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS)
             of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
@@ -432,9 +457,7 @@ def _backward_keys_kernel(
         lse = tl.load(lse_ptr + row_offset + column, mask=column < length, other=float("inf"))
         delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
         # Keys by queries: the transpose of what the other kernels hold.
-        scores = tl.dot(key, tl.trans(query), input_precision=PRECISION) * (scale * LOG2_E)
-        probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
-        of_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+        probabilities, of_probabilities = _probabilities(key, query, value, grad, kept, lse, scale, PRECISION)
         dropped = probabilities
         if seed_ptr is not None:
             keep = tl.trans(
@@ -451,3 +474,81 @@ def _backward_keys_kernel(
     of_key_ptr = of_qkv_ptr + token * 3 * HIDDEN + HIDDEN + head * HEAD_DIM
     _store(of_key_ptr, row, length, of_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     _store(of_key_ptr + HIDDEN, row, length, of_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+
+
+@triton.jit(do_not_specialize=["tokens", "threshold"])
+def _backward_kernel(
+    grad_ptr,  # (tokens, HEADS · HEAD_DIM)
+    out_ptr,  # (tokens, HEADS · HEAD_DIM)
+    lse_ptr,  # (HEADS, tokens)
+    sums_ptr,  # (tokens, HEADS · HEAD_DIM), float32: of the queries' gradients; None where a block holds all keys
+    qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
+    cu_seqlens_ptr,  # (sequences + 1,)
+    longest_first_ptr,  # (sequences,)
+    columns_ptr,  # (tokens,)
+    key_mask_ptr,  # (tokens,), or None
+    seed_ptr,  # one element, or None for no dropout
+    of_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
+    tokens,
+    scale,
+    threshold,
+    rescale,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    BLOCK: tl.constexpr,
+    STEP: tl.constexpr,
+    STAGES: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    HIDDEN: tl.constexpr = HEADS * HEAD_DIM
+    sequence, start, length, _, head = _work(cu_seqlens_ptr, longest_first_ptr, 1, HEADS, BLOCK)
+    token = start.to(tl.int64)
+    query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    of_query_ptr = of_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    out_offset = token * HIDDEN + head * HEAD_DIM
+    lse_ptr += head.to(tl.int64) * tokens + start
+    if seed_ptr is not None:
+        seed = tl.load(seed_ptr)
+
+    for first in tl.range(0, length, BLOCK):
+        row = first + tl.arange(0, BLOCK)[:, None]
+        key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        kept = _kept_keys(key_mask_ptr, start, row, length)
+        of_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+        of_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+        for first_query in tl.range(0, length, STEP, num_stages=STAGES):
+            query_row = first_query + tl.arange(0, STEP)[:, None]
+            query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+            grad = _load(grad_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
+            out = _load(out_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
+            column = first_query + tl.arange(0, STEP)[None, :]
+            lse = tl.load(lse_ptr + column, mask=column < length, other=float("inf"))
+            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[None, :]
+            if seed_ptr is not None:  # drawn here and not between the products, the mask lets all fit into registers
+                case = (columns_ptr, start, length, sequence, head, query_row, first, seed, threshold)
+                keep = tl.trans(_keep(*case, BLOCK, CONTIGUOUS))
+            probabilities, of_probabilities = _probabilities(key, query, value, grad, kept, lse, scale, PRECISION)
+            dropped = probabilities
+            if seed_ptr is not None:
+                dropped = tl.where(keep, probabilities, 0.0)
+                of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
+            of_value = tl.dot(dropped.to(grad.dtype), grad, acc=of_value, input_precision=PRECISION)
+            of_scores = (probabilities * (of_probabilities - delta)).to(query.dtype)
+            of_key = tl.dot(of_scores, query, acc=of_key, input_precision=PRECISION)
+            of_query = tl.dot(tl.trans(of_scores), key, input_precision=PRECISION)
+            if sums_ptr is not None:
+                if first > 0:
+                    of_query += _load(sums_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
+                if first + BLOCK < length:
+                    _store(sums_ptr + out_offset, query_row, length, of_query, HIDDEN, HEAD_DIM, BLOCK_DIM)
+            if first + BLOCK >= length:
+                _store(of_query_ptr, query_row, length, of_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        if seed_ptr is not None:
+            of_value *= rescale
+        _store(of_query_ptr + HIDDEN, row, length, of_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        _store(of_query_ptr + 2 * HIDDEN, row, length, of_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        if sums_ptr is not None:
+            tl.debug_barrier()  # what one thread has added up, another one may read

@@ -14,11 +14,18 @@ from erniem_fast.batch import TokenBatch
 from erniem_fast.dropout import keep_mask
 from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import attention
+from erniem_fast.kernels.device import Device
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
 SEED = torch.tensor([0x123456789ABCDEF], device=DEVICE)
 HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129)
+
+
+@pytest.fixture(params=[False, True], ids=["two passes", "one pass"])
+def design(request, monkeypatch):
+    """Of the backward."""
+    monkeypatch.setattr(attention, "takes_one_pass", lambda *_: request.param)
 
 
 def batch_of(lengths):
@@ -58,21 +65,21 @@ def check(batch, heads, head_dim, dtype, p=0.1, seed=SEED):
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_hard_lengths(dtype, seed):
+def test_hard_lengths(dtype, seed, design):
     check(batch_of(HARD_LENGTHS), 2, 64, dtype, seed=seed)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
 @pytest.mark.parametrize("head_dim", [8, 32, 48, 64, 128, 256])
-def test_head_dims(head_dim, dtype):
+def test_head_dims(head_dim, dtype, design):
     check(batch_of([40, 70]), 2, head_dim, dtype)
 
 
-def test_very_unequal_lengths():
+def test_very_unequal_lengths(design):
     check(batch_of([1, 257, 3]), 1, 32, torch.float16)
 
 
-def test_dropout_follows_columns_where_sequences_have_holes():
+def test_dropout_follows_columns_where_sequences_have_holes(design):
     batch = batch_with_holes([1, 9, 40])
     assert not batch.contiguous
     check(batch, 2, 32, torch.float32, p=0.3)
@@ -80,7 +87,7 @@ def test_dropout_follows_columns_where_sequences_have_holes():
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_padded_layout_with_a_key_mask(dtype, seed):
+def test_padded_layout_with_a_key_mask(dtype, seed, design):
     """Rows with padding at the right, at the left, with holes, and without a single key."""
     mask = torch.ones(4, 70, dtype=torch.bool, device=DEVICE)
     mask[0, 33:] = False
@@ -94,7 +101,7 @@ def test_padded_layout_with_a_key_mask(dtype, seed):
     assert torch.equal(of_qkv[3 * 70 :], torch.zeros_like(of_qkv[3 * 70 :]))
 
 
-def test_packed_and_padded_give_the_same_tokens_the_same_mask():
+def test_packed_and_padded_give_the_same_tokens_the_same_mask(design):
     """The padded rows are longer by a tail of masked keys, which shifts every tile boundary of later sequences."""
     lengths, columns = [5, 40, 17], 45
     mask = torch.arange(columns, device=DEVICE)[None, :] < torch.tensor(lengths, device=DEVICE)[:, None]
@@ -110,11 +117,11 @@ def test_packed_and_padded_give_the_same_tokens_the_same_mask():
 
 @pytest.mark.parametrize("contiguous", [True, False])
 @pytest.mark.parametrize(("block", "step"), [(16, 16), (32, 64), (64, 32)])
-def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, monkeypatch):
+def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, design, monkeypatch):
     """Equal scores, and values that are the unit vectors of the keys: the output is the mask, whatever the tiles."""
     config = attention.Config(block, step, warps=4, stages=1)
-    monkeypatch.setattr(attention, "forward_config", lambda *_: config)
-    monkeypatch.setattr(attention, "backward_config", lambda *_: config)
+    for name in ("forward_config", "backward_config", "one_pass_config"):
+        monkeypatch.setattr(attention, name, lambda *_: config)
     length, heads = 64, 2
     batch = replace(batch_of([3, length]), contiguous=contiguous)
     qkv = torch.zeros(batch.tokens, 3, heads, length, device=DEVICE)
@@ -131,7 +138,7 @@ def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, monkey
     torch.testing.assert_close(of_value, exact[: length - 3, 0], rtol=1e-6, atol=0)
 
 
-def test_large_scores_do_not_overflow():
+def test_large_scores_do_not_overflow(design):
     """Scores of about 100, whose exponentials float32 cannot hold.
 
     Rounding a score and the row's lse, both in units of log2, moves a probability by 2 · 2^-24 · ln 2 of their size.
@@ -153,7 +160,7 @@ def test_no_tokens():
     assert (out.shape, of_qkv.shape) == ((0, 64), (0, 192))
 
 
-def test_other_sequences_stay_apart():
+def test_other_sequences_stay_apart(design):
     """Whatever stands beside a sequence, NaN even, does not reach it."""
     batch = batch_of([5, 20, 9])
     (qkv,) = inputs_of(batch, 2, 32, torch.float32)
@@ -171,7 +178,22 @@ def test_inputs_that_are_not_contiguous():
     assert all(torch.equal(left, right) for left, right in zip(strided, dense, strict=True))
 
 
-def test_backward_is_deterministic():
+@pytest.mark.parametrize(
+    ("pairs", "max_seqlen", "dropout", "one_pass"),
+    [
+        (1, 128, False, True),  # a block holds all keys
+        (1, 129, True, False),
+        (263, 129, True, False),
+        (264, 129, True, True),  # two for each multiprocessor, and a mask that need not be drawn twice
+        (264, 129, False, False),
+    ],
+)
+def test_the_design_of_the_backward(pairs, max_seqlen, dropout, one_pass):
+    config = attention.one_pass_config(90, torch.bfloat16, 64, max_seqlen, dropout)
+    assert attention.takes_one_pass(config, pairs, max_seqlen, dropout, Device(90, 132)) is one_pass
+
+
+def test_backward_is_deterministic(design):
     batch = batch_of([5, 70])
     inputs = inputs_of(batch, 2, 32, torch.float32)
     case = partial(kernel, batch, 2, 0.1, SEED)
@@ -187,6 +209,8 @@ def test_head_dims_beyond_256_are_refused():
 BEYOND_INT32 = """
 import torch
 from erniem_fast.kernels import attention
+
+attention.takes_one_pass = lambda *_: {one_pass}
 
 def run(tokens):
     \"\"\"One sequence of 20 at the end of so many tokens, of which no other is ever touched.\"\"\"
@@ -209,7 +233,9 @@ for near, far in zip(run(20), run(tokens), strict=True):
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda", reason="an interpreter's memory is what can be left untouched")
-def test_elements_beyond_the_reach_of_int32():
+@pytest.mark.parametrize("one_pass", [False, True])
+def test_elements_beyond_the_reach_of_int32(one_pass):
     """In a process of its own, which an address that wraps around kills."""
-    done = subprocess.run([sys.executable, "-c", BEYOND_INT32], capture_output=True, text=True, check=False)
+    code = BEYOND_INT32.format(one_pass=one_pass)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

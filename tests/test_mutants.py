@@ -57,9 +57,12 @@ ATTENTION = {
         ("tl.range(0, length, STEP", "tl.range(STEP, length, STEP"),
         ("tl.store(lse_ptr + row, lse, mask=row < length)", "tl.store(lse_ptr + row, lse, mask=row < length - 1)"),
     ],
-    "_backward_queries_kernel": [
+    "_probabilities": [
         ("* (scale * LOG2_E)", "* LOG2_E"),
         ("tl.where(kept, tl.exp2(scores - lse), 0.0)", "tl.exp2(scores - lse)"),
+        ("tl.dot(of_rows, tl.trans(of_columns)", "tl.dot(rows, tl.trans(of_columns)"),
+    ],
+    "_backward_queries_kernel": [
         ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
         ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
         ("(of_probabilities - delta)", "of_probabilities"),
@@ -68,8 +71,6 @@ ATTENTION = {
         ("delta, mask=row < length", "delta, mask=row < length - 1"),
     ],
     "_backward_keys_kernel": [
-        ("* (scale * LOG2_E)", "* LOG2_E"),
-        ("tl.where(kept, tl.exp2(scores - lse), 0.0)", "tl.exp2(scores - lse)"),
         ("tl.where(keep, probabilities, 0.0)", "probabilities"),
         ("of_value *= rescale", "of_value *= 1.0"),
         ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
@@ -77,6 +78,20 @@ ATTENTION = {
         ("(of_probabilities - delta)", "of_probabilities"),
         ("of_key * scale", "of_key"),
         ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+    ],
+    "_backward_kernel": [
+        ("tl.where(keep, probabilities, 0.0)", "probabilities"),
+        ("of_value *= rescale", "of_value *= 1.0"),
+        ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
+        ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
+        ("(of_probabilities - delta)", "of_probabilities"),
+        ("of_key * scale", "of_key"),
+        ("of_query * scale", "of_query"),
+        ("if first > 0:", "if first < 0:"),
+        ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),
+        ("if first + BLOCK >= length:", "if first + BLOCK > length:"),
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        ("tl.range(0, length, BLOCK)", "tl.range(0, length - 1, BLOCK)"),
     ],
 }
 BIAS_GELU = {

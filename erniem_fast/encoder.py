@@ -104,9 +104,17 @@ class ErnieMEmbeddings(nn.Module):
             parameters = (words.weight, places.weight, norm.weight, norm.bias, norm.eps)
             return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, batch, p, seed, words.sparse)
         positioned = places(rows)
-        embedded = words(input_ids) if inputs_embeds is None else inputs_embeds.to(positioned.dtype)
+        embedded = self._embed(words, input_ids, batch) if inputs_embeds is None else inputs_embeds.to(positioned.dtype)
         normalised = _add_norm(embedded, positioned, None, norm, batch)
         return feature_dropout(normalised, batch.columns, batch.sequences, p, seed)
+
+    def _embed(self, words: nn.Module, input_ids: Tensor, batch: TokenBatch) -> Tensor:
+        """By a module that is not ours alone: as in other models it sees rows of ids, `padding_idx` at padding.
+
+        NEFTune's hook (arXiv 2310.05914), for one, adds noise by the length of the rows.
+        """
+        rows = batch.unpack(input_ids - self.padding_idx) + self.padding_idx
+        return batch.pack(words(rows))
 
 
 class ErnieMSelfAttention(nn.Module):
@@ -198,7 +206,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         self.dropout1 = nn.Dropout(config.hidden_dropout_prob)
         self.dropout2 = nn.Dropout(config.hidden_dropout_prob)
         self.activation = ACT2FN[config.hidden_act]
-        self._fused_activation = ops.ACTIVATIONS.get(config.hidden_act)
+        self._own_activation = type(self.activation), ops.ACTIVATIONS.get(config.hidden_act)
 
     def forward(
         self,
@@ -238,7 +246,8 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
         """As `project`: `(tokens, hidden)`, and the bias where that is left to the next op."""
-        fused = self._fused_activation is not None
+        activation = self._fused_activation()
+        fused = activation is not None
         leave_bias = fused and ops.fuses_bias("bias_gelu", hidden)
         x, bias = project(self.linear1, hidden, leave_bias, scratch)
         leave_bias = ops.fuses_bias("layernorm", x)
@@ -246,7 +255,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
         def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
             if fused:
-                x = ops.bias_gelu_dropout(x, bias, self._fused_activation, batch, p, seed, overwrite)
+                x = ops.bias_gelu_dropout(x, bias, activation, batch, p, seed, overwrite)
             else:
                 x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
             return project(self.linear2, x, leave_bias)
@@ -255,6 +264,11 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             # Computing again ends with what the second product keeps for its weight's gradient: it does not run twice.
             return checkpoint(activate_and_project, x, use_reentrant=False)
         return activate_and_project(x)
+
+    def _fused_activation(self) -> str | None:
+        """What the op calls the activation; None where it does not know it, or somebody has replaced or hooked it."""
+        kind, name = self._own_activation
+        return name if is_untouched(self.activation, kind) else None
 
     def _linears(self) -> dict[str, nn.Module]:
         inner = self.self_attn.self_attn
@@ -266,7 +280,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         return (
             is_plain(self.linear1, nn.Linear)  # others may have no weight, or one that is a function
             and takes_few_tokens(hidden, self.linear1.weight)
-            and self._fused_activation is not None
+            and self._fused_activation() is not None
             and is_untouched(self.self_attn.self_attn, ErnieMSelfAttention)
             and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in self._linears().values())
             and is_plain(self.norm1, nn.LayerNorm)
@@ -278,7 +292,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         inner = self.self_attn.self_attn
         norms = {"norm1": self.norm1, "norm2": self.norm2}
         heads, scale = inner.num_attention_heads, inner.scale
-        return native_layer.layer(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation)
+        return native_layer.layer(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation())
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2

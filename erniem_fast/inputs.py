@@ -79,6 +79,8 @@ def prepare(
             mask, probes = _padding_mask(config, input_ids, attention_mask, grid, device, probes)
             batch, probed = _laid_out(mask, needs_first, probes)
         strange, *probed = probed or [False]
+        if probed and attention_mask is None:
+            _check_one_sequence(position_ids, probed[-1])
         if strange:
             raise ValueError(
                 "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. A mask to "
@@ -254,6 +256,19 @@ def _read(probes: Sequence[Tensor]) -> list[int]:
     if probes[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return []
     return torch.stack([probe.long() for probe in probes]).tolist()
+
+
+def _check_one_sequence(position_ids: Tensor | None, greatest: int) -> None:
+    """Positions that start anew in a single row mean several sequences, which nothing would keep apart."""
+    if position_ids is None or len(position_ids) != 1 or greatest >= position_ids.shape[1] - 1:
+        return
+    starts = (position_ids[0, 1:] == 0).nonzero()
+    if len(starts):
+        raise ValueError(
+            f"position_ids start anew at column {starts[0].item() + 1} of a single row. If that is several sequences, "
+            f"pass cu_seq_lens_q and max_length_q, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes "
+            f"them; if it is one, pass an attention_mask of ones."
+        )
 
 
 def _check_values(

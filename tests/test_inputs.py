@@ -125,6 +125,10 @@ BAD_INPUTS = {
         packed_input(cu_seqlens(0, 8), 8, position_ids=torch.arange(8)[None] + 505),
         r"position_ids\[0, 7\] is 512",
     ),
+    "positions of several sequences in a row": (
+        {"input_ids": IDS[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])},
+        r"position_ids start anew at column 3 of a single row.*return_flash_attn_kwargs=True.*attention_mask of ones",
+    ),
     "positions of fewer rows": ({"input_ids": IDS, "position_ids": MASK[:2]}, r"position_ids has shape \(2, 8\)"),
     "positions too short": (
         {"input_ids": IDS, "position_ids": MASK[:, :7]},

@@ -809,6 +809,33 @@ def test_a_frozen_word_table_costs_no_gradient(frozen, packed):
     assert model.embeddings.position_embeddings.weight.grad.any()
 
 
+def test_a_hooked_word_table_sees_rows_of_ids(packed):
+    """As in other models, so that a hook may count on three dimensions of its output, as NEFTune's does."""
+    model, expected = load(), load()(IDS, attention_mask=MASK)
+    table, seen = model.get_input_embeddings(), []
+    table.register_forward_hook(lambda module, arguments, output: seen.append((*arguments, output)))
+    outputs = model(IDS, attention_mask=MASK)
+    assert_close(outputs.last_hidden_state, expected.last_hidden_state)
+    ((ids, output),) = seen
+    computed = REAL | (torch.arange(REAL.shape[1]) == 0)  # the pooler reads the first column, whatever it is
+    assert torch.equal(ids, IDS.masked_fill(~computed, model.config.pad_token_id) if packed else IDS)
+    assert torch.equal(output, table.weight[ids])
+
+
+@pytest.mark.parametrize("change", ["replaced", "hooked"])
+def test_another_activation_is_obeyed(change, packed):
+    """Also where a kernel would compute the one of the config."""
+    model, expected = load(), load(hidden_act="relu")
+    for layer in model.encoder.layers:
+        if change == "replaced":
+            layer.activation = torch.nn.ReLU()
+        else:
+            layer.activation.register_forward_hook(lambda module, arguments, output: arguments[0].relu())
+    for rows in (slice(None), slice(1)):  # of one short row a layer is one native call
+        outputs, others = (each(IDS[rows], attention_mask=MASK[rows]) for each in (model, expected))
+        assert_close(outputs.last_hidden_state, others.last_hidden_state)
+
+
 HOOKED = [
     "embeddings.position_embeddings",
     "embeddings.layer_norm",

@@ -1,4 +1,5 @@
 // The `add_layernorm` op on a CPU, forward and backward.
+#include "dropout.h"
 #include "encoder.h"
 
 struct AddLayernormBackward {
@@ -44,6 +45,12 @@ void forward_row(const AddLayernorm& op, int64_t token, Piece<N>* row) {
   });
 }
 
+// Work on a row takes longer than the processor sees ahead, so it is told what the next one needs.
+template <typename T>
+void prefetch_piece(const T* from) {
+  for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
+}
+
 // `scratch` holds two rows of pieces, and the sums of weight, norm_bias and bias behind them.
 template <typename T>
 void backward_row(const AddLayernormBackward& op, int64_t token, Piece<N>* scratch) {
@@ -52,8 +59,12 @@ void backward_row(const AddLayernormBackward& op, int64_t token, Piece<N>* scrat
   Piece<N>*row = scratch, *of_y = scratch + pieces;
   Piece<N>*of_weight = of_y + pieces, *of_norm_bias = of_weight + pieces, *of_bias = of_norm_bias + pieces;
   for_pieces(Thread(), op.hidden, [&](int piece, auto count) {
-    row[piece] = load<Thread>(static_cast<const T*>(op.z) + start + piece * N, count);
-    of_y[piece] = load<Thread>(static_cast<const T*>(op.grad) + start + piece * N, count);
+    const T* z = static_cast<const T*>(op.z) + start + piece * N;
+    const T* grad = static_cast<const T*>(op.grad) + start + piece * N;
+    prefetch_piece(z + op.hidden);
+    prefetch_piece(grad + op.hidden);
+    row[piece] = load<Thread>(z, count);
+    of_y[piece] = load<Thread>(grad, count);
   });
   layer_norm_backward(Thread(), op.hidden, op.weight, op.eps, row, of_y, of_weight, of_norm_bias);
   for_pieces(Thread(), op.hidden, [&](int piece, auto count) {

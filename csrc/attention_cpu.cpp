@@ -8,6 +8,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "dropout.h"
 #include "encoder.h"
 #include "functions.h"
 #include "product.h"
@@ -16,6 +17,7 @@ namespace {
 
 constexpr int TILE = TILE_ROWS<4>;
 constexpr int BLOCK = 4 * TILE;      // queries whose scores a forward has at hand at once
+constexpr int DRAWN = 2 * WIDTH;      // elements of a row that dropout draws for at once
 constexpr int64_t CACHED = 3 << 19;  // bytes of q, k and v that a core's cache keeps beside what a task works with
 
 // c = a b, where a has whole tiles of rows, and b and c `columns`, whole vectors.
@@ -44,10 +46,14 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns,
   }
 }
 
+// Floats at addresses where a vector does not reach over two lines of the cache.
+using Array = std::vector<Vector>;
+
 // Memory for `size` floats, which keep what they held.
-float* room(std::vector<float>& array, int64_t size) {
-  if (int64_t(array.size()) < size) array.resize(size);
-  return array.data();
+float* room(Array& array, int64_t size) {
+  const size_t vectors = round_up(size, WIDTH) / WIDTH;
+  if (array.size() < vectors) array.resize(vectors);
+  return reinterpret_cast<float*>(array.data());
 }
 
 // The elements of a row in float32.
@@ -74,7 +80,7 @@ class Task {
     start = op.cu_seqlens[sequence];
     length = op.cu_seqlens[sequence + 1] - start;
     keys = round_up(length, WIDTH);
-    factors.resize(keys);
+    if (op.seed != nullptr) survey();
     head = first;
     fetch(end - first);
     for (; head < end; ++head) {
@@ -87,8 +93,6 @@ class Task {
   }
 
  private:
-  using Array = std::vector<float>;
-
   void forward() {
     float *left = room(query, BLOCK * features), *row = room(scores, BLOCK * keys);
     float* out = room(result, BLOCK * features);
@@ -100,7 +104,7 @@ class Task {
       for (int64_t i = 0; i < count; ++i) {
         // Softmax divides what it sums up to; here that is left to the result, which has fewer elements.
         shares[i] = exponentials(row + i * keys);
-        if (draw(first + i)) {
+        if (const float* factors = draw(first + i)) {
           for (int64_t j = 0; j < length; ++j) row[i * keys + j] *= factors[j];
         }
       }
@@ -119,7 +123,7 @@ class Task {
     float *p = room(scores, rows * keys), *ds = room(of_scores, rows * keys), *pd = room(dropped, rows * keys);
     multiply(queries, features, load_transposed(KEY, key), keys, p, rows, op.head_dim);
     multiply(of_out, features, load_transposed(VALUE, value), keys, ds, rows, op.head_dim);
-    for (int64_t i = 0; i < length; ++i) backward_row(i);
+    for (int64_t i = 0; i < length; ++i) backward_row(i, p + i * keys, ds + i * keys, pd + i * keys);
 
     float *across = room(turned, rows * keys), *out = room(result, rows * features);
     transpose(pd, length, keys, length, across, keys);
@@ -135,15 +139,14 @@ class Task {
   }
 
   // From a query's scores and its dropped probabilities' gradient to those probabilities and the scores' gradient.
-  void backward_row(int64_t i) {
-    float *row = scores.data() + i * keys, *of_row = of_scores.data() + i * keys, *to = dropped.data() + i * keys;
+  void backward_row(int64_t i, float* row, float* of_row, float* to) {
     const float share = exponentials(row);
     for (int64_t j = 0; j < keys; ++j) row[j] *= share;
-    const bool drops = draw(i);
+    const float* factors = draw(i);
     float sums[WIDTH] = {};
     for (int64_t j = 0; j < keys; j += WIDTH) {
       for (int lane = 0; lane < WIDTH; ++lane) {
-        const float factor = drops ? factors[j + lane] : 1.0f;
+        const float factor = factors ? factors[j + lane] : 1.0f;
         to[j + lane] = row[j + lane] * factor;
         of_row[j + lane] *= factor;
         sums[lane] += of_row[j + lane] * row[j + lane];
@@ -203,6 +206,16 @@ class Task {
     for (int64_t i = 0; i < length; ++i) store_row(rows + i * features, factor, to + i * op.width);
   }
 
+  // Where the keys stand.
+  void survey() {
+    const int64_t* columns = op.columns + start;
+    const auto [least, most] = std::minmax_element(columns, columns + length);
+    first_column = length == 0 ? 0 : *least / 4 * 4;
+    last_column = length == 0 ? -1 : *most;
+    neighbours = true;
+    for (int64_t j = 0; j < length; ++j) neighbours = neighbours && columns[j] == columns[0] + j;
+  }
+
   // Turns a row of scores into e^(scale (score - largest)), zeros for keys that are not kept and behind the last;
   // returns the reciprocal of their sum, 0 where no key is kept. The scale comes after the largest is taken off and so
   // costs the fewest digits.
@@ -216,41 +229,41 @@ class Task {
     for (int64_t j = 0; j < keys; j += WIDTH) {
       for (int i = 0; i < WIDTH; ++i) most[i] = row[j + i] > most[i] ? row[j + i] : most[i];
     }
-    for (int width = WIDTH / 2; width > 0; width /= 2) {
-      for (int i = 0; i < width; ++i) most[i] = most[i] > most[i + width] ? most[i] : most[i + width];
-    }
-    const float largest = most[0] == -INFINITY ? 0.0f : most[0], scale = float(op.scale);
+    const float found = largest(load_vector(most)), top = found == -INFINITY ? 0.0f : found, scale = float(op.scale);
     for (int64_t j = 0; j < keys; j += WIDTH) {
-      for (int i = 0; i < WIDTH; ++i) sums[i] += row[j + i] = exponential((row[j + i] - largest) * scale);
+      for (int i = 0; i < WIDTH; ++i) sums[i] += row[j + i] = exponential((row[j + i] - top) * scale);
     }
     const float sum = total(load_vector(sums));
     return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 
-  // Sets `factors` to what dropout multiplies a query's probabilities with, by the columns that its keys stand in;
-  // false where there is no dropout.
-  bool draw(int64_t i) {
-    if (op.seed == nullptr) return false;
+  // What dropout multiplies a query's probabilities with, by the columns that its keys stand in; null where there is
+  // none.
+  const float* draw(int64_t i) {
+    if (op.seed == nullptr) return nullptr;
+    const int64_t* columns = op.columns + start;
     const uint64_t seed = uint64_t(*op.seed);
-    const uint32_t column = uint32_t(op.columns[start + i]);
-    int64_t group = -1;
-    Words words = {};
-    for (int64_t j = 0; j < length; ++j) {
-      const int64_t key_column = op.columns[start + j];
-      if (key_column / 4 != group) {
-        group = key_column / 4;
-        words = philox(seed, uint32_t(group), column, uint32_t(sequence), uint32_t(head));
-      }
-      factors[j] = words.w[key_column % 4] >= uint32_t(op.threshold) ? float(op.rescale) : 0.0f;
+    const uint32_t query_column = uint32_t(columns[i]), threshold = uint32_t(op.threshold);
+    const float rescale = float(op.rescale);
+    float* all = room(drawn, last_column + 1 - first_column + DRAWN + WIDTH);
+    for (int64_t column = first_column; column <= last_column; column += DRAWN) {
+      const auto words = ::draw<DRAWN>(seed, uint32_t(column / 4), query_column, uint32_t(sequence), uint32_t(head));
+      float* to = all + column - first_column;
+      for (int k = 0; k < DRAWN; ++k) to[k] = words.w[k] >= threshold ? rescale : 0.0f;
     }
-    return true;
+    if (neighbours) return all + columns[0] - first_column;
+    float* picked = room(factors, keys);
+    for (int64_t j = 0; j < length; ++j) picked[j] = all[columns[j] - first_column];
+    return picked;
   }
 
   const Attention& op;
   const int64_t features;  // head_dim in whole vectors
   int64_t sequence, head, start, length, keys;
+  int64_t first_column, last_column;  // of the keys, the first rounded down to a group of the generator
+  bool neighbours;                    // whether the keys stand in columns one after the other
   float shares[BLOCK];
-  Array query, key, value, grad, scores, of_scores, dropped, turned, result, factors;
+  Array query, key, value, grad, scores, of_scores, dropped, turned, result, drawn, factors;
 };
 
 // Whether the bounds cut all tokens into sequences. Inside a graph nobody has checked them, and others would make a task

@@ -1,4 +1,5 @@
 // The `bias_gelu_dropout` op on a CPU, forward and backward.
+#include "dropout.h"
 #include "encoder.h"
 #include "functions.h"
 

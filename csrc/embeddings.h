@@ -1,7 +1,7 @@
 // The row arithmetic of the `embeddings` op, one source for host and device.
 #pragma once
 
-#include "rows.h"
+#include "dropout.h"
 
 // ---- What Python passes: addresses of contiguous tensors, then sizes, then factors. erniem_fast/ops/native.py mirrors
 // these structures field by field. "Elements" are of the dtype that the call names.

@@ -3,31 +3,8 @@
 
 #include <algorithm>
 #include <cstdint>
-#include <cstring>
-#include <utility>
 
-#ifdef __AVX512F__
-constexpr int WIDTH = 16;
-#else
-constexpr int WIDTH = 8;
-#endif
-
-typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
-
-inline Vector load_vector(const float* from) {
-  Vector x;
-  memcpy(&x, from, sizeof x);
-  return x;
-}
-
-inline float total(Vector x) {
-  float lanes[WIDTH];
-  memcpy(lanes, &x, sizeof x);
-  for (int width = WIDTH / 2; width > 0; width /= 2) {
-    for (int i = 0; i < width; ++i) lanes[i] += lanes[i + width];
-  }
-  return lanes[0];
-}
+#include "vectors.h"
 
 inline int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
@@ -88,17 +65,6 @@ inline void multiply_dots(const float* a, int64_t a_stride, const float* b, int6
 
 // ---- Transposition
 
-// Lanes I... of a and b, one after the other.
-template <int... I>
-inline Vector pick(Vector a, Vector b, std::integer_sequence<int, I...>) {
-#ifdef __clang__
-  return __builtin_shufflevector(a, b, I...);
-#else
-  typedef int Lanes __attribute__((vector_size(sizeof(Vector))));
-  return __builtin_shuffle(a, b, Lanes{I...});
-#endif
-}
-
 // Exchanges the lanes of `a` that have the bit STEP in their index with those of `b` that have it not.
 template <int STEP, int... I>
 inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
@@ -123,10 +89,12 @@ inline void transpose(const float* from, int64_t rows, int64_t from_stride, int6
   for (int64_t j = 0; j < columns; j += WIDTH) {
     const int64_t width = std::min<int64_t>(WIDTH, columns - j);
     for (int64_t i = 0; i < rows; i += WIDTH) {
-      Vector square[WIDTH] = {};
+      Vector square[WIDTH];
       const int64_t height = std::min<int64_t>(WIDTH, rows - i);
-      for (int64_t row = 0; row < height; ++row) {
+      for (int64_t row = 0; row < WIDTH; ++row) {
         const float* start = from + (i + row) * from_stride + j;
+        square[row] = Vector();
+        if (row >= height) continue;
         if (width == WIDTH) {
           square[row] = load_vector(start);
         } else {

@@ -1,4 +1,4 @@
-// Rows of elements, one source for host and device: dtypes, access, dropout and the layer norm's statistics.
+// Rows of elements, one source for host and device: dtypes, access and the layer norm's statistics.
 //
 // A row is the work of `lanes.count` lanes; each takes every count-th piece of `Lanes::piece` neighbouring elements.
 // On a GPU the lanes are the threads of a warp and a piece is what one or two 16-byte accesses move. On a CPU a single
@@ -162,41 +162,6 @@ HOST_DEVICE float row_sum(const Lanes& lanes, int64_t hidden, const Term& term) 
     for (int i = 0; i < width; ++i) sums.x[i] += sums.x[i + width];
   }
   return lanes.sum(sums.x[0]);
-}
-
-// ---- Dropout: the same bits as erniem_fast/dropout.py
-
-struct Words {
-  uint32_t w[4];
-};
-
-HOST_DEVICE Words philox(uint64_t seed, uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3) {
-  uint32_t k0 = uint32_t(seed), k1 = uint32_t(seed >> 32);
-  for (int round = 0; round < 7; ++round) {
-    const uint64_t first = uint64_t(c0) * 0xD2511F53u, second = uint64_t(c2) * 0xCD9E8D57u;
-    c0 = uint32_t(second >> 32) ^ c1 ^ k0;
-    c2 = uint32_t(first >> 32) ^ c3 ^ k1;
-    c1 = uint32_t(second), c3 = uint32_t(first);
-    k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;
-  }
-  return {{c0, c1, c2, c3}};
-}
-
-// Zeroes what is dropped of a piece of a token's row and rescales what is kept.
-template <typename Op, int N>
-HOST_DEVICE void drop(const Op& op, int64_t token, int piece, Piece<N>& values) {
-  if (op.seed == nullptr) return;
-  const uint64_t seed = uint64_t(*op.seed);
-  const uint32_t column = uint32_t(op.columns[token]), sequence = uint32_t(op.sequences[token]);
-  const uint32_t threshold = uint32_t(op.threshold);
-  const float rescale = float(op.rescale);
-  for (int group = 0; group < N / 4; ++group) {
-    const Words words = philox(seed, uint32_t(piece * (N / 4) + group), column, sequence, 0);
-    for (int i = 0; i < 4; ++i) {
-      float& value = values.x[4 * group + i];
-      value = words.w[i] >= threshold ? value * rescale : 0.0f;
-    }
-  }
 }
 
 // ---- Layer norm

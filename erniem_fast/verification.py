@@ -236,6 +236,12 @@ def _packed(device: torch.device) -> TokenBatch:
     return TokenBatch.from_mask(_mask(device), keep_first=True)[0]
 
 
+def _left_padded(device: torch.device) -> TokenBatch:
+    """No sequence begins in a column that is a multiple of four, where the generator of dropout begins anew."""
+    column, first = torch.arange(70, device=device), torch.tensor([[5], [66], [35]], device=device)
+    return TokenBatch.from_mask(column >= first, keep_first=False)[0]
+
+
 def _padded(device: torch.device) -> TokenBatch:
     return TokenBatch.padded((5, 70), device, _mask(device))
 
@@ -249,6 +255,7 @@ _LAYOUTS = {
     "lengths around 128": _sequences(127, 128, 129),
     "lengths 2, 512, 257": _sequences(2, 512, 257),
     "packed with holes": _packed,
+    "padded at the left": _left_padded,
     "padded with a mask": _padded,
     "32 of 1 to 497": _sequences(*range(1, 512, 16)),
     "32 of 512": _sequences(*[512] * 32),
@@ -331,6 +338,7 @@ _HARD = (
     _attention("lengths around 16", 3, 64),
     _attention("18 tokens", 1, 256, p=0.1),
     _attention("packed with holes", 2, 32, p=0.3),
+    _attention("padded at the left", 2, 32, p=0.3),
     _attention("padded with a mask", 2, 48, p=0.1),
     _attention("padded with a mask", 2, 64),
     _attention("lengths around 64", 2, 64, p=0.1),

@@ -59,7 +59,7 @@ ATTENTION = {
     ],
     "backward_row": [
         ("row[j] *= share;", ";"),
-        ("draw(i)", "false"),
+        ("= draw(i);", "= nullptr;"),
         ("row[j + lane] * factor;", "row[j + lane];"),
         ("of_row[j + lane] *= factor;", ""),
         ("(of_row[j] - mean)", "of_row[j]"),
@@ -68,19 +68,24 @@ ATTENTION = {
         ("for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;", ""),
         ("op.key_mask[start + j] ?", "true ?"),
         ("op.key_mask[start + j]", "op.key_mask[j]"),
-        ("most[0] == -INFINITY ? 0.0f : most[0]", "most[0]"),
+        ("found == -INFINITY ? 0.0f : found", "found"),
         ("float(op.scale)", "1.0f"),
         ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
     ],
+    "survey": [
+        ("*least / 4 * 4", "*least"),
+        ("neighbours && columns[j] == columns[0] + j", "true"),
+    ],
     "draw": [
-        ("op.columns[start + i]", "i"),
-        ("op.columns[start + j]", "j"),
-        ("uint32_t(group), column,", "uint32_t(group), 0,"),
+        ("uint32_t(columns[i])", "uint32_t(i)"),
+        ("uint32_t(column / 4)", "uint32_t((column - first_column) / 4)"),
+        ("query_column, uint32_t(sequence)", "0, uint32_t(sequence)"),
         ("uint32_t(sequence)", "0"),
         ("uint32_t(head)", "0"),
-        ("words.w[key_column % 4]", "words.w[j % 4]"),
-        (">= uint32_t(op.threshold)", "< uint32_t(op.threshold)"),
-        ("float(op.rescale)", "1.0f"),
+        (">= threshold", "< threshold"),
+        ("? rescale", "? 1.0f"),
+        ("return all + columns[0] - first_column", "return all"),
+        ("all[columns[j] - first_column]", "all[j]"),
     ],
 }
 BIAS_GELU = {
@@ -155,18 +160,6 @@ ROWS = {
         ("i < count", "i < N"),
         ("width > 0", "width > 1"),
     ],
-    "philox": [
-        ("round < 7", "round < 10"),
-        ("c1 = uint32_t(second), c3 = uint32_t(first)", "c1 = uint32_t(first), c3 = uint32_t(second)"),
-        ("k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;", ""),
-    ],
-    "drop": [
-        ("piece * (N / 4) + group", "group"),
-        ("uint32_t(op.columns[token])", "uint32_t(token)"),
-        ("column, sequence, 0)", "column, 0, 0)"),
-        (">= threshold", "< threshold"),
-        ("value * rescale", "value"),
-    ],
     "centre": [
         ("row[piece].x[i] -= mean", "row[piece].x[i]"),
         ("squares / float(hidden)", "squares / float(hidden - 1)"),
@@ -181,6 +174,21 @@ ROWS = {
         ("rstd * (of_y", "(of_y"),
         (" - mean", ""),
         (" - row[piece].x[i] * slope", ""),
+    ],
+}
+DROPOUT = {
+    "philox": [
+        ("round < 7", "round < 10"),
+        ("c[1] = second, c[3] = first", "c[1] = first, c[3] = second"),
+        ("k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;", ""),
+    ],
+    "draw": [("group + i / 4", "group")],
+    "drop": [
+        ("uint32_t(piece * (N / 4))", "0"),
+        ("uint32_t(op.columns[token])", "uint32_t(token)"),
+        ("column, sequence, 0)", "column, 0, 0)"),
+        (">= threshold", "< threshold"),
+        ("values.x[i] * rescale", "values.x[i]"),
     ],
 }
 PARALLEL = {
@@ -211,6 +219,8 @@ MUTANTS = (
     ("layernorm", "add_layernorm_cpu.cpp", ADD_LAYERNORM),
     ("product", "few_tokens_cpu.cpp", FEW_TOKENS),
     ("layernorm", "rows.h", ROWS),
+    ("layernorm", "dropout.h", DROPOUT),
+    ("attention", "dropout.h", {"draw": [("Wide() + head", "Wide()")]}),
     ("bias_gelu", "parallel.h", PARALLEL),
     ("bias_gelu", "functions.h", FUNCTIONS),
 )

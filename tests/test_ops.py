@@ -1213,3 +1213,14 @@ def test_a_norm_overwrites_nothing_of_a_narrower_dtype():
         out = ops.add_layernorm(residual, x, None, *norm, BATCHES["holes, packed"], overwrite=True)
     assert out.dtype == torch.float32
     assert torch.equal(x, before)
+
+
+def test_no_gradient_is_made_of_what_is_only_saved():
+    """Zeros as large as what the layer norm saves would take a sixth of its backward's time."""
+    batch = TokenBatch.from_cu_seqlens(torch.tensor([0, 5, 12]), 7, 12)
+    problem = layernorm_problem(batch, torch.float32, 96, p=0.3)
+    leaves = [leaf.requires_grad_() for leaf in problem.leaves.values()]
+    out = problem.ours(*leaves)
+    with torch.profiler.profile() as profile:
+        torch.autograd.grad(out, leaves, out.detach())
+    assert "aten::zeros" not in {event.name for event in profile.events()}

@@ -107,6 +107,7 @@ def _(grad, z, weight, eps, columns, sequences, p, seed, implementation):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # what is only saved has no gradient: no zeros need be written for it
     _, _, bias, weight, _, eps, columns, sequences, p, seed, _, implementation = inputs
     ctx.save_for_backward(output[1], weight, columns, sequences, seed)
     ctx.eps, ctx.p, ctx.implementation, ctx.has_bias = eps, p, implementation, bias is not None

@@ -136,6 +136,7 @@ def _(grad, out, saved, qkv, *rest):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # what is only saved has no gradient: no zeros need be written for it
     qkv, longest_first, ctx.contiguous, cu_seqlens, ctx.max_seqlen, columns, sequences, key_mask, *rest = inputs
     ctx.heads, ctx.scale, ctx.p, seed, ctx.implementation = rest
     ctx.save_for_backward(*output, qkv, longest_first, cu_seqlens, columns, sequences, key_mask, seed)

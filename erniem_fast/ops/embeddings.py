@@ -127,6 +127,7 @@ def _(grad, z, ids, positions, words, max_positions, weight, *rest):
 
 
 def _setup_context(ctx, inputs, output):
+    ctx.set_materialize_grads(False)  # what is only saved has no gradient: no zeros need be written for it
     ids, positions, word_table, position_table, weight, _, eps, padding_idx, columns, sequences, p, seed, *_ = inputs
     ctx.save_for_backward(output[1], ids, positions, weight, columns, sequences, seed)
     ctx.rows = (word_table.shape[0], position_table.shape[0])

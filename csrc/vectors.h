@@ -1,0 +1,51 @@
+// Vectors of as many float32 lanes as the CPU's instructions take at once.
+#pragma once
+
+#include <cstring>
+#include <utility>
+
+#ifdef __AVX512F__
+constexpr int WIDTH = 16;
+#else
+constexpr int WIDTH = 8;
+#endif
+
+typedef float Vector __attribute__((vector_size(WIDTH * sizeof(float))));
+
+inline Vector load_vector(const float* from) {
+  Vector x;
+  memcpy(&x, from, sizeof x);
+  return x;
+}
+
+// Lanes I... of a and b, one after the other.
+template <int... I>
+inline Vector pick(Vector a, Vector b, std::integer_sequence<int, I...>) {
+#ifdef __clang__
+  return __builtin_shufflevector(a, b, I...);
+#else
+  typedef int Lanes __attribute__((vector_size(sizeof(Vector))));
+  return __builtin_shuffle(a, b, Lanes{I...});
+#endif
+}
+
+// What `combine` makes of all lanes, two by two: of the lower half and the upper half, then of the halves of that.
+template <typename Combine, int STEP = WIDTH / 2, int... I>
+inline float reduce(Vector x, const Combine& combine, std::integer_sequence<int, I...> lanes) {
+  x = combine(x, pick(x, x, std::integer_sequence<int, (I ^ STEP)...>()));
+  if constexpr (STEP == 1) {
+    return x[0];
+  } else {
+    return reduce<Combine, STEP / 2>(x, combine, lanes);
+  }
+}
+
+inline float total(Vector x) {
+  const auto sum = [](Vector a, Vector b) { return a + b; };
+  return reduce(x, sum, std::make_integer_sequence<int, WIDTH>());
+}
+
+inline float largest(Vector x) {
+  const auto larger = [](Vector a, Vector b) { return a > b ? a : b; };
+  return reduce(x, larger, std::make_integer_sequence<int, WIDTH>());
+}

@@ -22,7 +22,9 @@ def plot_panels(run, path):
             _draw_panel(axis, jobs[i])
         else:
             axis.set_axis_off()
-    figure.suptitle(f"{title(run)}\nreal tokens per second: median, quartiles, and how much faster erniem_fast is")
+    figure.suptitle(
+        f"{title(run)}\nreal tokens per second: median, quartiles, and how much faster erniem_fast is (int8 than int8)"
+    )
     figure.savefig(path)
 
 
@@ -31,7 +33,7 @@ def _draw_panel(axis, job):
     peers = sorted(job["peers"], key=lambda peer: -peer["tokens_per_second"]["median"] if peer["rounds"] else 0)
     rates = [peer["tokens_per_second"] or {"q1": 0, "median": 0, "q3": 0} for peer in peers]
     whiskers = [[rate["median"] - rate["q1"] for rate in rates], [rate["q3"] - rate["median"] for rate in rates]]
-    colours = [OURS if peer["peer"] == ours else OTHERS for peer in peers]
+    colours = [OURS if peer["peer"].removesuffix(INT8) == ours else OTHERS for peer in peers]
     medians = [rate["median"] for rate in rates]
     bars = axis.barh([peer["peer"] for peer in peers], medians, xerr=whiskers, color=colours, error_kw={"capsize": 2})
     texts = [_figures(peer) for peer in peers]

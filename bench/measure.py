@@ -20,6 +20,7 @@ class Measurement:
     """What one peer did in one job.
 
     Attributes:
+        int8: whether the peer rounds to 8 bits.
         difference: largest difference from the reference's output (see TOLERANCE); None for the reference itself.
         rounds: seconds of each batch, per round.
         peak_memory: bytes, at any time of the rounds; None before the first round.
@@ -28,6 +29,7 @@ class Measurement:
 
     job: Job
     peer: str
+    int8: bool = False
     difference: float | None = None
     rounds: list[list[float]] = dataclasses.field(default_factory=list)
     peak_memory: int | None = None
@@ -44,7 +46,7 @@ def measure(job, workers, dtype, measurements, bar):
         measurements: grows by one per worker at the start, so that an interrupted run keeps what it has.
         bar: tqdm's bar, which moves by one per worker and turn.
     """
-    entries = [(worker, Measurement(job, worker.name)) for worker in workers]
+    entries = [(worker, Measurement(job, worker.name, worker.int8)) for worker in workers]
     measurements.extend(entry for _, entry in entries)
     with tempfile.TemporaryDirectory() as folder:
         _check(entries, TOLERANCE[dtype], pathlib.Path(folder, "output.npy"), bar)

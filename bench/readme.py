@@ -44,8 +44,9 @@ def section(folder):
     paragraphs = [
         f"{title(run)}; {', '.join(f'{name} {version}' for name, version in sorted(versions.items()))};"
         f" {run['date'][:10]}. All peers ran in one process each, on the same weights and batches, outputs compared"
-        " first. For erniem_fast real tokens per second, for the others how much faster erniem_fast is: median ratio"
-        " of interleaved rounds. A dash: it cannot train, or there was no memory for it.",
+        " first. For erniem_fast real tokens per second, for the others how much faster erniem_fast is, and of those"
+        " that round to 8 bits, how much faster erniem_fast is that does so too: median ratios of interleaved rounds."
+        " A dash: it cannot train, or there was no memory for it.",
         overview(run),
         *losses(run),
         f"![rates by batch size, length and fill]({link}/{RIVALS.removesuffix('.json')}-curves.png)",

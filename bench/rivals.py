@@ -15,6 +15,7 @@ TRANSFORMERS4 = ROOT / ".venv-peers/bin/python"
 RIVALS = ROOT / ".venv-rivals/bin/python"
 
 OURS = Peer("erniem_fast", SCRIPTS / "ours.py", pathlib.Path(sys.executable), trains=True)
+OURS_INT8 = Peer(f"{OURS.name} int8", OURS.script, OURS.python, ("int8",), int8=True)
 ORIGINAL = Peer("transformers 4.57.6", SCRIPTS / "transformers4.py", TRANSFORMERS4, trains=True)
 # In the order in which they get memory, where there is not enough for all.
 ALL = (
@@ -26,6 +27,7 @@ ALL = (
     Peer("ONNX Runtime", SCRIPTS / "onnxruntime_peer.py", RIVALS, ("onnx",)),
     Peer("transformers 4, compiled", SCRIPTS / "transformers4.py", TRANSFORMERS4, ("compile",), trains=True),
     Peer("XLM-R eager", SCRIPTS / "transformers5.py", RIVALS, ("eager",), trains=True),
+    OURS_INT8,
     Peer("CTranslate2 int8", SCRIPTS / "ctranslate2_peer.py", RIVALS, ("int8",), int8=True),
     Peer("ONNX Runtime int8", SCRIPTS / "onnxruntime_peer.py", RIVALS, ("onnx-int8",), int8=True),
 )

@@ -19,11 +19,12 @@ def summarise(measurements, ours):
 
     Args:
         measurements: all of one run, those of one job together.
-        ours: name of the peer that all others are compared with.
+        ours: names of the peers that are ours.
 
     Returns:
         One dict per job, with one dict per peer. `speedup` is our rate over the peer's, paired round by round, and
-        `memory_ratio` our peak over the peer's; both are None where one of the two was not measured.
+        `memory_ratio` our peak over the peer's; both are None where one of the two was not measured. Peers that round
+        to 8 bits are compared with ours that does, where that takes part.
     """
     jobs = {}
     for measurement in measurements:
@@ -33,7 +34,7 @@ def summarise(measurements, ours):
 
 def _summarise_job(entries, ours):
     job = entries[0].job
-    baseline = next((entry for entry in entries if entry.peer == ours), None)
+    baselines = {entry.int8: entry for entry in entries if entry.peer in ours}
     return {
         "name": job.name,
         "batch_size": job.spec.batch_size,
@@ -44,7 +45,7 @@ def _summarise_job(entries, ours):
         "tokens": job.tokens,
         "positions": job.positions,
         "fill": job.fill,
-        "peers": [_summarise_peer(entry, baseline) for entry in entries],
+        "peers": [_summarise_peer(entry, baselines.get(entry.int8, baselines.get(False))) for entry in entries],
     }
 
 

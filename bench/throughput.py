@@ -21,7 +21,7 @@ from measure import TOLERANCE, measure
 from outcome import begin, write
 from plot import plot
 from report import markdown
-from rivals import OURS, rivals
+from rivals import OURS, OURS_INT8, rivals
 from summary import summarise
 from tqdm import tqdm
 from workers import ROOT, Worker, WorkerError
@@ -180,7 +180,7 @@ def benchmark(arguments, model, peers, specs):
             run["interrupted"] = True
     for worker, peer in zip(running, run["peers"], strict=False):
         peer["first_seconds"] = worker.first_seconds
-    return {**run, "jobs": summarise(measurements, OURS.name)}
+    return {**run, "jobs": summarise(measurements, (OURS.name, OURS_INT8.name))}
 
 
 def choose(peers, model, device, train, absent):

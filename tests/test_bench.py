@@ -20,9 +20,11 @@ import throughput  # noqa: E402
 from jobs import Job, Spec, make_jobs, pad  # noqa: E402
 from measure import Measurement, difference  # noqa: E402
 from report import markdown  # noqa: E402
-from rivals import OURS  # noqa: E402
+from rivals import OURS, OURS_INT8  # noqa: E402
 from summary import quartiles, summarise  # noqa: E402
 from workers import Peer, Worker, WorkerError  # noqa: E402
+
+OURS_NAMES = (OURS.name, OURS_INT8.name)
 
 # A worker with no model in it: every hidden state is VALUE and every batch takes SECONDS, whatever the clock says.
 FAKE = """
@@ -76,10 +78,10 @@ def bench(tmp_path):
     return run
 
 
-def measured(peer, rounds, peak_memory=100):
+def measured(peer, rounds, peak_memory=100, int8=False):
     """A measurement of a job of 30 real tokens in two batches."""
     job = Job(Spec(2, "text", 4, len(rounds)), [pad([[5] * 10, [5] * 5]), pad([[5] * 7, [5] * 8])])
-    return Measurement(job, peer, rounds=rounds, peak_memory=peak_memory)
+    return Measurement(job, peer, int8, rounds=rounds, peak_memory=peak_memory)
 
 
 def test_quartiles_interpolate_as_numpy_does():
@@ -90,7 +92,7 @@ def test_ratio_is_paired_round_by_round():
     # The machine slows down tenfold in the second round; a ratio of medians would see 1.1 instead of 2.
     ours = measured("erniem_fast", [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]])
     theirs = measured("old", [[2.0, 2.0], [20.0, 20.0], [1.0, 3.0]], peak_memory=80)
-    (job,) = summarise([ours, theirs], "erniem_fast")
+    (job,) = summarise([ours, theirs], OURS_NAMES)
     assert (job["tokens"], job["positions"], job["fill"]) == (30, 36, 30 / 36)
     assert job["peers"][0]["tokens_per_second"] == {"q1": 8.25, "median": 15.0, "q3": 15.0}
     assert job["peers"][0]["speedup"] is None
@@ -99,13 +101,22 @@ def test_ratio_is_paired_round_by_round():
 
 
 def test_ratio_uses_the_rounds_that_both_have():
-    (job,) = summarise([measured("erniem_fast", [[1.0], [1.0]]), measured("old", [[3.0]])], "erniem_fast")
+    (job,) = summarise([measured("erniem_fast", [[1.0], [1.0]]), measured("old", [[3.0]])], OURS_NAMES)
     assert job["peers"][1]["speedup"]["median"] == 3.0
+
+
+def test_8_bits_are_compared_with_8_bits():
+    names = {"erniem_fast": 4.0, "old": 6.0, "erniem_fast int8": 2.0, "old int8": 1.0}
+    measurements = [measured(name, [[seconds]], int8="int8" in name) for name, seconds in names.items()]
+    ratios = [peer["speedup"] and peer["speedup"]["median"] for peer in summarise(measurements, OURS_NAMES)[0]["peers"]]
+    assert ratios == [None, 1.5, None, 0.5]
+    (job,) = summarise(measurements[:2] + measurements[3:], OURS_NAMES)
+    assert job["peers"][2]["speedup"]["median"] == 0.25
 
 
 def test_table_shows_rates_ratios_and_losses():
     measurements = [measured("erniem_fast", [[1.0, 1.0]] * 3, 2**30), measured("old", [[0.75, 0.75]] * 3, 2**31)]
-    text = markdown(fake_run(summarise(measurements, "erniem_fast")))
+    text = markdown(fake_run(summarise(measurements, OURS_NAMES)))
     assert "Medians and quartiles of 3 rounds of up to 4 rows" in text
     assert "| 2 x text, 83% full | erniem_fast | 15 (15-15) " in text
     assert (
@@ -117,11 +128,11 @@ def test_table_shows_rates_ratios_and_losses():
 
 def test_a_ratio_that_rounds_to_one_is_no_loss():
     measurements = [measured("erniem_fast", [[1.004]] * 3), measured("old", [[1.0]] * 3)]
-    assert "slower" not in markdown(fake_run(summarise(measurements, "erniem_fast")))
+    assert "slower" not in markdown(fake_run(summarise(measurements, OURS_NAMES)))
 
 
 def test_a_batch_s_time_is_that_of_all_rounds():
-    (job,) = summarise([measured("erniem_fast", [[0.1, 0.2], [0.3, 0.9]])], "erniem_fast")
+    (job,) = summarise([measured("erniem_fast", [[0.1, 0.2], [0.3, 0.9]])], OURS_NAMES)
     assert job["peers"][0]["batch_seconds"] == {"median": 0.25, "p99": pytest.approx(0.882)}
     # Four rows, in 0.3 and in 1.2 seconds.
     assert job["peers"][0]["rows_per_second"] == pytest.approx((4 / 0.3 + 4 / 1.2) / 2)
@@ -129,7 +140,7 @@ def test_a_batch_s_time_is_that_of_all_rounds():
 
 def test_a_busy_machine_is_told():
     steady, unsteady = measured("erniem_fast", [[1.0], [1.0], [1.1]]), measured("old", [[1.0], [1.0], [1.4]])
-    text = markdown(fake_run(summarise([steady, unsteady], "erniem_fast")))
+    text = markdown(fake_run(summarise([steady, unsteady], OURS_NAMES)))
     assert "**Unsteady**: the quartiles lie more than 10% of the median apart in 2 x text of old." in text
 
 

@@ -28,6 +28,7 @@ def test_examples_run_one_after_another():
     loss, difference = re.search(r"loss ([\d.]+)", ran.stdout), re.search(r"difference (\S+)", ran.stdout)
     assert float(loss.group(1)) < 0.3, ran.stdout
     assert float(difference.group(1)) < 1e-5, ran.stdout
+    assert 0.99 < float(re.search(r"cosine ([\d.]+)", ran.stdout).group(1)) < 1, ran.stdout
 
 
 def test_flag_table():

@@ -1,5 +1,9 @@
-"""Worker: erniem_fast.ErnieMModel, called as any user calls it."""
+"""Worker: erniem_fast.ErnieMModel, called as any user calls it; with the argument "int8" as the README rounds it."""
 
+import sys
+import warnings
+
+import torch
 import transformers
 from serve import serve
 from torch_peer import TorchPeer
@@ -10,6 +14,12 @@ import erniem_fast
 class ErnieMFast(TorchPeer):
     def build(self, model, dtype):
         module = erniem_fast.ErnieMModel.from_pretrained(model, dtype=dtype)
+        if "int8" in sys.argv[1:]:
+            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
+
+            warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
+            torch.backends.quantized.engine = "onednn"
+            module.encoder = quantize_dynamic(module.encoder, {torch.nn.Linear: per_channel_dynamic_qconfig})
         return module, {"transformers": transformers.__version__}
 
 

@@ -30,7 +30,7 @@ LOG2_E = tl.constexpr(log2(e))
 class Config:
     """
     Attributes:
-        block: rows of the tile that a program owns: queries, or keys in the backward's second pass.
+        block: rows of the tile that a program owns: queries; keys in the second pass of a backward, and in one pass.
         step: rows of the tiles that it streams past its own.
         warps: warps of a program.
         stages: streamed tiles in flight.
@@ -58,7 +58,7 @@ def forward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int
     return Config(128, 128 if arch in _LARGE_TILES and not dropout else 64, warps=8, stages=3)
 
 
-def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
     """Of two passes, as the forward's. Both hold two operands and one or two sums, so tiles are smaller."""
     if dtype == torch.float32:
         return Config(32, 32, warps=8, stages=1) if head_dim <= 64 else Config(16, 16, warps=8, stages=1)
@@ -70,7 +70,7 @@ def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: in
     return Config(64, step, warps=4, stages=1) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
 
 
-def one_pass_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+def one_pass_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
     """Of one pass, as the forward's. Beside two operands and two sums it makes a third one, a step of queries wide."""
     if dtype == torch.float32:
         block, step = (32, 16) if head_dim <= 32 else (16, 32 if head_dim <= 64 else 16)
@@ -169,7 +169,7 @@ def backward(
     if not tokens:
         return of_qkv
     device, pairs = describe(qkv.device), longest_first.shape[0] * heads
-    case = (device.arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
+    case = (device.arch, qkv.dtype, head_dim, max_seqlen)
     config = one_pass_config(*case)
     one_pass = takes_one_pass(config, pairs, max_seqlen, seed is not None, device)
     config = config if one_pass else backward_config(*case)

@@ -189,7 +189,7 @@ def test_inputs_that_are_not_contiguous():
     ],
 )
 def test_the_design_of_the_backward(pairs, max_seqlen, dropout, one_pass):
-    config = attention.one_pass_config(90, torch.bfloat16, 64, max_seqlen, dropout)
+    config = attention.one_pass_config(90, torch.bfloat16, 64, max_seqlen)
     assert attention.takes_one_pass(config, pairs, max_seqlen, dropout, Device(90, 132)) is one_pass
 
 

@@ -20,7 +20,16 @@ MODULE_OF_OP = {"attention": "attention", "bias_gelu": "bias_gelu_dropout", "lay
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of numbers that overflow in a mutant
 
-# By file and function: what is replaced, and by what.
+# What is replaced, and by what. Of both kernels that make the gradients of keys and values:
+OF_KEYS = [
+    ("tl.where(keep, probabilities, 0.0)", "probabilities"),
+    ("of_value *= rescale", "of_value *= 1.0"),
+    ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
+    ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
+    ("(of_probabilities - delta)", "of_probabilities"),
+    ("of_key * scale", "of_key"),
+]
+# And of all kernels, by file and function:
 ATTENTION = {
     "_load": [
         ("row < length", "row < length - 1"),
@@ -71,21 +80,11 @@ ATTENTION = {
         ("delta, mask=row < length", "delta, mask=row < length - 1"),
     ],
     "_backward_keys_kernel": [
-        ("tl.where(keep, probabilities, 0.0)", "probabilities"),
-        ("of_value *= rescale", "of_value *= 1.0"),
-        ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
-        ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
-        ("(of_probabilities - delta)", "of_probabilities"),
-        ("of_key * scale", "of_key"),
+        *OF_KEYS,
         ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
     ],
     "_backward_kernel": [
-        ("tl.where(keep, probabilities, 0.0)", "probabilities"),
-        ("of_value *= rescale", "of_value *= 1.0"),
-        ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
-        ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
-        ("(of_probabilities - delta)", "of_probabilities"),
-        ("of_key * scale", "of_key"),
+        *OF_KEYS,
         ("of_query * scale", "of_query"),
         ("if first > 0:", "if first < 0:"),
         ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),

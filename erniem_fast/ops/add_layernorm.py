@@ -6,15 +6,7 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
-from .implementation import (
-    IMPLEMENTATIONS,
-    Implementation,
-    call,
-    choose,
-    differentiable,
-    run,
-    without_second_derivatives,
-)
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm
 from .native_encoder import ADD_LAYERNORM
 from .triton import implementation as triton_implementation
@@ -123,7 +115,7 @@ def _autograd(ctx, grad, _):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-without_second_derivatives(_backward)
+once_differentiable(_backward)
 
 
 def _composite(norm: LayerNorm) -> Implementation:

@@ -11,15 +11,7 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
-from .implementation import (
-    IMPLEMENTATIONS,
-    Implementation,
-    call,
-    choose,
-    differentiable,
-    run,
-    without_second_derivatives,
-)
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
 from .native_encoder import ATTENTION
 from .triton import implementation as triton_implementation
 
@@ -150,7 +142,7 @@ def _autograd(ctx, grad, _):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-without_second_derivatives(_backward)
+once_differentiable(_backward)
 
 
 def _forward_reference(qkv, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, scale, p, seed):

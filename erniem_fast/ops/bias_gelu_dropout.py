@@ -9,15 +9,7 @@ from torch import Tensor
 from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
-from .implementation import (
-    IMPLEMENTATIONS,
-    Implementation,
-    call,
-    choose,
-    differentiable,
-    run,
-    without_second_derivatives,
-)
+from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
 from .native_encoder import BIAS_GELU
 from .triton import implementation as triton_implementation
 
@@ -119,7 +111,7 @@ def _autograd(ctx, grad):
 
 
 _forward.register_autograd(_autograd, setup_context=_setup_context)
-without_second_derivatives(_backward)
+once_differentiable(_backward)
 
 
 def _activate_torch(x: Tensor, activation: str) -> Tensor:

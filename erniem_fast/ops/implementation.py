@@ -88,7 +88,7 @@ def is_transformed() -> bool:
     return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
-def without_second_derivatives(backward: torch.library.CustomOpDef) -> None:
+def once_differentiable(backward: torch.library.CustomOpDef) -> None:
     """Makes the second of two backwards through a backward's custom op an error that says what to do."""
 
     def refuse(ctx, *grads):

@@ -14,6 +14,7 @@ from typing import Any
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.tokenization_python import Trie
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
@@ -111,7 +112,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         else:
             self.vocab = self.load_vocab(vocab_file)
         self.reverse_vocab = {index: token for token, index in self.vocab.items()}
-        self._cuts = {}
+        # The tokens of known pieces. Under this name `datasets` leaves them out of a tokenizer's fingerprint.
+        self.cache = {}
         super().__init__(
             do_lower_case=do_lower_case,
             unk_token=unk_token,
@@ -126,13 +128,21 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         )
 
     def __getstate__(self) -> dict:
-        # The model itself travels, not its path: the file may be gone where the pickle is read.
-        return self.__dict__ | {"sp_model": self.sp_model.serialized_model_proto(), "_cuts": {}}
+        # The model itself travels, not its path: the file may be gone where the pickle is read. Equal tokenizers have
+        # equal pickles: the cache and the warnings depend on the texts seen so far, the order of the trie's set on the
+        # process.
+        return self.__dict__ | {
+            "sp_model": self.sp_model.serialized_model_proto(),
+            "tokens_trie": sorted(self.tokens_trie._tokens),
+            "cache": {},
+            "deprecation_warnings": {},
+        }
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
         self.sp_model = sentencepiece.SentencePieceProcessor(**self.sp_model_kwargs)
         self.sp_model.load_from_serialized_proto(state["sp_model"])
+        self.tokens_trie = Trie(state["tokens_trie"])
 
     # ---- Vocabulary
 
@@ -308,7 +318,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
     def _cut_pieces(self, pieces: list[str]) -> list[str]:
         """The tokens of a text, from its pieces."""
-        tokens, cuts = [], self._cuts
+        tokens, cuts = [], self.cache
         for index, piece in enumerate(pieces):
             if piece != SPACE:
                 tokens += cuts.get(piece) or self._cut_piece(piece)
@@ -329,7 +339,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         tokens = [piece[start:end] for start, end in bounds if piece[start:end] != SPACE or end == len(piece)]
         # Pieces that SentencePiece does not know are without number: only the others are kept.
         if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id():
-            self._cuts[piece] = tokens
+            self.cache[piece] = tokens
         return tokens
 
     def _spans(self, text: AlignedText, tokens: list[str]) -> Iterator[tuple[int, int]]:

@@ -4,11 +4,13 @@ import inspect
 import io
 import json
 import lzma
+import os
 import pathlib
 import pickle
 import random
 import re
 import shutil
+import subprocess
 import sys
 import unicodedata
 
@@ -22,6 +24,7 @@ from erniem_fast import ErnieMTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
+ROOT = GOLDEN.parents[1]
 MODEL_FILE, VOCAB_FILE = str(TINY / "sentencepiece.bpe.model"), str(TINY / "vocab.txt")
 
 
@@ -34,7 +37,7 @@ def golden():
 @pytest.fixture(scope="module")
 def texts():
     """Every distinct text of parallel.tsv, in the order of the golden's `texts`."""
-    lines = (GOLDEN.parents[1] / "bench/data/parallel.tsv").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "bench/data/parallel.tsv").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines[1:]]
     return list(dict.fromkeys([row[1] for row in rows] + [row[2] for row in rows]))
 
@@ -659,6 +662,50 @@ def test_a_pickle_needs_no_files(tmp_path, golden):
     pickled = pickle.dumps(tokenizer)
     shutil.rmtree(tmp_path)
     assert pickle.loads(pickled)(batch)["input_ids"] == expected
+
+
+PICKLES = """
+import hashlib
+import pickle
+import sys
+
+from erniem_fast import ErnieMTokenizer
+
+tokenizer = ErnieMTokenizer.from_pretrained(sys.argv[1], additional_special_tokens=["<a>", "<b>", "<c>"])
+tokenizer.add_tokens(["ErnieM", "日本", "<d>", "<e>"])
+first = pickle.dumps(tokenizer)
+second = pickle.dumps(pickle.loads(first))
+tokenizer("ErnieM <a> of 日本 " * 200)
+for pickled in (first, second, pickle.dumps(tokenizer)):
+    print(hashlib.sha256(pickled).hexdigest())
+"""
+
+
+def test_equal_tokenizers_have_equal_pickles_in_every_process():
+    """Caches such as those of `datasets` know a tokenizer by a hash of its pickle."""
+    command = [sys.executable, "-c", PICKLES, str(TINY)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in ("0", "1")
+    ]
+    hashes = [process.communicate(timeout=300)[0].split() for process in processes]
+    assert [len(each) for each in hashes] == [3, 3]
+    assert len({pickled for each in hashes for pickled in each}) == 1
+
+
+def test_what_a_tokenizer_has_seen_is_in_its_cache_alone(texts):
+    """`datasets` hashes the attributes, not the pickle, and leaves out the one that is called cache."""
+    tokenizer = ErnieMTokenizer(MODEL_FILE, VOCAB_FILE)
+
+    def state():
+        return {name: pickle.dumps(value) for name, value in vars(tokenizer).items() if name != "cache"}
+
+    before = state()
+    tokenizer(texts[:50])
+    assert len(tokenizer.cache) > 100
+    assert state() == before
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "sentencepiece.bpe.model"])

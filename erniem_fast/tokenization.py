@@ -4,6 +4,7 @@ Tokens and ids equal those of transformers 4.57.6. What is new: every token's pl
 SentencePiece's threads, and no string that raises.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -15,13 +16,18 @@ from typing import Any
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.tokenization_python import Trie
-from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
+
+from .configuration import RESERVED_POSITIONS, ErnieMConfig
 
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt", "sentencepiece_model_ckpt": "sentencepiece.bpe.model"}
 RESOURCE_FILES_NAMES = {"sentencepiece_model_file": "sentencepiece.bpe.model", "vocab_file": "vocab.txt"}
+
+# The arguments of `from_pretrained` that say where the files of a checkpoint are.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 SPACE = "▁"  # what SentencePiece writes for a space
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -126,6 +132,19 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             sp_model_kwargs=self.sp_model_kwargs,
             **kwargs,
         )
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs) -> "ErnieMTokenizer":
+        """Loads a tokenizer, with the base class's arguments.
+
+        `model_max_length` is at most the number of tokens that the checkpoint's model has positions for, unless it is
+        given as an argument.
+        """
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        if "model_max_length" not in kwargs:
+            positions = _count_positions(pretrained_model_name_or_path, kwargs)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        return tokenizer
 
     def __getstate__(self) -> dict:
         # The model itself travels, not its path: the file may be gone where the pickle is read. Equal tokenizers have
@@ -608,6 +627,17 @@ def _as_example(item, is_split_into_words: bool) -> tuple:
     if len(item) > 2:
         raise ValueError(f"text holds {item!r}, of {len(item)} texts: give one, or a pair, or is_split_into_words=True")
     return tuple(item)
+
+
+def _count_positions(source, kwargs: dict[str, Any]) -> int:
+    """The number of tokens that the model of a checkpoint has positions for, as far as its config.json tells."""
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+    config = {}
+    with contextlib.suppress(OSError):
+        config, _ = ErnieMConfig.get_config_dict(source, **options)
+    if config.get("model_type") != ErnieMConfig.model_type:
+        return VERY_LARGE_INTEGER
+    return config.get("max_position_embeddings", ErnieMConfig.max_position_embeddings) - RESERVED_POSITIONS
 
 
 def _load_sentencepiece(path, kwargs: dict[str, Any]) -> sentencepiece.SentencePieceProcessor:

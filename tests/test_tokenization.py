@@ -628,6 +628,37 @@ def test_saving_and_loading(tmp_path, golden):
     assert loaded(batch)["input_ids"] == saved(batch)["input_ids"]
 
 
+def test_a_checkpoints_inputs_are_as_long_as_its_positions_allow(tmp_path):
+    config = json.loads((TINY / "config.json").read_text())
+    checkpoint = tmp_path / "subfolder"
+    shutil.copytree(TINY, checkpoint)
+
+    def longest(saved, **kwargs):
+        (checkpoint / "config.json").write_text(json.dumps(saved))
+        return ErnieMTokenizer.from_pretrained(tmp_path, subfolder="subfolder", **kwargs).model_max_length
+
+    assert longest(config) == longest(config, cache_dir=None) == 512
+    assert longest(config | {"max_position_embeddings": 130}) == 128
+    assert longest({"model_type": "ernie_m"}) == 512
+    assert longest({"model_type": "bert", "max_position_embeddings": 512}) > 1e20
+    assert longest(config, model_max_length=1000) == 1000
+    # tokenizer_config.json of the checkpoint says 514, then 77.
+    ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, model_max_length=514).save_pretrained(checkpoint)
+    assert longest(config) == 512
+    ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, model_max_length=77).save_pretrained(checkpoint)
+    assert longest(config) == 77
+    (checkpoint / "config.json").unlink()
+    assert ErnieMTokenizer.from_pretrained(checkpoint).model_max_length == 77
+    assert ErnieMTokenizer(MODEL_FILE, VOCAB_FILE).model_max_length > 1e20
+
+
+def test_long_texts_are_truncated_to_what_the_model_reads(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert len(tokenizer("a " * 600, truncation=True)["input_ids"]) == tokenizer.model_max_length == 512
+    tokenizer.save_pretrained(tmp_path)
+    assert ErnieMTokenizer.from_pretrained(tmp_path).model_max_length == 512
+
+
 def test_saved_vocabulary_is_what_was_loaded(tokenizer, tmp_path):
     assert tokenizer.save_vocabulary(str(tmp_path)) == (str(tmp_path / "vocab.txt"),)
     for name in ("vocab.txt", "sentencepiece.bpe.model"):

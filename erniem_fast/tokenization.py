@@ -87,8 +87,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = VOCAB_FILES_NAMES
     resource_files_names = RESOURCE_FILES_NAMES
-    # The model has no token types, and finds padding by its id where it is given no mask.
-    model_input_names = ["input_ids"]  # noqa: RUF012 (an instance may set its own: the base class does)
+    # The model has no token types.
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (an instance may set its own: the base class does)
 
     # Full-width forms and the ASCII characters they stand for. The full-width tilde is a punctuation mark of its own.
     SP_CHAR_MAPPING = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)}  # noqa: RUF012
@@ -503,6 +503,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             )
             for name, value in prepared.items():
                 outputs.setdefault(name, []).append(value)
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in self.model_input_names
         outputs = self.pad(
             outputs,
             padding=padding_strategy.value,
@@ -560,8 +562,20 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             example.setdefault("num_truncated_tokens", 0)
         return example
 
-    def _pad(self, encoded_inputs, *args, padding_side: str | None = None, **kwargs) -> dict:
-        padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+    def _pad(
+        self,
+        encoded_inputs,
+        *args,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        **kwargs,
+    ) -> dict:
+        # A mask that comes in may have zeros of its own: it is padded even if a new one is not asked for.
+        if "attention_mask" in encoded_inputs:
+            return_attention_mask = True
+        padded = super()._pad(
+            encoded_inputs, *args, padding_side=padding_side, return_attention_mask=return_attention_mask, **kwargs
+        )
         if "offset_mapping" in padded:
             spans = padded["offset_mapping"]
             padding = [(0, 0)] * (len(padded["input_ids"]) - len(spans))

@@ -18,7 +18,15 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from transformers import AddedToken, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+)
 
 from erniem_fast import ErnieMTokenizer
 
@@ -126,6 +134,7 @@ def test_odd_texts(tokenizer, lower, extended, golden):
     ],
 )
 def test_calls(tokenizer, golden, key, arguments):
+    arguments = {"return_attention_mask": False} | arguments
     assert dict(tokenizer(golden["some"]["texts"], **arguments)) == golden["some"][key]
 
 
@@ -138,9 +147,8 @@ def test_calls(tokenizer, golden, key, arguments):
     ],
 )
 def test_pairs(tokenizer, golden, key, start, arguments):
-    if key != "only_second":
-        fields = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask")
-        arguments = arguments | dict.fromkeys(fields, True)
+    fields = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask")
+    arguments = arguments | dict.fromkeys(fields, key != "only_second")
     pairs = golden["pairs"]
     assert dict(tokenizer(pairs["firsts"][start:], pairs["seconds"][start:], **arguments)) == pairs[key]
 
@@ -235,7 +243,7 @@ def test_signature_and_class_attributes():
     assert ErnieMTokenizer.vocab_files_names == files
     files = {"vocab_file": "vocab.txt", "sentencepiece_model_file": "sentencepiece.bpe.model"}
     assert ErnieMTokenizer.resource_files_names == files
-    assert ErnieMTokenizer.model_input_names == ["input_ids"]
+    assert ErnieMTokenizer.model_input_names == ["input_ids", "attention_mask"]
 
 
 def test_special_token_layout(tokenizer):
@@ -408,7 +416,7 @@ def test_offset_mapping_of_a_call(tokenizer):
         tokenizer(text, return_offsets_mapping=True),
         tokenizer.encode_plus(text, return_offsets_mapping=1),
     ):
-        assert list(encoding) == ["input_ids", "offset_mapping"]
+        assert list(encoding) == ["input_ids", "offset_mapping", "attention_mask"]
         assert encoding["offset_mapping"] == expected
     assert tokenizer.batch_encode_plus([text], return_offsets_mapping=True)["offset_mapping"] == [expected]
     bare = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
@@ -519,6 +527,81 @@ def test_lengths_and_overflowing_tokens(tokenizer):
     assert encoding["num_truncated_tokens"] == [0, 1]
     with pytest.raises(ValueError, match="overflowing tokens"):
         tokenizer("a", "b", truncation=True, max_length=5, return_overflowing_tokens=True)
+
+
+# ---- Attention mask
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_mask_is_returned_and_is_0_at_padding(golden, side):
+    tokenizer = ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, padding_side=side)
+    texts = golden["some"]["texts"]
+    plain, padded = tokenizer(texts), tokenizer(texts, padding=True, return_tensors="pt")
+    assert list(plain) == list(padded) == ["input_ids", "attention_mask"]
+    longest = max(map(len, plain["input_ids"]))
+    for row, ids in enumerate(plain["input_ids"]):
+        assert plain["attention_mask"][row] == [1] * len(ids)
+        padding, mask = [0] * (longest - len(ids)), [1] * len(ids)
+        assert padded["attention_mask"][row].tolist() == (mask + padding if side == "right" else padding + mask)
+        assert padded["input_ids"][row, padded["attention_mask"][row] == 1].tolist() == ids
+    words = tokenizer([["Save", "a b"], ["x"]], is_split_into_words=True, padding=True)
+    assert list(map(sum, words["attention_mask"])) == [6, 3]
+    assert tokenizer("Save")["attention_mask"] == [1] * 4
+    assert tokenizer([])["attention_mask"] == []
+    assert list(tokenizer(texts, return_attention_mask=False)) == ["input_ids"]
+
+
+def test_model_input_names_are_obeyed_and_saved(tmp_path):
+    tokenizer = ErnieMTokenizer.from_pretrained(TINY, model_input_names=["input_ids", "token_type_ids"])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ErnieMTokenizer.from_pretrained(tmp_path)
+    assert list(tokenizer("Save")) == list(loaded("Save")) == ["input_ids", "token_type_ids"]
+    ErnieMTokenizer.from_pretrained(TINY).save_pretrained(tmp_path)
+    assert list(ErnieMTokenizer.from_pretrained(tmp_path)("Save")) == ["input_ids", "attention_mask"]
+
+
+def collate_choices(tokenizer, features):
+    """DataCollatorForMultipleChoice, for two examples of two choices each."""
+    examples = [{name: [feature[name]] * 2 for name in feature} | {"label": 0} for feature in features]
+    batch = DataCollatorForMultipleChoice(tokenizer)(examples)
+    return {name: batch[name][:, 1] for name in features[0]}
+
+
+COLLATORS = {
+    "pad": lambda tokenizer, features: tokenizer.pad(features, return_tensors="pt"),
+    "pad without a new mask": lambda tokenizer, features: tokenizer.pad(
+        features, return_attention_mask=False, return_tensors="pt"
+    ),
+    "padding": lambda tokenizer, features: DataCollatorWithPadding(tokenizer)(features),
+    "tokens": lambda tokenizer, features: DataCollatorForTokenClassification(tokenizer)(
+        [feature | {"labels": [5] * len(feature["input_ids"])} for feature in features]
+    ),
+    "language model": lambda tokenizer, features: DataCollatorForLanguageModeling(tokenizer, mlm_probability=1e-9)(
+        features
+    ),
+    "choices": collate_choices,
+}
+
+
+def test_the_collator_that_packs_leaves_masks_out(tokenizer):
+    features = [tokenizer("Save"), tokenizer("a b")]
+    batch = DataCollatorWithFlattening()(features)
+    assert batch["input_ids"].tolist() == [features[0]["input_ids"] + features[1]["input_ids"]]
+    assert "attention_mask" not in batch
+
+
+@pytest.mark.parametrize("collator", COLLATORS)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]], ids=["mask", "ids_alone"])
+def test_zeros_in_a_mask_survive_every_collator(collator, side, names):
+    tokenizer = ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, padding_side=side, model_input_names=names)
+    features = [
+        {"input_ids": [0, 11, 12, 2], "attention_mask": [1, 1, 0, 1]},
+        {"input_ids": [0, 15, 2], "attention_mask": [1, 0, 1]},
+    ]
+    batch = COLLATORS[collator](tokenizer, features)
+    assert batch["input_ids"].tolist() == [[0, 11, 12, 2], [0, 15, 2, 1] if side == "right" else [1, 0, 15, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 1], [1, 0, 1, 0] if side == "right" else [0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize(

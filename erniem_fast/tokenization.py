@@ -19,6 +19,7 @@ from transformers.tokenization_python import Trie
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
+from . import truncation
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 
 logger = logging.get_logger(__name__)
@@ -68,6 +69,11 @@ class AlignedText:
 
 class ErnieMTokenizer(PreTrainedTokenizer):
     """Drop-in replacement of the ErnieMTokenizer of transformers 4.57.6, for transformers 5.
+
+    With `return_overflowing_tokens=True` a call returns what truncation cuts off: as ids, in `overflowing_tokens`, as
+    transformers 4 does; with `return_tensors=` or `return_offsets_mapping=True` as windows, as fast tokenizers do. Then
+    each window is a row, even for a single text; neighbours share `stride` tokens; tensors are padded; and
+    `overflow_to_sample_mapping` holds the index of each row's text.
 
     Args:
         sentencepiece_model_ckpt (`str`): path of the SentencePiece model.
@@ -469,12 +475,43 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             return [0] * (len(token_ids_0) + 2)
         return [0] * (len(token_ids_0) + 1) + [1] * (len(token_ids_1) + 3)
 
+    def truncate_sequences(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        num_tokens_to_remove: int = 0,
+        truncation_strategy: str | TruncationStrategy = TruncationStrategy.LONGEST_FIRST,
+        stride: int = 0,
+    ) -> tuple[list[int], list[int] | None, list[int]]:
+        """Takes tokens out of one or two sequences of ids, which have no special tokens yet.
+
+        Returns:
+            What is left of `ids`; what is left of `pair_ids`; and the tokens that were cut off, with up to `stride`
+            tokens beside them, or none if longest_first cut a pair.
+        """
+        sequences, strategy = [ids] if pair_ids is None else [ids, pair_ids], TruncationStrategy(truncation_strategy)
+        lengths = [len(sequence) for sequence in sequences]
+        sizes = truncation.sizes_to_keep(lengths, num_tokens_to_remove, strategy)
+        side = self.truncation_side
+        left = _cut(sequences, [truncation.kept(*each, side) for each in zip(lengths, sizes, strict=True)])
+        if pair_ids is None:
+            left.append(None)
+        elif strategy == TruncationStrategy.LONGEST_FIRST:
+            return *left, []
+        return *left, truncation.overflow(sequences, sizes, stride, side)
+
+    def prepare_for_model(
+        self, ids: list[int], pair_ids: list[int] | None = None, return_tensors=None, prepend_batch_axis=False, **kwargs
+    ) -> BatchEncoding:
+        """`tokenizer(ids, pair_ids)` for one example of ids; tensors get a batch axis only if asked for."""
+        encoding = self(ids, pair_ids, is_split_into_words=True, **kwargs)
+        return encoding.convert_to_tensors(return_tensors, prepend_batch_axis)
+
     def _encode_plus(
         self,
         text,
         text_pair=None,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
         max_length: int | None = None,
         is_split_into_words: bool = False,
         pad_to_multiple_of: int | None = None,
@@ -490,19 +527,25 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         is_batch, examples = _as_batch(text, text_pair, is_split_into_words)
         sequences = [self._as_list(sequence, is_split_into_words) for example in examples for sequence in example]
         encoded = self._encode_sequences(sequences, split_special_tokens, return_offsets_mapping)
+        # Overflowing ids make no tensor where their lengths differ, and say nothing of offsets: windows do both.
+        with_windows = return_overflowing_tokens and (return_tensors is not None or return_offsets_mapping)
+        if with_windows and return_tensors is not None and padding_strategy == PaddingStrategy.DO_NOT_PAD:
+            padding_strategy = PaddingStrategy.LONGEST
         outputs = {"input_ids": []}
-        for example in examples:
-            prepared = self._prepare_example(
-                [next(encoded) for _ in example],
-                return_offsets_mapping,
-                truncation=truncation_strategy.value,
+        for index, example in enumerate(examples):
+            ids, spans = zip(*itertools.islice(encoded, len(example)), strict=True)
+            for row in self._prepare_example(
+                ids,
+                spans if return_offsets_mapping else None,
                 max_length=max_length,
-                return_attention_mask=False,
-                return_overflowing_tokens=return_overflowing_tokens and not return_tensors,
+                return_overflowing_tokens=return_overflowing_tokens,
+                with_windows=with_windows,
                 **kwargs,
-            )
-            for name, value in prepared.items():
-                outputs.setdefault(name, []).append(value)
+            ):
+                if with_windows:
+                    row["overflow_to_sample_mapping"] = index
+                for name, value in row.items():
+                    outputs.setdefault(name, []).append(value)
         if return_attention_mask is None:
             return_attention_mask = "attention_mask" in self.model_input_names
         outputs = self.pad(
@@ -514,8 +557,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             return_attention_mask=return_attention_mask,
         )
         if "length" in outputs and not is_batch:
-            outputs["length"] = [len(outputs["input_ids"][0])]
-        if not is_batch and return_tensors is None:
+            outputs["length"] = [len(ids) for ids in outputs["input_ids"]]
+        if not is_batch and not with_windows and return_tensors is None:
             outputs = {name: values[0] for name, values in outputs.items()}
         return BatchEncoding(outputs, tensor_type=return_tensors)
 
@@ -548,19 +591,72 @@ class ErnieMTokenizer(PreTrainedTokenizer):
                 spans += word_spans
             yield self.convert_tokens_to_ids(tokens), spans
 
-    def _prepare_example(self, sequences: list[tuple], return_offsets_mapping: bool, **kwargs) -> BatchEncoding:
-        """One example, of one or two sequences of ids and spans: truncated, with special tokens, not padded."""
-        ids, spans = zip(*sequences, strict=True)
-        example = self.prepare_for_model(*ids, **kwargs)
-        if return_offsets_mapping:
-            # Truncation and special tokens do to spans what they do to ids; ids among the spans are special tokens.
-            arranged = self.prepare_for_model(*spans, **kwargs)["input_ids"]
-            example["offset_mapping"] = [span if isinstance(span, tuple) else (0, 0) for span in arranged]
-        if kwargs["return_overflowing_tokens"]:
-            # The base class leaves them out where nothing is cut off, and then fails on a batch that has both.
-            example.setdefault("overflowing_tokens", [])
-            example.setdefault("num_truncated_tokens", 0)
-        return example
+    def _prepare_example(
+        self,
+        ids: tuple[list[int], ...],
+        spans: tuple[list, ...] | None,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        stride: int = 0,
+        add_special_tokens: bool = True,
+        return_overflowing_tokens: bool = False,
+        with_windows: bool = False,
+        verbose: bool = True,
+        **fields,
+    ) -> Iterator[dict]:
+        """The rows of an example of one or two sequences: one, or one a window; with special tokens, not padded."""
+        is_pair = len(ids) == 2
+        if return_overflowing_tokens and is_pair and truncation_strategy == TruncationStrategy.LONGEST_FIRST:
+            raise ValueError(
+                "return_overflowing_tokens=True does not go with truncation='longest_first' for a pair, both of whose "
+                "texts may overflow: use truncation='only_first' or 'only_second'"
+            )
+        lengths = [len(sequence) for sequence in ids]
+        num_special = self.num_special_tokens_to_add(is_pair) if add_special_tokens else 0
+        excess = 0 if max_length is None else sum(lengths) + num_special - max_length
+        sizes = truncation.sizes_to_keep(lengths, excess if max_length else 0, truncation_strategy)
+        side = self.truncation_side
+        if with_windows:
+            parts = [truncation.windows(*each, stride, side) for each in zip(lengths, sizes, strict=True)]
+        else:
+            parts = [[truncation.kept(*each, side)] for each in zip(lengths, sizes, strict=True)]
+        for window in itertools.product(*parts):
+            row = self._make_row(_cut(ids, window), spans and _cut(spans, window), add_special_tokens, **fields)
+            self._eventual_warn_about_too_long_sequence(row["input_ids"], max_length, verbose)
+            if return_overflowing_tokens and not with_windows:
+                row["overflowing_tokens"] = truncation.overflow(ids, sizes, stride, side)
+                row["num_truncated_tokens"] = excess
+            yield row
+
+    def _make_row(
+        self,
+        ids: list[list[int]],
+        spans: list[list] | None,
+        add_special_tokens: bool,
+        return_token_type_ids: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """The fields of one or two sequences of ids and, if given, their spans."""
+        if add_special_tokens:
+            row = {"input_ids": self.build_inputs_with_special_tokens(*ids)}
+        else:
+            row = {"input_ids": list(itertools.chain(*ids))}
+        if return_token_type_ids or (return_token_type_ids is None and "token_type_ids" in self.model_input_names):
+            if add_special_tokens:
+                row["token_type_ids"] = self.create_token_type_ids_from_sequences(*ids)
+            else:
+                row["token_type_ids"] = [number for number, sequence in enumerate(ids) for _ in sequence]
+        if return_special_tokens_mask:
+            special = self.get_special_tokens_mask(*ids) if add_special_tokens else [0] * len(row["input_ids"])
+            row["special_tokens_mask"] = special
+        if spans is not None:
+            arrange = self.build_offset_mapping_with_special_tokens
+            row["offset_mapping"] = arrange(*spans) if add_special_tokens else list(itertools.chain(*spans))
+        if return_length:
+            row["length"] = len(row["input_ids"])
+        return row
 
     def _pad(
         self,
@@ -608,6 +704,10 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def is_whitespace(self, char: str) -> bool:
         """Whether `char` is a space, a tab, a line's end or another space separator of Unicode."""
         return char in (" ", "\t", "\n", "\r") or (len(char) == 1 and unicodedata.category(char) == "Zs")
+
+
+def _cut(sequences: Sequence[list], window: tuple[slice, ...]) -> list[list]:
+    return [sequence[part] for sequence, part in zip(sequences, window, strict=True)]
 
 
 def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[bool, list[tuple]]:

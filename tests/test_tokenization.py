@@ -518,15 +518,19 @@ def test_kinds_of_input(tokenizer):
     assert torch.equal(tokenizer(["Save"], return_tensors="pt")["input_ids"], torch.tensor([one]))
 
 
-def test_lengths_and_overflowing_tokens(tokenizer):
+def test_lengths(tokenizer):
     # As 4.57.6: an example alone counts its padding, one of a batch does not.
     assert tokenizer("a", padding="max_length", max_length=6, return_length=True)["length"] == 6
     assert tokenizer(["a", "b c"], padding="max_length", max_length=6, return_length=True)["length"] == [3, 4]
-    encoding = tokenizer(["a", "b c"], truncation=True, max_length=3, return_overflowing_tokens=True)
-    assert encoding["overflowing_tokens"] == [[], tokenizer.convert_tokens_to_ids(["▁c"])]
-    assert encoding["num_truncated_tokens"] == [0, 1]
-    with pytest.raises(ValueError, match="overflowing tokens"):
-        tokenizer("a", "b", truncation=True, max_length=5, return_overflowing_tokens=True)
+
+
+def test_fields_without_special_tokens(tokenizer):
+    fields = dict.fromkeys(["return_token_type_ids", "return_special_tokens_mask", "return_offsets_mapping"], True)
+    encoding = tokenizer("Save", "a b", add_special_tokens=False, **fields)
+    assert encoding["input_ids"] == tokenizer.convert_tokens_to_ids(["▁S", "ave", "▁a", "▁b"])
+    assert encoding["token_type_ids"] == [0, 0, 1, 1]  # 4.57.6 raises
+    assert encoding["special_tokens_mask"] == [0] * 4
+    assert encoding["offset_mapping"] == [(0, 1), (1, 4), (0, 1), (2, 3)]
 
 
 # ---- Attention mask

@@ -48,6 +48,10 @@ class ErnieMPreTrainedModel(PreTrainedModel):
     accepts_loss_kwargs = False
     _no_split_modules = [ErnieMEncoderLayer.__name__, ErnieMEmbeddings.__name__]  # noqa: RUF012 (as the base has it)
 
+    def __init__(self, config: ErnieMConfig, *inputs, **kwargs) -> None:
+        super().__init__(config, *inputs, **kwargs)
+        config.check()
+
     def enable_input_require_grads(self) -> None:
         """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need it.
 

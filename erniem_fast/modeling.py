@@ -22,8 +22,6 @@ from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEnc
 
 IGNORED_LABEL = -100
 
-Output = tuple[Tensor, ...] | ModelOutput
-
 
 class ErnieMPooler(nn.Module):
     """tanh of a linear layer on each sequence's first token."""
@@ -126,7 +124,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Encodes a batch of token sequences.
 
         Args:
@@ -226,7 +224,9 @@ class _ErnieMHead(ErnieMPreTrainedModel):
         rate = self.config.classifier_dropout
         return nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
 
-    def _answer(self, return_dict: bool | None, encoded: ModelOutput, output: type[ModelOutput], **fields) -> Output:
+    def _answer(
+        self, return_dict: bool | None, encoded: ModelOutput, output: type[ModelOutput], **fields
+    ) -> ModelOutput | tuple:
         """The head's output with what else the encoder returned, as a tuple where that is asked for."""
         answer = output(**fields, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
         return answer if _as_dict(self.config, return_dict) else answer.to_tuple()
@@ -259,7 +259,7 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> SequenceClassifierOutput | tuple:
         """Classifies sequences; arguments as in `ErnieMModel.forward`, and:
 
         Args:
@@ -319,7 +319,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> MultipleChoiceModelOutput | tuple:
         """Scores choices; arguments as in `ErnieMModel.forward` with a dimension of choices after the first, and:
 
         Args:
@@ -377,7 +377,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> TokenClassifierOutput | tuple:
         """Classifies tokens; arguments as in `ErnieMModel.forward`, and:
 
         Args:
@@ -434,7 +434,7 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> QuestionAnsweringModelOutput | tuple:
         """Scores spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
@@ -486,7 +486,7 @@ class ErnieMForInformationExtraction(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> QuestionAnsweringModelOutput | tuple:
         """Scores starts and ends of spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:

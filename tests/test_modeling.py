@@ -1,8 +1,10 @@
 """What users do with models of this family: layouts, masks, dtypes, modes, hooks, copies and graphs must all agree."""
 
 import copy
+import dataclasses
 import io
 import pickle
+import typing
 
 import pytest
 import torch
@@ -1012,6 +1014,18 @@ def test_the_config_decides_what_is_returned():
         model = load(model_class, **config, return_dict=False)
         assert isinstance(model(ids), tuple)
         assert torch.equal(model(ids)[0], model(ids, return_dict=True)[0])
+
+
+def test_forwards_say_what_they_return():
+    """By a dataclass whose fields other libraries read, such as sentence-transformers; or a tuple of their values."""
+    for model_class, config in LAYOUT_CASES.values():
+        output, other = typing.get_args(typing.get_type_hints(model_class.forward)["return"])
+        assert dataclasses.is_dataclass(output)
+        assert other is tuple
+        ids = IDS.view(2, 3, COLUMNS) if model_class is ErnieMForMultipleChoice else IDS
+        model = load(model_class, **config)
+        assert type(model(ids)) is output
+        assert type(model(ids, return_dict=False)) is tuple
 
 
 # ---- Copies

@@ -36,6 +36,20 @@ class ErnieMPooler(nn.Module):
         return self.activation(self.dense(first_tokens))
 
 
+class _UnreadPooler(ErnieMPooler):
+    """A pooler that no loss reads: loaded and saved with the checkpoint, but neither run nor trained.
+
+    Its weights are buffers, because `DistributedDataParallel` waits for the gradient of every parameter to train.
+    Frozen parameters would not do: `from_pretrained` sets `requires_grad` on all that it loads.
+    """
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        for name, parameter in list(self.dense.named_parameters()):
+            delattr(self.dense, name)
+            self.dense.register_buffer(name, parameter.detach())
+
+
 class ErnieMPreTrainedModel(PreTrainedModel):
     """What ERNIE-M models share: loading, saving, initialisation, and the pruning of heads."""
 
@@ -163,7 +177,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 position_ids,
                 cu_seq_lens_q,
                 max_length_q,
-                needs_first=self.pooler is not None,
+                needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
             )
             output = self._encode(ready, self._head_mask(head_mask), output_attentions, output_hidden_states)
@@ -190,10 +204,13 @@ class ErnieMModel(ErnieMPreTrainedModel):
         )
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=batch.unpack(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(batch.first_tokens(hidden)),
+            pooler_output=self.pooler(batch.first_tokens(hidden)) if self._pools() else None,
             hidden_states=tuple(batch.unpack(state) for state in states) if output_hidden_states else None,
             attentions=tuple(batch.unpack_attention(each) for each in attentions) if output_attentions else None,
         )
+
+    def _pools(self) -> bool:
+        return self.pooler is not None and not isinstance(self.pooler, _UnreadPooler)
 
     def _seeds(self, device: torch.device) -> Tensor | None:
         """A row of dropout seeds for the embeddings and one for each layer, where any dropout is active."""
@@ -470,6 +487,7 @@ class ErnieMForInformationExtraction(_ErnieMHead):
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__(config)
+        self.ernie_m.pooler = _UnreadPooler(config)
         self.linear_start = nn.Linear(config.hidden_size, 1)
         self.linear_end = nn.Linear(config.hidden_size, 1)
         self.post_init()

@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def batch(tokenizer):
-    encoded = tokenizer(TEXTS, padding=True, return_attention_mask=True, return_tensors="pt")
+    encoded = tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert encoded["attention_mask"].float().mean() < 0.7, "the texts must be ragged"
     return dict(encoded)
 

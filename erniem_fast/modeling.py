@@ -180,7 +180,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
             )
-            output = self._encode(ready, self._head_mask(head_mask), output_attentions, output_hidden_states)
+            output = self._encode(ready, head_mask, output_attentions, output_hidden_states)
         if _as_dict(config, return_dict):
             return output
         # The original's tuple keeps a place for the pooler where there is none.
@@ -199,6 +199,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         seeds = self._seeds(batch.columns.device)
         of_embeddings, of_layers = (None, None) if seeds is None else (seeds[0], seeds[1:])
         embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, of_embeddings)
+        head_mask = self._head_mask(head_mask, embedded)
         hidden, states, attentions = self.encoder(
             embedded, batch, of_layers, head_mask, ready.scores_bias, output_attentions, output_hidden_states
         )
@@ -220,13 +221,14 @@ class ErnieMModel(ErnieMPreTrainedModel):
         rows = len(self.encoder.layers) + 1
         return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)
 
-    def _head_mask(self, head_mask: Tensor | None) -> Tensor | None:
+    def _head_mask(self, head_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """`(layers, heads)` with dtype and device of `hidden`; replicas of `DataParallel` have no parameters to ask."""
         if head_mask is None:
             return None
         shape = (self.config.num_hidden_layers, self.config.num_attention_heads)
         if tuple(head_mask.shape) not in (shape, shape[1:]):
             raise ValueError(f"head_mask has shape {tuple(head_mask.shape)}; it must be {shape[1:]} or {shape}.")
-        return head_mask.to(self.dtype).expand(shape)
+        return head_mask.to(hidden).expand(shape)
 
 
 class _ErnieMHead(ErnieMPreTrainedModel):

@@ -2,6 +2,9 @@
 
 The modules carry the names and the weights of transformers 4.57.6's. Their layer norms, embeddings and dropouts hold
 parameters and rates; the ops do the work.
+
+In inference, a tensor's memory is used again only if the tensor came from a plain module or an op and goes to one. What
+a hook or any other module is given or returns stays as it is, because either may keep it.
 """
 
 import math
@@ -17,7 +20,15 @@ from . import flags, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .ops import native_layer
-from .projections import is_plain, is_untouched, project, project_side_by_side, scratch_for, takes_few_tokens
+from .projections import (
+    Scratch,
+    is_plain,
+    is_untouched,
+    project,
+    project_side_by_side,
+    scratch_for,
+    takes_few_tokens,
+)
 from .reference import feature_dropout
 
 # The places of a layer where dropout happens, each with a seed of its own.
@@ -52,7 +63,7 @@ def _add_norm(
 
 
 def _may_overwrite_product(linear: nn.Module) -> bool:
-    """Whether nobody needs a linear's product but the next op: no gradient and no module but its own can keep it."""
+    """Whether an op may overwrite a linear's product: no gradient needs it, and no hook or other module has seen it."""
     return not torch.is_grad_enabled() and is_plain(linear, nn.Linear)
 
 
@@ -139,7 +150,7 @@ class ErnieMSelfAttention(nn.Module):
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
-        scratch: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to `(tokens, heads · head_dim)`, and the probabilities where they are asked for."""
         qkv = project_side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden, scratch)
@@ -216,7 +227,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
-        scratch: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to the same, and the attention probabilities where they are asked for.
 
@@ -243,13 +254,14 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed, overwrite), probabilities
 
     def _feed_forward(
-        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Tensor | None
+        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Scratch | None
     ) -> tuple[Tensor, Tensor | None]:
         """As `project`: `(tokens, hidden)`, and the bias where that is left to the next op."""
         activation = self._fused_activation()
         fused = activation is not None
         leave_bias = fused and ops.fuses_bias("bias_gelu", hidden)
-        x, bias = project(self.linear1, hidden, leave_bias, scratch)
+        between_plain = fused and is_plain(self.linear2, nn.Linear)
+        x, bias = project(self.linear1, hidden, leave_bias, scratch if between_plain else None)
         leave_bias = ops.fuses_bias("layernorm", x)
         overwrite = _may_overwrite_product(self.linear1)
 

@@ -20,8 +20,18 @@ from .ops.native_encoder import few_tokens
 _FEW_TOKENS = range(4, 129)
 
 
+class Scratch:
+    """Memory that products take one after another.
+
+    It is no tensor, because layers are given it: a tensor that their hooks are given must stay as it is.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+
+
 def project(
-    linear: nn.Module, x: Tensor, leave_bias: bool, scratch: Tensor | None = None
+    linear: nn.Module, x: Tensor, leave_bias: bool, scratch: Scratch | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`linear(x)`, or where the next op adds the bias itself (`leave_bias`), the product and the bias apart.
 
@@ -38,7 +48,7 @@ def project(
     return F.linear(x, linear.weight, bias) if out is None else _linear_into(out, x, linear.weight, bias), left
 
 
-def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Tensor | None = None) -> Tensor:
+def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scratch | None = None) -> Tensor:
     """Several linears on the same input: `(tokens, in_features)` to `(tokens, sum of out_features)`.
 
     In training they are one product with their weights joined. In inference each writes into its columns of the result:
@@ -59,19 +69,19 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Tenso
     return out
 
 
-def scratch_for(x: Tensor, width: int) -> Tensor | None:
+def scratch_for(x: Tensor, width: int) -> Scratch | None:
     """Memory for the products of `x` with up to `width` features, one after another; None where they want their own.
 
     The pages of tensors this large are new at every call, and to get them took 5 % of a forward on a CPU.
     """
-    return x.new_empty(x.shape[0] * width) if _takes_out(x) else None
+    return Scratch(x.new_empty(x.shape[0] * width)) if _takes_out(x) else None
 
 
-def _rows(scratch: Tensor | None, x: Tensor, width: int) -> Tensor:
-    """`(tokens, width)`, of the scratch where there is one that fits: somebody may have put in a wider linear."""
-    size = x.shape[0] * width
-    fits = scratch is not None and (scratch.dtype, scratch.device) == (x.dtype, x.device) and size <= scratch.numel()
-    return scratch[:size].view(-1, width) if fits else x.new_empty(x.shape[0], width)
+def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
+    """`(tokens, width)`, of the scratch where there is one that fits: another linear may be wider than the config's."""
+    size, memory = x.shape[0] * width, None if scratch is None else scratch.memory
+    fits = memory is not None and (memory.dtype, memory.device) == (x.dtype, x.device) and size <= memory.numel()
+    return memory[:size].view(-1, width) if fits else x.new_empty(x.shape[0], width)
 
 
 def _takes_out(x: Tensor) -> bool:

@@ -83,9 +83,13 @@ class Function:
 
 @functools.cache
 def _linked(library: ctypes.CDLL, function: Function) -> tuple[Callable[..., bytes | None], type[ctypes.Structure]]:
-    """The function of a library, and the type of its argument."""
+    """The function of a library, and the type of its argument.
+
+    Threads that come here at once each link a function of their own: `getattr` would give them all the same one, which
+    takes the argument of the last alone.
+    """
     structure = type(function.name, (ctypes.Structure,), {"_fields_": function.fields})
-    run = getattr(library, function.name)
+    run = library[function.name]
     run.argtypes = (ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p)
     run.restype = ctypes.c_char_p
     return run, structure

@@ -553,6 +553,19 @@ def test_attention_of_a_strided_qkv():
 
 
 @every_implementation
+def test_inputs_that_are_negated_views(op, implementation):
+    """Their memory holds the values with the other sign."""
+    problem = problem_of(op)
+    negated = {name: torch._neg_view(-leaf) for name, leaf in problem.leaves.items()}
+    grad = torch.randn(TOKENS, 96)
+    with use_kernels(**{op: implementation}):
+        expected, found = (solve(problem.ours, leaves, grad) for leaves in (problem.leaves, negated))
+        inferred = problem.ours(*negated.values())
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+    assert torch.equal(inferred, expected["result"])
+
+
+@every_implementation
 def test_a_gradient_of_one_value(op, implementation):
     """`sum().backward()` gives a gradient with strides of zero."""
     problem = problem_of(op)

@@ -37,8 +37,10 @@ _LAYER = Function(
         "scratch": (FLOAT, "tokens", "width"),
         "out": (FLOAT, "tokens", "hidden"),
     },
+    written=("scratch", "out"),
     sizes="tokens hidden projected intermediate sequences bounds heads head_dim threads activation",
     factors="norm1_eps norm2_eps scale",
+    optional=("key_mask",),
 )
 
 
@@ -74,8 +76,8 @@ def layer(
         `(tokens, hidden)`.
     """
     tokens, hidden = x.shape
-    projected, intermediate = linears["q"].out_features, linears["up"].out_features
-    out = torch.empty_like(x)
+    projected, intermediate = linears["q"].weight.shape[0], linears["up"].weight.shape[0]
+    out = x.new_empty(tokens, hidden)
     _LAYER(
         x.device,
         x.dtype,

@@ -289,15 +289,18 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
     def _is_one_call(self, hidden: Tensor) -> bool:
         """Whether one native call computes all of the layer: its products and ops, none of them replaced or hooked."""
+        if not takes_few_tokens(hidden):
+            return False
+        inner, linears, norms = self.self_attn.self_attn, self._linears().values(), (self.norm1, self.norm2)
         return (
-            is_plain(self.linear1, nn.Linear)  # others may have no weight, or one that is a function
-            and takes_few_tokens(hidden, self.linear1.weight)
-            and self._fused_activation() is not None
-            and is_untouched(self.self_attn.self_attn, ErnieMSelfAttention)
-            and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in self._linears().values())
-            and is_plain(self.norm1, nn.LayerNorm)
-            and is_plain(self.norm2, nn.LayerNorm)
-            and native_layer.serves(self.self_attn.self_attn.attention_head_size)
+            self._fused_activation() is not None
+            and is_untouched(inner, ErnieMSelfAttention)
+            and all(is_plain(linear, nn.Linear) for linear in linears)
+            and all(is_plain(norm, nn.LayerNorm) for norm in norms)
+            and all(module.bias is not None for module in (*linears, *norms))
+            and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
+            and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` says what is wrong
+            and native_layer.serves()
         )
 
     def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:

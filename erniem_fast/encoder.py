@@ -228,6 +228,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
         scratch: Scratch | None = None,
+        settings: flags.Settings | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to the same, and the attention probabilities where they are asked for.
 
@@ -239,19 +240,23 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             scores_bias: see `ops.attention_with_probabilities`.
             output_attentions: whether to return the probabilities.
             scratch: memory that products may take and that the next one may take again, or None.
+            settings: flags to run under, those of now where it is None. A checkpoint runs the layer again in the
+                backward, when others may be in force.
         """
-        if seeds is head_mask is scores_bias is None and not output_attentions and self._is_one_call(hidden):
-            return self._one_call(hidden, batch), None
-        attention = (head_mask, scores_bias, output_attentions, scratch)
-        context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
-        x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
-        p_and_seed = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
-        overwrite = _may_overwrite_product(self.self_attn.out_proj)
-        hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed, overwrite)
-        x, bias = self._feed_forward(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION), scratch)
-        p_and_seed = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
-        overwrite = _may_overwrite_product(self.linear2)
-        return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed, overwrite), probabilities
+        with flags.held(settings):
+            if seeds is head_mask is scores_bias is None and not output_attentions and self._is_one_call(hidden):
+                return self._one_call(hidden, batch), None
+            attention = (head_mask, scores_bias, output_attentions, scratch)
+            context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
+            x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
+            dropout = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
+            overwrite = _may_overwrite_product(self.self_attn.out_proj)
+            hidden = _add_norm(hidden, x, bias, self.norm1, batch, *dropout, overwrite)
+            dropout = _rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION)
+            x, bias = self._feed_forward(hidden, batch, *dropout, scratch)
+            dropout = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
+            overwrite = _may_overwrite_product(self.linear2)
+            return _add_norm(hidden, x, bias, self.norm2, batch, *dropout, overwrite), probabilities
 
     def _feed_forward(
         self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Scratch | None
@@ -264,13 +269,15 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         x, bias = project(self.linear1, hidden, leave_bias, scratch if between_plain else None)
         leave_bias = ops.fuses_bias("layernorm", x)
         overwrite = _may_overwrite_product(self.linear1)
+        settings = flags.snapshot()
 
         def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            if fused:
-                x = ops.bias_gelu_dropout(x, bias, activation, batch, p, seed, overwrite)
-            else:
-                x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
-            return project(self.linear2, x, leave_bias)
+            with flags.held(settings):
+                if fused:
+                    x = ops.bias_gelu_dropout(x, bias, activation, batch, p, seed, overwrite)
+                else:
+                    x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
+                return project(self.linear2, x, leave_bias)
 
         if torch.is_grad_enabled() and _recomputes_activations():
             # Computing again ends with what the second product keeps for its weight's gradient: it does not run twice.
@@ -347,12 +354,14 @@ class ErnieMEncoder(nn.Module):
         """
         states, attentions = [], []
         scratch = scratch_for(hidden, max(3 * self.config.hidden_size, self.config.intermediate_size))
+        settings = flags.snapshot()
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
             mask = None if head_mask is None else head_mask[index, layer.self_attn.present_heads()]
             of_layer = None if seeds is None else seeds[index]
-            hidden, probabilities = layer(hidden, batch, of_layer, mask, scores_bias, output_attentions, scratch)
+            asked = (mask, scores_bias, output_attentions)
+            hidden, probabilities = layer(hidden, batch, of_layer, *asked, scratch, settings)
             if output_attentions:
                 attentions.append(probabilities)
         if output_hidden_states:

@@ -261,7 +261,7 @@ def _read(probes: Sequence[Tensor]) -> list[int]:
 
 
 def _check_first_position(least: int) -> None:
-    """Some sequence of packed input has a token at position 0, unless all of them are counted from elsewhere."""
+    """Packed input in which no token has position 0 was counted from elsewhere: every position would be shifted."""
     if least > 0:
         raise ValueError(
             f"position_ids of packed input start at {least}; positions count from 0 in every sequence, as "

@@ -137,7 +137,7 @@ def test_a_checkpoint_in_shards(tmp_path, batch):
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     again = ErnieMForTokenClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert_close(again(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -150,11 +150,17 @@ def test_a_checkpoint_loaded_in_another_dtype(dtype, tmp_path, batch):
         each.prune_heads({0: [1]})
     hidden = model(**batch).last_hidden_state
     assert hidden.dtype == dtype
-    assert torch.equal(hidden, expected(**batch).last_hidden_state)
+    # One of them may be mapped from the file: with weights at other addresses the products may add up otherwise.
+    tolerance = 16 * torch.finfo(dtype).eps * hidden.abs().max().item()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert_close(hidden, expected(**batch).last_hidden_state, tolerance)
     model.save_pretrained(tmp_path)
     again = ErnieMModel.from_pretrained(tmp_path, dtype="auto").eval()
     assert again.dtype == dtype
-    assert torch.equal(again(**batch).last_hidden_state, hidden)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert_close(again(**batch).last_hidden_state, hidden, tolerance)
 
 
 def test_a_head_of_another_size_is_made_anew(tmp_path):
@@ -271,7 +277,7 @@ def trained(model, batch, steps=3):
 def test_lora_trains_and_merges(batch, tmp_path):
     model = lora(load(ErnieMForSequenceClassification), modules_to_save=["classifier"]).train()
     untouched = load(ErnieMForSequenceClassification)(**batch).logits
-    assert torch.equal(model(**batch).logits, untouched), "LoRA starts as nothing"
+    assert_close(model(**batch).logits, untouched)  # LoRA starts as nothing
     losses = trained(model, batch, steps=10)
     assert losses[-1] < 0.8 * losses[0]
     model.eval()
@@ -283,7 +289,7 @@ def test_lora_trains_and_merges(batch, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(ErnieMForSequenceClassification), tmp_path).eval()
     with torch.inference_mode():
-        assert torch.equal(again(**batch).logits, adapted)
+        assert_close(again(**batch).logits, adapted)
         merged = model.merge_and_unload()
         assert type(merged.ernie_m.encoder.layers[0].self_attn.self_attn.q_proj) is torch.nn.Linear
         assert_close(merged(**batch).logits, adapted)

@@ -64,7 +64,7 @@ wheel-check: wheel
 $(VENV)/installed: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt torch
-	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt --editable '.[test,bench]'
+	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt --editable '.[test,bench,integrations]'
 	touch $@
 
 $(PEERS)/installed: bench/peers/requirements.txt

@@ -1,8 +1,10 @@
 """What users do with models of this family: layouts, masks, dtypes, modes, hooks, copies and graphs must all agree."""
 
 import copy
+import dataclasses
 import io
 import pickle
+import typing
 
 import pytest
 import torch
@@ -957,16 +959,16 @@ def test_new_models_are_initialised():
     config = ErnieMConfig(
         vocab_size=1000, hidden_size=64, num_attention_heads=4, intermediate_size=128, initializer_range=0.05
     )
-    model = ErnieMForSequenceClassification(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
-        elif name.endswith("bias"):
-            assert not parameter.any(), name
-        else:
-            # Four standard errors of a normal distribution's standard deviation.
-            assert parameter.std().item() == pytest.approx(0.05, rel=4 / (2 * parameter.numel()) ** 0.5), name
-    assert not model.ernie_m.embeddings.word_embeddings.weight[PAD].any()
+    for model in (ErnieMForSequenceClassification(config), ErnieMForInformationExtraction(config)):
+        for name, weights in model.state_dict().items():
+            if "norm" in name:
+                assert (weights == (1.0 if name.endswith("weight") else 0.0)).all(), name
+            elif name.endswith("bias"):
+                assert not weights.any(), name
+            else:
+                # Four standard errors of a normal distribution's standard deviation.
+                assert weights.std().item() == pytest.approx(0.05, rel=4 / (2 * weights.numel()) ** 0.5), name
+        assert not model.ernie_m.embeddings.word_embeddings.weight[PAD].any()
 
 
 # ---- Outputs
@@ -1013,6 +1015,30 @@ def test_the_config_decides_what_is_returned():
         model = load(model_class, **config, return_dict=False)
         assert isinstance(model(ids), tuple)
         assert torch.equal(model(ids)[0], model(ids, return_dict=True)[0])
+
+
+def test_a_pooler_that_no_loss_reads_is_only_carried_along(tmp_path, packed):
+    model = load(ErnieMForInformationExtraction)
+    model.ernie_m.pooler.register_forward_hook(lambda *_: pytest.fail("the pooler runs"))
+    assert model(IDS, attention_mask=MASK).start_logits.isfinite().all()
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+    model.half().save_pretrained(tmp_path)
+    carried, original = ErnieMModel.from_pretrained(tmp_path).pooler, load().half().pooler
+    assert all(parameter.requires_grad for parameter in carried.parameters())
+    for name, weights in original.state_dict().items():
+        assert torch.equal(carried.state_dict()[name], weights)
+
+
+def test_forwards_say_what_they_return():
+    """By a dataclass whose fields other libraries read, such as sentence-transformers; or a tuple of their values."""
+    for model_class, config in LAYOUT_CASES.values():
+        output, other = typing.get_args(typing.get_type_hints(model_class.forward)["return"])
+        assert dataclasses.is_dataclass(output)
+        assert other is tuple
+        ids = IDS.view(2, 3, COLUMNS) if model_class is ErnieMForMultipleChoice else IDS
+        model = load(model_class, **config)
+        assert type(model(ids)) is output
+        assert type(model(ids, return_dict=False)) is tuple
 
 
 # ---- Copies

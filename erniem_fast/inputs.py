@@ -68,6 +68,8 @@ def prepare(
     scores_bias = None
     if cu_seqlens is not None or max_seqlen is not None:
         batch, probed = _as_it_came(config, grid, cu_seqlens, max_seqlen, attention_mask, probes)
+        if probed and position_ids is not None:
+            _check_first_position(least=probed[-2])
     else:
         _check_length(config, "the input's number of columns", grid[1])
         if attention_mask is not None and attention_mask.dim() > 2:
@@ -80,7 +82,7 @@ def prepare(
             batch, probed = _laid_out(mask, needs_first, probes)
         strange, *probed = probed or [False]
         if probed and attention_mask is None:
-            _check_one_sequence(position_ids, probed[-1])
+            _check_one_sequence(position_ids, *probed[-2:])
         if strange:
             raise ValueError(
                 "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. A mask to "
@@ -258,11 +260,20 @@ def _read(probes: Sequence[Tensor]) -> list[int]:
     return torch.stack([probe.long() for probe in probes]).tolist()
 
 
-def _check_one_sequence(position_ids: Tensor | None, greatest: int) -> None:
+def _check_first_position(least: int) -> None:
+    """Packed input in which no token has position 0 was counted from elsewhere: every position would be shifted."""
+    if least > 0:
+        raise ValueError(
+            f"position_ids of packed input start at {least}; positions count from 0 in every sequence, as "
+            f"DataCollatorWithFlattening(position_ids_start=0) has them."
+        )
+
+
+def _check_one_sequence(position_ids: Tensor | None, least: int, greatest: int) -> None:
     """Positions that start anew in a single row mean several sequences, which nothing would keep apart."""
-    if position_ids is None or len(position_ids) != 1 or greatest >= position_ids.shape[1] - 1:
+    if position_ids is None or len(position_ids) != 1 or greatest - least >= position_ids.shape[1] - 1:
         return
-    starts = (position_ids[0, 1:] == 0).nonzero()
+    starts = (position_ids[0, 1:] == least).nonzero()
     if len(starts):
         raise ValueError(
             f"position_ids start anew at column {starts[0].item() + 1} of a single row. If that is several sequences, "

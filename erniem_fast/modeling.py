@@ -20,8 +20,6 @@ from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEnc
 
 IGNORED_LABEL = -100
 
-Output = tuple[Tensor, ...] | ModelOutput
-
 
 class ErnieMPooler(nn.Module):
     """tanh of a linear layer on each sequence's first token."""
@@ -36,6 +34,20 @@ class ErnieMPooler(nn.Module):
         return self.activation(self.dense(first_tokens))
 
 
+class _UnreadPooler(ErnieMPooler):
+    """A pooler that no loss reads: loaded and saved with the checkpoint, but neither run nor trained.
+
+    Its weights are buffers, because `DistributedDataParallel` waits for the gradient of every parameter to train.
+    Frozen parameters would not do: `from_pretrained` sets `requires_grad` on all that it loads.
+    """
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        for name, parameter in list(self.dense.named_parameters()):
+            delattr(self.dense, name)
+            self.dense.register_buffer(name, parameter.detach())
+
+
 class ErnieMPreTrainedModel(PreTrainedModel):
     """What ERNIE-M models share: loading, saving, initialisation, and the pruning of heads."""
 
@@ -45,6 +57,10 @@ class ErnieMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = [ErnieMEncoderLayer.__name__, ErnieMEmbeddings.__name__]  # noqa: RUF012 (as the base has it)
+
+    def __init__(self, config: ErnieMConfig, *inputs, **kwargs) -> None:
+        super().__init__(config, *inputs, **kwargs)
+        config.check()
 
     def enable_input_require_grads(self) -> None:
         """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need it.
@@ -120,7 +136,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Encodes a batch of token sequences.
 
         Args:
@@ -158,7 +174,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 position_ids,
                 cu_seq_lens_q,
                 max_length_q,
-                needs_first=self.pooler is not None,
+                needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
             )
             output = self._encode(ready, self._head_mask(head_mask), output_attentions, output_hidden_states)
@@ -185,10 +201,13 @@ class ErnieMModel(ErnieMPreTrainedModel):
         )
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=batch.unpack(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(batch.first_tokens(hidden)),
+            pooler_output=self.pooler(batch.first_tokens(hidden)) if self._pools() else None,
             hidden_states=tuple(batch.unpack(state) for state in states) if output_hidden_states else None,
             attentions=tuple(batch.unpack_attention(each) for each in attentions) if output_attentions else None,
         )
+
+    def _pools(self) -> bool:
+        return self.pooler is not None and not isinstance(self.pooler, _UnreadPooler)
 
     def _seeds(self, device: torch.device) -> Tensor | None:
         """A row of dropout seeds for the embeddings and one for each layer, where any dropout is active."""
@@ -219,7 +238,9 @@ class _ErnieMHead(ErnieMPreTrainedModel):
         rate = self.config.classifier_dropout
         return nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
 
-    def _answer(self, return_dict: bool | None, encoded: ModelOutput, output: type[ModelOutput], **fields) -> Output:
+    def _answer(
+        self, return_dict: bool | None, encoded: ModelOutput, output: type[ModelOutput], **fields
+    ) -> ModelOutput | tuple:
         """The head's output with what else the encoder returned, as a tuple where that is asked for."""
         answer = output(**fields, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
         return answer if _as_dict(self.config, return_dict) else answer.to_tuple()
@@ -252,7 +273,7 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> SequenceClassifierOutput | tuple:
         """Classifies sequences; arguments as in `ErnieMModel.forward`, and:
 
         Args:
@@ -312,7 +333,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> MultipleChoiceModelOutput | tuple:
         """Scores choices; arguments as in `ErnieMModel.forward` with a dimension of choices after the first, and:
 
         Args:
@@ -370,7 +391,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> TokenClassifierOutput | tuple:
         """Classifies tokens; arguments as in `ErnieMModel.forward`, and:
 
         Args:
@@ -427,7 +448,7 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> QuestionAnsweringModelOutput | tuple:
         """Scores spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
@@ -463,6 +484,7 @@ class ErnieMForInformationExtraction(_ErnieMHead):
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__(config)
+        self.ernie_m.pooler = _UnreadPooler(config)
         self.linear_start = nn.Linear(config.hidden_size, 1)
         self.linear_end = nn.Linear(config.hidden_size, 1)
         self.post_init()
@@ -479,7 +501,7 @@ class ErnieMForInformationExtraction(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> QuestionAnsweringModelOutput | tuple:
         """Scores starts and ends of spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:

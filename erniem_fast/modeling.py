@@ -1,7 +1,5 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -167,8 +165,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        # Inside a graph flags are constants, which the ops read when it is made.
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else flags.held():
+        with flags.held():
             ready = inputs.prepare(
                 config,
                 input_ids,

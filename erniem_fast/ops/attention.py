@@ -35,8 +35,14 @@ def attention(
         `(tokens, heads · head_dim)` in the dtype of `qkv`.
 
     Raises:
+        ValueError: the features of `qkv` are no three times `heads` of a size.
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
+    if qkv.shape[1] % (3 * heads):
+        raise ValueError(
+            f"qkv has {qkv.shape[1]} features, which {heads} heads cannot divide into queries, keys and values of one "
+            f"size; heads must be the number that the weights of q_proj, k_proj and v_proj hold."
+        )
     name = choose("attention", qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
     order = (batch.longest_first, batch.contiguous)
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)

@@ -125,9 +125,10 @@ def call(
 def run(op: str, name: str, direction: str, *inputs: object) -> Tensors:
     """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it.
 
-    Implementations get and give contiguous tensors, and the dtypes that come: autocast is the products' concern.
+    Implementations get and give contiguous tensors, none of them a lazy negation, and the dtypes that come: autocast is
+    the products' concern.
     """
-    inputs = [each.contiguous() if isinstance(each, Tensor) else each for each in inputs]
+    inputs = [each.contiguous().resolve_neg() if isinstance(each, Tensor) else each for each in inputs]
     device = inputs[0].device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):

@@ -16,7 +16,7 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import prune_linear_layer
 
-from . import flags, ops
+from . import flags, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .ops import native_layer
@@ -69,7 +69,7 @@ def _may_overwrite_product(linear: nn.Module) -> bool:
 
 @torch.compiler.assume_constant_result
 def _recomputes_activations() -> bool:
-    return flags.read(flags.RECOMPUTE) == "1"
+    return flags.read(flags.RECOMPUTE) == "1" and not modes.is_exported()
 
 
 class ErnieMEmbeddings(nn.Module):
@@ -124,6 +124,8 @@ class ErnieMEmbeddings(nn.Module):
 
         NEFTune's hook (arXiv 2310.05914), for one, adds noise by the length of the rows.
         """
+        if batch.fills_grid:
+            return batch.pack(words(input_ids.unflatten(0, batch.grid)))
         rows = batch.unpack(input_ids - self.padding_idx) + self.padding_idx
         return batch.pack(words(rows))
 
@@ -153,7 +155,11 @@ class ErnieMSelfAttention(nn.Module):
         scratch: Scratch | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to `(tokens, heads · head_dim)`, and the probabilities where they are asked for."""
-        qkv = project_side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden, scratch)
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if modes.is_exported():  # where to join them would only be to part them again
+            qkv = [linear(hidden) for linear in linears]
+        else:
+            qkv = project_side_by_side(linears, hidden, scratch)
         heads, scale = self.num_attention_heads, self.scale
         p, seed = _rate_and_seed(self.dropout, seeds, _ATTENTION)
         probabilities = None

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from . import flags, inputs
+from . import flags, inputs, modes
 from .configuration import ErnieMConfig
 from .dropout import draw_seeds
 from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer, is_active
@@ -557,7 +557,7 @@ _REMEDY = "load the model with the num_labels that the data has, or check what n
 
 def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
     """Each label must be a class or the ignored one; unchecked where that would wait for a device or break a graph."""
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+    if modes.is_recorded() or labels.device.type != "cpu":
         return
     wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED_LABEL)
     if wrong.any():

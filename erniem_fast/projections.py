@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import extension, flags
-from .ops.implementation import is_transformed
+from . import extension, flags, modes
 from .ops.native_encoder import few_tokens
 
 # The token counts for which the native product beats PyTorch's, measured on two cores of a Xeon with AVX-512: a forward
@@ -118,7 +117,7 @@ def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
 
 def _takes_out(x: Tensor) -> bool:
     """Whether a product of `x` may be written into given memory: autograd, autocast and graphs want their own."""
-    followed = torch.is_grad_enabled() or is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    followed = torch.is_grad_enabled() or modes.is_transformed() or modes.is_recorded()
     return not (followed or torch.is_autocast_enabled(x.device.type))
 
 
@@ -159,9 +158,13 @@ def _is_dense(parameter: object) -> bool:
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module runs the forward of its kind and nothing else."""
+    """Whether a call of the module runs the forward of its kind and nothing else, so that other code can stand for it.
+
+    Never in a graph that is made for elsewhere, where only the module's own operators are known.
+    """
     return (
-        type(module) is kind
+        not modes.is_exported()
+        and type(module) is kind
         and "forward" not in module.__dict__  # accelerate's offloading replaces it on the instance
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)

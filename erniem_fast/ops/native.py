@@ -82,7 +82,7 @@ class Function:
                 f"need {shape} on {device}."
             )
         in_memory = tensor.layout is torch.strided and (tensor.data_ptr() != 0 or tensor.numel() == 0)
-        if in_memory and _is_as_it_lies(tensor, dtype, rows_apart=name in self.strided):
+        if in_memory and _is_laid_out(tensor, dtype, rows_apart=name in self.strided):
             return tensor
         if not in_memory or name in self.written or not torch.can_cast(tensor.dtype, dtype):
             raise ValueError(
@@ -108,8 +108,8 @@ class Function:
         return itemgetter(*(name for name, _ in self.fields))
 
 
-def _is_as_it_lies(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
-    """Whether the elements of a tensor are what lies at its address: of that dtype, in order, aligned, not negated."""
+def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
+    """Whether csrc/ can use a tensor's memory: it holds elements of the dtype, in order, aligned and not negated."""
     return (
         tensor.dtype == dtype
         and (tensor.is_contiguous() or (rows_apart and tensor.stride(-1) == 1))

@@ -121,9 +121,9 @@ class ErnieMConfig(PreTrainedConfig):
         for table in ("vocab_size", "max_position_embeddings"):
             if not 0 <= self.pad_token_id < getattr(self, table):
                 raise ValueError(
-                    f"pad_token_id={self.pad_token_id} is not in [0, {table}={getattr(self, table)}), but both tables "
-                    f"have a row of that number. Use the id of the tokenizer's padding, 1 in ERNIE-M, or a larger "
-                    f"{table}."
+                    f"pad_token_id={self.pad_token_id} is not in [0, {table}={getattr(self, table)}); words and "
+                    f"positions leave the row of that number untrained. Use the id of the tokenizer's padding, 1 in "
+                    f"ERNIE-M, or a larger {table}."
                 )
         for field, only in (("position_embedding_type", "absolute"), ("is_decoder", False)):
             if getattr(self, field, only) not in (only, None):

@@ -1,7 +1,5 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -15,7 +13,7 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from . import flags, inputs
+from . import flags, inputs, modes
 from .configuration import ErnieMConfig
 from .dropout import draw_seeds
 from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer, is_active
@@ -167,8 +165,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        # Inside a graph flags are constants, which the ops read when it is made.
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else flags.held():
+        with flags.held():
             ready = inputs.prepare(
                 config,
                 input_ids,
@@ -577,7 +574,7 @@ _REMEDY = "load the model with the num_labels that the data has, or check what n
 
 def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
     """Each label must be a class or the ignored one; unchecked where that would wait for a device or break a graph."""
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+    if modes.is_recorded() or labels.device.type != "cpu":
         return
     wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED_LABEL)
     if wrong.any():

@@ -1233,41 +1233,6 @@ def test_a_compiled_model_on_padded_input(packed, compiler):
         assert_close(hidden[mask.bool()], expected[mask.bool()])
 
 
-# Another mask, other sizes, and one row without padding.
-RECORDED = [(IDS, MASK), (IDS.flip(0), MASK.flip(0)), (make_ids(RIGHT[1:, :9]), RIGHT[1:, :9]), (IDS[:1], MASK[:1])]
-
-
-@pytest.fixture
-def talkative():
-    """A model that returns a tuple of all it can, which torch.jit.trace takes."""
-    return load(return_dict=False, output_attentions=True, output_hidden_states=True)
-
-
-def assert_recorded_equals_eager(recorded, model):
-    for ids, mask in RECORDED:
-        found, expected = (tree_leaves(each(input_ids=ids, attention_mask=mask)) for each in (recorded, model))
-        for ours, theirs in zip(found, expected, strict=True):
-            assert_close(ours, theirs)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["full", "ragged"])
-def test_a_traced_model_takes_other_input(rows, talkative, packed, kernels):
-    """torch.jit.trace keeps as a constant what the host has read: nothing that depends on the mask may be."""
-    with torch.no_grad():
-        inputs = {"input_ids": IDS[rows], "attention_mask": MASK[rows]}
-        traced = torch.jit.trace(talkative, example_kwarg_inputs=inputs, check_trace=False)
-        assert_recorded_equals_eager(traced, talkative)
-
-
-def test_an_exported_model_takes_other_input(talkative, packed, kernels):
-    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    inputs = {"input_ids": IDS, "attention_mask": MASK}
-    exported = torch.export.export(talkative, (), inputs, dynamic_shapes=dict.fromkeys(inputs, sizes))
-    with torch.no_grad():
-        assert_recorded_equals_eager(exported.module(), talkative)
-
-
 def test_a_model_compiled_by_inductor(compiler, tmp_path, monkeypatch):
     # Inductor's own cache would give code for another CPU capability, which it does not tell apart (seen in 2.13).
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))

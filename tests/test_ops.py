@@ -7,6 +7,7 @@ matrix products in bfloat16, which are left to a GPU.
 import itertools
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import pytest
 import torch
@@ -550,6 +551,45 @@ def test_attention_of_a_strided_qkv():
             for view in views(qkv):
                 for name, value in solve(ours, {"qkv": view}, grad).items():
                     torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=1e-6)
+
+
+@every_implementation
+def test_inputs_that_are_negated_views(op, implementation):
+    """Their memory holds the values with the other sign."""
+    problem = problem_of(op)
+    negated = {name: torch._neg_view(-leaf) for name, leaf in problem.leaves.items()}
+    grad = torch.randn(TOKENS, 96)
+    with use_kernels(**{op: implementation}):
+        expected, found = (solve(problem.ours, leaves, grad) for leaves in (problem.leaves, negated))
+        inferred = problem.ours(*negated.values())
+    assert all(torch.equal(found[name], each) for name, each in expected.items())
+    assert torch.equal(inferred, expected["result"])
+
+
+@pytest.mark.parametrize("op", ["layernorm", "embeddings"])
+def test_a_layer_norm_without_a_bias(op):
+    problem = problem_of(op)
+    leaves = {name: leaf for name, leaf in problem.leaves.items() if name != "norm_bias"}
+    grad, names = torch.randn(TOKENS, 96), list(problem.leaves)
+
+    def ours(*values, norm_bias=None):
+        found = dict(zip(leaves, values, strict=True))
+        return problem.ours(*(found.get(name, norm_bias) for name in names))
+
+    zeros = torch.zeros(96)
+    for implementation in serving(op, interpreted=True):
+        with use_kernels(**{op: implementation}):
+            found, expected = (solve(partial(ours, norm_bias=bias), leaves, grad) for bias in (None, zeros))
+            inferred = ours(*leaves.values())
+        assert all(torch.equal(found[name], each) for name, each in expected.items())
+        assert torch.equal(inferred, expected["result"])
+
+
+@pytest.mark.parametrize("implementation", serving("attention", interpreted=True))
+def test_heads_that_do_not_divide_what_there_is(implementation):
+    batch, qkv = BATCHES["short"], torch.randn(BATCHES["short"].tokens, 3 * 64)
+    with use_kernels(attention=implementation), pytest.raises(ValueError, match="qkv has 192 features, which 5 heads"):
+        ops.attention(qkv, batch, 5, 0.1)
 
 
 @every_implementation

@@ -6,9 +6,8 @@ from math import inf
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import flags
+from .. import flags, modes
 from ..equivalence import compare
 
 Tensors = Tensor | tuple[Tensor, ...]
@@ -81,13 +80,6 @@ def differentiable(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD follows what is computed now: they know PyTorch's own operators alone."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
 def once_differentiable(backward: torch.library.CustomOpDef) -> None:
     """Makes the second of two backwards through a backward's custom op an error that says what to do."""
 
@@ -113,9 +105,9 @@ def call(
     Transforms get the reference, whose operators are all PyTorch's.
     `overwrite` lets the result take the memory of the input that the op says nobody needs afterwards.
     """
-    if is_transformed():
+    if modes.is_transformed():
         return run(op, "reference", "forward", *inputs)
-    if differentiable or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(inputs[0]) is not Tensor:
+    if differentiable or modes.is_recorded() or type(inputs[0]) is not Tensor:
         return custom_op(*inputs, name)
     # The reference beside it would find its input gone.
     overwrite = overwrite and IMPLEMENTATIONS[op][name].forward_in_place is not None and flags.read(flags.VERIFY) == "0"
@@ -125,9 +117,10 @@ def call(
 def run(op: str, name: str, direction: str, *inputs: object) -> Tensors:
     """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it.
 
-    Implementations get and give contiguous tensors, and the dtypes that come: autocast is the products' concern.
+    Implementations get and give contiguous tensors, none of them a lazy negation, and the dtypes that come: autocast is
+    the products' concern.
     """
-    inputs = [each.contiguous() if isinstance(each, Tensor) else each for each in inputs]
+    inputs = [each.contiguous().resolve_neg() if isinstance(each, Tensor) else each for each in inputs]
     device = inputs[0].device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):

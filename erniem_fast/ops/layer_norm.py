@@ -26,6 +26,11 @@ class LayerNorm:
     backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
 
 
+def bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias of a layer norm, zeros where it has none: no implementation does without."""
+    return torch.zeros_like(weight) if bias is None else bias
+
+
 def _forward_torch(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     return torch.native_layer_norm(z, z.shape[-1:], _native(weight, z), _native(norm_bias, z), eps)[0]
 

@@ -60,6 +60,7 @@ def prepare(
     if modes.is_transformed():
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
     grid = _grid(config, input_ids, inputs_embeds)
+    input_ids = None if input_ids is None else input_ids.long()  # PyTorch has few operators for unsigned integers
     device = (inputs_embeds if input_ids is None else input_ids).device
     position_ids = _expand_positions(position_ids, grid)
     probes = [*_extremes(input_ids), *_extremes(position_ids)]
@@ -88,9 +89,9 @@ def prepare(
     _check_values(vocabulary, config, input_ids, position_ids, probed)
     return EncoderInputs(
         batch=batch,
-        input_ids=None if input_ids is None else batch.pack(input_ids).long(),
+        input_ids=None if input_ids is None else batch.pack(input_ids),
         inputs_embeds=None if inputs_embeds is None else batch.pack(inputs_embeds),
-        positions=batch.columns if position_ids is None else batch.pack(position_ids).long(),
+        positions=batch.columns if position_ids is None else batch.pack(position_ids),
         scores_bias=scores_bias,
     )
 
@@ -153,7 +154,7 @@ def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Ten
             f"position_ids has shape {tuple(position_ids.shape)} and dtype {position_ids.dtype}; it must hold integers "
             f"of shape {grid} like the input, or (1, {grid[1]})."
         )
-    return position_ids.expand(grid)
+    return position_ids.long().expand(grid)
 
 
 def _padding_mask(

@@ -203,8 +203,8 @@ def _strange(mask: Tensor) -> tuple[Tensor, ...]:
 
 def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tuple[TokenBatch, list[int]]:
     packed = _leaves_out_padding()
-    # A graph that serves all masks would take this mask's number of tokens as a constant.
-    if packed and not modes.is_exported():
+    # A graph that serves all masks would take this mask's number of tokens as a constant; without values there is none.
+    if packed and not modes.is_exported() and modes.has_values(mask):
         return TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
     return TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask, packed=packed), _read(probes)
 
@@ -254,7 +254,7 @@ def _extremes(values: Tensor | None) -> tuple[Tensor, ...]:
 
 def _read(probes: Sequence[Tensor]) -> list[int]:
     """The probes' values on the host, in one synchronisation; nothing inside a graph, which cannot wait for them."""
-    if modes.is_recorded() or not probes:
+    if modes.is_recorded() or not probes or not modes.has_values(probes[0]):
         return []
     if probes[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return []

@@ -31,6 +31,7 @@ class ErnieMConfig(PreTrainedConfig):
         classifier_dropout: dropout before a head's classifier, `hidden_dropout_prob` if None. Also called `dropout`.
         act_dropout: dropout after the activation, `hidden_dropout_prob` if None.
         pruned_heads: heads taken out, by layer; written by `prune_heads`.
+        tie_word_embeddings: whether a head of your own that predicts words shares the word table with the encoder.
 
     Raises:
         ValueError: a field has a value that no model can be built from, or the file belongs to another architecture.
@@ -54,6 +55,7 @@ class ErnieMConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
     act_dropout: float | int | None = 0.0
     pruned_heads: dict[int, list[int]] | dict[str, list[int]] | None = None
+    tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         # JSON turns the keys into strings.

@@ -177,7 +177,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
             )
-            output = self._encode(ready, self._head_mask(head_mask), output_attentions, output_hidden_states)
+            output = self._encode(ready, head_mask, output_attentions, output_hidden_states)
         if _as_dict(config, return_dict):
             return output
         # The original's tuple keeps a place for the pooler where there is none.
@@ -196,6 +196,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         seeds = self._seeds(batch.columns.device)
         of_embeddings, of_layers = (None, None) if seeds is None else (seeds[0], seeds[1:])
         embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, of_embeddings)
+        head_mask = self._head_mask(head_mask, embedded)
         hidden, states, attentions = self.encoder(
             embedded, batch, of_layers, head_mask, ready.scores_bias, output_attentions, output_hidden_states
         )
@@ -217,13 +218,14 @@ class ErnieMModel(ErnieMPreTrainedModel):
         rows = len(self.encoder.layers) + 1
         return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)
 
-    def _head_mask(self, head_mask: Tensor | None) -> Tensor | None:
+    def _head_mask(self, head_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """`(layers, heads)` with dtype and device of `hidden`; replicas of `DataParallel` have no parameters to ask."""
         if head_mask is None:
             return None
         shape = (self.config.num_hidden_layers, self.config.num_attention_heads)
         if tuple(head_mask.shape) not in (shape, shape[1:]):
             raise ValueError(f"head_mask has shape {tuple(head_mask.shape)}; it must be {shape[1:]} or {shape}.")
-        return head_mask.to(self.dtype).expand(shape)
+        return head_mask.to(hidden).expand(shape)
 
 
 class _ErnieMHead(ErnieMPreTrainedModel):
@@ -277,9 +279,9 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         """Classifies sequences; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            labels: int64 `(sequences,)` for one label of several, -100 where there is none; `(sequences, labels)` of
-                0.0 and 1.0 for several at once; float `(sequences,)` for regression. `config.problem_type` decides, or
-                else what is given.
+            labels: integer `(sequences,)` for one label of several, -100 where there is none; `(sequences, labels)` of
+                0 and 1 for several at once; `(sequences,)` for regression. `config.problem_type` decides, or else what
+                is given.
 
         Returns:
             `loss` if labels are given, `logits` `(sequences, labels)`, `hidden_states`, `attentions`.
@@ -301,15 +303,18 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None
         if labels is not None:
-            if self._takes_classes(labels):
+            if self._takes_classes(labels, logits):
+                labels = _as_integers("labels", labels)
                 _check_classes(labels, self.num_labels, _REMEDY)
+            elif not labels.is_floating_point():
+                labels = labels.float()
             loss = self.loss_function(labels, logits, self.config)
         return self._answer(return_dict, encoded, SequenceClassifierOutput, loss=loss, logits=logits)
 
-    def _takes_classes(self, labels: Tensor) -> bool:
-        """Whether each label is one class of several, by the rule of transformers' loss."""
+    def _takes_classes(self, labels: Tensor, logits: Tensor) -> bool:
+        """Whether each label is one class of several: integers are, unless there is one for every logit."""
         if self.config.problem_type is None:
-            return self.num_labels > 1 and labels.dtype in (torch.int64, torch.int32)
+            return self.num_labels > 1 and not labels.is_floating_point() and labels.shape != logits.shape
         return self.config.problem_type == "single_label_classification"
 
 
@@ -337,7 +342,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         """Scores choices; arguments as in `ErnieMModel.forward` with a dimension of choices after the first, and:
 
         Args:
-            labels: int64 `(rows,)`, the right choice of each row, -100 where there is none.
+            labels: integer `(rows,)`, the right choice of each row, -100 where there is none.
 
         Returns:
             `loss` if labels are given, `logits` `(rows, choices)`, `hidden_states`, `attentions`.
@@ -360,6 +365,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, given.shape[1])
         loss = None
         if labels is not None:
+            labels = _as_integers("labels", labels)
             _check_classes(labels, given.shape[1], "count the choices of a row from 0")
             loss = cross_entropy(logits, labels)
         return self._answer(return_dict, encoded, MultipleChoiceModelOutput, loss=loss, logits=logits)
@@ -395,7 +401,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
         """Classifies tokens; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            labels: int64 `(rows, columns)`, -100 where there is none; padding is left out in the packed layout.
+            labels: integer `(rows, columns)`, -100 where there is none; padding is left out in the packed layout.
 
         Returns:
             `loss` if labels are given, `logits` `(rows, columns, labels)`, `hidden_states`, `attentions`.
@@ -419,6 +425,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
             came_packed = cu_seq_lens_q is not None
             real = None if came_packed else inputs.real_positions(self.config, input_ids, attention_mask)
             _check_labels("labels", labels, logits.shape[:2])
+            labels = _as_integers("labels", labels)
             labels = labels if real is None else labels.masked_fill(~real, IGNORED_LABEL)
             _check_classes(labels, self.num_labels, _REMEDY)
             loss = self.loss_function(logits, labels, self.config)
@@ -452,8 +459,8 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         """Scores spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            start_positions, end_positions: int64 `(rows,)`, columns; one beyond the row, and in the packed layout one
-                at padding, is left out of the loss.
+            start_positions, end_positions: integer `(rows,)`, columns; one beyond the row, and in the packed layout
+                one at padding, is left out of the loss.
 
         Returns:
             `loss` if both positions are given, `start_logits` and `end_logits` `(rows, columns)`, in the packed layout
@@ -473,8 +480,11 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         start_logits, end_logits = _lowest_at_padding(self.qa_outputs(encoded.last_hidden_state), real).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            positions = [_without_padding(each, real) for each in (start_positions, end_positions)]
-            loss = self.loss_function(start_logits, end_logits, *positions)
+            columns = [
+                _without_padding(_as_integers(name, positions), real)
+                for name, positions in (("start_positions", start_positions), ("end_positions", end_positions))
+            ]
+            loss = self.loss_function(start_logits, end_logits, *columns)
         logits = {"start_logits": start_logits.contiguous(), "end_logits": end_logits.contiguous()}
         return self._answer(return_dict, encoded, QuestionAnsweringModelOutput, loss=loss, **logits)
 
@@ -505,8 +515,8 @@ class ErnieMForInformationExtraction(_ErnieMHead):
         """Scores starts and ends of spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            start_positions, end_positions: `(rows, columns)` of 0 and 1, or int64 `(rows,)`, one column a row; a row
-                whose column lies outside is left out of the loss, as padding is in the packed layout.
+            start_positions, end_positions: `(rows, columns)` of 0 and 1, or integer `(rows,)`, one column a row; a
+                row whose column lies outside is left out of the loss, as padding is in the packed layout.
 
         Returns:
             `loss` if both positions are given, `start_logits` and `end_logits` `(rows, columns)`, in the packed layout
@@ -550,6 +560,13 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do:
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; it must be ({rows}, {columns}) like the input{other}."
         )
+
+
+def _as_integers(name: str, labels: Tensor) -> Tensor:
+    """int64, since losses take classes and columns as nothing else; and the ignored label needs a sign."""
+    if labels.is_floating_point():
+        raise ValueError(f"{name} has dtype {labels.dtype}; it must hold integers: convert it by .long().")
+    return labels.long()
 
 
 _REMEDY = "load the model with the num_labels that the data has, or check what numbers its labels"

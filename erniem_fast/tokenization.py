@@ -446,7 +446,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """Returns 1 for [CLS] and [SEP], 0 for all others.
+        """Returns 1 for [CLS], [SEP] and padding, 0 for all others.
 
         Args:
             token_ids_0: ids of the first sequence, or of all with `already_has_special_tokens=True`.
@@ -461,7 +461,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
                 raise ValueError(
                     "token_ids_1 must be None with already_has_special_tokens=True: token_ids_0 holds both sequences"
                 )
-            special = (self.sep_token_id, self.cls_token_id)
+            special = (self.sep_token_id, self.cls_token_id, self.pad_token_id)
             return [int(index in special) for index in token_ids_0]
         if token_ids_1 is None:
             return [1] + [0] * len(token_ids_0) + [1]

@@ -46,7 +46,7 @@ def _verify() -> int:
     else:
         _interpret_triton()
         device = torch.device("cpu")
-        print("No GPU: what is written in Triton runs in Triton's interpreter, in float32 and float16.")
+        print("No GPU: what is written in Triton runs in Triton's interpreter.")
     return 0 if verification.verify(device) else 1
 
 

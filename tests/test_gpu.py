@@ -1,7 +1,7 @@
-"""What takes a GPU: bfloat16 products, sizes of real batches and beyond 2^31 elements, graphs, the sanitizer.
+"""What takes a GPU: sizes of real batches and beyond 2^31 elements, graphs, the sanitizer.
 
-`make gpu` runs what is marked. Without a GPU the same code runs in the interpreter, small and in float16, so that the
-tests themselves are tried.
+`make gpu` runs what is marked. Without a GPU the same code runs in the interpreter, and small, so that the tests
+themselves are tried.
 """
 
 import copy
@@ -23,6 +23,7 @@ from erniem_fast.kernels import bias_gelu_dropout, layernorm
 
 EPS = 1e-5
 HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 257, 512)
+HALF = torch.bfloat16
 KERNELS = {"attention": "triton", "bias_gelu": "triton", "layernorm": "triton"}
 
 
@@ -30,11 +31,6 @@ KERNELS = {"attention": "triton", "bias_gelu": "triton", "layernorm": "triton"}
 def sized(device):
     """A function that takes the size for a GPU and the one for the interpreter."""
     return lambda on_gpu, interpreted: on_gpu if device.type == "cuda" else interpreted
-
-
-@pytest.fixture
-def half(sized):
-    return sized(torch.bfloat16, torch.float16)  # the interpreter's products of bfloat16 are wrong
 
 
 @pytest.fixture
@@ -59,19 +55,19 @@ def attention_reference(batch, heads, p, seed, qkv):
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (2, 32), (2, 128)])
-def test_attention_of_hard_lengths(device, sized, half, seed, heads, head_dim, dropout, poisoned_memory):
+def test_attention_of_hard_lengths(device, sized, seed, heads, head_dim, dropout, poisoned_memory):
     batch = batch_of(sized(HARD_LENGTHS, (1, 17, 0, 65)), device)
     heads, p_and_seed = sized(heads, 2), (0.1, seed if dropout else None)
-    qkv = torch.randn(batch.tokens, 3 * heads * head_dim, device=device).to(half)
+    qkv = torch.randn(batch.tokens, 3 * heads * head_dim, device=device).to(HALF)
     kernel, oracle = (partial(op, batch, heads, *p_and_seed) for op in (attention, attention_reference))
     assert_equivalent(kernel, oracle, [qkv])
 
 
 @pytest.mark.parametrize("hidden", [96, 768, 1024])
-def test_add_layernorm_of_many_rows(device, sized, half, seed, hidden, poisoned_memory):
+def test_add_layernorm_of_many_rows(device, sized, seed, hidden, poisoned_memory):
     batch = batch_of(sized([512] * 40, [7, 12]), device)
-    rows = [torch.randn(batch.tokens, hidden, device=device).to(half) for _ in range(2)]
-    vectors = [torch.randn(hidden, device=device).to(half) for _ in range(3)]
+    rows = [torch.randn(batch.tokens, hidden, device=device).to(HALF) for _ in range(2)]
+    vectors = [torch.randn(hidden, device=device).to(HALF) for _ in range(3)]
 
     def kernel(residual, x, bias, weight, norm_bias):
         with use_kernels(layernorm="triton"):
@@ -85,9 +81,9 @@ def test_add_layernorm_of_many_rows(device, sized, half, seed, hidden, poisoned_
 
 
 @pytest.mark.parametrize("features", [96, 3072, 4096])
-def test_bias_gelu_dropout_of_many_rows(device, sized, half, seed, features, poisoned_memory):
+def test_bias_gelu_dropout_of_many_rows(device, sized, seed, features, poisoned_memory):
     batch = batch_of(sized([512] * 40, [7, 12]), device)
-    inputs = [torch.randn(shape, device=device).to(half) for shape in ((batch.tokens, features), (features,))]
+    inputs = [torch.randn(shape, device=device).to(HALF) for shape in ((batch.tokens, features), (features,))]
 
     def kernel(x, bias):
         with use_kernels(bias_gelu="triton"):
@@ -114,13 +110,13 @@ def huge(sized):
     return sized(2**31, 2**14)
 
 
-def test_add_layernorm_beyond_31_bits_of_index(device, half, seed, huge):
+def test_add_layernorm_beyond_31_bits_of_index(device, seed, huge):
     """The last rows come out as they do alone."""
     hidden = 768
     tokens = tokens_beyond(huge, hidden)
     batch = batch_of([tokens // 3, tokens - tokens // 3], device)
-    residual, x = (torch.randn(tokens, hidden, device=device, dtype=half) for _ in range(2))
-    vectors = [torch.randn(hidden, device=device, dtype=half) for _ in range(3)]
+    residual, x = (torch.randn(tokens, hidden, device=device, dtype=HALF) for _ in range(2))
+    vectors = [torch.randn(hidden, device=device, dtype=HALF) for _ in range(3)]
 
     def rows(of):
         where = (batch.columns[of], batch.sequences[of], 0.1, seed)
@@ -137,11 +133,11 @@ def test_add_layernorm_beyond_31_bits_of_index(device, half, seed, huge):
     assert ((of_norm_bias - exact).abs() / size).max() < 1e-6
 
 
-def test_bias_gelu_dropout_beyond_31_bits_of_index(device, half, seed, huge):
+def test_bias_gelu_dropout_beyond_31_bits_of_index(device, seed, huge):
     features = 3072
     tokens = tokens_beyond(huge, features)
     batch = batch_of([tokens // 3, tokens - tokens // 3], device)
-    x, bias = (torch.randn(shape, device=device, dtype=half) for shape in ((tokens, features), (features,)))
+    x, bias = (torch.randn(shape, device=device, dtype=HALF) for shape in ((tokens, features), (features,)))
 
     def rows(of):
         where = (batch.columns[of], batch.sequences[of], 0.1, seed)
@@ -152,11 +148,11 @@ def test_bias_gelu_dropout_beyond_31_bits_of_index(device, half, seed, huge):
     assert all(torch.equal(one[-TAIL:], other) for one, other in zip(whole, alone, strict=True))
 
 
-def test_attention_beyond_31_bits_of_index(device, sized, half, huge):
+def test_attention_beyond_31_bits_of_index(device, sized, huge):
     heads, length = sized(12, 2), sized(512, 70)
     sequences = huge // (3 * heads * 64) // length + 2
-    qkv = torch.randn(sequences * length, 3 * heads * 64, device=device, dtype=half)
-    grad = torch.randn(sequences * length, heads * 64, device=device, dtype=half)
+    qkv = torch.randn(sequences * length, 3 * heads * 64, device=device, dtype=HALF)
+    grad = torch.randn(sequences * length, heads * 64, device=device, dtype=HALF)
     whole = run(partial(attention, batch_of([length] * sequences, device), heads, 0.0, None), [qkv], grad)
     alone = run(partial(attention, batch_of([length], device), heads, 0.0, None), [qkv[-length:]], grad[-length:])
     assert all(torch.equal(one[-length:], other) for one, other in zip(whole, alone, strict=True))
@@ -187,10 +183,10 @@ def train(model, ids, mask, embeddings, kernels=KERNELS):
     return [hidden.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
 
 
-def test_the_model_is_as_exact_as_the_reference(device, sized, half, packed):
+def test_the_model_is_as_exact_as_the_reference(device, sized, packed):
     """With dropout on: the seeds are the same in every dtype."""
     ids, mask = rows_of(sized(HARD_LENGTHS[:8] + HARD_LENGTHS[9:], (1, 17, 30)), device)
-    model = model_of(device, half).train()
+    model = model_of(device, HALF).train()
     reference_kernels = dict.fromkeys(KERNELS, "reference")
     kernels = train(model, ids, mask, "torch")
     same = train(model, ids, mask, "reference", reference_kernels)
@@ -198,14 +194,14 @@ def test_the_model_is_as_exact_as_the_reference(device, sized, half, packed):
     largest = max(grad.abs().max() for grad in exact[1:])
     for one, other, truth in zip(kernels, same, exact, strict=True):
         # Keys' biases have no gradient but rounding: it is judged by the size of the others.
-        slack = 8 * torch.finfo(half).eps * max(truth.abs().max(), 1e-3 * largest)
+        slack = 8 * torch.finfo(HALF).eps * max(truth.abs().max(), 1e-3 * largest)
         assert (one - truth).abs().max() <= 2 * (other - truth).abs().max() + slack
 
 
 @pytest.mark.parametrize("embeddings", ["triton", "native"])
-def test_repeats_are_equal_to_the_bit(device, sized, half, embeddings):
+def test_repeats_are_equal_to_the_bit(device, sized, embeddings):
     ids, mask = rows_of(sized(HARD_LENGTHS[-5:] * 4, (3, 20)), device)
-    model = model_of(device, half).train()
+    model = model_of(device, HALF).train()
     first = train(model, ids, mask, embeddings)
     assert all(each.isfinite().all() for each in first)
     for _ in range(sized(250, 2)):
@@ -214,13 +210,13 @@ def test_repeats_are_equal_to_the_bit(device, sized, half, embeddings):
 
 
 @pytest.mark.gpu
-def test_shapes_compile_nothing_new(monkeypatch, half):
+def test_shapes_compile_nothing_new(monkeypatch):
     """Two kernels of each op; two more of attention's backward in two passes, two for up to 64, one for many."""
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, fn, **_: compiled.append(fn.name))
     device = torch.device("cuda")
     settings = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 320}  # no other test's
-    model = ErnieMModel(ErnieMConfig(vocab_size=1000, num_hidden_layers=1, **settings)).to(device, half).train()
+    model = ErnieMModel(ErnieMConfig(vocab_size=1000, num_hidden_layers=1, **settings)).to(device, HALF).train()
     counts = []
     for lengths in (
         [65],
@@ -238,10 +234,10 @@ def test_shapes_compile_nothing_new(monkeypatch, half):
     assert counts == [6] + [8] * 4 + [10] * 3 + [11], compiled
 
 
-def test_a_forward_is_captured_in_a_graph(device, half, monkeypatch):
+def test_a_forward_is_captured_in_a_graph(device, monkeypatch):
     """One batch of ids records it, another one replays it; in the padded layout, which waits for nothing."""
     monkeypatch.setenv("ERNIEM_FAST_PACKING", "0")
-    model = model_of(device, half).eval()
+    model = model_of(device, HALF).eval()
     (ids, mask), (others, _) = rows_of((32, 7), device), rows_of((32, 7), device)
     with use_kernels(**KERNELS), torch.inference_mode():
         expected = model(others, attention_mask=mask).last_hidden_state
@@ -268,9 +264,9 @@ def captured(forward, device):
     return replay().clone(), replay
 
 
-def test_bad_ids_are_named_and_do_no_harm(device, half, packed):
+def test_bad_ids_are_named_and_do_no_harm(device, packed):
     """The error comes before any table is read, and what runs next runs."""
-    model = model_of(device, half).eval()
+    model = model_of(device, HALF).eval()
     ids, mask = rows_of((9, 4), device)
     with use_kernels(embeddings="native", **KERNELS), torch.inference_mode():
         before = model(ids, attention_mask=mask).last_hidden_state

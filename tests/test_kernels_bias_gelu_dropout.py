@@ -40,7 +40,7 @@ def oracle(activation, batch, p, seed, x, bias=None):
 
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 @pytest.mark.parametrize(("tokens", "features"), [(1, 384), (3, 1000), (150, 96), (37, 768), (5, 7)])
 def test_equivalent_to_the_reference(tokens, features, activation, dtype, seed):
@@ -56,7 +56,7 @@ def test_without_a_bias():
 
 def test_bias_in_float32_as_under_autocast():
     case = ("gelu", batch_of(21), 0.1, SEED)
-    (x, _), (_, bias) = inputs_of(21, 384, torch.float16), inputs_of(21, 384, torch.float32)
+    (x, _), (_, bias) = inputs_of(21, 384, torch.bfloat16), inputs_of(21, 384, torch.float32)
 
     def rounded(*inputs):
         return oracle(*case, *inputs).to(inputs[0].dtype)
@@ -78,7 +78,7 @@ def test_inputs_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize("features", [20, 100, 768])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_draws_the_bits_of_the_reference(features, dtype):
     """Over tiles of 32 to 256 features; a kept element and its gradient are scaled by 1 / (1 - p), exactly."""
     batch = batch_of(9)

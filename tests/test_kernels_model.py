@@ -91,22 +91,26 @@ def test_lora_on_the_projections(training, mask):
 
 
 @pytest.mark.parametrize("training", [False, True], ids=["evaluation", "training"])
-def test_autocast_to_float16(training, mask):
-    """Products in float16, the residual stream in float32: errors against float32 as large as the reference's.
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_autocast(dtype, training, mask):
+    """Products in 16 bits, the residual stream in float32: the kernels' errors against float32 are not the larger ones.
 
-    Both round alike but not the same, for which there is half as much again, and 1e-5 for sums in float32.
+    Over all gradients together, because chance may make the error of a small one twice the reference's: with 8 seeds
+    0.79 to 0.91 times the reference's, and the result's 0.15 to 0.21 times.
     """
     model = make_model(training)
     exact = copy.deepcopy(outputs_and_gradients("reference", model, mask))
-    with torch.autocast(DEVICE.type, torch.float16):
+    with torch.autocast(DEVICE.type, dtype):
         kernels = copy.deepcopy(outputs_and_gradients("triton", model, mask))
         same = outputs_and_gradients("reference", model, mask)
     assert kernels[0].dtype == torch.float32
     largest = max(grad.abs().max() for grad in exact[1].values())
-    assert relative_error(kernels[0], exact[0], 0.0) <= 1.5 * relative_error(same[0], exact[0], 0.0)
-    for name, grad in exact[1].items():
-        bound = 1.5 * relative_error(same[1][name], grad, largest) + 1e-5
-        assert relative_error(kernels[1][name], grad, largest) <= bound, name
+    assert relative_error(kernels[0], exact[0], 0.0) <= relative_error(same[0], exact[0], 0.0)
+    errors, errors_of_reference = (
+        torch.stack([relative_error(grads[name], grad, largest) for name, grad in exact[1].items()]).norm()
+        for grads in (kernels[1], same[1])
+    )
+    assert errors <= errors_of_reference
 
 
 def relative_error(value, exact, largest):

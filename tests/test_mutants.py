@@ -1,6 +1,7 @@
 """Kernels that are broken on purpose: the battery of `python -m erniem_fast verify` catches every one.
 
-A mutant is a kernel's source with one text replaced, imported in the place of the kernel's module.
+A mutant is a kernel's source with one text replaced, imported in the place of its module. Those that do nothing but
+round a value are left to `test_kernels_rounding.py`.
 """
 
 import re
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import torch
 from mutation import parameters, replaced
+from test_kernels_rounding import ERRORS, rounds_little
+from triton.runtime.errors import InterpreterError
 
 from erniem_fast import kernels
 from erniem_fast.verification import battery
@@ -205,6 +208,51 @@ MUTANTS = (
     ("attention", "dropout", DROPOUT_OF_COLUMNS),
 )
 
+# In bfloat16 alone: operands of a product that are left in float32,
+CASTS = {
+    "_forward_kernel": [("probabilities.to(value.dtype)", "probabilities")],
+    "_backward_queries_kernel": [("of_scores.to(key.dtype)", "of_scores")],
+    "_backward_keys_kernel": [
+        ("dropped.to(grad.dtype)", "dropped"),
+        ("of_scores.to(query.dtype)", "of_scores"),
+    ],
+    "_backward_kernel": [
+        ("dropped.to(grad.dtype)", "dropped"),
+        ("(probabilities * (of_probabilities - delta)).to(query.dtype)", "probabilities * (of_probabilities - delta)"),
+    ],
+}
+# and values that are rounded though they need not be.
+ROUNDINGS = (
+    (
+        "attention",
+        "attention",
+        {
+            "_forward_kernel": [
+                ("input_precision=PRECISION) * (scale", "input_precision=PRECISION).to(key.dtype) * (scale"),
+                ("acc=out * shrink", "acc=(out * shrink).to(value.dtype).to(tl.float32)"),
+            ],
+            "_probabilities": [
+                ("input_precision=PRECISION) * (scale", "input_precision=PRECISION).to(rows.dtype) * (scale"),
+                ("(of_columns), input_precision=PRECISION)", "(of_columns), input_precision=PRECISION).to(rows.dtype)"),
+            ],
+            "_backward_queries_kernel": [("acc=of_query", "acc=of_query.to(key.dtype).to(tl.float32)")],
+            "_backward_keys_kernel": [("acc=of_key", "acc=of_key.to(key.dtype).to(tl.float32)")],
+            "_backward_kernel": [("acc=of_value", "acc=of_value.to(key.dtype).to(tl.float32)")],
+            "forward": [("dtype=torch.float32", "dtype=qkv.dtype")],
+            "backward": [("dtype=torch.float32", "dtype=qkv.dtype")],
+        },
+    ),
+    (
+        "bias_gelu",
+        "bias_gelu_dropout",
+        {
+            "_forward_kernel": [("x += bias", "x = (x + bias).to(x_ptr.dtype.element_ty).to(tl.float32)")],
+            "backward": [("features, dtype=torch.float32", "features, dtype=x.dtype")],
+        },
+    ),
+    ("layernorm", "layernorm", {"backward": [("dtype=torch.float32", "dtype=z.dtype")]}),
+)
+
 
 def mutate(source, function, old, new):
     """The source of a file with the one occurrence of `old` in a function replaced."""
@@ -231,12 +279,14 @@ def source_of(name):
     return (KERNELS / f"{name}.py").read_text(encoding="utf-8")
 
 
-def checks_of(op):
-    """Those in float32, on kernels of Triton, on the CPU, where they are interpreted."""
+def checks_of(op, *dtypes):
+    """Those in a dtype and then in the next, on kernels of Triton, on the CPU, where they are interpreted."""
+    checks = battery(torch.device("cpu"))
     return [
         check
-        for check in battery(torch.device("cpu"))
-        if (check.op, check.implementation, check.dtype) == (op, "triton", torch.float32)
+        for dtype in dtypes
+        for check in checks
+        if (check.op, check.implementation, check.dtype) == (op, "triton", dtype)
     ]
 
 
@@ -248,12 +298,30 @@ def holds(check):
 def test_unchanged_kernels_survive(op, install):
     for name in ("dropout", MODULE_OF_OP[op]):
         install(name, source_of(name))
-    assert holds(checks_of(op)[0])
+    assert holds(checks_of(op, torch.float32)[0])
+    assert rounds_little(op, next(iter(ERRORS[op])))
 
 
 @pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(parameters(MUTANTS)))
 def test_no_mutant_survives(op, file, function, old, new, install):
+    """In bfloat16, which takes half of float32's time to see them all, or in float32."""
     install(file, mutate(source_of(file), function, old, new))
     if file == "dropout":
         install(MODULE_OF_OP[op], source_of(MODULE_OF_OP[op]))
-    assert not all(holds(check) for check in checks_of(op))
+    assert not all(holds(check) for check in checks_of(op, torch.bfloat16, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("op", "file", "function", "old", "new"), list(parameters([("attention", "attention", CASTS)]))
+)
+def test_no_operand_stays_in_float32(op, file, function, old, new, install):
+    """Nothing in float32 shows it; in bfloat16 the kernel cannot be compiled."""
+    install(file, mutate(source_of(file), function, old, new))
+    with pytest.raises(InterpreterError, match="same dtype"):
+        all(holds(check) for check in checks_of(op, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(parameters(ROUNDINGS)))
+def test_no_needless_rounding_survives(op, file, function, old, new, install):
+    install(file, mutate(source_of(file), function, old, new))
+    assert not all(rounds_little(op, shape) for shape in ERRORS[op])

@@ -1,7 +1,6 @@
 """The four ops: every implementation that a CPU runs, against float64 and in awkward places.
 
-Triton's interpreter is slow and has tests of its own; here it joins where inputs are small. It computes garbage for
-matrix products in bfloat16, which are left to a GPU.
+Triton's interpreter is slow and has tests of its own; here it joins where inputs are small.
 """
 
 import itertools
@@ -36,8 +35,7 @@ def serving(op, dtype=torch.float32, interpreted=False):
     return [
         name
         for name, each in ops.IMPLEMENTATIONS[op].items()
-        if each.objection(CPU, dtype, size=64) is None
-        and (each.automatic(CPU) or (interpreted and dtype != torch.bfloat16))
+        if each.objection(CPU, dtype, size=64) is None and (each.automatic(CPU) or interpreted)
     ]
 
 

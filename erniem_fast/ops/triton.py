@@ -1,6 +1,5 @@
 """The `triton` implementation of an op: its kernels, loaded at the first call that runs them."""
 
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -10,6 +9,7 @@ from math import inf
 import torch
 
 from .implementation import Implementation
+from .triton_interpreter import mended_bfloat16
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BFLOAT16_CAPABILITY = (8, 0)
@@ -37,7 +37,7 @@ def served(kernels: Implementation, largest: float = inf, capability: tuple[int,
         def run(*inputs):
             device = inputs[0].device
             # Triton launches on the current device, which need not be the tensors'.
-            with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            with torch.cuda.device(device) if device.type == "cuda" else mended_bfloat16():
                 return direction(*inputs)
 
         return run

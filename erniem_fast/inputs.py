@@ -60,6 +60,7 @@ def prepare(
     if modes.is_transformed():
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
     grid = _grid(config, input_ids, inputs_embeds)
+    input_ids = None if input_ids is None else input_ids.long()  # PyTorch has few operators for unsigned integers
     device = (inputs_embeds if input_ids is None else input_ids).device
     position_ids = _expand_positions(position_ids, grid)
     probes = [*_extremes(input_ids), *_extremes(position_ids)]
@@ -88,9 +89,9 @@ def prepare(
     _check_values(vocabulary, config, input_ids, position_ids, probed)
     return EncoderInputs(
         batch=batch,
-        input_ids=None if input_ids is None else batch.pack(input_ids).long(),
+        input_ids=None if input_ids is None else batch.pack(input_ids),
         inputs_embeds=None if inputs_embeds is None else batch.pack(inputs_embeds),
-        positions=batch.columns if position_ids is None else batch.pack(position_ids).long(),
+        positions=batch.columns if position_ids is None else batch.pack(position_ids),
         scores_bias=scores_bias,
     )
 
@@ -153,7 +154,7 @@ def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Ten
             f"position_ids has shape {tuple(position_ids.shape)} and dtype {position_ids.dtype}; it must hold integers "
             f"of shape {grid} like the input, or (1, {grid[1]})."
         )
-    return position_ids.expand(grid)
+    return position_ids.long().expand(grid)
 
 
 def _padding_mask(
@@ -202,8 +203,8 @@ def _strange(mask: Tensor) -> tuple[Tensor, ...]:
 
 def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tuple[TokenBatch, list[int]]:
     packed = _leaves_out_padding()
-    # A graph that serves all masks would take this mask's number of tokens as a constant.
-    if packed and not modes.is_exported():
+    # A graph that serves all masks would take this mask's number of tokens as a constant; without values there is none.
+    if packed and not modes.is_exported() and modes.has_values(mask):
         return TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
     return TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask, packed=packed), _read(probes)
 
@@ -253,7 +254,7 @@ def _extremes(values: Tensor | None) -> tuple[Tensor, ...]:
 
 def _read(probes: Sequence[Tensor]) -> list[int]:
     """The probes' values on the host, in one synchronisation; nothing inside a graph, which cannot wait for them."""
-    if modes.is_recorded() or not probes:
+    if modes.is_recorded() or not probes or not modes.has_values(probes[0]):
         return []
     if probes[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return []

@@ -574,7 +574,7 @@ _REMEDY = "load the model with the num_labels that the data has, or check what n
 
 def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
     """Each label must be a class or the ignored one; unchecked where that would wait for a device or break a graph."""
-    if modes.is_recorded() or labels.device.type != "cpu":
+    if modes.is_recorded() or labels.device.type != "cpu" or not modes.has_values(labels):
         return
     wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED_LABEL)
     if wrong.any():

@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor
 from torch._C import _functorch as functorch
+from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 
 
@@ -20,6 +21,11 @@ def is_mapped(value: Tensor) -> bool:
             return True
         value = functorch.get_unwrapped(value)
     return False
+
+
+def has_values(tensor: Tensor) -> bool:
+    """Whether a tensor holds values: a fake one and those on the meta device have a shape and a dtype alone."""
+    return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def is_recorded() -> bool:

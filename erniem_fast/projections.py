@@ -117,7 +117,7 @@ def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
 
 def _takes_out(x: Tensor) -> bool:
     """Whether a product of `x` may be written into given memory: autograd, autocast and graphs want their own."""
-    followed = torch.is_grad_enabled() or modes.is_transformed() or modes.is_recorded()
+    followed = torch.is_grad_enabled() or modes.is_transformed() or modes.is_recorded() or not modes.has_values(x)
     return not (followed or torch.is_autocast_enabled(x.device.type))
 
 

@@ -199,9 +199,10 @@ def as_positions(position_ids):
 
 
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32]
+UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 # What must not be refused, and the plainer input whose result it has.
 GOOD_INPUTS = {
-    **{f"ids {dtype}": as_ids(dtype) for dtype in DTYPES},
+    **{f"ids {dtype}": as_ids(dtype) for dtype in [*DTYPES, *UNSIGNED]},
     **{
         f"mask {dtype}": as_mask(dtype) for dtype in [*DTYPES, torch.bool, torch.float16, torch.bfloat16, torch.float64]
     },
@@ -210,7 +211,10 @@ GOOD_INPUTS = {
         {"input_ids": IDS, "attention_mask": MASK[1:2].repeat(ROWS, 1)},
     ),
     "positions of one row for all": as_positions(torch.arange(COLUMNS)[None]),
-    "positions int32": as_positions(torch.arange(COLUMNS, dtype=torch.int32).repeat(ROWS, 1)),
+    **{
+        f"positions {dtype}": as_positions(torch.arange(COLUMNS).to(dtype)[None].expand(ROWS, -1))
+        for dtype in [*DTYPES, *UNSIGNED]
+    },
     "ids not contiguous": ({"input_ids": IDS.t().contiguous().t()}, {"input_ids": IDS}),
     "embeds not contiguous": (
         {

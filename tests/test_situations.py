@@ -5,6 +5,7 @@ derivatives by differences.
 """
 
 import concurrent.futures
+import contextlib
 import copy
 import gc
 import json
@@ -37,12 +38,15 @@ from test_modeling import (
     relative_error,
 )
 from torch import nn
+from torch._subclasses import FakeTensorMode
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.nn.utils import parametrizations
 from torch.optim.swa_utils import AveragedModel
+from torch.utils._pytree import tree_leaves
 from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import (
     DataCollatorForLanguageModeling,
     DataCollatorForTokenClassification,
@@ -892,6 +896,39 @@ def test_hooks_collect_what_layers_compute():
             states = model(**BATCH, output_hidden_states=True).hidden_states
         for output, state in zip(seen, states[1:], strict=True):
             assert torch.equal(output, state[REAL])
+
+
+def test_the_gradient_of_what_a_layer_computes():
+    """Of its result as a hook sees it."""
+    model, seen = load(), []
+    peer = peer_of(model)
+    model.encoder.layers[0].register_forward_hook(lambda module, arguments, output: seen.append(output[0]))
+    (found,) = torch.autograd.grad(cubes(model), seen[0])
+    outputs = peer(**BATCH, output_hidden_states=True)
+    (expected,) = torch.autograd.grad(outputs.last_hidden_state[REAL].pow(3).sum(), outputs.hidden_states[1])
+    assert_same_gradients({"layer": found}, {"layer": expected[REAL]})
+
+
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.parametrize("where", [FakeTensorMode, lambda: torch.device("meta")], ids=["fake", "meta"])
+@pytest.mark.parametrize("head", ["classes", "tokens", "spans"])
+def test_shapes_without_values(head, where, mode):
+    """As memory and time are estimated: shapes of results and gradients, and the count of operations."""
+    model_class, config, labels = HEADS_AND_LABELS[head]
+    config = load(model_class, dropout=0.3, **config).config
+    found = []
+    for context in (where, contextlib.nullcontext):
+        with context(), mode(), FlopCounterMode(display=False) as counter:
+            model = model_class(config).train()
+            given = {name: torch.ones(each.shape, dtype=each.dtype) for name, each in labels.items()}
+            ids = torch.full((ROWS, COLUMNS), 4)
+            outputs = [model(ids, **given, output_attentions=attentions).to_tuple() for attentions in (False, True)]
+            if mode is torch.enable_grad:
+                sum(loss for loss, *_ in outputs).backward()
+        results = [each.shape for each in tree_leaves(outputs)]
+        sizes = {name: each.shape for name, each in gradients(model).items()}
+        found.append((results, sizes, counter.get_total_flops()))
+    assert found[0] == found[1]
 
 
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.inference_mode])

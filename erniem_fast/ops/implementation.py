@@ -100,14 +100,14 @@ def call(
     *inputs: object,
     overwrite: bool = False,
 ) -> Tensors:
-    """Runs a forward: as a custom op where autograd, a graph or a fake tensor must know of it, else directly.
+    """Runs a forward: as a custom op where autograd, a graph or a tensor without values needs it, else directly.
 
     Transforms get the reference, whose operators are all PyTorch's.
     `overwrite` lets the result take the memory of the input that the op says nobody needs afterwards.
     """
     if modes.is_transformed():
         return run(op, "reference", "forward", *inputs)
-    if differentiable or modes.is_recorded() or type(inputs[0]) is not Tensor:
+    if differentiable or modes.is_recorded() or type(inputs[0]) is not Tensor or inputs[0].is_meta:
         return custom_op(*inputs, name)
     # The reference beside it would find its input gone.
     overwrite = overwrite and IMPLEMENTATIONS[op][name].forward_in_place is not None and flags.read(flags.VERIFY) == "0"

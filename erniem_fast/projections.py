@@ -112,7 +112,7 @@ def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
     """`(tokens, width)`, of the scratch where there is one that fits: another linear may be wider than the config's."""
     size, memory = x.shape[0] * width, None if scratch is None else scratch.memory
     fits = memory is not None and (memory.dtype, memory.device) == (x.dtype, x.device) and size <= memory.numel()
-    return memory[:size].view(-1, width) if fits else x.new_empty(x.shape[0], width)
+    return memory[:size].view(x.shape[0], width) if fits else x.new_empty(x.shape[0], width)
 
 
 def _takes_out(x: Tensor) -> bool:

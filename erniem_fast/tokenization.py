@@ -666,9 +666,12 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return_attention_mask: bool | None = None,
         **kwargs,
     ) -> dict:
-        # A mask that comes in may have zeros of its own: it is padded even if a new one is not asked for.
+        # A mask that comes in may have zeros of its own: it is padded even if a new one is not asked for. Rows without
+        # a mask may be padded already, by tokenizers that make none: they get the mask that the model would make.
         if "attention_mask" in encoded_inputs:
             return_attention_mask = True
+        elif return_attention_mask is None and "attention_mask" in self.model_input_names:
+            encoded_inputs["attention_mask"] = [int(id_ != self.pad_token_id) for id_ in encoded_inputs["input_ids"]]
         padded = super()._pad(
             encoded_inputs, *args, padding_side=padding_side, return_attention_mask=return_attention_mask, **kwargs
         )

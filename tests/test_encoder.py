@@ -159,6 +159,21 @@ def test_a_feed_forward_network_that_is_cut_by_hand(lengths, packed, kernels):
 
 
 @every_length
+def test_a_feed_forward_network_that_is_cut_away(lengths, packed, kernels):
+    """Only the bias of its second linear is left."""
+    model, expected = make_model(), make_model()
+    expected.load_state_dict(model.state_dict())
+    for layer, other in zip(model.encoder.layers, expected.encoder.layers, strict=True):
+        cut(layer.linear1, rows=slice(0))
+        cut(layer.linear2, columns=slice(0))
+        nn.init.zeros_(other.linear2.weight)
+    inputs = make_input(lengths)
+    with torch.inference_mode():
+        results = [each(**inputs).last_hidden_state for each in (model, expected)]
+    torch.testing.assert_close(*results, rtol=0, atol=2e-5)
+
+
+@every_length
 def test_heads_that_are_cut_by_hand(lengths, packed, kernels):
     model, expected, kept = make_model(), make_model(), slice(2 * HIDDEN // HEADS)
     expected.prune_heads({layer: [HEADS - 1] for layer in range(LAYERS)})

@@ -130,6 +130,10 @@ BAD_INPUTS = {
         packed_input(cu_seqlens(0, 3, 8), 5, position_ids=torch.tensor([[2, 3, 4, 2, 3, 4, 5, 6]])),
         r"position_ids of packed input start at 2; positions count from 0 .*position_ids_start=0",
     ),
+    "positions packed from 1": (
+        packed_input(cu_seqlens(0, 3, 8), 5, position_ids=torch.tensor([[1, 2, 3, 1, 2, 3, 4, 5]])),
+        "position_ids of packed input start at 1; ",
+    ),
     "positions packed from 2, of 512 tokens": (
         packed_input(cu_seqlens(0, 512), 512, 512, position_ids=torch.arange(512)[None] + 2),
         "position_ids of packed input start at 2; ",

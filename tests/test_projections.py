@@ -229,6 +229,18 @@ def test_products_take_the_scratch(tokens, leave_bias):
             assert_rounded_alike(project_side_by_side([linear] * 3, x, Scratch(other)), joined)
 
 
+@pytest.mark.filterwarnings("error")  # PyTorch warns where it has to resize the memory that it is given
+@pytest.mark.parametrize("tokens", [1, 12, 130])
+@pytest.mark.parametrize("rows", [slice(5), slice(0)])
+def test_a_linear_is_as_large_as_its_weight(tokens, rows):
+    linear, x = nn.Linear(FEATURES, 9), torch.randn(tokens, FEATURES)
+    linear.weight, linear.bias = (nn.Parameter(each.detach()[rows]) for each in (linear.weight, linear.bias))
+    expected = F.linear(x, linear.weight, linear.bias)
+    with torch.inference_mode():
+        out, _ = project(linear, x, False, scratch_for(x, 9))
+    assert_rounded_alike(out, expected)
+
+
 @native
 @pytest.mark.parametrize("tokens", [4, 15, 16, 17, 20, 21, 33, 39, 52, 64, 65, 68, 69, 128])
 @pytest.mark.parametrize(("inputs", "outputs"), [(32, 24), (768, 97), (31, 5), (7, 1), (96, 3072)])

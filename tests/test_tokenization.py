@@ -558,6 +558,14 @@ def test_a_mask_is_returned_and_is_0_at_padding(golden, side):
     assert list(tokenizer(texts, return_attention_mask=False)) == ["input_ids"]
 
 
+def test_rows_padded_without_masks_get_those_that_the_model_would_make(tokenizer):
+    features = [{"input_ids": [0, 11, 2, 1, 1]}, {"input_ids": [0, 11, 12, 13, 14, 2]}]
+    expected = [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert DataCollatorWithPadding(tokenizer)(features)["attention_mask"].tolist() == expected
+    assert list(tokenizer.pad(features, return_attention_mask=False)) == ["input_ids"]
+    assert tokenizer.pad(features[0], padding=False)["attention_mask"] == [1, 1, 1, 0, 0]
+
+
 def test_model_input_names_are_obeyed_and_saved(tmp_path):
     tokenizer = ErnieMTokenizer.from_pretrained(TINY, model_input_names=["input_ids", "token_type_ids"])
     tokenizer.save_pretrained(tmp_path)

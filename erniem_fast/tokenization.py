@@ -754,7 +754,13 @@ def _count_positions(source, kwargs: dict[str, Any]) -> int:
         config, _ = ErnieMConfig.get_config_dict(source, **options)
     if config.get("model_type") != ErnieMConfig.model_type:
         return VERY_LARGE_INTEGER
-    return config.get("max_position_embeddings", ErnieMConfig.max_position_embeddings) - RESERVED_POSITIONS
+    rows = config.get("max_position_embeddings", ErnieMConfig.max_position_embeddings)
+    if type(rows) is not int:
+        raise ValueError(
+            f"max_position_embeddings={rows!r} in the config.json of {str(source)!r} is not a number of positions; "
+            f"write the rows of the checkpoint's position table, {ErnieMConfig.max_position_embeddings} in ERNIE-M."
+        )
+    return rows - RESERVED_POSITIONS
 
 
 def _load_sentencepiece(path, kwargs: dict[str, Any]) -> sentencepiece.SentencePieceProcessor:

@@ -740,6 +740,9 @@ def test_a_checkpoints_inputs_are_as_long_as_its_positions_allow(tmp_path):
     assert longest({"model_type": "ernie_m"}) == 512
     assert longest({"model_type": "bert", "max_position_embeddings": 512}) > 1e20
     assert longest(config, model_max_length=1000) == 1000
+    for rows in (None, "514", 514.0):
+        with pytest.raises(ValueError, match=f"max_position_embeddings={rows!r} in the config.json of "):
+            longest(config | {"max_position_embeddings": rows})
     # tokenizer_config.json of the checkpoint says 514, then 77.
     ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, model_max_length=514).save_pretrained(checkpoint)
     assert longest(config) == 512

@@ -32,7 +32,7 @@ def attention(
             `modes.is_exported`, also the three apart.
         batch: sequences, key mask, and the tokens' coordinates for dropout.
         heads: number of heads.
-        scale: of the scores, 1 / √head_dim in ERNIE-M (Vaswani et al., arXiv 1706.03762, section 3.2.1).
+        scale: of the scores, positive; 1 / √head_dim in ERNIE-M (Vaswani et al., arXiv 1706.03762, section 3.2.1).
         p: probability of dropping an attention probability.
         seed: int64, one element; None for no dropout.
 
@@ -40,7 +40,7 @@ def attention(
         `(tokens, heads · head_dim)` in the dtype of `qkv`.
 
     Raises:
-        ValueError: the features of `qkv` are no three times `heads` of a size.
+        ValueError: the features of `qkv` are no three times `heads` of a size, or `scale` is not positive.
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
     if modes.is_exported():
@@ -53,6 +53,8 @@ def attention(
             f"qkv has {qkv.shape[1]} features, which {heads} heads cannot divide into queries, keys and values of one "
             f"size; heads must be the number that the weights of q_proj, k_proj and v_proj hold."
         )
+    if not scale > 0:
+        raise ValueError(f"scale must be positive, not {scale}; for a negative one, negate the queries.")
     name = choose("attention", qkv.device, qkv.dtype, qkv.shape[1] // (3 * heads))
     order = (batch.longest_first, batch.contiguous)
     where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
@@ -133,8 +135,8 @@ def _backward(
 @_forward.register_fake
 def _(qkv, longest_first, contiguous, cu_seqlens, max_seqlen, columns, sequences, key_mask, heads, *rest):
     *_, implementation = rest
-    lse = (heads, qkv.shape[0]) if implementation == "triton" else 0
-    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(lse, dtype=torch.float32)
+    statistics = (heads, qkv.shape[0], 2) if implementation == "triton" else 0
+    return qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), qkv.new_empty(statistics, dtype=torch.float32)
 
 
 @_backward.register_fake

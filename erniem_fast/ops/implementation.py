@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import flags, modes
-from ..equivalence import compare
+from ..equivalence import Draw, compare, draw
 
 Tensors = Tensor | tuple[Tensor, ...]
 
@@ -133,21 +133,19 @@ def _run(op: str, name: str, direction: str, inputs: list[object]) -> Tensors:
     outputs = getattr(implementations[name], direction)(*inputs)
     if name != "reference" and flags.read(flags.VERIFY) == "1":
         oracle = getattr(implementations["reference"], direction)
-        _verify(f"{op} {direction} ({name})", outputs, oracle(*inputs), oracle(*(_double(each) for each in inputs)))
+        draws = draw(lambda *values: _as_tuple(oracle(*values)), inputs)
+        _verify(f"{op} {direction} ({name})", _as_tuple(outputs), draws)
     return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(each.contiguous() for each in outputs)
-
-
-def _double(value: object) -> object:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 _REMEDY = "Choose another implementation by its flag and report this with the output of `python -m erniem_fast status`."
 
 
-def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) -> None:
+def _verify(call: str, outputs: tuple[Tensor, ...], draws: list[Draw]) -> None:
     """Raises where a result is not equivalent to the reference's."""
-    results = zip(_as_tuple(outputs), _as_tuple(same_dtype), _as_tuple(exact), strict=True)
-    for index, (output, same, truth) in enumerate(results):
+    for index, output in enumerate(outputs):
+        of_output = [(same[index], exact[index]) for same, exact in draws]
+        same, _ = of_output[0]
         if same.numel() == 0:
             continue  # what the reference does not save, an implementation may
         if output.shape != same.shape or output.dtype != same.dtype:
@@ -155,7 +153,7 @@ def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) ->
                 f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
                 f"{output.dtype}, not {tuple(same.shape)} and {same.dtype}. {_REMEDY}"
             )
-        comparison = compare(output, same, truth)
+        comparison = compare(output, *of_output)
         if not comparison.holds:
             raise RuntimeError(
                 f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "

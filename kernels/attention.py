@@ -15,7 +15,6 @@ passes every program owns a block of queries, then one of keys, and keeps its su
 owns a sequence and a head: each probability is computed once, but the queries' gradients are added up in memory.
 """
 
-from dataclasses import dataclass
 from math import e, log2
 
 import torch
@@ -23,81 +22,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import Device, describe
+from .attention_configs import backward_config, forward_config, one_pass_config, takes_one_pass
+from .device import describe, is_amd
 from .dropout import keep_column_mask, keep_mask, launch_arguments
 
 LOG2_E = tl.constexpr(log2(e))
-
-
-@dataclass(frozen=True)
-class Config:
-    """
-    Attributes:
-        block: rows of the tile that a program owns: queries; keys in the second pass of a backward, and in one pass.
-        step: rows of the tiles that it streams past its own.
-        warps: warps of a program.
-        stages: streamed tiles in flight.
-    """
-
-    block: int
-    step: int
-    warps: int
-    stages: int
-
-
-_LARGE_TILES = (90, 100)  # wgmma and tcgen05 read their operands from shared memory, which leaves registers free
-
-
-def forward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
-    """The largest tiles that spill no registers (bench/results/codegen.md); no other choice has been timed yet."""
-    if dtype == torch.float32:
-        return Config(32, 32 if head_dim <= 64 else 16, warps=8, stages=1)
-    if head_dim > 128:
-        return Config(64, 32, warps=8, stages=2)
-    if head_dim > 64:
-        return Config(64, 32, warps=4, stages=2) if dropout or max_seqlen <= 64 else Config(128, 64, warps=8, stages=2)
-    if max_seqlen <= 64:
-        return Config(64, 64, warps=4, stages=2)
-    return Config(128, 128 if arch in _LARGE_TILES and not dropout else 64, warps=8, stages=3)
-
-
-def backward_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
-    """Of two passes, as the forward's. Both hold two operands and one or two sums, so tiles are smaller."""
-    if dtype == torch.float32:
-        return Config(32, 32, warps=8, stages=1) if head_dim <= 64 else Config(16, 16, warps=8, stages=1)
-    if head_dim > 128:
-        return Config(16, 32, warps=4, stages=1)
-    if head_dim > 64 or arch == 120:
-        return Config(64, 32, warps=8, stages=1 if head_dim > 64 and arch == 120 else 2)
-    step = 64 if arch in _LARGE_TILES else 32
-    return Config(64, step, warps=4, stages=1) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
-
-
-def one_pass_config(arch: int, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
-    """Of one pass, as the forward's. Beside two operands and two sums it makes a third one, a step of queries wide."""
-    if dtype == torch.float32:
-        block, step = (32, 16) if head_dim <= 32 else (16, 32 if head_dim <= 64 else 16)
-        return Config(block, step, warps=8, stages=1)
-    if head_dim > 128:
-        return Config(32, 32, warps=8, stages=1)
-    if head_dim > 64:
-        return Config(64, 16, warps=8, stages=2)
-    if max_seqlen <= 64:
-        return Config(64, 32, warps=8 if arch == 120 else 4, stages=1)
-    return Config(128, 32, warps=8, stages=1)
-
-
-def takes_one_pass(config: Config, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:
-    """Which design of the backward has less to do, of so many pairs of a sequence and a head.
-
-    This is counted, not timed; `bench/kernel_speed.py` times both on a GPU. One pass takes 5 matrix products a tile and
-    draws dropout's mask once; two take 7 and draw it twice. Where a block holds all keys of a sequence, one pass is the
-    lesser in everything. Beyond, its sums go to memory and back, which costs about what the two products do, and a pair
-    is one program's: so there have to be a mask to save, and enough pairs to fill the device more than once.
-    """
-    if max_seqlen <= config.block:
-        return True
-    return dropout and pairs >= 2 * device.multiprocessors
 
 
 def forward(
@@ -122,7 +51,8 @@ def forward(
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     out = qkv.new_empty(tokens, heads * head_dim)
     statistics = torch.empty(heads, tokens, 2, dtype=torch.float32, device=qkv.device)
-    config = forward_config(describe(qkv.device).arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
+    arch = describe(qkv.device).arch
+    config = forward_config(arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
     blocks = triton.cdiv(max_seqlen, config.block)
     if tokens:
         _forward_kernel[(longest_first.shape[0] * blocks * heads,)](
@@ -145,7 +75,7 @@ def forward(
             config.step,
             config.stages,
             contiguous,
-            _precision(qkv.dtype),
+            _precision(arch, qkv.dtype),
             num_warps=config.warps,
         )
     return out, statistics
@@ -182,7 +112,7 @@ def backward(
     blocks = triton.cdiv(max_seqlen, config.block)
     where = (cu_seqlens, longest_first, columns, key_mask, seed, of_qkv, tokens)
     constants = (heads, head_dim, _padded(head_dim), config.block, config.step, config.stages, contiguous)
-    rest = (scale, *launch_arguments(p), *constants, _precision(qkv.dtype))
+    rest = (scale, *launch_arguments(p), *constants, _precision(device.arch, qkv.dtype))
     if one_pass:
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
         _backward_kernel[(pairs,)](grad, out, statistics, sums, qkv, *where, *rest, num_warps=config.warps)
@@ -198,9 +128,9 @@ def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 
 
-def _precision(dtype: torch.dtype) -> str:
-    """Of float32 matrix products, as the user has set it for PyTorch's own."""
-    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest"
+def _precision(arch: str, dtype: torch.dtype) -> str:
+    """Of float32 matrix products, as the user has set it for PyTorch's own; AMD's, but for one, have no TF32."""
+    tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not is_amd(arch)
     return "tf32" if tf32 else "ieee"
 
 

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import describe, share
+from .device import Device, describe, share
 from .dropout import drop_features, launch_arguments
 
 
@@ -33,21 +33,21 @@ class Config:
     programs: int
 
     @classmethod
-    def for_tile(cls, features: int, itemsize: int, elements: int, programs: int) -> "Config":
+    def for_tile(cls, lanes: int, features: int, itemsize: int, elements: int, programs: int) -> "Config":
         """A warp reads 16 bytes a lane along one row; `elements` are those of a lane."""
-        warps, lanes = 4, 32
+        warps = 4
         block = min(lanes * (16 // itemsize), max(4, triton.next_power_of_2(features)))
         return cls(block, warps * lanes * elements // block, warps, stages=2, programs=programs)
 
 
-def forward_config(features: int, itemsize: int) -> Config:
+def forward_config(lanes: int, features: int, itemsize: int) -> Config:
     """Chosen by arithmetic, not yet timed on a GPU: 16 elements a lane hide the latency of a load at 8 programs."""
-    return Config.for_tile(features, itemsize, elements=16, programs=8)
+    return Config.for_tile(lanes, features, itemsize, elements=16, programs=8)
 
 
-def backward_config(features: int, itemsize: int) -> Config:
+def backward_config(lanes: int, features: int, itemsize: int) -> Config:
     """As forward, with half of the programs: the derivative and the sum of the bias's gradient take registers."""
-    return Config.for_tile(features, itemsize, elements=16, programs=4)
+    return Config.for_tile(lanes, features, itemsize, elements=16, programs=4)
 
 
 def forward(
@@ -63,8 +63,9 @@ def forward(
     x = x.contiguous()
     tokens, features = x.shape
     out = torch.empty_like(x)
-    config = forward_config(features, x.itemsize)
-    programs, rows_per_program = _share(tokens, features, config, x.device)
+    device = describe(x.device)
+    config = forward_config(device.lanes, features, x.itemsize)
+    programs, rows_per_program = _share(tokens, features, config, device)
     _forward_kernel[(programs * triton.cdiv(features, config.block),)](
         x,
         bias,
@@ -99,8 +100,9 @@ def backward(
     grad, x = grad.contiguous(), x.contiguous()
     tokens, features = x.shape
     of_x = torch.empty_like(x)
-    config = backward_config(features, x.itemsize)
-    programs, rows_per_program = _share(tokens, features, config, x.device)
+    device = describe(x.device)
+    config = backward_config(device.lanes, features, x.itemsize)
+    programs, rows_per_program = _share(tokens, features, config, device)
     partials = None if bias is None else torch.empty(programs, features, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs * triton.cdiv(features, config.block),)](
         grad,
@@ -124,9 +126,9 @@ def backward(
     return of_x, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(0)
 
 
-def _share(tokens: int, features: int, config: Config, device: torch.device) -> tuple[int, int]:
+def _share(tokens: int, features: int, config: Config, device: Device) -> tuple[int, int]:
     """How many programs share the rows of a block of features, and how many rows each of them takes."""
-    programs = config.programs * describe(device).multiprocessors // triton.cdiv(features, config.block)
+    programs = config.programs * device.multiprocessors // triton.cdiv(features, config.block)
     return share(tokens, config.rows, programs)
 
 

@@ -1,4 +1,4 @@
-"""What launch configurations depend on: the architecture of a device and how many multiprocessors it has."""
+"""What launch configurations depend on: a device's architecture, its multiprocessors and the width of its warps."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,22 +11,40 @@ import triton
 class Device:
     """
     Attributes:
-        arch: compute capability as one number, 90 for sm_90; 0 where it is not an NVIDIA GPU.
-        multiprocessors: how many there are.
+        arch: the name that its vendor gives it: "sm_90" for one of NVIDIA's, "gfx942" for one of AMD's; "cpu" where
+            kernels are interpreted.
+        multiprocessors: how many there are; AMD calls them compute units.
+        lanes: threads of a warp, which AMD calls a wave.
     """
 
-    arch: int
+    arch: str
     multiprocessors: int
+    lanes: int
+
+
+def is_amd(arch: str) -> bool:
+    return arch.startswith("gfx")
+
+
+def is_cdna(arch: str) -> bool:
+    """AMD's for computing: warps of 64 lanes, and up to 512 registers a lane."""
+    return arch.startswith("gfx9")
+
+
+def is_rdna(arch: str) -> bool:
+    """AMD's for graphics: warps of 32 lanes, and up to 256 registers a lane."""
+    return is_amd(arch) and not is_cdna(arch)
 
 
 @cache
 def describe(device: torch.device) -> Device:
     """The properties of a device; those of a small GPU for the CPU, where kernels are interpreted."""
     if device.type != "cuda":
-        return Device(arch=0, multiprocessors=2)
+        return Device("cpu", multiprocessors=2, lanes=32)
     properties = torch.cuda.get_device_properties(device)
-    arch = 0 if torch.version.hip else 10 * properties.major + properties.minor
-    return Device(arch, properties.multi_processor_count)
+    nvidia = f"sm_{properties.major}{properties.minor}"
+    arch = properties.gcnArchName.partition(":")[0] if torch.version.hip else nvidia  # "gfx942:sramecc+:xnack-"
+    return Device(arch, properties.multi_processor_count, properties.warp_size)
 
 
 def share(rows: int, tile: int, programs: int) -> tuple[int, int]:

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .device import describe, share
+from .device import Device, describe, is_rdna, share
 from .dropout import drop_features, launch_arguments
 
-_LANES = 32
-_FEATURES_PER_WARP = 768  # 24 registers a lane for each row that a kernel holds; the backward holds seven
+_FEATURES_PER_LANE = 24  # registers for each row that a kernel holds; the backward holds seven
+_FEATURES_PER_LANE_OF_RDNA = 16  # whose compiler needs more of them for dropout
 _MAX_CHUNKS = 8
 
 
@@ -43,11 +43,12 @@ class Config:
     programs: int
 
     @classmethod
-    def for_rows(cls, hidden: int, itemsize: int, warps: int, stages: int, programs: int) -> "Config":
+    def for_rows(cls, device: Device, hidden: int, itemsize: int, warps: int, stages: int, programs: int) -> "Config":
         """Gives each row as few warps as hold it, with 16-byte loads, and the least padding that 8 chunks allow."""
-        row_warps = min(warps, triton.next_power_of_2(triton.cdiv(hidden, _FEATURES_PER_WARP)))
+        features = device.lanes * (_FEATURES_PER_LANE_OF_RDNA if is_rdna(device.arch) else _FEATURES_PER_LANE)
+        row_warps = min(warps, triton.next_power_of_2(triton.cdiv(hidden, features)))
         vector = 16 // itemsize
-        span = row_warps * _LANES * vector
+        span = row_warps * device.lanes * vector
         blocks = [span >> shift for shift in range((span // vector).bit_length())]
         few = (block for block in blocks if hidden <= _MAX_CHUNKS * block)
         block = min(few, key=lambda block: -hidden % block, default=span)
@@ -55,14 +56,15 @@ class Config:
         return cls(block, triton.cdiv(hidden, block), rows, warps, stages, programs)
 
 
-def forward_config(hidden: int, itemsize: int) -> Config:
+def forward_config(device: Device, hidden: int, itemsize: int) -> Config:
     """Four warps a program and four programs a multiprocessor; chosen by arithmetic, not yet timed on a GPU."""
-    return Config.for_rows(hidden, itemsize, warps=4, stages=2, programs=4)
+    warps = 8 if is_rdna(device.arch) else 4  # of AMD's RDNA, four have not the registers for 4096 features
+    return Config.for_rows(device, hidden, itemsize, warps, stages=2, programs=4)
 
 
-def backward_config(hidden: int, itemsize: int) -> Config:
+def backward_config(device: Device, hidden: int, itemsize: int) -> Config:
     """One large program a multiprocessor, so that partial sums of the parameters' gradients are few; not yet timed."""
-    return Config.for_rows(hidden, itemsize, warps=8, stages=2, programs=1)
+    return Config.for_rows(device, hidden, itemsize, warps=8, stages=2, programs=1)
 
 
 def forward(
@@ -83,8 +85,9 @@ def forward(
     tokens, hidden = residual.shape
     out = torch.empty_like(residual, dtype=torch.promote_types(residual.dtype, (residual if x is None else x).dtype))
     z = torch.empty_like(out) if save else None
-    config = forward_config(hidden, out.itemsize)
-    programs, rows_per_program = share(tokens, config.rows, config.programs * describe(residual.device).multiprocessors)
+    device = describe(residual.device)
+    config = forward_config(device, hidden, out.itemsize)
+    programs, rows_per_program = share(tokens, config.rows, config.programs * device.multiprocessors)
     _forward_kernel[(programs,)](
         residual,
         x,
@@ -125,8 +128,9 @@ def backward(
     tokens, hidden = z.shape
     of_z = torch.empty_like(z)
     of_x = None if seed is None else torch.empty_like(z)
-    config = backward_config(hidden, z.itemsize)
-    programs, rows_per_program = share(tokens, config.rows, config.programs * describe(z.device).multiprocessors)
+    device = describe(z.device)
+    config = backward_config(device, hidden, z.itemsize)
+    programs, rows_per_program = share(tokens, config.rows, config.programs * device.multiprocessors)
     partials = torch.empty(3, programs, hidden, dtype=torch.float32, device=z.device)
     _backward_kernel[(programs,)](
         grad,

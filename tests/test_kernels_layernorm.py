@@ -11,6 +11,7 @@ from erniem_fast.batch import TokenBatch
 from erniem_fast.dropout import keep_mask
 from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import layernorm
+from erniem_fast.kernels.device import Device
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -46,8 +47,8 @@ def oracle(batch, p, seed, residual, x, bias, weight, norm_bias):
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
 @pytest.mark.parametrize(
     ("residual_dtype", "dtype"),
-    [(torch.float32, torch.float32), (torch.float16, torch.float16), (torch.float32, torch.float16)],
-    ids=["float32", "float16", "autocast"],
+    [(torch.float32, torch.float32), (torch.bfloat16, torch.bfloat16), (torch.float32, torch.bfloat16)],
+    ids=["float32", "bfloat16", "autocast"],
 )
 @pytest.mark.parametrize(
     ("tokens", "hidden"), [(1, 768), (3, 1000), (33, 384), (19, 768), (9, 1024), (150, 96), (2, 4096), (5, 7)]
@@ -85,7 +86,7 @@ def test_inputs_that_are_not_contiguous():
 
 
 @pytest.mark.parametrize("hidden", [20, 100, 768, 1024])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_draws_the_bits_of_the_reference(hidden, dtype):
     batch = batch_of(9)
     _, x, bias, weight, norm_bias = inputs_of(9, hidden, dtype, dtype)
@@ -110,10 +111,14 @@ def test_statistics_survive_a_large_mean():
 
 @pytest.mark.parametrize("itemsize", [2, 4])
 @pytest.mark.parametrize("hidden", [96, 384, 768, 1024, 1536, 3072, 4096])
-def test_no_lane_idles(hidden, itemsize):
-    for config in (layernorm.forward_config(hidden, itemsize), layernorm.backward_config(hidden, itemsize)):
+@pytest.mark.parametrize("device", [Device("sm_90", 132, 32), Device("gfx942", 304, 64), Device("gfx1100", 96, 32)])
+def test_no_lane_idles(hidden, itemsize, device):
+    for config in (
+        layernorm.forward_config(device, hidden, itemsize),
+        layernorm.backward_config(device, hidden, itemsize),
+    ):
         assert config.block * config.chunks == hidden
-        assert config.block * config.rows * itemsize == 16 * 32 * config.warps
+        assert config.block * config.rows * itemsize == 16 * device.lanes * config.warps
 
 
 def test_backward_is_deterministic():

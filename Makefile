@@ -6,10 +6,17 @@ RIVALS := .venv-rivals
 GPU := .venv-gpu
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test bench bench-all gpu readme goldens lint format wheel wheel-check clean
+.PHONY: test test-portable bench bench-all gpu readme goldens lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
+
+# The tests again as on a machine with AVX2 alone, and on one without: PyTorch's kernels and the native library are then
+# those of that capability. Left out are files whose subject runs in Triton's interpreter, in a compiler or in the bench.
+LEFT_OUT := 'tests/test_kernels_*' 'tests/test_mutants*' 'tests/test_bench*' tests/test_sanitizers.py tests/test_verification.py
+test-portable: $(VENV)/installed
+	for capability in avx2 default; do \
+	    ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/python -m pytest $(LEFT_OUT:%=--ignore-glob=%) || exit 1; done
 
 # Where the native libraries cannot be built, what is measured is PyTorch alone, and `status` says why.
 bench: $(VENV)/installed $(PEERS)/installed
@@ -57,7 +64,7 @@ wheel-check: wheel
 $(VENV)/installed: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt torch
-	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt --editable '.[test,bench]'
+	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt --editable '.[test,bench,integrations]'
 	touch $@
 
 $(PEERS)/installed: bench/peers/requirements.txt

@@ -191,8 +191,8 @@ def launch_attention(
     qkv, columns = torch.zeros(64, 3 * heads * head_dim, dtype=dtype), torch.zeros(64, dtype=torch.int64)
     order, cu_seqlens = torch.zeros(sequences, dtype=torch.int64), torch.zeros(sequences + 1).int()
     case = (order, True, cu_seqlens, max_seqlen, columns, columns, None, heads, 0.1, 0.1, seed)
-    out, lse = attention.forward(qkv, *case)
-    attention.backward(out, out, lse, qkv, *case)
+    out, statistics = attention.forward(qkv, *case)
+    attention.backward(out, out, statistics, qkv, *case)
 
 
 def launches(arch: str) -> Iterator[tuple]:

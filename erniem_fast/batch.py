@@ -20,6 +20,7 @@ class TokenBatch:
         sequences: int64 `(tokens,)`, each token's sequence.
         key_mask: bool `(tokens,)`, False for tokens that nobody attends to; None when there is none.
         grid: `(rows, columns)` of the caller's tensors.
+        fills_grid: True where every row of the grid is a sequence without gaps, so that a view turns tokens into rows.
         indices: int64 `(tokens,)`, each token's place in the flattened grid; None when the tokens fill it in order.
         packed: True when only real tokens count, False when every position of the grid is computed.
     """
@@ -32,6 +33,7 @@ class TokenBatch:
     sequences: Tensor
     key_mask: Tensor | None
     grid: tuple[int, int]
+    fills_grid: bool
     indices: Tensor | None
     packed: bool
 
@@ -48,11 +50,12 @@ class TokenBatch:
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device) * columns,
             max_seqlen=columns,
             longest_first=torch.arange(rows, device=device),
-            columns=torch.arange(columns, device=device).repeat(rows),
+            columns=torch.arange(columns, device=device).expand(grid).flatten(),
             contiguous=True,
-            sequences=torch.arange(rows, device=device).repeat_interleave(columns),
+            sequences=torch.arange(rows, device=device)[:, None].expand(grid).flatten(),
             key_mask=None if key_mask is None else key_mask.flatten(),
             grid=grid,
+            fills_grid=True,
             indices=None,
             packed=packed,
         )
@@ -81,7 +84,7 @@ class TokenBatch:
         holes = (computed[:, 1:] > computed[:, :-1]).sum()
         measures = (lengths.sum(), longest, mask.sum(), holes, *probes)
         tokens, max_seqlen, real_tokens, holes, *probed = torch.stack([m.reshape(()).long() for m in measures]).tolist()
-        if real_tokens == rows * columns:
+        if columns and real_tokens == rows * columns:
             return cls.padded((rows, columns), mask.device, packed=True), probed
 
         indices = torch.nonzero_static(computed.flatten(), size=tokens).squeeze(-1)
@@ -96,6 +99,7 @@ class TokenBatch:
             sequences=indices // columns,
             key_mask=mask.flatten()[indices] if real_tokens < tokens else None,
             grid=(rows, columns),
+            fills_grid=False,
             indices=indices,
             packed=True,
         )
@@ -115,6 +119,7 @@ class TokenBatch:
             sequences=sequences,
             key_mask=None,
             grid=(1, tokens),
+            fills_grid=False,
             indices=None,
             packed=True,
         )
@@ -140,6 +145,8 @@ class TokenBatch:
 
     def first_tokens(self, x: Tensor) -> Tensor:
         """`(tokens, features)` to `(sequences, features)`: each sequence's first token, zeros where it has none."""
+        if self.fills_grid:
+            return x.unflatten(0, self.grid)[:, 0]
         first = self.cu_seqlens[:-1].long()
         present = self.cu_seqlens[1:] > self.cu_seqlens[:-1]
         if self.tokens == 0:
@@ -155,20 +162,21 @@ class TokenBatch:
         Returns:
             `(rows, heads, columns, columns)`; for input that came packed, the argument's shape.
         """
-        rows, columns = self.grid
-        if self.indices is None:
-            # The grid is full, or its one row holds all sequences: then only the tails behind them are no tokens.
+        if self.fills_grid:
+            if not self.packed or self.key_mask is None:
+                return probabilities
+            real = self.key_mask.view(self.grid)
+        elif self.indices is None:  # the grid's one row holds all sequences: only the tails behind them are no tokens
             lengths = self.cu_seqlens.diff()
             real = torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
-            if self.packed and self.key_mask is not None:
-                real = real & self.key_mask.view(self.grid)
-            return probabilities * (real[:, None, :, None] & real[:, None, None, :])
-        heads = probabilities.shape[1]
-        if self.max_seqlen == 0:
-            return probabilities.new_zeros(rows, heads, columns, columns)
-        token = torch.arange(self.tokens, device=self.columns.device)
-        index = self.unpack(token - self.cu_seqlens.long()[self.sequences])
-        real = self.unpack(torch.ones_like(token, dtype=torch.bool))
-        by_query = probabilities.gather(2, index[:, None, :, None].expand(-1, heads, -1, self.max_seqlen))
-        by_key = by_query.gather(3, index[:, None, None, :].expand(-1, heads, columns, -1))
-        return by_key * (real[:, None, :, None] & real[:, None, None, :])
+        else:
+            rows, columns = self.grid
+            heads = probabilities.shape[1]
+            if self.max_seqlen == 0:
+                return probabilities.new_zeros(rows, heads, columns, columns)
+            token = torch.arange(self.tokens, device=self.columns.device)
+            index = self.unpack(token - self.cu_seqlens.long()[self.sequences])
+            real = self.unpack(torch.ones_like(token, dtype=torch.bool))
+            by_query = probabilities.gather(2, index[:, None, :, None].expand(-1, heads, -1, self.max_seqlen))
+            probabilities = by_query.gather(3, index[:, None, None, :].expand(-1, heads, columns, -1))
+        return probabilities * (real[:, None, :, None] & real[:, None, None, :])

@@ -1,5 +1,6 @@
 """ErnieMConfig: the fields of an ERNIE-M checkpoint's config.json."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -25,11 +26,12 @@ class ErnieMConfig(PreTrainedConfig):
         attention_probs_dropout_prob: dropout of attention probabilities.
         max_position_embeddings: rows of the position table; two are reserved, so 514 serve 512 tokens.
         initializer_range: standard deviation of new weights.
-        pad_token_id: the word that fills up rows; its embedding gets no gradient.
+        pad_token_id: the word that fills up rows; the rows of this number get no gradient in either table.
         layer_norm_eps: added to the variance in layer norms.
         classifier_dropout: dropout before a head's classifier, `hidden_dropout_prob` if None. Also called `dropout`.
         act_dropout: dropout after the activation, `hidden_dropout_prob` if None.
         pruned_heads: heads taken out, by layer; written by `prune_heads`.
+        tie_word_embeddings: whether a head of your own that predicts words shares the word table with the encoder.
 
     Raises:
         ValueError: a field has a value that no model can be built from, or the file belongs to another architecture.
@@ -47,21 +49,21 @@ class ErnieMConfig(PreTrainedConfig):
     hidden_dropout_prob: float | int = 0.1
     attention_probs_dropout_prob: float | int = 0.1
     max_position_embeddings: int = 514
-    initializer_range: float = 0.02
+    initializer_range: float | int = 0.02
     pad_token_id: int = 1
-    layer_norm_eps: float = 1e-05
+    layer_norm_eps: float | int = 1e-05
     classifier_dropout: float | int | None = None
     act_dropout: float | int | None = 0.0
     pruned_heads: dict[int, list[int]] | dict[str, list[int]] | None = None
+    tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
         # JSON turns the keys into strings.
-        self.pruned_heads = {int(layer): heads for layer, heads in (self.pruned_heads or {}).items()}
+        self.pruned_heads = {
+            int(layer) if str(layer).isdecimal() else layer: heads for layer, heads in (self.pruned_heads or {}).items()
+        }
         super().__post_init__(**kwargs)
-        self._check_sizes()
-        self._check_architecture()
-        self._check_pruned_heads()
-        self._check_probabilities()
+        self.check()
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ErnieMConfig":
@@ -73,6 +75,20 @@ class ErnieMConfig(PreTrainedConfig):
             )
         return super().from_dict(config_dict, **kwargs)
 
+    def check(self) -> None:
+        """Refuses fields that no model can be built from: when a config is made, and again when a model is.
+
+        In between fields can change: `from_pretrained` sets what it is given one by one.
+
+        Raises:
+            ValueError: the message names the field, its value and the remedy.
+        """
+        self.classifier_dropout = self.classifier_dropout  # its type was not checked if it was set as `dropout`
+        self._check_sizes()
+        self._check_architecture()
+        self._check_pruned_heads()
+        self._check_numbers()
+
     def _check_sizes(self) -> None:
         for field in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
             if getattr(self, field) < 1:
@@ -82,7 +98,7 @@ class ErnieMConfig(PreTrainedConfig):
 
     def _check_pruned_heads(self) -> None:
         for layer, heads in self.pruned_heads.items():
-            here = 0 <= layer < self.num_hidden_layers and set(heads) <= set(range(self.num_attention_heads))
+            here = layer in range(self.num_hidden_layers) and set(heads) <= set(range(self.num_attention_heads))
             if not here or len(set(heads)) == self.num_attention_heads:
                 raise ValueError(
                     f"pruned_heads takes heads {heads} out of layer {layer}, but there are {self.num_hidden_layers} "
@@ -97,18 +113,26 @@ class ErnieMConfig(PreTrainedConfig):
             )
         if self.hidden_act not in ACT2FN:
             raise ValueError(f"hidden_act={self.hidden_act!r} is unknown; use one of {', '.join(sorted(ACT2FN))}.")
-        if not 0 <= self.pad_token_id < self.vocab_size:
-            raise ValueError(f"pad_token_id={self.pad_token_id} is not in [0, vocab_size={self.vocab_size}).")
         if self.max_position_embeddings <= RESERVED_POSITIONS:
             raise ValueError(
                 f"max_position_embeddings={self.max_position_embeddings} leaves no position for a token; two are "
                 f"reserved, so use at least {RESERVED_POSITIONS + 1}."
             )
+        for table in ("vocab_size", "max_position_embeddings"):
+            if not 0 <= self.pad_token_id < getattr(self, table):
+                raise ValueError(
+                    f"pad_token_id={self.pad_token_id} is not in [0, {table}={getattr(self, table)}); words and "
+                    f"positions leave the row of that number untrained. Use the id of the tokenizer's padding, 1 in "
+                    f"ERNIE-M, or a larger {table}."
+                )
         for field, only in (("position_embedding_type", "absolute"), ("is_decoder", False)):
             if getattr(self, field, only) not in (only, None):
                 raise ValueError(f"{field}={getattr(self, field)!r} is not ERNIE-M; only {only!r} is supported.")
 
-    def _check_probabilities(self) -> None:
+    def _check_numbers(self) -> None:
+        for field in ("initializer_range", "layer_norm_eps"):
+            if not 0.0 <= getattr(self, field) < math.inf:
+                raise ValueError(f"{field}={getattr(self, field)} is out of range; use a finite number from 0.")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "act_dropout"):
             value = getattr(self, field)
             if value is not None and not 0.0 <= value <= 1.0:

@@ -2,6 +2,9 @@
 
 The modules carry the names and the weights of transformers 4.57.6's. Their layer norms, embeddings and dropouts hold
 parameters and rates; the ops do the work.
+
+In inference, a tensor's memory is used again only if the tensor came from a plain module or an op and goes to one. What
+a hook or any other module is given or returns stays as it is, because either may keep it.
 """
 
 import math
@@ -13,11 +16,19 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import prune_linear_layer
 
-from . import flags, ops
+from . import flags, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .ops import native_layer
-from .projections import is_plain, is_untouched, project, project_side_by_side, scratch_for, takes_few_tokens
+from .projections import (
+    Scratch,
+    is_plain,
+    is_untouched,
+    project,
+    project_side_by_side,
+    scratch_for,
+    takes_few_tokens,
+)
 from .reference import feature_dropout
 
 # The places of a layer where dropout happens, each with a seed of its own.
@@ -52,13 +63,13 @@ def _add_norm(
 
 
 def _may_overwrite_product(linear: nn.Module) -> bool:
-    """Whether nobody needs a linear's product but the next op: no gradient and no module but its own can keep it."""
+    """Whether an op may overwrite a linear's product: no gradient needs it, and no hook or other module has seen it."""
     return not torch.is_grad_enabled() and is_plain(linear, nn.Linear)
 
 
 @torch.compiler.assume_constant_result
 def _recomputes_activations() -> bool:
-    return flags.read(flags.RECOMPUTE) == "1"
+    return flags.read(flags.RECOMPUTE) == "1" and not modes.is_exported()
 
 
 class ErnieMEmbeddings(nn.Module):
@@ -113,6 +124,8 @@ class ErnieMEmbeddings(nn.Module):
 
         NEFTune's hook (arXiv 2310.05914), for one, adds noise by the length of the rows.
         """
+        if batch.fills_grid:
+            return batch.pack(words(input_ids.unflatten(0, batch.grid)))
         rows = batch.unpack(input_ids - self.padding_idx) + self.padding_idx
         return batch.pack(words(rows))
 
@@ -139,10 +152,14 @@ class ErnieMSelfAttention(nn.Module):
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
-        scratch: Tensor | None = None,
+        scratch: Scratch | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to `(tokens, heads · head_dim)`, and the probabilities where they are asked for."""
-        qkv = project_side_by_side((self.q_proj, self.k_proj, self.v_proj), hidden, scratch)
+        linears = (self.q_proj, self.k_proj, self.v_proj)
+        if modes.is_exported():  # where to join them would only be to part them again
+            qkv = [linear(hidden) for linear in linears]
+        else:
+            qkv = project_side_by_side(linears, hidden, scratch)
         heads, scale = self.num_attention_heads, self.scale
         p, seed = _rate_and_seed(self.dropout, seeds, _ATTENTION)
         probabilities = None
@@ -216,7 +233,8 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
-        scratch: Tensor | None = None,
+        scratch: Scratch | None = None,
+        settings: flags.Settings | None = None,
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to the same, and the attention probabilities where they are asked for.
 
@@ -228,37 +246,44 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             scores_bias: see `ops.attention_with_probabilities`.
             output_attentions: whether to return the probabilities.
             scratch: memory that products may take and that the next one may take again, or None.
+            settings: flags to run under, those of now where it is None. A checkpoint runs the layer again in the
+                backward, when others may be in force.
         """
-        if seeds is head_mask is scores_bias is None and not output_attentions and self._is_one_call(hidden):
-            return self._one_call(hidden, batch), None
-        attention = (head_mask, scores_bias, output_attentions, scratch)
-        context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
-        x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
-        p_and_seed = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
-        overwrite = _may_overwrite_product(self.self_attn.out_proj)
-        hidden = _add_norm(hidden, x, bias, self.norm1, batch, *p_and_seed, overwrite)
-        x, bias = self._feed_forward(hidden, batch, *_rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION), scratch)
-        p_and_seed = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
-        overwrite = _may_overwrite_product(self.linear2)
-        return _add_norm(hidden, x, bias, self.norm2, batch, *p_and_seed, overwrite), probabilities
+        with flags.held(settings):
+            if seeds is head_mask is scores_bias is None and not output_attentions and self._is_one_call(hidden):
+                return self._one_call(hidden, batch), None
+            attention = (head_mask, scores_bias, output_attentions, scratch)
+            context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
+            x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
+            dropout = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
+            overwrite = _may_overwrite_product(self.self_attn.out_proj)
+            hidden = _add_norm(hidden, x, bias, self.norm1, batch, *dropout, overwrite)
+            dropout = _rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION)
+            x, bias = self._feed_forward(hidden, batch, *dropout, scratch)
+            dropout = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
+            overwrite = _may_overwrite_product(self.linear2)
+            return _add_norm(hidden, x, bias, self.norm2, batch, *dropout, overwrite), probabilities
 
     def _feed_forward(
-        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Tensor | None
+        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Scratch | None
     ) -> tuple[Tensor, Tensor | None]:
         """As `project`: `(tokens, hidden)`, and the bias where that is left to the next op."""
         activation = self._fused_activation()
         fused = activation is not None
         leave_bias = fused and ops.fuses_bias("bias_gelu", hidden)
-        x, bias = project(self.linear1, hidden, leave_bias, scratch)
+        between_plain = fused and is_plain(self.linear2, nn.Linear)
+        x, bias = project(self.linear1, hidden, leave_bias, scratch if between_plain else None)
         leave_bias = ops.fuses_bias("layernorm", x)
         overwrite = _may_overwrite_product(self.linear1)
+        settings = flags.snapshot()
 
         def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
-            if fused:
-                x = ops.bias_gelu_dropout(x, bias, activation, batch, p, seed, overwrite)
-            else:
-                x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
-            return project(self.linear2, x, leave_bias)
+            with flags.held(settings):
+                if fused:
+                    x = ops.bias_gelu_dropout(x, bias, activation, batch, p, seed, overwrite)
+                else:
+                    x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
+                return project(self.linear2, x, leave_bias)
 
         if torch.is_grad_enabled() and _recomputes_activations():
             # Computing again ends with what the second product keeps for its weight's gradient: it does not run twice.
@@ -277,15 +302,18 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
     def _is_one_call(self, hidden: Tensor) -> bool:
         """Whether one native call computes all of the layer: its products and ops, none of them replaced or hooked."""
+        if not takes_few_tokens(hidden):
+            return False
+        inner, linears, norms = self.self_attn.self_attn, self._linears().values(), (self.norm1, self.norm2)
         return (
-            is_plain(self.linear1, nn.Linear)  # others may have no weight, or one that is a function
-            and takes_few_tokens(hidden, self.linear1.weight)
-            and self._fused_activation() is not None
-            and is_untouched(self.self_attn.self_attn, ErnieMSelfAttention)
-            and all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in self._linears().values())
-            and is_plain(self.norm1, nn.LayerNorm)
-            and is_plain(self.norm2, nn.LayerNorm)
-            and native_layer.serves(self.self_attn.self_attn.attention_head_size)
+            self._fused_activation() is not None
+            and is_untouched(inner, ErnieMSelfAttention)
+            and all(is_plain(linear, nn.Linear) for linear in linears)
+            and all(is_plain(norm, nn.LayerNorm) for norm in norms)
+            and all(module.bias is not None for module in (*linears, *norms))
+            and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
+            and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` says what is wrong
+            and native_layer.serves()
         )
 
     def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
@@ -332,12 +360,14 @@ class ErnieMEncoder(nn.Module):
         """
         states, attentions = [], []
         scratch = scratch_for(hidden, max(3 * self.config.hidden_size, self.config.intermediate_size))
+        settings = flags.snapshot()
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
             mask = None if head_mask is None else head_mask[index, layer.self_attn.present_heads()]
             of_layer = None if seeds is None else seeds[index]
-            hidden, probabilities = layer(hidden, batch, of_layer, mask, scores_bias, output_attentions, scratch)
+            asked = (mask, scores_bias, output_attentions)
+            hidden, probabilities = layer(hidden, batch, of_layer, *asked, scratch, settings)
             if output_attentions:
                 attentions.append(probabilities)
         if output_hidden_states:

@@ -3,7 +3,8 @@
 They have a plain C interface and include nothing of torch, so that a build outlives an upgrade of torch or Python; the
 CPU's takes its threads from torch through one function of torch's stable ABI. A library is cached under a name that
 says what it depends on: the sources, the compiler's flags and the machine. It is put there in one step when it is
-complete, so that processes that build at once cannot disturb each other.
+complete, so that processes that build at once cannot disturb each other. Loading it runs code, so neither the library
+nor its folder may be another user's or writable by others.
 """
 
 import ctypes
@@ -13,6 +14,7 @@ import os
 import platform
 import shlex
 import shutil
+import stat
 import subprocess
 import sys
 import tempfile
@@ -45,13 +47,13 @@ def build(devices: Sequence[str] | None = None) -> dict[str, Path]:
         The library of each device.
 
     Raises:
-        BuildError: a compiler is missing or fails, or the cache cannot be written.
+        BuildError: a compiler is missing or fails, or the cache cannot be written or is open to others.
     """
     devices = devices or [device for device in DEVICES if _absence(device) is None]
     for device in devices:
         _check_presence(device)
     libraries = {device: library(device) for device in devices}
-    missing = [device for device, path in libraries.items() if not path.exists()]
+    missing = [device for device, path in libraries.items() if _trusted(path) is None]
     if missing:
         compile_libraries({libraries[device]: _command(device) for device in missing})
     return libraries
@@ -61,14 +63,15 @@ def load(device: str) -> ctypes.CDLL:
     """The library of a device, from the cache.
 
     Raises:
-        BuildError: it is not built, or does not load.
+        BuildError: it is not built, does not load, or may be another user's.
     """
     path = library(device)
     if path not in _opened:
         _check_presence(device)
-        if not path.exists():
+        trusted = _trusted(path)
+        if trusted is None:
             raise BuildError("it is not built; run `python -m erniem_fast build`.")
-        _opened[path] = _open(path)
+        _opened[path] = _open(trusted)
     return _opened[path]
 
 
@@ -104,8 +107,15 @@ def library(device: str) -> Path:
 
 
 def cache() -> Path:
-    """The folder of the built libraries."""
-    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "erniem_fast"
+    """The folder of the built libraries.
+
+    Raises:
+        BuildError: the user has no home.
+    """
+    try:
+        return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "erniem_fast"
+    except RuntimeError as error:
+        raise BuildError(f"there is no folder for the cache: {error} {_OTHER_CACHE}") from error
 
 
 def compile_libraries(commands: dict[Path, list[str]]) -> None:
@@ -118,21 +128,23 @@ def compile_libraries(commands: dict[Path, list[str]]) -> None:
         BuildError: with the compiler's output.
     """
     try:
-        cache().mkdir(parents=True, exist_ok=True)
+        cache().mkdir(mode=0o700, parents=True, exist_ok=True)
+        _check_trust(cache())
         with tempfile.TemporaryDirectory(dir=cache()) as folder:
             rules = (_ninja_rule(path.name, command) for path, command in commands.items())
             Path(folder, "build.ninja").write_text("".join(rules))
             ninja = subprocess.run(
-                [_ninja_path(), "-C", folder, "-k", "0"], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+                [_ninja_path(), "-C", folder, "-k", "0"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+                umask=0o022,  # others may not write to the libraries
             )
             for path in commands:
                 if Path(folder, path.name).exists():
                     os.replace(Path(folder, path.name), path)
     except OSError as error:
-        raise BuildError(
-            f"the cache cannot be written: {error}. Set XDG_CACHE_HOME to a folder that can, and run "
-            f"`python -m erniem_fast build`."
-        ) from error
+        raise BuildError(f"the cache cannot be written: {error}. {_OTHER_CACHE}") from error
     if ninja.returncode != 0:
         raise BuildError(f"the compiler failed:\n{ninja.stdout}\n{_REQUIREMENTS}")
 
@@ -141,6 +153,8 @@ def _ninja_rule(name: str, command: list[str]) -> str:
     line = shlex.join(command).replace("$", "$$")
     return f"rule {name}\n  command = {line} -o $out\nbuild {name}: {name}\n"
 
+
+_OTHER_CACHE = "Set XDG_CACHE_HOME to a folder of your own, and run `python -m erniem_fast build`."
 
 _REQUIREMENTS = (
     "The CPU's library needs a C++17 compiler (GCC 9, Clang 10 or newer; `apt install g++`, or name one in CXX), that "
@@ -175,6 +189,41 @@ def cuda_flags(architectures: Sequence[int]) -> list[str]:
 
 
 _opened: dict[Path, ctypes.CDLL] = {}
+
+
+def _trusted(path: Path) -> Path | None:
+    """Where a library really lies, links followed; None where it is not built.
+
+    The folders further up need no check: others who may write there can put a folder in the place of the library's, but
+    not one that is the user's.
+
+    Raises:
+        BuildError: the library or its folder cannot be read, or others may have written to it.
+    """
+    try:
+        path = Path(os.path.realpath(path, strict=True))
+        _check_trust(path.parent)
+        _check_trust(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise BuildError(f"the cache cannot be read: {error}. {_OTHER_CACHE}") from error
+    return path
+
+
+def _check_trust(path: Path) -> None:
+    """Refuses a folder or library that another user owns, root excepted, or may write to."""
+    found, user = path.stat(), os.geteuid()
+    if found.st_uid not in (user, 0):
+        fault, remedy = f"belongs to user {found.st_uid}, not to you (user {user})", f"chown {user}"
+    elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+        fault, remedy = f"can be written to by others (mode {stat.S_IMODE(found.st_mode):03o})", "chmod go-w"
+    else:
+        return
+    raise BuildError(
+        f"{path} {fault}, so it may hold code that is not yours. Where you trust all that it holds, run "
+        f"`{remedy} {shlex.quote(str(path))}`; else: {_OTHER_CACHE}"
+    )
 
 
 def _open(path: Path) -> ctypes.CDLL:

@@ -5,11 +5,12 @@ Flags are read when a call is made, so that they can be toggled in a running pro
 
 import functools
 import os
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass
-from types import MappingProxyType
+
+import torch
 
 PREFIX = "ERNIEM_FAST_"
 
@@ -52,10 +53,22 @@ OPS = {
 
 FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE, VERIFY)}
 
-_overrides: ContextVar[Mapping[str, str]] = ContextVar("erniem_fast_overrides", default=MappingProxyType({}))
 
-# What `while_held` keeps; None where the flags may change at any time.
-_memo: ContextVar[dict[tuple, object] | None] = ContextVar("erniem_fast_memo", default=None)
+@dataclass(frozen=True)
+class Settings:
+    """Values of flags that win over the environment's.
+
+    Attributes:
+        values: by the flags' names.
+        memo: what `while_held` keeps; None where other flags are read from the environment, which may change.
+    """
+
+    values: dict[str, str]
+    memo: dict[tuple, object] | None = None
+
+
+_NONE = Settings({})
+_settings: ContextVar[Settings] = ContextVar("erniem_fast_settings", default=_NONE)
 
 
 def read(flag: Flag) -> str:
@@ -64,7 +77,7 @@ def read(flag: Flag) -> str:
     Raises:
         ValueError: the environment holds a value that the flag does not take.
     """
-    value = _overrides.get().get(flag.name)
+    value = _settings.get().values.get(flag.name)
     return value if value is not None else _valid(flag, os.environ.get(flag.name, flag.default), flag.name)
 
 
@@ -79,16 +92,30 @@ def check_names() -> None:
             raise ValueError(f"{name} is not a flag of erniem_fast; unset it. The flags are {', '.join(FLAGS)}.")
 
 
-@contextmanager
-def held() -> Iterator[None]:
-    """Reads all flags once, for every call inside the `with` block.
+def snapshot() -> Settings | None:
+    """All flags as they are now, for `held`; None inside a graph, where they are constants.
 
     Raises:
-        ValueError: the environment holds an unknown flag or value.
+        ValueError: the environment holds an unknown value.
     """
-    check_names()
-    with _set(_overrides, {name: read(flag) for name, flag in FLAGS.items()}), _set(_memo, {}):
-        yield
+    if torch.compiler.is_compiling():
+        return None
+    settings = _settings.get()
+    return settings if settings.memo is not None else Settings({name: read(flag) for name, flag in FLAGS.items()}, {})
+
+
+def held(settings: Settings | None = None) -> AbstractContextManager[None]:
+    """Keeps all flags as they are for every call inside the `with` block, or as they were at a `snapshot`.
+
+    Raises:
+        ValueError: there is no snapshot, and the environment holds an unknown flag or value.
+    """
+    if torch.compiler.is_compiling():
+        return nullcontext()
+    if settings is None:
+        check_names()
+        settings = snapshot()
+    return _set(settings)
 
 
 def while_held(function: Callable) -> Callable:
@@ -96,7 +123,7 @@ def while_held(function: Callable) -> Callable:
 
     @functools.wraps(function)
     def call(*args: object) -> object:
-        memo = _memo.get()
+        memo = _settings.get().memo
         if memo is None:
             return function(*args)
         key = (function, args)
@@ -126,17 +153,17 @@ def use_kernels(
     """
     chosen = {"embeddings": embeddings, "attention": attention, "bias_gelu": bias_gelu, "layernorm": layernorm}
     values = {OPS[op].name: _valid(OPS[op], value, op) for op, value in chosen.items() if value is not None}
-    with _set(_overrides, {**_overrides.get(), **values}), _set(_memo, None):
+    with _set(Settings({**_settings.get().values, **values})):
         yield
 
 
 @contextmanager
-def _set(variable: ContextVar, value: object) -> Iterator[None]:
-    token = variable.set(value)
+def _set(settings: Settings) -> Iterator[None]:
+    token = _settings.set(settings)
     try:
         yield
     finally:
-        variable.reset(token)
+        _settings.reset(token)
 
 
 def _valid(flag: Flag, value: str, source: str) -> str:

@@ -5,12 +5,10 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._C import _functorch as functorch
 
-from . import flags
+from . import flags, modes
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
-from .ops.implementation import is_transformed
 
 
 @dataclass(frozen=True)
@@ -59,29 +57,31 @@ def prepare(
     Raises:
         ValueError: the input cannot be run; the message names the argument, its value and the remedy.
     """
-    if is_transformed():
+    if modes.is_transformed():
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
     grid = _grid(config, input_ids, inputs_embeds)
+    input_ids = None if input_ids is None else input_ids.long()  # PyTorch has few operators for unsigned integers
     device = (inputs_embeds if input_ids is None else input_ids).device
     position_ids = _expand_positions(position_ids, grid)
     probes = [*_extremes(input_ids), *_extremes(position_ids)]
-    scores_bias = None
+    scores_bias, strange = None, ()
     if cu_seqlens is not None or max_seqlen is not None:
         batch, probed = _as_it_came(config, grid, cu_seqlens, max_seqlen, attention_mask, probes)
+        if probed and position_ids is not None:
+            _check_first_position(least=probed[-2])
     else:
         _check_length(config, "the input's number of columns", grid[1])
         if attention_mask is not None and attention_mask.dim() > 2:
             attention_mask = attention_mask.to(device)
             scores_bias = _scores_bias(attention_mask, grid, config.num_attention_heads)
-            strange = torch.zeros((), device=device) if _is_bias(attention_mask) else _strange(attention_mask)
-            batch, probed = TokenBatch.padded(grid, device), _read([strange, *probes])
+            strange = () if _is_bias(attention_mask) else _strange(attention_mask)
+            batch, probed = TokenBatch.padded(grid, device), _read([*probes, *strange])
         else:
-            mask, probes = _padding_mask(config, input_ids, attention_mask, grid, device, probes)
-            batch, probed = _laid_out(mask, needs_first, probes)
-        strange, *probed = probed or [False]
+            mask, strange = _padding_mask(config, input_ids, attention_mask, grid, device)
+            batch, probed = _laid_out(mask, needs_first, [*probes, *strange])
         if probed and attention_mask is None:
-            _check_one_sequence(position_ids, probed[-1])
-        if strange:
+            _check_one_sequence(position_ids, *probed[-2:])
+        if probed and strange and probed.pop():
             raise ValueError(
                 "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. A mask to "
                 "add to the scores must have four dimensions and hold floating-point numbers."
@@ -89,16 +89,16 @@ def prepare(
     _check_values(vocabulary, config, input_ids, position_ids, probed)
     return EncoderInputs(
         batch=batch,
-        input_ids=None if input_ids is None else batch.pack(input_ids).long(),
+        input_ids=None if input_ids is None else batch.pack(input_ids),
         inputs_embeds=None if inputs_embeds is None else batch.pack(inputs_embeds),
-        positions=batch.columns if position_ids is None else batch.pack(position_ids).long(),
+        positions=batch.columns if position_ids is None else batch.pack(position_ids),
         scores_bias=scores_bias,
     )
 
 
 def real_positions(config: ErnieMConfig, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """The positions of the grid that the packed layout computes, bool `(rows, columns)`; None where it is not used."""
-    if flags.read(flags.PACKING) == "0":
+    if not _leaves_out_padding():
         return None
     if attention_mask is None:
         return None if input_ids is None else input_ids != config.pad_token_id
@@ -107,13 +107,11 @@ def real_positions(config: ErnieMConfig, input_ids: Tensor | None, attention_mas
 
 def _check_not_mapped(**values: Tensor | None) -> None:
     for name, value in values.items():
-        while value is not None and functorch.is_functorch_wrapped_tensor(value):
-            if functorch.is_batchedtensor(value):
-                raise ValueError(
-                    f"{name} is mapped over by torch.vmap, but its values decide which tokens are computed; map over "
-                    f"parameters or inputs_embeds, or take row by row."
-                )
-            value = functorch.get_unwrapped(value)
+        if value is not None and modes.is_mapped(value):
+            raise ValueError(
+                f"{name} is mapped over by torch.vmap, but its values decide which tokens are computed; map over "
+                f"parameters or inputs_embeds, or take row by row."
+            )
 
 
 def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
@@ -156,7 +154,7 @@ def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Ten
             f"position_ids has shape {tuple(position_ids.shape)} and dtype {position_ids.dtype}; it must hold integers "
             f"of shape {grid} like the input, or (1, {grid[1]})."
         )
-    return position_ids.expand(grid)
+    return position_ids.long().expand(grid)
 
 
 def _padding_mask(
@@ -165,19 +163,18 @@ def _padding_mask(
     attention_mask: Tensor | None,
     grid: tuple[int, int],
     device: torch.device,
-    probes: list[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """The mask as bool `(rows, columns)`, and the probes with that of its values in front."""
+) -> tuple[Tensor, tuple[Tensor, ...]]:
+    """The mask as bool `(rows, columns)`, and the probe of its values where it came."""
     if attention_mask is None:
         mask = torch.ones(grid, dtype=torch.bool, device=device)
-        return (mask if input_ids is None else input_ids != config.pad_token_id), [mask.new_zeros(()), *probes]
+        return (mask if input_ids is None else input_ids != config.pad_token_id), ()
     if attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, grid[0]) or attention_mask.shape[1] != grid[1]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {grid} like the input, or a mask per "
             f"query of shape ({grid[0]}, {grid[1]}, {grid[1]}) or ({grid[0]}, 1 or heads, {grid[1]}, {grid[1]})."
         )
-    values = attention_mask.to(device).expand(grid)
-    return values != 0, [_strange(values), *probes]
+    values = attention_mask.expand(grid).to(device)
+    return values != 0, _strange(values)
 
 
 def _scores_bias(mask: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
@@ -199,17 +196,22 @@ def _is_bias(mask: Tensor) -> bool:
     return mask.dim() == 4 and mask.is_floating_point()
 
 
-def _strange(mask: Tensor) -> Tensor:
-    """Whether a mask holds anything but 0 and 1, one element."""
-    return ((mask != 0) & (mask != 1)).any()
+def _strange(mask: Tensor) -> tuple[Tensor, ...]:
+    """A probe of one element, whether a mask holds anything but 0 and 1; none for a graph that serves all masks."""
+    return () if modes.is_exported() else (((mask != 0) & (mask != 1)).any(),)
 
 
 def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tuple[TokenBatch, list[int]]:
-    packed = flags.read(flags.PACKING) == "1"
-    # A graph that is recorded once, for all masks to come, would take this mask's number of tokens as a constant.
-    if packed and not (torch.jit.is_tracing() or torch.compiler.is_exporting()):
+    packed = _leaves_out_padding()
+    # A graph that serves all masks would take this mask's number of tokens as a constant; without values there is none.
+    if packed and not modes.is_exported() and modes.has_values(mask):
         return TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
     return TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask, packed=packed), _read(probes)
+
+
+@torch.compiler.assume_constant_result
+def _leaves_out_padding() -> bool:
+    return flags.read(flags.PACKING) == "1"
 
 
 def _as_it_came(
@@ -229,7 +231,7 @@ def _as_it_came(
             f"Packed input (cu_seq_lens_q) is one row without attention_mask; {grid[0]} rows came, "
             f"{'with' if attention_mask is not None else 'without'} attention_mask."
         )
-    if cu_seqlens.dim() != 1 or len(cu_seqlens) < 2 or cu_seqlens.is_floating_point():
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers, "
             f"one more than there are sequences."
@@ -246,23 +248,33 @@ def _as_it_came(
 
 
 def _extremes(values: Tensor | None) -> tuple[Tensor, ...]:
-    return () if values is None or values.numel() == 0 else torch.aminmax(values)
+    """Probes of the least and the greatest value; none for a graph that serves all values."""
+    return () if values is None or modes.is_exported() or values.numel() == 0 else torch.aminmax(values)
 
 
 def _read(probes: Sequence[Tensor]) -> list[int]:
     """The probes' values on the host, in one synchronisation; nothing inside a graph, which cannot wait for them."""
-    if torch.compiler.is_compiling() or not probes:
+    if modes.is_recorded() or not probes or not modes.has_values(probes[0]):
         return []
     if probes[0].is_cuda and torch.cuda.is_current_stream_capturing():
         return []
     return torch.stack([probe.long() for probe in probes]).tolist()
 
 
-def _check_one_sequence(position_ids: Tensor | None, greatest: int) -> None:
+def _check_first_position(least: int) -> None:
+    """Packed input in which no token has position 0 was counted from elsewhere: every position would be shifted."""
+    if least > 0:
+        raise ValueError(
+            f"position_ids of packed input start at {least}; positions count from 0 in every sequence, as "
+            f"DataCollatorWithFlattening(position_ids_start=0) has them."
+        )
+
+
+def _check_one_sequence(position_ids: Tensor | None, least: int, greatest: int) -> None:
     """Positions that start anew in a single row mean several sequences, which nothing would keep apart."""
-    if position_ids is None or len(position_ids) != 1 or greatest >= position_ids.shape[1] - 1:
+    if position_ids is None or len(position_ids) != 1 or greatest - least >= position_ids.shape[1] - 1:
         return
-    starts = (position_ids[0, 1:] == 0).nonzero()
+    starts = (position_ids[0, 1:] == least).nonzero()
     if len(starts):
         raise ValueError(
             f"position_ids start anew at column {starts[0].item() + 1} of a single row. If that is several sequences, "
@@ -283,7 +295,7 @@ def _check_values(
     positions = config.max_position_embeddings - RESERVED_POSITIONS
     limits = (("input_ids", input_ids, vocabulary), ("position_ids", position_ids, positions))
     for name, values, limit in limits:
-        if values is None or values.numel() == 0 or not probed:
+        if not probed or values is None or values.numel() == 0:
             continue
         least, greatest = next(extremes), next(extremes)
         if least < 0 or greatest >= limit:

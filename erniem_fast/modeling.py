@@ -1,7 +1,5 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
-import contextlib
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -15,14 +13,12 @@ from transformers.modeling_outputs import (
     TokenClassifierOutput,
 )
 
-from . import flags, inputs
+from . import flags, inputs, modes
 from .configuration import ErnieMConfig
 from .dropout import draw_seeds
 from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer, is_active
 
 IGNORED_LABEL = -100
-
-Output = tuple[Tensor, ...] | ModelOutput
 
 
 class ErnieMPooler(nn.Module):
@@ -38,6 +34,20 @@ class ErnieMPooler(nn.Module):
         return self.activation(self.dense(first_tokens))
 
 
+class _UnreadPooler(ErnieMPooler):
+    """A pooler that no loss reads: loaded and saved with the checkpoint, but neither run nor trained.
+
+    Its weights are buffers, because `DistributedDataParallel` waits for the gradient of every parameter to train.
+    Frozen parameters would not do: `from_pretrained` sets `requires_grad` on all that it loads.
+    """
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config)
+        for name, parameter in list(self.dense.named_parameters()):
+            delattr(self.dense, name)
+            self.dense.register_buffer(name, parameter.detach())
+
+
 class ErnieMPreTrainedModel(PreTrainedModel):
     """What ERNIE-M models share: loading, saving, initialisation, and the pruning of heads."""
 
@@ -47,6 +57,10 @@ class ErnieMPreTrainedModel(PreTrainedModel):
     supports_gradient_checkpointing = True
     accepts_loss_kwargs = False
     _no_split_modules = [ErnieMEncoderLayer.__name__, ErnieMEmbeddings.__name__]  # noqa: RUF012 (as the base has it)
+
+    def __init__(self, config: ErnieMConfig, *inputs, **kwargs) -> None:
+        super().__init__(config, *inputs, **kwargs)
+        config.check()
 
     def enable_input_require_grads(self) -> None:
         """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need it.
@@ -122,7 +136,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Encodes a batch of token sequences.
 
         Args:
@@ -151,8 +165,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         config = self.config
         output_attentions = config.output_attentions if output_attentions is None else output_attentions
         output_hidden_states = config.output_hidden_states if output_hidden_states is None else output_hidden_states
-        # Inside a graph flags are constants, which the ops read when it is made.
-        with contextlib.nullcontext() if torch.compiler.is_compiling() else flags.held():
+        with flags.held():
             ready = inputs.prepare(
                 config,
                 input_ids,
@@ -161,10 +174,10 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 position_ids,
                 cu_seq_lens_q,
                 max_length_q,
-                needs_first=self.pooler is not None,
+                needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
             )
-            output = self._encode(ready, self._head_mask(head_mask), output_attentions, output_hidden_states)
+            output = self._encode(ready, head_mask, output_attentions, output_hidden_states)
         if _as_dict(config, return_dict):
             return output
         # The original's tuple keeps a place for the pooler where there is none.
@@ -183,15 +196,19 @@ class ErnieMModel(ErnieMPreTrainedModel):
         seeds = self._seeds(batch.columns.device)
         of_embeddings, of_layers = (None, None) if seeds is None else (seeds[0], seeds[1:])
         embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, of_embeddings)
+        head_mask = self._head_mask(head_mask, embedded)
         hidden, states, attentions = self.encoder(
             embedded, batch, of_layers, head_mask, ready.scores_bias, output_attentions, output_hidden_states
         )
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=batch.unpack(hidden),
-            pooler_output=None if self.pooler is None else self.pooler(batch.first_tokens(hidden)),
+            pooler_output=self.pooler(batch.first_tokens(hidden)) if self._pools() else None,
             hidden_states=tuple(batch.unpack(state) for state in states) if output_hidden_states else None,
             attentions=tuple(batch.unpack_attention(each) for each in attentions) if output_attentions else None,
         )
+
+    def _pools(self) -> bool:
+        return self.pooler is not None and not isinstance(self.pooler, _UnreadPooler)
 
     def _seeds(self, device: torch.device) -> Tensor | None:
         """A row of dropout seeds for the embeddings and one for each layer, where any dropout is active."""
@@ -201,13 +218,14 @@ class ErnieMModel(ErnieMPreTrainedModel):
         rows = len(self.encoder.layers) + 1
         return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)
 
-    def _head_mask(self, head_mask: Tensor | None) -> Tensor | None:
+    def _head_mask(self, head_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
+        """`(layers, heads)` with dtype and device of `hidden`; replicas of `DataParallel` have no parameters to ask."""
         if head_mask is None:
             return None
         shape = (self.config.num_hidden_layers, self.config.num_attention_heads)
         if tuple(head_mask.shape) not in (shape, shape[1:]):
             raise ValueError(f"head_mask has shape {tuple(head_mask.shape)}; it must be {shape[1:]} or {shape}.")
-        return head_mask.to(self.dtype).expand(shape)
+        return head_mask.to(hidden).expand(shape)
 
 
 class _ErnieMHead(ErnieMPreTrainedModel):
@@ -222,7 +240,9 @@ class _ErnieMHead(ErnieMPreTrainedModel):
         rate = self.config.classifier_dropout
         return nn.Dropout(self.config.hidden_dropout_prob if rate is None else rate)
 
-    def _answer(self, return_dict: bool | None, encoded: ModelOutput, output: type[ModelOutput], **fields) -> Output:
+    def _answer(
+        self, return_dict: bool | None, encoded: ModelOutput, output: type[ModelOutput], **fields
+    ) -> ModelOutput | tuple:
         """The head's output with what else the encoder returned, as a tuple where that is asked for."""
         answer = output(**fields, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
         return answer if _as_dict(self.config, return_dict) else answer.to_tuple()
@@ -255,13 +275,13 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> SequenceClassifierOutput | tuple:
         """Classifies sequences; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            labels: int64 `(sequences,)` for one label of several, -100 where there is none; `(sequences, labels)` of
-                0.0 and 1.0 for several at once; float `(sequences,)` for regression. `config.problem_type` decides, or
-                else what is given.
+            labels: integer `(sequences,)` for one label of several, -100 where there is none; `(sequences, labels)` of
+                0 and 1 for several at once; `(sequences,)` for regression. `config.problem_type` decides, or else what
+                is given.
 
         Returns:
             `loss` if labels are given, `logits` `(sequences, labels)`, `hidden_states`, `attentions`.
@@ -283,15 +303,18 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None
         if labels is not None:
-            if self._takes_classes(labels):
+            if self._takes_classes(labels, logits):
+                labels = _as_integers("labels", labels)
                 _check_classes(labels, self.num_labels, _REMEDY)
+            elif not labels.is_floating_point():
+                labels = labels.float()
             loss = self.loss_function(labels, logits, self.config)
         return self._answer(return_dict, encoded, SequenceClassifierOutput, loss=loss, logits=logits)
 
-    def _takes_classes(self, labels: Tensor) -> bool:
-        """Whether each label is one class of several, by the rule of transformers' loss."""
+    def _takes_classes(self, labels: Tensor, logits: Tensor) -> bool:
+        """Whether each label is one class of several: integers are, unless there is one for every logit."""
         if self.config.problem_type is None:
-            return self.num_labels > 1 and labels.dtype in (torch.int64, torch.int32)
+            return self.num_labels > 1 and not labels.is_floating_point() and labels.shape != logits.shape
         return self.config.problem_type == "single_label_classification"
 
 
@@ -315,11 +338,11 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> MultipleChoiceModelOutput | tuple:
         """Scores choices; arguments as in `ErnieMModel.forward` with a dimension of choices after the first, and:
 
         Args:
-            labels: int64 `(rows,)`, the right choice of each row, -100 where there is none.
+            labels: integer `(rows,)`, the right choice of each row, -100 where there is none.
 
         Returns:
             `loss` if labels are given, `logits` `(rows, choices)`, `hidden_states`, `attentions`.
@@ -342,6 +365,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, given.shape[1])
         loss = None
         if labels is not None:
+            labels = _as_integers("labels", labels)
             _check_classes(labels, given.shape[1], "count the choices of a row from 0")
             loss = cross_entropy(logits, labels)
         return self._answer(return_dict, encoded, MultipleChoiceModelOutput, loss=loss, logits=logits)
@@ -373,11 +397,11 @@ class ErnieMForTokenClassification(_ErnieMHead):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
-    ) -> Output:
+    ) -> TokenClassifierOutput | tuple:
         """Classifies tokens; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            labels: int64 `(rows, columns)`, -100 where there is none; padding is left out in the packed layout.
+            labels: integer `(rows, columns)`, -100 where there is none; padding is left out in the packed layout.
 
         Returns:
             `loss` if labels are given, `logits` `(rows, columns, labels)`, `hidden_states`, `attentions`.
@@ -401,6 +425,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
             came_packed = cu_seq_lens_q is not None
             real = None if came_packed else inputs.real_positions(self.config, input_ids, attention_mask)
             _check_labels("labels", labels, logits.shape[:2])
+            labels = _as_integers("labels", labels)
             labels = labels if real is None else labels.masked_fill(~real, IGNORED_LABEL)
             _check_classes(labels, self.num_labels, _REMEDY)
             loss = self.loss_function(logits, labels, self.config)
@@ -430,12 +455,12 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> QuestionAnsweringModelOutput | tuple:
         """Scores spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            start_positions, end_positions: int64 `(rows,)`, columns; one beyond the row, and in the packed layout one
-                at padding, is left out of the loss.
+            start_positions, end_positions: integer `(rows,)`, columns; one beyond the row, and in the packed layout
+                one at padding, is left out of the loss.
 
         Returns:
             `loss` if both positions are given, `start_logits` and `end_logits` `(rows, columns)`, in the packed layout
@@ -455,8 +480,11 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         start_logits, end_logits = _lowest_at_padding(self.qa_outputs(encoded.last_hidden_state), real).unbind(-1)
         loss = None
         if start_positions is not None and end_positions is not None:
-            positions = [_without_padding(each, real) for each in (start_positions, end_positions)]
-            loss = self.loss_function(start_logits, end_logits, *positions)
+            columns = [
+                _without_padding(_as_integers(name, positions), real)
+                for name, positions in (("start_positions", start_positions), ("end_positions", end_positions))
+            ]
+            loss = self.loss_function(start_logits, end_logits, *columns)
         logits = {"start_logits": start_logits.contiguous(), "end_logits": end_logits.contiguous()}
         return self._answer(return_dict, encoded, QuestionAnsweringModelOutput, loss=loss, **logits)
 
@@ -466,6 +494,7 @@ class ErnieMForInformationExtraction(_ErnieMHead):
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__(config)
+        self.ernie_m.pooler = _UnreadPooler(config)
         self.linear_start = nn.Linear(config.hidden_size, 1)
         self.linear_end = nn.Linear(config.hidden_size, 1)
         self.post_init()
@@ -482,12 +511,12 @@ class ErnieMForInformationExtraction(_ErnieMHead):
         output_attentions: bool | None = None,
         output_hidden_states: bool | None = None,
         return_dict: bool | None = None,
-    ) -> Output:
+    ) -> QuestionAnsweringModelOutput | tuple:
         """Scores starts and ends of spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            start_positions, end_positions: `(rows, columns)` of 0 and 1, or int64 `(rows,)`, one column a row; a row
-                whose column lies outside is left out of the loss, as padding is in the packed layout.
+            start_positions, end_positions: `(rows, columns)` of 0 and 1, or integer `(rows,)`, one column a row; a
+                row whose column lies outside is left out of the loss, as padding is in the packed layout.
 
         Returns:
             `loss` if both positions are given, `start_logits` and `end_logits` `(rows, columns)`, in the packed layout
@@ -533,12 +562,19 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do:
         )
 
 
+def _as_integers(name: str, labels: Tensor) -> Tensor:
+    """int64, since losses take classes and columns as nothing else; and the ignored label needs a sign."""
+    if labels.is_floating_point():
+        raise ValueError(f"{name} has dtype {labels.dtype}; it must hold integers: convert it by .long().")
+    return labels.long()
+
+
 _REMEDY = "load the model with the num_labels that the data has, or check what numbers its labels"
 
 
 def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
     """Each label must be a class or the ignored one; unchecked where that would wait for a device or break a graph."""
-    if torch.compiler.is_compiling() or labels.device.type != "cpu":
+    if modes.is_recorded() or labels.device.type != "cpu" or not modes.has_values(labels):
         return
     wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED_LABEL)
     if wrong.any():

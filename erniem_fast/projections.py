@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import extension, flags
-from .ops.implementation import is_transformed
+from . import extension, flags, modes
 from .ops.native_encoder import few_tokens
 
 # The token counts for which the native product beats PyTorch's, measured on two cores of a Xeon with AVX-512: a forward
@@ -20,63 +19,105 @@ from .ops.native_encoder import few_tokens
 _FEW_TOKENS = range(4, 129)
 
 
+class Scratch:
+    """Memory that products take one after another.
+
+    It is no tensor, because layers are given it: a tensor that their hooks are given must stay as it is.
+    """
+
+    def __init__(self, memory: Tensor) -> None:
+        self.memory = memory
+
+
 def project(
-    linear: nn.Module, x: Tensor, leave_bias: bool, scratch: Tensor | None = None
+    linear: nn.Module, x: Tensor, leave_bias: bool, scratch: Scratch | None = None
 ) -> tuple[Tensor, Tensor | None]:
     """`linear(x)`, or where the next op adds the bias itself (`leave_bias`), the product and the bias apart.
 
     A plain linear writes its product into `scratch` where that is given.
+
+    Raises:
+        ValueError: a plain linear has a bias of another length than its weight says.
     """
     if not is_plain(linear, nn.Linear):
         return linear(x), None
-    few = takes_few_tokens(x, linear.weight)
-    out = _rows(scratch, x, linear.out_features) if few or scratch is not None else None
+    weight, bias = _parameters(linear)
+    few = takes_few_tokens(x, weight, bias)
+    out = _rows(scratch, x, weight.shape[0]) if few or scratch is not None else None
     if few:
-        few_tokens(out, x, linear.weight, linear.bias)
+        few_tokens(out, x, weight, bias)
         return out, None
-    bias, left = (None, linear.bias) if leave_bias else (linear.bias, None)
-    return F.linear(x, linear.weight, bias) if out is None else _linear_into(out, x, linear.weight, bias), left
+    bias, left = (None, bias) if leave_bias else (bias, None)
+    return F.linear(x, weight, bias) if out is None else _linear_into(out, x, weight, bias), left
 
 
-def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Tensor | None = None) -> Tensor:
-    """Several linears on the same input: `(tokens, in_features)` to `(tokens, sum of out_features)`.
+def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scratch | None = None) -> Tensor:
+    """Queries, keys and values side by side: `(tokens, in_features)` to `(tokens, 3 · out_features)`.
 
     In training they are one product with their weights joined. In inference each writes into its columns of the result:
     nothing is copied, and no joined weight is kept. (One was, against the parameters' versions; but fused optimizers
     and writes through `parameter.data` change no version, and it went stale. Nor was one wide product faster on CPU:
     within 3 % of three from 12 to 4,096 tokens at base size.)
+
+    Raises:
+        ValueError: the linears have different numbers of features, or a bias of another length than its weight says.
     """
-    if not all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in linears):
-        return torch.cat([linear(x) for linear in linears], dim=-1)
+    plain = all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in linears)
+    parameters = [_parameters(linear) for linear in linears] if plain else []
+    # Joined, parameters of several dtypes would be promoted in silence.
+    if len({each.dtype for pair in parameters for each in pair}) != 1:
+        products = [linear(x) for linear in linears]
+        _check_widths([product.shape[-1] for product in products])
+        return torch.cat(products, dim=-1)
+    widths = [weight.shape[0] for weight, _ in parameters]
+    _check_widths(widths)
     if not _takes_out(x):
-        weight, bias = (torch.cat([getattr(linear, name) for linear in linears]) for name in ("weight", "bias"))
-        return F.linear(x, weight, bias)
-    widths = [linear.out_features for linear in linears]
+        return F.linear(x, *(torch.cat(each) for each in zip(*parameters, strict=True)))
     out = _rows(scratch, x, sum(widths))
-    into = few_tokens if takes_few_tokens(x, linears[0].weight) else _linear_into
-    for linear, columns in zip(linears, out.split(widths, dim=1), strict=True):
-        into(columns, x, linear.weight, linear.bias)
+    into = few_tokens if takes_few_tokens(x, *parameters[0]) else _linear_into
+    for columns, (weight, bias) in zip(out.split(widths, dim=1), parameters, strict=True):
+        into(columns, x, weight, bias)
     return out
 
 
-def scratch_for(x: Tensor, width: int) -> Tensor | None:
+def _check_widths(widths: list[int]) -> None:
+    """Other widths could add up to three equal parts, too."""
+    if any(width != widths[0] for width in widths):
+        raise ValueError(
+            f"queries, keys and values have {', '.join(map(str, widths))} features, but attention needs as many of "
+            f"each; cut q_proj, k_proj and v_proj alike."
+        )
+
+
+def _parameters(linear: nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """The weight and bias of a plain linear; they say its size, for its attributes may be older than they are."""
+    weight, bias = linear.weight, linear.bias
+    if bias is not None and bias.shape != weight.shape[:1]:
+        raise ValueError(
+            f"a linear has a weight of shape {tuple(weight.shape)}, but a bias of shape {tuple(bias.shape)}; the bias "
+            f"must have shape {tuple(weight.shape[:1])}: cut it as the weight was cut."
+        )
+    return weight, bias
+
+
+def scratch_for(x: Tensor, width: int) -> Scratch | None:
     """Memory for the products of `x` with up to `width` features, one after another; None where they want their own.
 
     The pages of tensors this large are new at every call, and to get them took 5 % of a forward on a CPU.
     """
-    return x.new_empty(x.shape[0] * width) if _takes_out(x) else None
+    return Scratch(x.new_empty(x.shape[0] * width)) if _takes_out(x) else None
 
 
-def _rows(scratch: Tensor | None, x: Tensor, width: int) -> Tensor:
-    """`(tokens, width)`, of the scratch where there is one that fits: somebody may have put in a wider linear."""
-    size = x.shape[0] * width
-    fits = scratch is not None and (scratch.dtype, scratch.device) == (x.dtype, x.device) and size <= scratch.numel()
-    return scratch[:size].view(-1, width) if fits else x.new_empty(x.shape[0], width)
+def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
+    """`(tokens, width)`, of the scratch where there is one that fits: another linear may be wider than the config's."""
+    size, memory = x.shape[0] * width, None if scratch is None else scratch.memory
+    fits = memory is not None and (memory.dtype, memory.device) == (x.dtype, x.device) and size <= memory.numel()
+    return memory[:size].view(x.shape[0], width) if fits else x.new_empty(x.shape[0], width)
 
 
 def _takes_out(x: Tensor) -> bool:
     """Whether a product of `x` may be written into given memory: autograd, autocast and graphs want their own."""
-    followed = torch.is_grad_enabled() or is_transformed() or torch.compiler.is_compiling() or torch.jit.is_tracing()
+    followed = torch.is_grad_enabled() or modes.is_transformed() or modes.is_recorded() or not modes.has_values(x)
     return not (followed or torch.is_autocast_enabled(x.device.type))
 
 
@@ -86,14 +127,14 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
     return torch.addmm(bias, x, weight.t(), out=out)
 
 
-def takes_few_tokens(x: Tensor, weight: Tensor) -> bool:
+def takes_few_tokens(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether the native product serves, and is faster: in inference on the CPU, where it is built."""
     return (
         _takes_out(x)
         and x.shape[0] in _FEW_TOKENS
         and type(x) is Tensor  # not a fake one, which has no memory
         and x.device.type == "cpu"
-        and x.dtype == weight.dtype == torch.float32
+        and all(each is None or each.dtype == torch.float32 for each in (x, *parameters))
         and _has_native_product()
     )
 
@@ -105,13 +146,25 @@ def _has_native_product() -> bool:
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
     """Whether a call of the module does nothing but what its kind does, so that its parameters say it all."""
-    return is_untouched(module, kind) and type(module.weight) in (nn.Parameter, Tensor)  # not quantised or sharded
+    if not is_untouched(module, kind):
+        return False
+    bias = getattr(module, "bias", None)
+    return _is_dense(module.weight) and (bias is None or _is_dense(bias))
+
+
+def _is_dense(parameter: object) -> bool:
+    """Whether a parameter is numbers in memory and nothing else: there, and not quantised, sharded or sparse."""
+    return type(parameter) in (nn.Parameter, Tensor) and parameter.layout is torch.strided
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module runs the forward of its kind and nothing else."""
+    """Whether a call of the module runs the forward of its kind and nothing else, so that other code can stand for it.
+
+    Never in a graph that is made for elsewhere, where only the module's own operators are known.
+    """
     return (
-        type(module) is kind
+        not modes.is_exported()
+        and type(module) is kind
         and "forward" not in module.__dict__  # accelerate's offloading replaces it on the instance
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)

@@ -98,7 +98,8 @@ def attention_backward(
         kept = None if key_mask is None else key_mask[start:end]
         keep = None if seed is None else attention_keep_mask(seed, p, columns[start:end], sequence, heads)
         of_out = grad[start:end].unflatten(-1, (heads, -1)).transpose(0, 1)
-        grads = attend_backward(of_out, query, key, value, scale, kept, keep, p)
+        out, _ = attend(query, key, value, scale, kept, keep, p)
+        grads = attend_backward(of_out, query, key, value, scale, kept, keep, p, out)
         of_qkv.append(torch.stack(grads).permute(2, 0, 1, 3).flatten(1))
     return torch.cat(of_qkv)
 
@@ -115,6 +116,9 @@ def attend(
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence, or of a batch of equally long ones.
 
+    Everything is computed in `wide(dtype)`, so that nothing overflows that the result could hold. Rounded to the dtype
+    are the results, and what half-precision matrix products take: the probabilities.
+
     Args:
         query, key, value: `(..., length, head_dim)`.
         scale: of the scores.
@@ -126,9 +130,9 @@ def attend(
     Returns:
         `(..., length, head_dim)`, and the probabilities after dropout, `(..., length, length)`.
     """
-    probabilities = softmax(_scores(query, key, scale, kept, scores_bias))
+    probabilities = _rounded(softmax(_scores(query, key, scale, kept, scores_bias)), value.dtype)
     dropped = probabilities if keep is None else apply_mask(probabilities, keep, p)
-    return dropped @ value, dropped
+    return (dropped @ value.to(dropped.dtype)).to(value.dtype), dropped.to(value.dtype)
 
 
 def attend_backward(
@@ -140,19 +144,33 @@ def attend_backward(
     kept: Tensor | None = None,
     keep: Tensor | None = None,
     p: float = 0.0,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, given that of the result of `attend`."""
+    """The gradients of query, key and value, given that of the result of `attend`, and rounded as there.
+
+    With that result, `out`, the mean of the probabilities' gradients is taken as grad · out, as kernels commonly do:
+    the same sum, to which rounding adds more where one probability is nearly 1 and the others' gradients cancel.
+    """
+    dtype = query.dtype
     probabilities = softmax(_scores(query, key, scale, kept, None))
-    dropped, of_probabilities = probabilities, grad @ value.transpose(-1, -2)
+    grad, query, key, value = (each.to(probabilities.dtype) for each in (grad, query, key, value))
+    dropped, of_probabilities = _rounded(probabilities, dtype), grad @ value.transpose(-1, -2)
     if keep is not None:
         dropped, of_probabilities = apply_mask(dropped, keep, p), apply_mask(of_probabilities, keep, p)
-    mean = (of_probabilities * probabilities).sum(-1, keepdim=True)
-    of_scores = probabilities * (of_probabilities - mean) * scale
-    return of_scores @ key, of_scores.transpose(-1, -2) @ query, dropped.transpose(-1, -2) @ grad
+    terms = of_probabilities * probabilities if out is None else grad * out
+    mean = terms.sum(-1, keepdim=True)
+    of_scores = _rounded(probabilities * (of_probabilities - mean), dtype)
+    of_query, of_key = of_scores @ key * scale, of_scores.transpose(-1, -2) @ query * scale
+    return of_query.to(dtype), of_key.to(dtype), (dropped.transpose(-1, -2) @ grad).to(dtype)
+
+
+def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """The nearest values of a dtype, in the dtype of x."""
+    return x.to(dtype).to(x.dtype)
 
 
 def _scores(query: Tensor, key: Tensor, scale: float, kept: Tensor | None, scores_bias: Tensor | None) -> Tensor:
-    scores = query @ key.transpose(-1, -2) * scale
+    scores = query.to(wide(query.dtype)) @ key.to(wide(key.dtype)).transpose(-1, -2) * scale
     scores = scores if scores_bias is None else scores + scores_bias.to(scores.dtype)
     return scores if kept is None else scores.masked_fill(~kept, -torch.inf)
 
@@ -238,20 +256,31 @@ def add_layernorm(
 
 def layer_norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450), with the biased variance."""
-    dtype = torch.promote_types(x.dtype, weight.dtype)
-    x = x.to(wide(x.dtype))
-    mean = x.mean(-1, keepdim=True)
-    variance = (x - mean).square().mean(-1, keepdim=True)
-    return ((x - mean) * torch.rsqrt(variance + eps) * weight + norm_bias).to(dtype)
+    normal, _ = normalise(x.to(wide(x.dtype)), eps)
+    return (normal * weight + norm_bias).to(torch.promote_types(x.dtype, weight.dtype))
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of x, weight and norm_bias, given that of the result of `layer_norm`."""
-    centred = x - x.mean(-1, keepdim=True)
-    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
-    normal, of_normal = centred * rstd, grad * weight
+    normal, rstd = normalise(x, eps)
+    of_normal = grad * weight
     means = of_normal.mean(-1, keepdim=True) + normal * (of_normal * normal).mean(-1, keepdim=True)
     return rstd * (of_normal - means), (grad * normal).sum(0), grad.sum(0)
+
+
+def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Rows less their mean over their standard deviation, whose reciprocal comes second.
+
+    The mean is taken off twice (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American
+    Statistician 37, 1983). As a rounded number the first is off by some units in its last place, which all of a row's
+    elements then have too much. In a row of equal values that is all there is, and the reciprocal of a standard
+    deviation of sqrt(eps) blows it up. It is the mean of what is left, and of equal values exactly: few units add up
+    without rounding.
+    """
+    centred = x - x.mean(-1, keepdim=True)
+    centred = centred - centred.mean(-1, keepdim=True)
+    rstd = torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps)
+    return centred * rstd, rstd
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -4,6 +4,7 @@ Tokens and ids equal those of transformers 4.57.6. What is new: every token's pl
 SentencePiece's threads, and no string that raises.
 """
 
+import contextlib
 import itertools
 import os
 import re
@@ -14,13 +15,20 @@ from typing import Any
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
-from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.tokenization_python import Trie
+from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
+
+from . import truncation
+from .configuration import RESERVED_POSITIONS, ErnieMConfig
 
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt", "sentencepiece_model_ckpt": "sentencepiece.bpe.model"}
 RESOURCE_FILES_NAMES = {"sentencepiece_model_file": "sentencepiece.bpe.model", "vocab_file": "vocab.txt"}
+
+# The arguments of `from_pretrained` that say where the files of a checkpoint are.
+HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 SPACE = "▁"  # what SentencePiece writes for a space
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -62,6 +70,11 @@ class AlignedText:
 class ErnieMTokenizer(PreTrainedTokenizer):
     """Drop-in replacement of the ErnieMTokenizer of transformers 4.57.6, for transformers 5.
 
+    With `return_overflowing_tokens=True` a call returns what truncation cuts off: as ids, in `overflowing_tokens`, as
+    transformers 4 does; with `return_tensors=` or `return_offsets_mapping=True` as windows, as fast tokenizers do. Then
+    each window is a row, even for a single text; neighbours share `stride` tokens; tensors are padded; and
+    `overflow_to_sample_mapping` holds the index of each row's text.
+
     Args:
         sentencepiece_model_ckpt (`str`): path of the SentencePiece model.
         vocab_file (`str`, *optional*): path of the vocabulary, one token a line, its id the line's number from 0.
@@ -80,8 +93,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
     vocab_files_names = VOCAB_FILES_NAMES
     resource_files_names = RESOURCE_FILES_NAMES
-    # The model has no token types, and finds padding by its id where it is given no mask.
-    model_input_names = ["input_ids"]  # noqa: RUF012 (an instance may set its own: the base class does)
+    # The model has no token types.
+    model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (an instance may set its own: the base class does)
 
     # Full-width forms and the ASCII characters they stand for. The full-width tilde is a punctuation mark of its own.
     SP_CHAR_MAPPING = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)}  # noqa: RUF012
@@ -111,7 +124,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         else:
             self.vocab = self.load_vocab(vocab_file)
         self.reverse_vocab = {index: token for token, index in self.vocab.items()}
-        self._cuts = {}
+        # The tokens of known pieces. Under this name `datasets` leaves them out of a tokenizer's fingerprint.
+        self.cache = {}
         super().__init__(
             do_lower_case=do_lower_case,
             unk_token=unk_token,
@@ -125,14 +139,35 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             **kwargs,
         )
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs) -> "ErnieMTokenizer":
+        """Loads a tokenizer, with the base class's arguments.
+
+        `model_max_length` is at most the number of tokens that the checkpoint's model has positions for, unless it is
+        given as an argument.
+        """
+        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        if "model_max_length" not in kwargs:
+            positions = _count_positions(pretrained_model_name_or_path, kwargs)
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        return tokenizer
+
     def __getstate__(self) -> dict:
-        # The model itself travels, not its path: the file may be gone where the pickle is read.
-        return self.__dict__ | {"sp_model": self.sp_model.serialized_model_proto(), "_cuts": {}}
+        # The model itself travels, not its path: the file may be gone where the pickle is read. Equal tokenizers have
+        # equal pickles: the cache and the warnings depend on the texts seen so far, the order of the trie's set on the
+        # process.
+        return self.__dict__ | {
+            "sp_model": self.sp_model.serialized_model_proto(),
+            "tokens_trie": sorted(self.tokens_trie._tokens),
+            "cache": {},
+            "deprecation_warnings": {},
+        }
 
     def __setstate__(self, state: dict):
         self.__dict__.update(state)
         self.sp_model = sentencepiece.SentencePieceProcessor(**self.sp_model_kwargs)
         self.sp_model.load_from_serialized_proto(state["sp_model"])
+        self.tokens_trie = Trie(state["tokens_trie"])
 
     # ---- Vocabulary
 
@@ -308,7 +343,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
     def _cut_pieces(self, pieces: list[str]) -> list[str]:
         """The tokens of a text, from its pieces."""
-        tokens, cuts = [], self._cuts
+        tokens, cuts = [], self.cache
         for index, piece in enumerate(pieces):
             if piece != SPACE:
                 tokens += cuts.get(piece) or self._cut_piece(piece)
@@ -329,7 +364,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         tokens = [piece[start:end] for start, end in bounds if piece[start:end] != SPACE or end == len(piece)]
         # Pieces that SentencePiece does not know are without number: only the others are kept.
         if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id():
-            self._cuts[piece] = tokens
+            self.cache[piece] = tokens
         return tokens
 
     def _spans(self, text: AlignedText, tokens: list[str]) -> Iterator[tuple[int, int]]:
@@ -411,7 +446,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """Returns 1 for [CLS] and [SEP], 0 for all others.
+        """Returns 1 for [CLS], [SEP] and padding, 0 for all others.
 
         Args:
             token_ids_0: ids of the first sequence, or of all with `already_has_special_tokens=True`.
@@ -426,7 +461,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
                 raise ValueError(
                     "token_ids_1 must be None with already_has_special_tokens=True: token_ids_0 holds both sequences"
                 )
-            special = (self.sep_token_id, self.cls_token_id)
+            special = (self.sep_token_id, self.cls_token_id, self.pad_token_id)
             return [int(index in special) for index in token_ids_0]
         if token_ids_1 is None:
             return [1] + [0] * len(token_ids_0) + [1]
@@ -440,12 +475,43 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             return [0] * (len(token_ids_0) + 2)
         return [0] * (len(token_ids_0) + 1) + [1] * (len(token_ids_1) + 3)
 
+    def truncate_sequences(
+        self,
+        ids: list[int],
+        pair_ids: list[int] | None = None,
+        num_tokens_to_remove: int = 0,
+        truncation_strategy: str | TruncationStrategy = TruncationStrategy.LONGEST_FIRST,
+        stride: int = 0,
+    ) -> tuple[list[int], list[int] | None, list[int]]:
+        """Takes tokens out of one or two sequences of ids, which have no special tokens yet.
+
+        Returns:
+            What is left of `ids`; what is left of `pair_ids`; and the tokens that were cut off, with up to `stride`
+            tokens beside them, or none if longest_first cut a pair.
+        """
+        sequences, strategy = [ids] if pair_ids is None else [ids, pair_ids], TruncationStrategy(truncation_strategy)
+        lengths = [len(sequence) for sequence in sequences]
+        sizes = truncation.sizes_to_keep(lengths, num_tokens_to_remove, strategy)
+        side = self.truncation_side
+        left = _cut(sequences, [truncation.kept(*each, side) for each in zip(lengths, sizes, strict=True)])
+        if pair_ids is None:
+            left.append(None)
+        elif strategy == TruncationStrategy.LONGEST_FIRST:
+            return *left, []
+        return *left, truncation.overflow(sequences, sizes, stride, side)
+
+    def prepare_for_model(
+        self, ids: list[int], pair_ids: list[int] | None = None, return_tensors=None, prepend_batch_axis=False, **kwargs
+    ) -> BatchEncoding:
+        """`tokenizer(ids, pair_ids)` for one example of ids; tensors get a batch axis only if asked for."""
+        encoding = self(ids, pair_ids, is_split_into_words=True, **kwargs)
+        return encoding.convert_to_tensors(return_tensors, prepend_batch_axis)
+
     def _encode_plus(
         self,
         text,
         text_pair=None,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
-        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
         max_length: int | None = None,
         is_split_into_words: bool = False,
         pad_to_multiple_of: int | None = None,
@@ -461,19 +527,27 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         is_batch, examples = _as_batch(text, text_pair, is_split_into_words)
         sequences = [self._as_list(sequence, is_split_into_words) for example in examples for sequence in example]
         encoded = self._encode_sequences(sequences, split_special_tokens, return_offsets_mapping)
+        # Overflowing ids make no tensor where their lengths differ, and say nothing of offsets: windows do both.
+        with_windows = return_overflowing_tokens and (return_tensors is not None or return_offsets_mapping)
+        if with_windows and return_tensors is not None and padding_strategy == PaddingStrategy.DO_NOT_PAD:
+            padding_strategy = PaddingStrategy.LONGEST
         outputs = {"input_ids": []}
-        for example in examples:
-            prepared = self._prepare_example(
-                [next(encoded) for _ in example],
-                return_offsets_mapping,
-                truncation=truncation_strategy.value,
+        for index, example in enumerate(examples):
+            ids, spans = zip(*itertools.islice(encoded, len(example)), strict=True)
+            for row in self._prepare_example(
+                ids,
+                spans if return_offsets_mapping else None,
                 max_length=max_length,
-                return_attention_mask=False,
-                return_overflowing_tokens=return_overflowing_tokens and not return_tensors,
+                return_overflowing_tokens=return_overflowing_tokens,
+                with_windows=with_windows,
                 **kwargs,
-            )
-            for name, value in prepared.items():
-                outputs.setdefault(name, []).append(value)
+            ):
+                if with_windows:
+                    row["overflow_to_sample_mapping"] = index
+                for name, value in row.items():
+                    outputs.setdefault(name, []).append(value)
+        if return_attention_mask is None:
+            return_attention_mask = "attention_mask" in self.model_input_names
         outputs = self.pad(
             outputs,
             padding=padding_strategy.value,
@@ -483,8 +557,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             return_attention_mask=return_attention_mask,
         )
         if "length" in outputs and not is_batch:
-            outputs["length"] = [len(outputs["input_ids"][0])]
-        if not is_batch and return_tensors is None:
+            outputs["length"] = [len(ids) for ids in outputs["input_ids"]]
+        if not is_batch and not with_windows and return_tensors is None:
             outputs = {name: values[0] for name, values in outputs.items()}
         return BatchEncoding(outputs, tensor_type=return_tensors)
 
@@ -517,22 +591,90 @@ class ErnieMTokenizer(PreTrainedTokenizer):
                 spans += word_spans
             yield self.convert_tokens_to_ids(tokens), spans
 
-    def _prepare_example(self, sequences: list[tuple], return_offsets_mapping: bool, **kwargs) -> BatchEncoding:
-        """One example, of one or two sequences of ids and spans: truncated, with special tokens, not padded."""
-        ids, spans = zip(*sequences, strict=True)
-        example = self.prepare_for_model(*ids, **kwargs)
-        if return_offsets_mapping:
-            # Truncation and special tokens do to spans what they do to ids; ids among the spans are special tokens.
-            arranged = self.prepare_for_model(*spans, **kwargs)["input_ids"]
-            example["offset_mapping"] = [span if isinstance(span, tuple) else (0, 0) for span in arranged]
-        if kwargs["return_overflowing_tokens"]:
-            # The base class leaves them out where nothing is cut off, and then fails on a batch that has both.
-            example.setdefault("overflowing_tokens", [])
-            example.setdefault("num_truncated_tokens", 0)
-        return example
+    def _prepare_example(
+        self,
+        ids: tuple[list[int], ...],
+        spans: tuple[list, ...] | None,
+        truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
+        max_length: int | None = None,
+        stride: int = 0,
+        add_special_tokens: bool = True,
+        return_overflowing_tokens: bool = False,
+        with_windows: bool = False,
+        verbose: bool = True,
+        **fields,
+    ) -> Iterator[dict]:
+        """The rows of an example of one or two sequences: one, or one a window; with special tokens, not padded."""
+        is_pair = len(ids) == 2
+        if return_overflowing_tokens and is_pair and truncation_strategy == TruncationStrategy.LONGEST_FIRST:
+            raise ValueError(
+                "return_overflowing_tokens=True does not go with truncation='longest_first' for a pair, both of whose "
+                "texts may overflow: use truncation='only_first' or 'only_second'"
+            )
+        lengths = [len(sequence) for sequence in ids]
+        num_special = self.num_special_tokens_to_add(is_pair) if add_special_tokens else 0
+        excess = 0 if max_length is None else sum(lengths) + num_special - max_length
+        sizes = truncation.sizes_to_keep(lengths, excess if max_length else 0, truncation_strategy)
+        side = self.truncation_side
+        if with_windows:
+            parts = [truncation.windows(*each, stride, side) for each in zip(lengths, sizes, strict=True)]
+        else:
+            parts = [[truncation.kept(*each, side)] for each in zip(lengths, sizes, strict=True)]
+        for window in itertools.product(*parts):
+            row = self._make_row(_cut(ids, window), spans and _cut(spans, window), add_special_tokens, **fields)
+            self._eventual_warn_about_too_long_sequence(row["input_ids"], max_length, verbose)
+            if return_overflowing_tokens and not with_windows:
+                row["overflowing_tokens"] = truncation.overflow(ids, sizes, stride, side)
+                row["num_truncated_tokens"] = excess
+            yield row
 
-    def _pad(self, encoded_inputs, *args, padding_side: str | None = None, **kwargs) -> dict:
-        padded = super()._pad(encoded_inputs, *args, padding_side=padding_side, **kwargs)
+    def _make_row(
+        self,
+        ids: list[list[int]],
+        spans: list[list] | None,
+        add_special_tokens: bool,
+        return_token_type_ids: bool | None = None,
+        return_special_tokens_mask: bool = False,
+        return_length: bool = False,
+        **kwargs,
+    ) -> dict[str, Any]:
+        """The fields of one or two sequences of ids and, if given, their spans."""
+        if add_special_tokens:
+            row = {"input_ids": self.build_inputs_with_special_tokens(*ids)}
+        else:
+            row = {"input_ids": list(itertools.chain(*ids))}
+        if return_token_type_ids or (return_token_type_ids is None and "token_type_ids" in self.model_input_names):
+            if add_special_tokens:
+                row["token_type_ids"] = self.create_token_type_ids_from_sequences(*ids)
+            else:
+                row["token_type_ids"] = [number for number, sequence in enumerate(ids) for _ in sequence]
+        if return_special_tokens_mask:
+            special = self.get_special_tokens_mask(*ids) if add_special_tokens else [0] * len(row["input_ids"])
+            row["special_tokens_mask"] = special
+        if spans is not None:
+            arrange = self.build_offset_mapping_with_special_tokens
+            row["offset_mapping"] = arrange(*spans) if add_special_tokens else list(itertools.chain(*spans))
+        if return_length:
+            row["length"] = len(row["input_ids"])
+        return row
+
+    def _pad(
+        self,
+        encoded_inputs,
+        *args,
+        padding_side: str | None = None,
+        return_attention_mask: bool | None = None,
+        **kwargs,
+    ) -> dict:
+        # A mask that comes in may have zeros of its own: it is padded even if a new one is not asked for. Rows without
+        # a mask may be padded already, by tokenizers that make none: they get the mask that the model would make.
+        if "attention_mask" in encoded_inputs:
+            return_attention_mask = True
+        elif return_attention_mask is None and "attention_mask" in self.model_input_names:
+            encoded_inputs["attention_mask"] = [int(id_ != self.pad_token_id) for id_ in encoded_inputs["input_ids"]]
+        padded = super()._pad(
+            encoded_inputs, *args, padding_side=padding_side, return_attention_mask=return_attention_mask, **kwargs
+        )
         if "offset_mapping" in padded:
             spans = padded["offset_mapping"]
             padding = [(0, 0)] * (len(padded["input_ids"]) - len(spans))
@@ -567,6 +709,10 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return char in (" ", "\t", "\n", "\r") or (len(char) == 1 and unicodedata.category(char) == "Zs")
 
 
+def _cut(sequences: Sequence[list], window: tuple[slice, ...]) -> list[list]:
+    return [sequence[part] for sequence, part in zip(sequences, window, strict=True)]
+
+
 def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[bool, list[tuple]]:
     """Sorts out what `tokenizer(text, text_pair)` was given.
 
@@ -598,6 +744,23 @@ def _as_example(item, is_split_into_words: bool) -> tuple:
     if len(item) > 2:
         raise ValueError(f"text holds {item!r}, of {len(item)} texts: give one, or a pair, or is_split_into_words=True")
     return tuple(item)
+
+
+def _count_positions(source, kwargs: dict[str, Any]) -> int:
+    """The number of tokens that the model of a checkpoint has positions for, as far as its config.json tells."""
+    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
+    config = {}
+    with contextlib.suppress(OSError):
+        config, _ = ErnieMConfig.get_config_dict(source, **options)
+    if config.get("model_type") != ErnieMConfig.model_type:
+        return VERY_LARGE_INTEGER
+    rows = config.get("max_position_embeddings", ErnieMConfig.max_position_embeddings)
+    if type(rows) is not int:
+        raise ValueError(
+            f"max_position_embeddings={rows!r} in the config.json of {str(source)!r} is not a number of positions; "
+            f"write the rows of the checkpoint's position table, {ErnieMConfig.max_position_embeddings} in ERNIE-M."
+        )
+    return rows - RESERVED_POSITIONS
 
 
 def _load_sentencepiece(path, kwargs: dict[str, Any]) -> sentencepiece.SentencePieceProcessor:

@@ -5,9 +5,10 @@ no powers of two, padding on every side, dropout. What a kernel leaves unwritten
 enough are given the models' own sizes as well.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from math import nan
 from typing import ClassVar
 
@@ -18,7 +19,7 @@ from torch import Tensor
 from . import extension, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS
-from .equivalence import Comparison, compare
+from .equivalence import Comparison, compare, draw
 from .flags import use_kernels
 from .ops.implementation import Implementation
 from .ops.native_encoder import few_tokens
@@ -67,19 +68,22 @@ class Check:
         """Compares the result and every leaf's gradient, by name."""
         generator = torch.Generator().manual_seed(0)
         call, leaves = self.case.make(generator, self.device, self.dtype)
-        exact_leaves = {name: leaf.double() for name, leaf in leaves.items()}
         with use_kernels(**{self.case.op: "reference"}), torch.no_grad():
             out = call(*leaves.values())
         # Rounded once, so that all start from the same values.
-        grad = _randn(generator, self.device, out.dtype, *out.shape)
+        inputs = (*leaves.values(), _randn(generator, self.device, out.dtype, *out.shape))
         with use_kernels(**{self.case.op: "reference"}):
-            same, exact = _solve(call, leaves, grad), _solve(call, exact_leaves, grad)
+            draws = draw(partial(_solve, call), inputs)
         with use_kernels(**{self.case.op: self.implementation}), _poisoned_memory():
-            results = _solve(call, leaves, grad)
-        for name, result in results.items():
-            if result.dtype != same[name].dtype:  # of a shape, autograd sees to it
-                raise RuntimeError(f"{name} is {result.dtype}, not {same[name].dtype}")
-        return {name: compare(result, same[name], exact[name]) for name, result in results.items()}
+            results = _solve(call, *inputs)
+        comparisons = {}
+        for index, (name, result) in enumerate(zip(("result", *leaves), results, strict=True)):
+            of_result = [(same[index], exact[index]) for same, exact in draws]
+            same, _ = of_result[0]
+            if result.dtype != same.dtype:  # of a shape, autograd sees to it
+                raise RuntimeError(f"{name} is {result.dtype}, not {same.dtype}")
+            comparisons[name] = compare(result, *of_result)
+        return comparisons
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,7 @@ class ProductCheck:
         out = torch.cat([beside, torch.full_like(same, nan), beside], dim=1)
         few_tokens(x=x, weight=weight, bias=operands[2], out=out[:, self.gap : self.gap + self.outputs])
         same, exact = (torch.cat([beside.to(each.dtype), each, beside.to(each.dtype)], dim=1) for each in (same, exact))
-        return {"result": compare(out, same, exact)}
+        return {"result": compare(out, (same, exact))}
 
 
 def verify(device: torch.device) -> bool:
@@ -155,7 +159,8 @@ def battery(device: torch.device) -> list[Check | ProductCheck]:
     interpreted = device.type != "cuda"
     checks = [
         Check(case, name, dtype, device)
-        for case in (*_HARD, *(() if interpreted else _MODELS))
+        # A size is a compilation, which takes a GPU as long as the interpreter takes for all of a small case.
+        for case in (*_HARD, *(_small(range(1, 13)) if interpreted else (*_small((1, 2, 3)), *_MODELS)))
         for op, name, implementation in _kernels()
         if op == case.op
         for dtype in _DTYPES
@@ -179,12 +184,12 @@ def _product_objection(device: torch.device) -> str | None:
     return None if extension.is_built("cpu") else extension.status()["cpu"]
 
 
-def _solve(call: Callable[..., Tensor], leaves: dict[str, Tensor], grad: Tensor) -> dict[str, Tensor]:
-    """The result of the call and the gradients of its leaves."""
-    leaves = {name: leaf.detach().requires_grad_() for name, leaf in leaves.items()}
-    out = call(*leaves.values())
-    grads = torch.autograd.grad(out, list(leaves.values()), grad.to(out.dtype))
-    return {"result": out.detach(), **dict(zip(leaves, grads, strict=True))}
+def _solve(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
+    """The result of a call and the gradients of its leaves: all inputs but the last, the result's own gradient."""
+    *leaves, grad = inputs
+    leaves = [leaf.detach().requires_grad_() for leaf in leaves]
+    out = call(*leaves)
+    return out.detach(), *torch.autograd.grad(out, leaves, grad.to(out.dtype))
 
 
 @contextmanager
@@ -263,13 +268,21 @@ _LAYOUTS = {
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
 
-def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0) -> Case:
+def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0, ties: bool = False) -> Case:
+    """`ties`: with products of queries and keys that are large, close together and exact in every dtype."""
+
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch, seed = _LAYOUTS[layout](device), _seed(p, device)
         leaves = {"qkv": _randn(generator, device, dtype, batch.tokens, 3 * heads * head_dim)}
+        if ties:
+            query, key, _ = leaves["qkv"].unflatten(1, (3, heads, head_dim)).unbind(1)
+            for each in (query, key):
+                each.round_()
+                each[..., 0] = 128.0
         return lambda qkv: ops.attention(qkv, batch, heads, head_dim**-0.5, p, seed), leaves
 
-    return Case("attention", f"{layout}, {heads} x {head_dim}, p {p}", make, size=head_dim)
+    name = f"{layout}, {heads} x {head_dim}, p {p}{', ties' if ties else ''}"
+    return Case("attention", name, make, size=head_dim)
 
 
 def _bias_gelu(layout: str, features: int, activation: str = "gelu", p: float = 0.0, bias: bool = True) -> Case:
@@ -284,8 +297,16 @@ def _bias_gelu(layout: str, features: int, activation: str = "gelu", p: float = 
     return Case("bias_gelu", name, make)
 
 
-def _layernorm(layout: str, hidden: int, p: float = 0.0, bias: bool = True, mixed: bool = False) -> Case:
-    """`mixed`: in float32 but for x and its bias, as under autocast."""
+def _layernorm(
+    layout: str,
+    hidden: int,
+    p: float = 0.0,
+    bias: bool = True,
+    mixed: bool = False,
+    equal: bool = False,
+    eps: float = _EPS,
+) -> Case:
+    """`mixed`: in float32 but for x and its bias, as under autocast; `equal`: of rows of large, equal values."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch, seed = _LAYOUTS[layout](device), _seed(p, device)
@@ -298,17 +319,23 @@ def _layernorm(layout: str, hidden: int, p: float = 0.0, bias: bool = True, mixe
         }
         if bias:
             leaves["bias"] = _randn(generator, device, dtype, hidden)
+        if equal:
+            leaves["residual"][:] = 1000 * leaves["residual"][:, :1]
+            leaves["x"].zero_()
 
         def call(residual: Tensor, x: Tensor, weight: Tensor, norm_bias: Tensor, bias: Tensor | None = None) -> Tensor:
-            return ops.add_layernorm(residual, x, bias, weight, norm_bias, _EPS, batch, p, seed)
+            return ops.add_layernorm(residual, x, bias, weight, norm_bias, eps, batch, p, seed)
 
         return call, leaves
 
-    name = f"{layout} x {hidden}, p {p}{'' if bias else ', no bias'}{', mixed' if mixed else ''}"
+    notes = {"no bias": not bias, "mixed": mixed, "equal": equal, f"eps {eps}": eps != _EPS}
+    name = ", ".join([f"{layout} x {hidden}", f"p {p}", *(note for note, holds in notes.items() if holds)])
     return Case("layernorm", name, make)
 
 
-def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0) -> Case:
+def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: bool = False) -> Case:
+    """`equal`: of rows of large, equal values."""
+
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch, seed = _LAYOUTS[layout](device), _seed(p, device)
         ids = torch.randint(words, (batch.tokens,), generator=generator).to(device)
@@ -319,9 +346,12 @@ def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0) -> Case:
             "weight": _randn(generator, device, dtype, hidden),
             "norm_bias": _randn(generator, device, dtype, hidden),
         }
+        if equal:
+            for name in ("word_table", "position_table"):
+                leaves[name][:] = 1000 * leaves[name][:, :1]
         return lambda *tables: ops.embeddings(ids, positions, *tables, _EPS, _PADDING, batch, p, seed), leaves
 
-    return Case("embeddings", f"{layout} x {hidden}, p {p}", make)
+    return Case("embeddings", f"{layout} x {hidden}, p {p}{', equal' if equal else ''}", make)
 
 
 # The cheapest come first: they see most of what can be wrong.
@@ -330,10 +360,12 @@ _HARD = (
     _embeddings("padded with a mask", 50, 96, p=0.3),
     _embeddings("lengths 2, 512, 257", 300, 768),
     _embeddings("lengths around 64", 50, 1024, p=0.1),
+    _embeddings("18 tokens", 9, 97, equal=True),
     _embeddings("18 tokens", 9, 96, p=1.0),
     _embeddings("no tokens", 9, 96, p=0.1),
     _attention("18 tokens", 2, 8, p=0.5),
     _attention("lengths around 16", 3, 64),
+    _attention("lengths around 64", 1, 16, p=0.1, ties=True),
     _attention("18 tokens", 1, 256, p=0.1),
     _attention("packed with holes", 2, 32, p=0.3),
     _attention("padded at the left", 1, 128, p=0.3),
@@ -363,10 +395,28 @@ _HARD = (
     _layernorm("lengths around 16", 384),
     _layernorm("lengths around 16", 768, p=0.1, mixed=True),
     _layernorm("18 tokens", 768, bias=False),
+    _layernorm("18 tokens", 97, bias=False, equal=True),
+    _layernorm("18 tokens", 96, eps=0.0),
     _layernorm("1 token", 4096, p=0.1),
     _layernorm("18 tokens", 96, p=1.0),
     _layernorm("no tokens", 96, p=0.1),
 )
+
+
+def _small(sizes: Iterable[int]) -> tuple[Case, ...]:
+    """Every op at sizes below those of a vector, and of what dropout draws at once, and around them."""
+    return tuple(
+        case
+        for size in sizes
+        for p in (0.0, 0.3)
+        for case in (
+            _embeddings("18 tokens", 9, size, p),
+            _attention("18 tokens", 2, size, p),
+            _bias_gelu("18 tokens", size, p=p),
+            _layernorm("18 tokens", size, p),
+        )
+    )
+
 
 # Tokens around the vectors' widths and more than there are at once; sizes around those of tiles, and the models' own.
 _PRODUCTS = (

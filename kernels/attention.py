@@ -4,8 +4,11 @@ One program takes one block of a sequence's queries, or of its keys, and one hea
 (Dao, "FlashAttention-2", arXiv 2307.08691). Queries, keys and values are read where the projection wrote them. Programs
 are ordered by the length of their sequence, longest first, so that no long one starts when the others are done.
 
-Scores are kept in units of log₂: softmax takes exp2, and `lse`, the logarithm of a row's sum of exponentials, is of
-base 2. It is +inf for a row without keys, whose probabilities are then zero, forward and backward.
+Softmax takes exp2 of `(score - largest) · scale · log₂ e`. The scale, which has to be positive, comes after the
+difference because scores that tie then differ by exactly 0. If it came before, a compiler that fuses the product with
+the difference would round one of the two scores and not the other, and ties would differ by a rounding of their size.
+For the same reason the backward is given a row's largest score and log₂ of the sum of its exponentials as two numbers:
+added up, they keep few digits of the sum beside a large score.
 
 The backward needs no atomics, and so is deterministic, in either of two designs (`takes_one_pass` chooses). In two
 passes every program owns a block of queries, then one of keys, and keeps its sums in registers. In one pass a program
@@ -40,11 +43,14 @@ def forward(
     p: float,
     seed: Tensor | None,
 ) -> tuple[Tensor, Tensor]:
-    """The result `(tokens, heads · head_dim)`, and `lse`, float32 `(heads, tokens)`."""
+    """The result `(tokens, heads · head_dim)`, and `statistics` of the scores, float32 `(heads, tokens, 2)`.
+
+    Those are each row's largest, before the scale, and log₂ of the sum of its exponentials.
+    """
     qkv = qkv.contiguous()
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     out = qkv.new_empty(tokens, heads * head_dim)
-    lse = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)
+    statistics = torch.empty(heads, tokens, 2, dtype=torch.float32, device=qkv.device)
     arch = describe(qkv.device).arch
     config = forward_config(arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
     blocks = triton.cdiv(max_seqlen, config.block)
@@ -57,7 +63,7 @@ def forward(
             key_mask,
             seed,
             out,
-            lse,
+            statistics,
             tokens,
             blocks,
             scale,
@@ -72,13 +78,13 @@ def forward(
             _precision(arch, qkv.dtype),
             num_warps=config.warps,
         )
-    return out, lse
+    return out, statistics
 
 
 def backward(
     grad: Tensor,
     out: Tensor,
-    lse: Tensor,
+    statistics: Tensor,
     qkv: Tensor,
     longest_first: Tensor,
     contiguous: bool,
@@ -109,11 +115,12 @@ def backward(
     rest = (scale, *launch_arguments(p), *constants, _precision(device.arch, qkv.dtype))
     if one_pass:
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
-        _backward_kernel[(pairs,)](grad, out, lse, sums, qkv, *where, *rest, num_warps=config.warps)
+        _backward_kernel[(pairs,)](grad, out, statistics, sums, qkv, *where, *rest, num_warps=config.warps)
     else:
-        grid, delta = (pairs * blocks,), torch.empty_like(lse)  # the first pass leaves in it what the second one needs
-        _backward_queries_kernel[grid](grad, out, lse, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
-        _backward_keys_kernel[grid](grad, lse, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
+        delta = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)  # left by the first pass
+        grid = (pairs * blocks,)
+        _backward_queries_kernel[grid](grad, out, statistics, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
+        _backward_keys_kernel[grid](grad, statistics, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
     return of_qkv
 
 
@@ -202,7 +209,7 @@ def _forward_kernel(
     key_mask_ptr,  # (tokens,), or None
     seed_ptr,  # one element, or None for no dropout
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
-    lse_ptr,  # (HEADS, tokens)
+    statistics_ptr,  # (HEADS, tokens, 2)
     tokens,
     blocks,  # of the longest sequence
     scale,
@@ -236,14 +243,14 @@ def _forward_kernel(
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION) * (scale * LOG2_E)
+        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
         scores = tl.where(kept, scores, float("-inf"))
 
         larger = tl.maximum(largest, tl.max(scores, axis=1)[:, None])
         # Before the first key that is kept, -inf - -inf would be NaN.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
-        probabilities = tl.exp2(scores - shift)
-        shrink = tl.exp2(largest - shift)
+        probabilities = tl.exp2((scores - shift) * (scale * LOG2_E))
+        shrink = tl.exp2((largest - shift) * (scale * LOG2_E))
         total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
         largest = larger
         if seed_ptr is not None:
@@ -251,33 +258,35 @@ def _forward_kernel(
             probabilities = tl.where(keep, probabilities, 0.0)
         out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
 
-    empty = total == 0.0
-    out = out * (tl.where(empty, 0.0, 1.0 / tl.where(empty, 1.0, total)))
+    total = tl.where(total == 0.0, 1.0, total)  # of a row without keys, whose result is zero
+    out *= 1.0 / total
     if seed_ptr is not None:
         out *= rescale
     _store(out_ptr + token * HIDDEN + head * HEAD_DIM, row, length, out, HIDDEN, HEAD_DIM, BLOCK_DIM)
-    lse = tl.where(empty, float("inf"), largest + tl.log2(tl.where(empty, 1.0, total)))
-    lse_ptr += head.to(tl.int64) * tokens + start
-    tl.store(lse_ptr + row, lse, mask=row < length)
+    statistics_ptr += 2 * (head.to(tl.int64) * tokens + start)
+    tl.store(statistics_ptr + 2 * row, largest, mask=row < length)
+    tl.store(statistics_ptr + 2 * row + 1, tl.log2(total), mask=row < length)
 
 
 @triton.jit
-def _probabilities(rows, columns, of_rows, of_columns, kept, lse, scale, PRECISION: tl.constexpr):
-    """Those of a tile, and the gradient of what dropout makes of them.
+def _load_statistics(ptr, row, length):
+    """The largest score of each query `row`, any shape, and log₂ of its sum; numbers beyond the sequence too."""
+    largest = tl.load(ptr + 2 * row, mask=row < length, other=0.0)
+    return largest, tl.load(ptr + 2 * row + 1, mask=row < length, other=0.0)
 
-    Rows are queries and columns keys, or the other way round; `of_rows` and `of_columns` are the gradient of the output
-    where they are queries, the values where they are keys.
-    """
-    scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION) * (scale * LOG2_E)
-    probabilities = tl.where(kept, tl.exp2(scores - lse), 0.0)
-    return probabilities, tl.dot(of_rows, tl.trans(of_columns), input_precision=PRECISION)
+
+@triton.jit
+def _probabilities(rows, columns, kept, largest, log_total, scale, PRECISION: tl.constexpr):
+    """Those of a tile, of which the rows are queries and the columns keys, or the other way round."""
+    scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
+    return tl.where(kept, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
 def _backward_queries_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
-    lse_ptr,  # (HEADS, tokens)
+    statistics_ptr,  # (HEADS, tokens, 2)
     delta_ptr,  # (HEADS, tokens): the sum over a row of grad · out, made here
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
@@ -315,7 +324,7 @@ def _backward_queries_kernel(
     query = _load(query_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     grad = _load(grad_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
     out = _load(out_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
-    lse = tl.load(lse_ptr + row_offset + row, mask=row < length, other=float("inf"))
+    largest, log_total = _load_statistics(statistics_ptr + 2 * row_offset, row, length)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[:, None]
     tl.store(delta_ptr + row_offset + row, delta, mask=row < length)
 
@@ -325,7 +334,8 @@ def _backward_queries_kernel(
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        probabilities, of_probabilities = _probabilities(query, key, grad, value, kept, lse, scale, PRECISION)
+        probabilities = _probabilities(query, key, kept, largest, log_total, scale, PRECISION)
+        of_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         if seed_ptr is not None:
             keep = _keep(columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS)
             of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
@@ -339,7 +349,7 @@ def _backward_queries_kernel(
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
 def _backward_keys_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
-    lse_ptr,  # (HEADS, tokens)
+    statistics_ptr,  # (HEADS, tokens, 2)
     delta_ptr,  # (HEADS, tokens)
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
@@ -384,18 +394,21 @@ def _backward_keys_kernel(
         query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         grad = _load(grad_ptr, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
         column = first_query + tl.arange(0, STEP)[None, :]
-        lse = tl.load(lse_ptr + row_offset + column, mask=column < length, other=float("inf"))
-        delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
+        largest, log_total = _load_statistics(statistics_ptr + 2 * row_offset, column, length)
         # Keys by queries: the transpose of what the other kernels hold.
-        probabilities, of_probabilities = _probabilities(key, query, value, grad, kept, lse, scale, PRECISION)
+        probabilities = _probabilities(key, query, kept, largest, log_total, scale, PRECISION)
         dropped = probabilities
         if seed_ptr is not None:
             keep = tl.trans(
                 _keep(columns_ptr, start, length, sequence, head, query_row, first, seed, threshold, BLOCK, CONTIGUOUS)
             )
             dropped = tl.where(keep, probabilities, 0.0)
-            of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
+        of_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
         of_value = tl.dot(dropped.to(grad.dtype), grad, acc=of_value, input_precision=PRECISION)
+        if seed_ptr is not None:
+            of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
+        # Loaded here and not with the tiles, it lets all fit into registers.
+        delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
         of_scores = probabilities * (of_probabilities - delta)
         of_key = tl.dot(of_scores.to(query.dtype), query, acc=of_key, input_precision=PRECISION)
 
@@ -410,7 +423,7 @@ def _backward_keys_kernel(
 def _backward_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
-    lse_ptr,  # (HEADS, tokens)
+    statistics_ptr,  # (HEADS, tokens, 2)
     sums_ptr,  # (tokens, HEADS · HEAD_DIM), float32: of the queries' gradients; None where a block holds all keys
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
@@ -438,7 +451,7 @@ def _backward_kernel(
     query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
     of_query_ptr = of_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
     out_offset = token * HIDDEN + head * HEAD_DIM
-    lse_ptr += head.to(tl.int64) * tokens + start
+    statistics_ptr += 2 * (head.to(tl.int64) * tokens + start)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -455,17 +468,19 @@ def _backward_kernel(
             grad = _load(grad_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
             out = _load(out_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
             column = first_query + tl.arange(0, STEP)[None, :]
-            lse = tl.load(lse_ptr + column, mask=column < length, other=float("inf"))
             delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[None, :]
             if seed_ptr is not None:  # drawn here and not between the products, the mask lets all fit into registers
                 case = (columns_ptr, start, length, sequence, head, query_row, first, seed, threshold)
                 keep = tl.trans(_keep(*case, BLOCK, CONTIGUOUS))
-            probabilities, of_probabilities = _probabilities(key, query, value, grad, kept, lse, scale, PRECISION)
+            largest, log_total = _load_statistics(statistics_ptr, column, length)
+            probabilities = _probabilities(key, query, kept, largest, log_total, scale, PRECISION)
             dropped = probabilities
             if seed_ptr is not None:
                 dropped = tl.where(keep, probabilities, 0.0)
-                of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
             of_value = tl.dot(dropped.to(grad.dtype), grad, acc=of_value, input_precision=PRECISION)
+            of_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+            if seed_ptr is not None:
+                of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
             of_scores = (probabilities * (of_probabilities - delta)).to(query.dtype)
             of_key = tl.dot(of_scores, query, acc=of_key, input_precision=PRECISION)
             of_query = tl.dot(tl.trans(of_scores), key, input_precision=PRECISION)

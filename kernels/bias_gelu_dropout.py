@@ -19,7 +19,7 @@ from .dropout import drop_features, launch_arguments
 class Config:
     """
     Attributes:
-        block: features of a tile, a power of two.
+        block: features of a tile, a power of two; at least 4, for which dropout draws at once.
         rows: rows of a tile, a power of two.
         warps: warps of a program.
         stages: tiles in flight, of which all but one are being loaded.
@@ -36,7 +36,7 @@ class Config:
     def for_tile(cls, lanes: int, features: int, itemsize: int, elements: int, programs: int) -> "Config":
         """A warp reads 16 bytes a lane along one row; `elements` are those of a lane."""
         warps = 4
-        block = min(lanes * (16 // itemsize), triton.next_power_of_2(features))
+        block = min(lanes * (16 // itemsize), max(4, triton.next_power_of_2(features)))
         return cls(block, warps * lanes * elements // block, warps, stages=2, programs=programs)
 
 

@@ -211,20 +211,30 @@ def _row_sums(chunks, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def _normalise(z, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows with mean 0 and variance 1, zeros beyond the end of a row, and the reciprocal standard deviations."""
-    mean = _row_sums(z, CHUNKS) / HIDDEN
-    centred = ()
-    squares = ()
-    for chunk in tl.static_range(CHUNKS):
-        difference = tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0)
-        centred += (difference,)
-        squares += (difference * difference,)
-    rstd = tl.rsqrt(_row_sums(squares, CHUNKS) / HIDDEN + eps)
+def _normalise(z, real, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows with mean 0 and variance 1, zeros beyond the ends, and the reciprocal standard deviations.
+
+    The mean is taken off twice, as in the reference: rounding the first one leaves all elements off by the same few
+    units.
+    """
+    centred = _subtract(z, _row_sums(z, CHUNKS) / HIDDEN, HIDDEN, BLOCK, CHUNKS)
+    # Rounded to nearest, which the other division is not: HIDDEN · x / HIDDEN is x.
+    centred = _subtract(centred, tl.div_rn(_row_sums(centred, CHUNKS), HIDDEN * 1.0), HIDDEN, BLOCK, CHUNKS)
+    variance = _row_sums(_multiply(centred, centred, CHUNKS), CHUNKS) / HIDDEN
+    rstd = tl.where(real, tl.rsqrt(variance + eps), 0.0)
     normal = ()
     for chunk in tl.static_range(CHUNKS):
         normal += (centred[chunk] * rstd,)
     return normal, rstd
+
+
+@triton.jit
+def _subtract(z, mean, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
+    """Rows less a number each, zeros beyond the end of a row."""
+    centred = ()
+    for chunk in tl.static_range(CHUNKS):
+        centred += (tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0),)
+    return centred
 
 
 @triton.jit(do_not_specialize=["tokens", "rows_per_program", "threshold"])
@@ -273,7 +283,7 @@ def _forward_kernel(
             z = _add(z, x, CHUNKS)
         if z_ptr is not None:
             _store_rows(z_ptr, rows, tokens, z, HIDDEN, BLOCK, CHUNKS)
-        normal, _ = _normalise(z, eps, HIDDEN, BLOCK, CHUNKS)
+        normal, _ = _normalise(z, rows < tokens, eps, HIDDEN, BLOCK, CHUNKS)
         out = _add(_multiply(normal, weight, CHUNKS), norm_bias, CHUNKS)
         _store_rows(out_ptr, rows, tokens, out, HIDDEN, BLOCK, CHUNKS)
 
@@ -312,7 +322,8 @@ def _backward_kernel(
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         grad = _load_rows(grad_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
-        normal, rstd = _normalise(_load_rows(z_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS), eps, HIDDEN, BLOCK, CHUNKS)
+        z = _load_rows(z_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
+        normal, rstd = _normalise(z, rows < tokens, eps, HIDDEN, BLOCK, CHUNKS)
         of_weight = _add(of_weight, _multiply(grad, normal, CHUNKS), CHUNKS)
         of_norm_bias = _add(of_norm_bias, grad, CHUNKS)
 

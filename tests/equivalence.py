@@ -33,5 +33,5 @@ def assert_equivalent(
     for index, (output, same, exact) in enumerate(results):
         assert output.shape == exact.shape
         assert not output.isnan().any()
-        comparison = compare(output, same, exact)
+        comparison = compare(output, (same, exact))
         assert comparison.holds, f"result {index} (0 is the output): {comparison}"

@@ -176,11 +176,116 @@ def test_a_home_that_cannot_be_written(cache, tmp_path):
 
 def test_a_library_that_does_not_load(cache):
     extension.cache().mkdir(parents=True)
+    extension.cache().chmod(0o700)
     extension.library("cpu").write_text("garbage")
+    extension.library("cpu").chmod(0o700)
     assert chosen() == "torch"
     assert re.search(r"does not load: .*Delete it", extension.status()["cpu"])
     with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match="does not load"):
         run_embeddings()
+
+
+# ---- Caches that others may write to
+
+
+@pytest.fixture
+def copied(built, cache, tmp_path) -> Path:
+    """A cache of the test's own that has the library; the folder that holds it."""
+    folder = Path(shutil.copytree(built, tmp_path / "copied"))
+    cache(folder)
+    assert chosen() == "native"
+    extension._opened.clear()
+    return folder / "erniem_fast"
+
+
+def assert_refused(message: str) -> None:
+    """Whatever asks for the library says why there is none; the op runs in PyTorch unless a flag names the library."""
+    assert chosen() == "torch"
+    run_embeddings()
+    assert re.search(message, extension.status()["cpu"])
+    with pytest.raises(extension.BuildError, match=message):
+        extension.build(["cpu"])
+    with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match=message):
+        run_embeddings()
+
+
+WRITABLE = r"{} can be written to by others \(mode {:o}\), .* run `chmod go-w {}`; else: Set XDG_CACHE_HOME"
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o707, 0o1777])
+def test_a_folder_that_others_may_write_to_is_refused(copied, mode):
+    copied.chmod(mode)
+    assert_refused(WRITABLE.format(copied, mode, copied))
+    copied.chmod(mode & ~0o022)
+    assert chosen() == "native"
+
+
+@pytest.mark.parametrize("mode", [0o775, 0o757])
+def test_a_library_that_others_may_write_to_is_refused(copied, mode):
+    (library,) = copied.iterdir()
+    library.chmod(mode)
+    assert_refused(WRITABLE.format(library, mode, library))
+    library.chmod(mode & ~0o022)
+    assert chosen() == "native"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
+def test_what_is_another_users_is_refused(copied):
+    (library,) = copied.iterdir()
+    for path in (copied, library):
+        os.chown(path, 4321, -1)
+        assert_refused(f"{path} belongs to user 4321, not to you \\(user 0\\), .* run `chown 0 {path}`; else: Set XDG")
+        os.chown(path, 0, -1)
+    assert chosen() == "native"
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user")
+def test_what_is_roots_serves_all(copied, monkeypatch):
+    monkeypatch.setattr(os, "geteuid", lambda: 4321)
+    assert chosen() == "native"
+
+
+def test_links_are_followed(copied, cache, tmp_path):
+    """To the folder and to the library: what counts is who may write to where they lead."""
+    (library,) = copied.iterdir()
+    for name, target in (("to_folder", copied), ("to_library", library)):
+        home = tmp_path / name
+        link = home / "erniem_fast" / library.name if target is library else home / "erniem_fast"
+        link.parent.mkdir(mode=0o700, parents=True)
+        link.symlink_to(target)
+        cache(home)
+        assert chosen() == "native"
+        extension._opened.clear()
+        copied.chmod(0o777)
+        assert_refused(WRITABLE.format(copied, 0o777, copied))
+        copied.chmod(0o755)
+
+
+def test_a_folder_above_that_others_may_write_to_is_no_danger(copied):
+    """As /tmp is: what they put in place of the user's folder would not be the user's."""
+    copied.parent.chmod(0o777)
+    assert chosen() == "native"
+
+
+def test_others_may_not_write_to_what_is_built(cache, compiler):
+    """Whatever the umask leaves to them."""
+    compiler('for last; do :; done; : > "$last"')  # makes an empty library, behind `-o`
+    umask = os.umask(0)
+    try:
+        library = extension.build(["cpu"])["cpu"]
+    finally:
+        os.umask(umask)
+    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
+    assert not library.stat().st_mode & 0o022
+
+
+def test_a_user_without_a_home(cache, monkeypatch):
+    """As in containers that run under any number of user."""
+    for name in ("XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name)
+    monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
+    extension.library.cache_clear()
+    assert_refused("no folder for the cache: .*Set XDG_CACHE_HOME")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

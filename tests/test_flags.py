@@ -187,3 +187,43 @@ def test_holding_refuses_what_the_environment_must_not_hold(name, value, monkeyp
     monkeypatch.setenv(name, value)
     with pytest.raises(ValueError, match=f"^{name}"), flags.held():
         pytest.fail("the block must not run")
+
+
+def test_a_snapshot_holds_in_another_place_what_was_in_force(monkeypatch):
+    """As a backward needs it, which can run outside of the block of its forward, and in another thread."""
+    monkeypatch.setenv(ATTENTION.name, "reference")
+    with use_kernels(layernorm="torch"):
+        snapshot = flags.snapshot()
+    monkeypatch.setenv(ATTENTION.name, "torch")
+    monkeypatch.setenv(flags.VERIFY.name, "1")
+    seen = []
+
+    def read_held():
+        with use_kernels(bias_gelu="reference"), flags.held(snapshot):
+            assert flags.snapshot() is snapshot
+            seen.extend(flags.read(flag) for flag in (ATTENTION, LAYERNORM, flags.OPS["bias_gelu"], flags.VERIFY))
+
+    thread = threading.Thread(target=read_held)
+    thread.start()
+    thread.join()
+    read_held()
+    assert seen == 2 * ["reference", "torch", "auto", "0"]
+    assert flags.read(ATTENTION) == "torch"
+
+
+def test_what_depends_on_held_flags_is_computed_once(monkeypatch):
+    calls = []
+
+    @flags.while_held
+    def value(argument):
+        calls.append(argument)
+        return flags.read(ATTENTION)
+
+    with flags.held():
+        snapshot = flags.snapshot()
+        assert [value(1), value(1), value(2)] == ["auto"] * 3
+        with use_kernels(attention="torch"):
+            assert [value(1), value(1)] == ["torch"] * 2
+    with flags.held(snapshot):
+        assert value(2) == "auto"
+    assert calls == [1, 2, 1, 1]

@@ -122,8 +122,25 @@ BAD_INPUTS = {
         r"position_ids\[1, 3\] is 600",
     ),
     "positions packed": (
-        packed_input(cu_seqlens(0, 8), 8, position_ids=torch.arange(8)[None] + 505),
+        packed_input(cu_seqlens(0, 8), 8, position_ids=with_value(torch.arange(8)[None], POSITIONS, (0, 7))),
         r"position_ids\[0, 7\] is 512",
+    ),
+    # As collators count for RoBERTa, whose positions start behind the padding's.
+    "positions packed from 2": (
+        packed_input(cu_seqlens(0, 3, 8), 5, position_ids=torch.tensor([[2, 3, 4, 2, 3, 4, 5, 6]])),
+        r"position_ids of packed input start at 2; positions count from 0 .*position_ids_start=0",
+    ),
+    "positions packed from 1": (
+        packed_input(cu_seqlens(0, 3, 8), 5, position_ids=torch.tensor([[1, 2, 3, 1, 2, 3, 4, 5]])),
+        "position_ids of packed input start at 1; ",
+    ),
+    "positions packed from 2, of 512 tokens": (
+        packed_input(cu_seqlens(0, 512), 512, 512, position_ids=torch.arange(512)[None] + 2),
+        "position_ids of packed input start at 2; ",
+    ),
+    "positions of several sequences in a row from 2": (
+        {"input_ids": IDS[:1], "position_ids": torch.tensor([[2, 3, 4, 5, 6, 7, 2, 3]])},
+        "position_ids start anew at column 6 of a single row",
     ),
     "positions of several sequences in a row": (
         {"input_ids": IDS[:1], "position_ids": torch.tensor([[0, 1, 2, 0, 1, 2, 3, 4]])},
@@ -186,9 +203,10 @@ def as_positions(position_ids):
 
 
 DTYPES = [torch.uint8, torch.int8, torch.int16, torch.int32]
+UNSIGNED = [torch.uint16, torch.uint32, torch.uint64]
 # What must not be refused, and the plainer input whose result it has.
 GOOD_INPUTS = {
-    **{f"ids {dtype}": as_ids(dtype) for dtype in DTYPES},
+    **{f"ids {dtype}": as_ids(dtype) for dtype in [*DTYPES, *UNSIGNED]},
     **{
         f"mask {dtype}": as_mask(dtype) for dtype in [*DTYPES, torch.bool, torch.float16, torch.bfloat16, torch.float64]
     },
@@ -197,7 +215,10 @@ GOOD_INPUTS = {
         {"input_ids": IDS, "attention_mask": MASK[1:2].repeat(ROWS, 1)},
     ),
     "positions of one row for all": as_positions(torch.arange(COLUMNS)[None]),
-    "positions int32": as_positions(torch.arange(COLUMNS, dtype=torch.int32).repeat(ROWS, 1)),
+    **{
+        f"positions {dtype}": as_positions(torch.arange(COLUMNS).to(dtype)[None].expand(ROWS, -1))
+        for dtype in [*DTYPES, *UNSIGNED]
+    },
     "ids not contiguous": ({"input_ids": IDS.t().contiguous().t()}, {"input_ids": IDS}),
     "embeds not contiguous": (
         {
@@ -215,6 +236,10 @@ GOOD_INPUTS = {
     "cu_seqlens int64": (
         packed_input(cu_seqlens(0, 3, 8, dtype=torch.int64), 5),
         packed_input(cu_seqlens(0, 3, 8), 5),
+    ),
+    "a packed window that goes on": (
+        packed_input(cu_seqlens(0, 3, 8), 5, position_ids=torch.tensor([[0, 1, 2, 3, 4, 5, 6, 7]])),
+        packed_input(cu_seqlens(0, 3, 8), 5, position_ids=torch.arange(8, dtype=torch.int32)[None]),
     ),
     "a loose max_length_q": (packed_input(cu_seqlens(0, 3, 8), 512), packed_input(cu_seqlens(0, 3, 8), 5)),
     "the other collator's arguments": (

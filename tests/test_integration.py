@@ -49,7 +49,7 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def batch(tokenizer):
-    encoded = tokenizer(TEXTS, padding=True, return_attention_mask=True, return_tensors="pt")
+    encoded = tokenizer(TEXTS, padding=True, return_tensors="pt")
     assert encoded["attention_mask"].float().mean() < 0.7, "the texts must be ragged"
     return dict(encoded)
 
@@ -137,7 +137,7 @@ def test_a_checkpoint_in_shards(tmp_path, batch):
     model.save_pretrained(tmp_path, max_shard_size="200KB")
     assert len(list(tmp_path.glob("model-*-of-*.safetensors"))) > 2
     again = ErnieMForTokenClassification.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(**batch).logits, model(**batch).logits)
+    assert_close(again(**batch).logits, model(**batch).logits)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
@@ -150,11 +150,17 @@ def test_a_checkpoint_loaded_in_another_dtype(dtype, tmp_path, batch):
         each.prune_heads({0: [1]})
     hidden = model(**batch).last_hidden_state
     assert hidden.dtype == dtype
-    assert torch.equal(hidden, expected(**batch).last_hidden_state)
+    # One of them may be mapped from the file: with weights at other addresses the products may add up otherwise.
+    tolerance = 16 * torch.finfo(dtype).eps * hidden.abs().max().item()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(model.state_dict()[name], tensor), name
+    assert_close(hidden, expected(**batch).last_hidden_state, tolerance)
     model.save_pretrained(tmp_path)
     again = ErnieMModel.from_pretrained(tmp_path, dtype="auto").eval()
     assert again.dtype == dtype
-    assert torch.equal(again(**batch).last_hidden_state, hidden)
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(again.state_dict()[name], tensor), name
+    assert_close(again(**batch).last_hidden_state, hidden, tolerance)
 
 
 def test_a_head_of_another_size_is_made_anew(tmp_path):
@@ -271,7 +277,7 @@ def trained(model, batch, steps=3):
 def test_lora_trains_and_merges(batch, tmp_path):
     model = lora(load(ErnieMForSequenceClassification), modules_to_save=["classifier"]).train()
     untouched = load(ErnieMForSequenceClassification)(**batch).logits
-    assert torch.equal(model(**batch).logits, untouched), "LoRA starts as nothing"
+    assert_close(model(**batch).logits, untouched)  # LoRA starts as nothing
     losses = trained(model, batch, steps=10)
     assert losses[-1] < 0.8 * losses[0]
     model.eval()
@@ -283,7 +289,7 @@ def test_lora_trains_and_merges(batch, tmp_path):
     model.save_pretrained(tmp_path)
     again = peft.PeftModel.from_pretrained(load(ErnieMForSequenceClassification), tmp_path).eval()
     with torch.inference_mode():
-        assert torch.equal(again(**batch).logits, adapted)
+        assert_close(again(**batch).logits, adapted)
         merged = model.merge_and_unload()
         assert type(merged.ernie_m.encoder.layers[0].self_attn.self_attn.q_proj) is torch.nn.Linear
         assert_close(merged(**batch).logits, adapted)
@@ -398,49 +404,64 @@ import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
-from erniem_fast import ErnieMForSequenceClassification
+import erniem_fast
 
-rank, (checkpoint, folder) = int(sys.argv[1]), sys.argv[2:]
+rank, folder = int(sys.argv[1]), sys.argv[2]
 torch.set_num_threads(1)
 dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-model = ErnieMForSequenceClassification.from_pretrained(checkpoint).train()
-parallel = DistributedDataParallel(model)
-batch = torch.load(f"{folder}/batch.pt")
-for _ in range(2):  # the second step finds out whether the first left anything behind
-    model.zero_grad()
-    parallel(**{name: tensor[rank::2] for name, tensor in batch.items()}).loss.backward()
-torch.save({name: parameter.grad for name, parameter in model.named_parameters()}, f"{folder}/gradients{rank}.pt")
+for name, (head, batch) in torch.load(f"{folder}/batches.pt").items():
+    model = getattr(erniem_fast, head).from_pretrained(f"{folder}/{name}").train()
+    model.requires_grad_()  # as after a start with frozen layers
+    parallel = DistributedDataParallel(model)
+    for _ in range(2):  # the second step finds out whether the first left anything behind
+        model.zero_grad()
+        parallel(**{name: tensor[rank::2] for name, tensor in batch.items()}).loss.backward()
+    torch.save({name: each.grad for name, each in model.named_parameters()}, f"{folder}/{name}/gradients{rank}.pt")
 dist.destroy_process_group()
 """
 
+# A span can be given by a column a row too.
+PARALLEL_HEADS = {
+    **{name: (head, config, cases.make_labels(name, "right")) for name, (head, config) in cases.HEADS.items()},
+    "columns": ("ErnieMForInformationExtraction", {}, cases.make_labels("question_answering", "right")),
+}
+
 
 @pytest.mark.parametrize("implementation", ["auto", "triton"])
-def test_distributed_data_parallel(implementation, tmp_path, batch):
-    """Two processes with half a ragged batch each have the gradients of one with all of it."""
+def test_distributed_data_parallel(implementation, tmp_path):
+    """Two processes with half a ragged batch each have the mean of both halves' gradients, for every kind of label."""
     names = ("ERNIEM_FAST_ATTENTION", "ERNIEM_FAST_BIAS_GELU", "ERNIEM_FAST_LAYERNORM")
     environment = {**os.environ, "TRITON_INTERPRET": "1", **dict.fromkeys(names, implementation)}
-    model = load(ErnieMForSequenceClassification).train()
-    model.save_pretrained(tmp_path / "model")
-    inputs = batch | {"labels": torch.arange(len(TEXTS)) % 2}
-    torch.save(inputs, tmp_path / "batch.pt")
-    command = [sys.executable, "-c", WORKER]
-    arguments = [str(tmp_path / "model"), str(tmp_path)]
+    models, batches = {}, {}
+    for name, (head, config, labels) in PARALLEL_HEADS.items():
+        models[name] = cases.load(erniem_fast, head, config).train()
+        models[name].save_pretrained(tmp_path / name)
+        batches[name] = head, cases.make_inputs(name, "right") | labels
+    torch.save(batches, tmp_path / "batches.pt")
     workers = [
-        subprocess.Popen([*command, str(rank), *arguments], stderr=subprocess.PIPE, text=True, env=environment)
+        subprocess.Popen(
+            [sys.executable, "-c", WORKER, str(rank), str(tmp_path)],
+            stderr=subprocess.PIPE,
+            text=True,
+            env=environment,
+        )
         for rank in range(2)
     ]
     try:
         for worker in workers:
-            _, errors = worker.communicate(timeout=120)
+            _, errors = worker.communicate(timeout=300)
             assert worker.returncode == 0, errors
     finally:
         for worker in workers:
             worker.kill()
-    model(**inputs).loss.backward()
-    expected = gradients(model)
-    scale = max(gradient.abs().max() for gradient in expected.values())
-    for rank in range(2):
-        found = torch.load(tmp_path / f"gradients{rank}.pt")
-        assert found.keys() == expected.keys()
-        for name, gradient in expected.items():
-            assert_close(found[name], gradient, atol=1e-5 * scale)
+    for name, model in models.items():
+        batch = batches[name][1]
+        halves = [{key: tensor[rank::2] for key, tensor in batch.items()} for rank in range(2)]
+        (sum(model(**half).loss for half in halves) / 2).backward()
+        expected = gradients(model)
+        scale = max(gradient.abs().max() for gradient in expected.values())
+        for rank in range(2):
+            found = torch.load(tmp_path / name / f"gradients{rank}.pt")
+            assert found.keys() == expected.keys()
+            for key, gradient in expected.items():
+                assert_close(found[key], gradient, atol=1e-5 * scale)

@@ -144,7 +144,7 @@ def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, design
 def test_large_scores_do_not_overflow(design):
     """Scores of about 100, whose exponentials float32 cannot hold.
 
-    Rounding a score and the row's lse, both in units of log2, moves a probability by 2 · 2^-24 · ln 2 of their size.
+    Rounding a score of float32, a sum of 32 products, moves a probability by some 2^-24 of its size.
     """
     batch = batch_of([65])
     qkv = 6 * inputs_of(batch, 1, 32, torch.float32)[0]
@@ -156,6 +156,27 @@ def test_large_scores_do_not_overflow(design):
     for output, truth in zip(results, exact, strict=True):
         error = (output - truth).abs().max() / truth.abs().max()
         assert error < 2 * 2**-24 * largest
+
+
+@pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("layout", ["packed", "padded"])
+@pytest.mark.parametrize("root", [288.0, 896.0], ids=["1e4", "1e5"])
+def test_tying_keys_beside_large_scores(root, layout, dtype, seed, design):
+    """Scores of 10,368 or 100,352 and a little, all exact in float32: what is lost would be lost by the softmax."""
+    mask = torch.rand(3, 70, device=DEVICE) < 0.6
+    mask[1] = False
+    batch = TokenBatch.padded((3, 70), DEVICE, mask) if layout == "padded" else batch_of([70, 1, 65])
+    qkv = inputs_of(batch, 1, 64, dtype)[0]
+    qkv[:, :128] = qkv[:, :128].round()
+    qkv[:, [0, 64]] = root
+    case = (batch, 1, 0.1, seed)
+    grad = torch.randn(batch.tokens, 64, device=DEVICE).to(dtype)
+    results, exact = (run(partial(op, *case), [x], grad) for op, x in ((kernel, qkv), (oracle, qkv.double())))
+    of_value, of_exact_value = results[1][:, 128:], exact[1][:, 128:]
+    for result, truth in ((results[0], exact[0]), (of_value, of_exact_value)):
+        assert (result - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+    assert_equivalent(partial(kernel, *case), partial(oracle, *case), [qkv])
 
 
 def test_no_tokens():
@@ -240,9 +261,9 @@ def run(tokens):
     cu_seqlens = torch.tensor([tokens - 20, tokens], dtype=torch.int32)
     key_mask = columns != 7
     case = (torch.zeros(1, dtype=torch.int64), False, cu_seqlens, 20, columns, columns, key_mask, 16, 0.125, 0.1)
-    out, lse = attention.forward(qkv, *case, torch.tensor([5]))
-    of_qkv = attention.backward(grad, out, lse, qkv, *case, torch.tensor([5]))
-    return out[-20:], lse[:, -20:], of_qkv[-20:]
+    out, statistics = attention.forward(qkv, *case, torch.tensor([5]))
+    of_qkv = attention.backward(grad, out, statistics, qkv, *case, torch.tensor([5]))
+    return out[-20:], statistics[:, -20:], of_qkv[-20:]
 
 tokens = 2**31 // (3 * 1024) + 21
 for near, far in zip(run(20), run(tokens), strict=True):

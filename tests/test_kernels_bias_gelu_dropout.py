@@ -42,7 +42,9 @@ def oracle(activation, batch, p, seed, x, bias=None):
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-@pytest.mark.parametrize(("tokens", "features"), [(1, 384), (3, 1000), (150, 96), (37, 768), (5, 7)])
+@pytest.mark.parametrize(
+    ("tokens", "features"), [(1, 384), (3, 1000), (150, 96), (37, 768), (5, 7), (90, 3), (90, 2), (90, 1)]
+)
 def test_equivalent_to_the_reference(tokens, features, activation, dtype, seed):
     torch.manual_seed(tokens + features)
     case = (activation, batch_of(tokens), 0.1, seed)
@@ -77,12 +79,12 @@ def test_inputs_that_are_not_contiguous():
     assert all(torch.equal(left, right) for left, right in zip(strided, dense, strict=True))
 
 
-@pytest.mark.parametrize("features", [20, 100, 768])
+@pytest.mark.parametrize("features", [1, 2, 3, 20, 100, 768])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_dropout_draws_the_bits_of_the_reference(features, dtype):
-    """Over tiles of 32 to 256 features; a kept element and its gradient are scaled by 1 / (1 - p), exactly."""
-    batch = batch_of(9)
-    x = torch.full((9, features), 3.0, dtype=dtype, device=DEVICE)
+    """Over tiles of 4 to 256 features; a kept element and its gradient are scaled by 1 / (1 - p), exactly."""
+    batch = batch_of(200)
+    x = torch.full((200, features), 3.0, dtype=dtype, device=DEVICE)
     out, of_x = run(partial(kernel, "relu", batch, 0.5, SEED), [x])
     keep = keep_mask(SEED, 0.5, features, batch.columns, batch.sequences).to(dtype)
     assert 0.4 < keep.mean() < 0.6

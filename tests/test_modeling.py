@@ -1,8 +1,10 @@
 """What users do with models of this family: layouts, masks, dtypes, modes, hooks, copies and graphs must all agree."""
 
 import copy
+import dataclasses
 import io
 import pickle
+import typing
 
 import pytest
 import torch
@@ -204,12 +206,12 @@ def test_sequences_without_tokens_in_packed_input(model):
     arguments = {"max_length_q": 6, "output_attentions": True}
     plain = model(ids, cu_seq_lens_q=torch.tensor([0, 3, 9]), **arguments)
     outputs = model(ids, cu_seq_lens_q=torch.tensor([0, 0, 3, 3, 3, 9, 9]), **arguments)
-    assert torch.equal(outputs.last_hidden_state, plain.last_hidden_state)
+    assert_close(outputs.last_hidden_state, plain.last_hidden_state)
     empty = torch.tanh(model.pooler.dense.bias)  # a pooler's answer to zeros
     expected = [empty, plain.pooler_output[0], empty, empty, plain.pooler_output[1], empty]
     assert_close(outputs.pooler_output, torch.stack(expected))
     for attention, of_plain in zip(outputs.attentions, plain.attentions, strict=True):
-        assert torch.equal(attention[[1, 4]], of_plain)
+        assert_close(attention[[1, 4]], of_plain)
         assert not attention[[0, 2, 3, 5]].any()
     outputs.pooler_output.sum().backward()
     assert all(gradient.isfinite().all() for gradient in gradients(model).values())
@@ -585,9 +587,10 @@ def test_a_dtype_may_change_between_forwards(model):
         for dtype in (torch.bfloat16, torch.float64, torch.float16):
             assert model.to(dtype)(IDS, attention_mask=MASK).last_hidden_state.dtype == dtype
     model.load_state_dict(load().state_dict())  # float16 again: rounded as `.half()` rounds
-    assert torch.equal(model(IDS, attention_mask=MASK).last_hidden_state, load().half()(IDS, attention_mask=MASK)[0])
+    halved = load().half()(IDS, attention_mask=MASK)[0]
+    assert_close(model(IDS, attention_mask=MASK).last_hidden_state, halved, atol=8 * torch.finfo(torch.float16).eps)
     model.float().load_state_dict(load().state_dict())
-    assert torch.equal(model(IDS, attention_mask=MASK).last_hidden_state, expected)
+    assert_close(model(IDS, attention_mask=MASK).last_hidden_state, expected)
 
 
 # ---- Modes
@@ -644,13 +647,13 @@ def test_dropout_modules_alone_in_evaluation_or_replaced_do_nothing():
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.eval()
-    assert torch.equal(model(IDS, attention_mask=MASK).last_hidden_state, expected)
+    assert_close(model(IDS, attention_mask=MASK).last_hidden_state, expected)
     model = load(dropout=0.3).train()
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Dropout):
                 setattr(module, name, nn.Identity())
-    assert torch.equal(model(IDS, attention_mask=MASK).last_hidden_state, expected)
+    assert_close(model(IDS, attention_mask=MASK).last_hidden_state, expected)
 
 
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
@@ -747,7 +750,7 @@ def test_resized_embeddings(model, tmp_path, packed):
     assert not gradient[PAD].any()
     model.save_pretrained(tmp_path)
     again = ErnieMModel.from_pretrained(tmp_path).eval()
-    assert torch.equal(again(added)[0], model(added)[0])
+    assert_close(again(added)[0], model(added)[0])
     model.resize_token_embeddings(100)
     with pytest.raises(ValueError, match=r"outside \[0, 100\)"):
         model(IDS)
@@ -879,7 +882,7 @@ def test_pruned_heads_survive_saving(tmp_path):
         assert not info["unexpected_keys"]
         assert not info["mismatched_keys"]
         assert again.config.pruned_heads == {0: [1], 1: [0]}
-        assert torch.equal(again.eval()(IDS, attention_mask=MASK)[0], model(IDS, attention_mask=MASK)[0])
+        assert_close(again.eval()(IDS, attention_mask=MASK)[0], model(IDS, attention_mask=MASK)[0])
         assert again.base_model.encoder.layers[0].self_attn.self_attn.q_proj.weight.shape == (HIDDEN // HEADS, HIDDEN)
 
 
@@ -947,7 +950,7 @@ def test_subclasses_of_heads_keep_their_losses():
     ):
         ids = IDS.clamp(min=4).view(2, 3, COLUMNS) if model_class is ErnieMForMultipleChoice else IDS.clamp(min=4)
         subclass = type("Detector", (model_class,), {})
-        assert torch.equal(load(subclass)(ids, **labels).loss, load(model_class)(ids, **labels).loss)
+        assert_close(load(subclass)(ids, **labels).loss, load(model_class)(ids, **labels).loss)
 
 
 def test_new_models_are_initialised():
@@ -956,16 +959,16 @@ def test_new_models_are_initialised():
     config = ErnieMConfig(
         vocab_size=1000, hidden_size=64, num_attention_heads=4, intermediate_size=128, initializer_range=0.05
     )
-    model = ErnieMForSequenceClassification(config)
-    for name, parameter in model.named_parameters():
-        if "norm" in name:
-            assert (parameter == (1.0 if name.endswith("weight") else 0.0)).all(), name
-        elif name.endswith("bias"):
-            assert not parameter.any(), name
-        else:
-            # Four standard errors of a normal distribution's standard deviation.
-            assert parameter.std().item() == pytest.approx(0.05, rel=4 / (2 * parameter.numel()) ** 0.5), name
-    assert not model.ernie_m.embeddings.word_embeddings.weight[PAD].any()
+    for model in (ErnieMForSequenceClassification(config), ErnieMForInformationExtraction(config)):
+        for name, weights in model.state_dict().items():
+            if "norm" in name:
+                assert (weights == (1.0 if name.endswith("weight") else 0.0)).all(), name
+            elif name.endswith("bias"):
+                assert not weights.any(), name
+            else:
+                # Four standard errors of a normal distribution's standard deviation.
+                assert weights.std().item() == pytest.approx(0.05, rel=4 / (2 * weights.numel()) ** 0.5), name
+        assert not model.ernie_m.embeddings.word_embeddings.weight[PAD].any()
 
 
 # ---- Outputs
@@ -1014,6 +1017,30 @@ def test_the_config_decides_what_is_returned():
         assert torch.equal(model(ids)[0], model(ids, return_dict=True)[0])
 
 
+def test_a_pooler_that_no_loss_reads_is_only_carried_along(tmp_path, packed):
+    model = load(ErnieMForInformationExtraction)
+    model.ernie_m.pooler.register_forward_hook(lambda *_: pytest.fail("the pooler runs"))
+    assert model(IDS, attention_mask=MASK).start_logits.isfinite().all()
+    assert not any("pooler" in name for name, _ in model.named_parameters())
+    model.half().save_pretrained(tmp_path)
+    carried, original = ErnieMModel.from_pretrained(tmp_path).pooler, load().half().pooler
+    assert all(parameter.requires_grad for parameter in carried.parameters())
+    for name, weights in original.state_dict().items():
+        assert torch.equal(carried.state_dict()[name], weights)
+
+
+def test_forwards_say_what_they_return():
+    """By a dataclass whose fields other libraries read, such as sentence-transformers; or a tuple of their values."""
+    for model_class, config in LAYOUT_CASES.values():
+        output, other = typing.get_args(typing.get_type_hints(model_class.forward)["return"])
+        assert dataclasses.is_dataclass(output)
+        assert other is tuple
+        ids = IDS.view(2, 3, COLUMNS) if model_class is ErnieMForMultipleChoice else IDS
+        model = load(model_class, **config)
+        assert type(model(ids)) is output
+        assert type(model(ids, return_dict=False)) is tuple
+
+
 # ---- Copies
 
 
@@ -1029,7 +1056,7 @@ def test_copies_compute_the_same(packed):
 
     for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model)), saved_whole(model)):
         assert copied.state_dict().keys() == model.state_dict().keys()
-        assert torch.equal(copied(IDS, attention_mask=MASK).logits, expected)
+        assert_close(copied(IDS, attention_mask=MASK).logits, expected)
         with torch.no_grad():
             copied.ernie_m.encoder.layers[0].self_attn.self_attn.q_proj.weight.mul_(2)
         assert not torch.equal(copied(IDS, attention_mask=MASK).logits, expected)
@@ -1044,7 +1071,7 @@ def test_a_state_dict_is_loaded_into_another_model():
             parameter.mul_(1.5)
         assert not torch.equal(target(IDS, attention_mask=MASK).logits, source(IDS, attention_mask=MASK).logits)
         target.load_state_dict(source.state_dict())
-        assert torch.equal(target(IDS, attention_mask=MASK).logits, source(IDS, attention_mask=MASK).logits)
+        assert_close(target(IDS, attention_mask=MASK).logits, source(IDS, attention_mask=MASK).logits)
 
 
 # ---- Transforms
@@ -1206,42 +1233,9 @@ def test_a_compiled_model_on_padded_input(packed, compiler):
         assert_close(hidden[mask.bool()], expected[mask.bool()])
 
 
-# Another mask, other sizes, and one row without padding.
-RECORDED = [(IDS, MASK), (IDS.flip(0), MASK.flip(0)), (make_ids(RIGHT[1:, :9]), RIGHT[1:, :9]), (IDS[:1], MASK[:1])]
-
-
-@pytest.fixture
-def talkative():
-    """A model that returns a tuple of all it can, which torch.jit.trace takes."""
-    return load(return_dict=False, output_attentions=True, output_hidden_states=True)
-
-
-def assert_recorded_equals_eager(recorded, model):
-    for ids, mask in RECORDED:
-        found, expected = (tree_leaves(each(input_ids=ids, attention_mask=mask)) for each in (recorded, model))
-        for ours, theirs in zip(found, expected, strict=True):
-            assert_close(ours, theirs)
-
-
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
-@pytest.mark.parametrize("rows", [slice(0, 1), slice(None)], ids=["full", "ragged"])
-def test_a_traced_model_takes_other_input(rows, talkative, packed, kernels):
-    """torch.jit.trace keeps as a constant what the host has read: nothing that depends on the mask may be."""
-    with torch.no_grad():
-        inputs = {"input_ids": IDS[rows], "attention_mask": MASK[rows]}
-        traced = torch.jit.trace(talkative, example_kwarg_inputs=inputs, check_trace=False)
-        assert_recorded_equals_eager(traced, talkative)
-
-
-def test_an_exported_model_takes_other_input(talkative, packed, kernels):
-    sizes = {0: torch.export.Dim.DYNAMIC, 1: torch.export.Dim.DYNAMIC}
-    inputs = {"input_ids": IDS, "attention_mask": MASK}
-    exported = torch.export.export(talkative, (), inputs, dynamic_shapes=dict.fromkeys(inputs, sizes))
-    with torch.no_grad():
-        assert_recorded_equals_eager(exported.module(), talkative)
-
-
-def test_a_model_compiled_by_inductor(compiler):
+def test_a_model_compiled_by_inductor(compiler, tmp_path, monkeypatch):
+    # Inductor's own cache would give code for another CPU capability, which it does not tell apart (seen in 2.13).
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
     model = load()
     compiled = torch.compile(model, fullgraph=True, dynamic=True)
     for batch in packed_batches([12, 19, 30]):

@@ -25,6 +25,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of
 
 # What is replaced, and by what. Of both kernels that make the gradients of keys and values:
 OF_KEYS = [
+    ("tl.dot(value, tl.trans(grad)", "tl.dot(key, tl.trans(grad)"),
     ("tl.where(keep, probabilities, 0.0)", "probabilities"),
     ("of_value *= rescale", "of_value *= 1.0"),
     ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
@@ -57,24 +58,43 @@ ATTENTION = {
         ("key_column, query_column, sequence", "key_column, query, sequence"),
     ],
     "_forward_kernel": [
-        ("* (scale * LOG2_E)", "* LOG2_E"),
-        ("* (scale * LOG2_E)", "* scale"),
+        ("(scores - shift) * (scale * LOG2_E)", "(scores - shift) * LOG2_E"),
+        ("(scores - shift) * (scale * LOG2_E)", "(scores - shift) * scale"),
+        ("(scores - shift) * (scale * LOG2_E)", "scores * (scale * LOG2_E) - shift * (scale * LOG2_E)"),
+        ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * LOG2_E"),
+        ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * scale"),
         ('tl.where(kept, scores, float("-inf"))', "scores"),
+        ('tl.where(larger == float("-inf"), 0.0, larger)', "larger"),
+        ("tl.where(total == 0.0, 1.0, total)", "total"),
         ("total * shrink + tl.sum", "total + tl.sum"),
         ("acc=out * shrink", "acc=out"),
         ("tl.where(keep, probabilities, 0.0)", "probabilities"),
         ("out *= rescale", "out *= 1.0"),
-        ("largest + tl.log2", "tl.log2"),
+        ("+ 2 * row, largest, mask=row < length)", "+ 2 * row, largest, mask=row < length - 1)"),
+        ("tl.log2(total), mask=row < length)", "tl.log2(total), mask=row < length - 1)"),
+        ("tl.log2(total)", "0.0 * total"),
         ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
         ("tl.range(0, length, STEP", "tl.range(STEP, length, STEP"),
-        ("tl.store(lse_ptr + row, lse, mask=row < length)", "tl.store(lse_ptr + row, lse, mask=row < length - 1)"),
+    ],
+    "_load_statistics": [
+        ("2 * row, mask", "row, mask"),
+        ("2 * row + 1", "2 * row"),
     ],
     "_probabilities": [
         ("* (scale * LOG2_E)", "* LOG2_E"),
-        ("tl.where(kept, tl.exp2(scores - lse), 0.0)", "tl.exp2(scores - lse)"),
-        ("tl.dot(of_rows, tl.trans(of_columns)", "tl.dot(rows, tl.trans(of_columns)"),
+        ("* (scale * LOG2_E)", "* scale"),
+        (" - log_total", ""),
+        (
+            "(scores - largest) * (scale * LOG2_E) - log_total",
+            "scores * (scale * LOG2_E) - (largest * (scale * LOG2_E) + log_total)",
+        ),
+        (
+            "tl.where(kept, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)",
+            "tl.exp2((scores - largest) * (scale * LOG2_E) - log_total)",
+        ),
     ],
     "_backward_queries_kernel": [
+        ("tl.dot(grad, tl.trans(value)", "tl.dot(query, tl.trans(value)"),
         ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
         ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
         ("(of_probabilities - delta)", "of_probabilities"),
@@ -143,10 +163,18 @@ LAYERNORM = {
     "_dropout": [("sequence, chunk, BLOCK", "sequence, 0, BLOCK")],
     "_row_sums": [("tl.static_range(1, CHUNKS)", "tl.static_range(2, CHUNKS)")],
     "_normalise": [
+        ("_row_sums(z, CHUNKS) / HIDDEN", "0.0"),
+        ("tl.div_rn(_row_sums(centred, CHUNKS), HIDDEN * 1.0)", "0.0"),
+        (" + eps", ""),
+        (
+            "_multiply(centred, centred, CHUNKS), CHUNKS) / HIDDEN",
+            "_multiply(centred, centred, CHUNKS), CHUNKS) / (HIDDEN - 1)",
+        ),
+        ("tl.where(real, tl.rsqrt(variance + eps), 0.0)", "tl.rsqrt(variance + eps)"),
+    ],
+    "_subtract": [
         ("z[chunk] - mean, 0.0", "z[chunk], 0.0"),
         ("tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0)", "z[chunk] - mean"),
-        (" + eps", ""),
-        ("_row_sums(squares, CHUNKS) / HIDDEN", "_row_sums(squares, CHUNKS) / (HIDDEN - 1)"),
     ],
     "_forward_kernel": [
         ("x = _add(x, bias, CHUNKS)", "pass"),

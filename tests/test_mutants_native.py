@@ -162,6 +162,7 @@ ROWS = {
     ],
     "centre": [
         ("row[piece].x[i] -= mean", "row[piece].x[i]"),
+        ("row[piece].x[i] -= left", "row[piece].x[i]"),
         ("squares / float(hidden)", "squares / float(hidden - 1)"),
         (" + float(eps)", ""),
     ],

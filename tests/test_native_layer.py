@@ -92,6 +92,17 @@ def test_masks_with_holes_and_without_packing(calls, monkeypatch):
     assert calls == [38] * LAYERS + [60] * LAYERS
 
 
+def test_hidden_states_that_do_not_lie_in_order(calls):
+    """As a hook on a layer can give them to the next."""
+    model, inputs = make_model(), make_input([20, 5])
+    with torch.inference_mode():
+        expected = model(**inputs).last_hidden_state
+        for layer in model.encoder.layers:
+            layer.register_forward_hook(lambda _, given, output: (output[0].t().contiguous().t(), output[1]))
+        assert torch.equal(model(**inputs).last_hidden_state, expected)
+    assert calls == [25] * 2 * LAYERS
+
+
 def replace_out(layer):
     layer.self_attn.out_proj = nn.Sequential(layer.self_attn.out_proj)
 

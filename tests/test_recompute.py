@@ -120,4 +120,7 @@ def test_one_graph_of_torch_compile(monkeypatch):
         output = each(**batch)
         (output.last_hidden_state.square().sum() + output.pooler_output.sum()).backward()
         found.append([each.grad for each in model.parameters()])
-    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+    # A graph's products may be arranged otherwise, and then add up in another order.
+    scale = max(grad.abs().max() for grad in found[1])
+    for grad, expected in zip(*found, strict=True):
+        torch.testing.assert_close(grad, expected, rtol=0, atol=1e-5 * scale.item())

@@ -19,6 +19,10 @@ TESTS = {
         "test_rows_out_of_range_are_never_read",
         "test_inputs_need_not_be_contiguous_nor_aligned",
     ],
+    "test_native.py": [
+        "test_a_tensor_that_is_missing_is_refused_by_its_name",
+        "test_inputs_are_read_in_whatever_form_they_come",
+    ],
     "test_native_layer.py": [
         "test_it_is_what_the_ops_are_one_by_one",
         "test_pruned_heads",

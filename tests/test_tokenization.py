@@ -4,11 +4,13 @@ import inspect
 import io
 import json
 import lzma
+import os
 import pathlib
 import pickle
 import random
 import re
 import shutil
+import subprocess
 import sys
 import unicodedata
 
@@ -16,12 +18,21 @@ import numpy as np
 import pytest
 import sentencepiece
 import torch
-from transformers import AddedToken, AutoTokenizer, DataCollatorWithPadding
+from transformers import (
+    AddedToken,
+    AutoTokenizer,
+    DataCollatorForLanguageModeling,
+    DataCollatorForMultipleChoice,
+    DataCollatorForTokenClassification,
+    DataCollatorWithFlattening,
+    DataCollatorWithPadding,
+)
 
 from erniem_fast import ErnieMTokenizer
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 TINY = GOLDEN / "tiny"
+ROOT = GOLDEN.parents[1]
 MODEL_FILE, VOCAB_FILE = str(TINY / "sentencepiece.bpe.model"), str(TINY / "vocab.txt")
 
 
@@ -34,7 +45,7 @@ def golden():
 @pytest.fixture(scope="module")
 def texts():
     """Every distinct text of parallel.tsv, in the order of the golden's `texts`."""
-    lines = (GOLDEN.parents[1] / "bench/data/parallel.tsv").read_text(encoding="utf-8").splitlines()
+    lines = (ROOT / "bench/data/parallel.tsv").read_text(encoding="utf-8").splitlines()
     rows = [line.split("\t") for line in lines[1:]]
     return list(dict.fromkeys([row[1] for row in rows] + [row[2] for row in rows]))
 
@@ -123,6 +134,7 @@ def test_odd_texts(tokenizer, lower, extended, golden):
     ],
 )
 def test_calls(tokenizer, golden, key, arguments):
+    arguments = {"return_attention_mask": False} | arguments
     assert dict(tokenizer(golden["some"]["texts"], **arguments)) == golden["some"][key]
 
 
@@ -135,9 +147,8 @@ def test_calls(tokenizer, golden, key, arguments):
     ],
 )
 def test_pairs(tokenizer, golden, key, start, arguments):
-    if key != "only_second":
-        fields = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask")
-        arguments = arguments | dict.fromkeys(fields, True)
+    fields = ("return_attention_mask", "return_token_type_ids", "return_special_tokens_mask")
+    arguments = arguments | dict.fromkeys(fields, key != "only_second")
     pairs = golden["pairs"]
     assert dict(tokenizer(pairs["firsts"][start:], pairs["seconds"][start:], **arguments)) == pairs[key]
 
@@ -152,7 +163,10 @@ def test_text_from_ids_and_tokens(tokenizer, golden):
     assert [tokenizer.convert_tokens_to_string(one) for one in tokens] == some["tokens_to_string"]
     assert tokenizer.convert_ids_to_tokens([99999, 5]) == ["[UNK]", "en"]
     masks = [tokenizer.get_special_tokens_mask(one, already_has_special_tokens=True) for one in ids]
-    assert masks == some["special_tokens_mask"]
+    assert masks == [
+        [special or index == tokenizer.pad_token_id for special, index in zip(mask, one, strict=True)]  # 0 in 4.57.6
+        for mask, one in zip(some["special_tokens_mask"], ids, strict=True)
+    ]
 
 
 def test_without_a_vocabulary_ids_are_those_of_sentencepiece(golden):
@@ -232,7 +246,7 @@ def test_signature_and_class_attributes():
     assert ErnieMTokenizer.vocab_files_names == files
     files = {"vocab_file": "vocab.txt", "sentencepiece_model_file": "sentencepiece.bpe.model"}
     assert ErnieMTokenizer.resource_files_names == files
-    assert ErnieMTokenizer.model_input_names == ["input_ids"]
+    assert ErnieMTokenizer.model_input_names == ["input_ids", "attention_mask"]
 
 
 def test_special_token_layout(tokenizer):
@@ -405,7 +419,7 @@ def test_offset_mapping_of_a_call(tokenizer):
         tokenizer(text, return_offsets_mapping=True),
         tokenizer.encode_plus(text, return_offsets_mapping=1),
     ):
-        assert list(encoding) == ["input_ids", "offset_mapping"]
+        assert list(encoding) == ["input_ids", "offset_mapping", "attention_mask"]
         assert encoding["offset_mapping"] == expected
     assert tokenizer.batch_encode_plus([text], return_offsets_mapping=True)["offset_mapping"] == [expected]
     bare = tokenizer(text, return_offsets_mapping=True, add_special_tokens=False)
@@ -507,15 +521,102 @@ def test_kinds_of_input(tokenizer):
     assert torch.equal(tokenizer(["Save"], return_tensors="pt")["input_ids"], torch.tensor([one]))
 
 
-def test_lengths_and_overflowing_tokens(tokenizer):
+def test_lengths(tokenizer):
     # As 4.57.6: an example alone counts its padding, one of a batch does not.
     assert tokenizer("a", padding="max_length", max_length=6, return_length=True)["length"] == 6
     assert tokenizer(["a", "b c"], padding="max_length", max_length=6, return_length=True)["length"] == [3, 4]
-    encoding = tokenizer(["a", "b c"], truncation=True, max_length=3, return_overflowing_tokens=True)
-    assert encoding["overflowing_tokens"] == [[], tokenizer.convert_tokens_to_ids(["▁c"])]
-    assert encoding["num_truncated_tokens"] == [0, 1]
-    with pytest.raises(ValueError, match="overflowing tokens"):
-        tokenizer("a", "b", truncation=True, max_length=5, return_overflowing_tokens=True)
+
+
+def test_fields_without_special_tokens(tokenizer):
+    fields = dict.fromkeys(["return_token_type_ids", "return_special_tokens_mask", "return_offsets_mapping"], True)
+    encoding = tokenizer("Save", "a b", add_special_tokens=False, **fields)
+    assert encoding["input_ids"] == tokenizer.convert_tokens_to_ids(["▁S", "ave", "▁a", "▁b"])
+    assert encoding["token_type_ids"] == [0, 0, 1, 1]  # 4.57.6 raises
+    assert encoding["special_tokens_mask"] == [0] * 4
+    assert encoding["offset_mapping"] == [(0, 1), (1, 4), (0, 1), (2, 3)]
+
+
+# ---- Attention mask
+
+
+@pytest.mark.parametrize("side", ["right", "left"])
+def test_a_mask_is_returned_and_is_0_at_padding(golden, side):
+    tokenizer = ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, padding_side=side)
+    texts = golden["some"]["texts"]
+    plain, padded = tokenizer(texts), tokenizer(texts, padding=True, return_tensors="pt")
+    assert list(plain) == list(padded) == ["input_ids", "attention_mask"]
+    longest = max(map(len, plain["input_ids"]))
+    for row, ids in enumerate(plain["input_ids"]):
+        assert plain["attention_mask"][row] == [1] * len(ids)
+        padding, mask = [0] * (longest - len(ids)), [1] * len(ids)
+        assert padded["attention_mask"][row].tolist() == (mask + padding if side == "right" else padding + mask)
+        assert padded["input_ids"][row, padded["attention_mask"][row] == 1].tolist() == ids
+    words = tokenizer([["Save", "a b"], ["x"]], is_split_into_words=True, padding=True)
+    assert list(map(sum, words["attention_mask"])) == [6, 3]
+    assert tokenizer("Save")["attention_mask"] == [1] * 4
+    assert tokenizer([])["attention_mask"] == []
+    assert list(tokenizer(texts, return_attention_mask=False)) == ["input_ids"]
+
+
+def test_rows_padded_without_masks_get_those_that_the_model_would_make(tokenizer):
+    features = [{"input_ids": [0, 11, 2, 1, 1]}, {"input_ids": [0, 11, 12, 13, 14, 2]}]
+    expected = [[1, 1, 1, 0, 0, 0], [1] * 6]
+    assert DataCollatorWithPadding(tokenizer)(features)["attention_mask"].tolist() == expected
+    assert list(tokenizer.pad(features, return_attention_mask=False)) == ["input_ids"]
+    assert tokenizer.pad(features[0], padding=False)["attention_mask"] == [1, 1, 1, 0, 0]
+
+
+def test_model_input_names_are_obeyed_and_saved(tmp_path):
+    tokenizer = ErnieMTokenizer.from_pretrained(TINY, model_input_names=["input_ids", "token_type_ids"])
+    tokenizer.save_pretrained(tmp_path)
+    loaded = ErnieMTokenizer.from_pretrained(tmp_path)
+    assert list(tokenizer("Save")) == list(loaded("Save")) == ["input_ids", "token_type_ids"]
+    ErnieMTokenizer.from_pretrained(TINY).save_pretrained(tmp_path)
+    assert list(ErnieMTokenizer.from_pretrained(tmp_path)("Save")) == ["input_ids", "attention_mask"]
+
+
+def collate_choices(tokenizer, features):
+    """DataCollatorForMultipleChoice, for two examples of two choices each."""
+    examples = [{name: [feature[name]] * 2 for name in feature} | {"label": 0} for feature in features]
+    batch = DataCollatorForMultipleChoice(tokenizer)(examples)
+    return {name: batch[name][:, 1] for name in features[0]}
+
+
+COLLATORS = {
+    "pad": lambda tokenizer, features: tokenizer.pad(features, return_tensors="pt"),
+    "pad without a new mask": lambda tokenizer, features: tokenizer.pad(
+        features, return_attention_mask=False, return_tensors="pt"
+    ),
+    "padding": lambda tokenizer, features: DataCollatorWithPadding(tokenizer)(features),
+    "tokens": lambda tokenizer, features: DataCollatorForTokenClassification(tokenizer)(
+        [feature | {"labels": [5] * len(feature["input_ids"])} for feature in features]
+    ),
+    "language model": lambda tokenizer, features: DataCollatorForLanguageModeling(tokenizer, mlm_probability=1e-9)(
+        features
+    ),
+    "choices": collate_choices,
+}
+
+
+def test_the_collator_that_packs_leaves_masks_out(tokenizer):
+    features = [tokenizer("Save"), tokenizer("a b")]
+    batch = DataCollatorWithFlattening()(features)
+    assert batch["input_ids"].tolist() == [features[0]["input_ids"] + features[1]["input_ids"]]
+    assert "attention_mask" not in batch
+
+
+@pytest.mark.parametrize("collator", COLLATORS)
+@pytest.mark.parametrize("side", ["right", "left"])
+@pytest.mark.parametrize("names", [["input_ids", "attention_mask"], ["input_ids"]], ids=["mask", "ids_alone"])
+def test_zeros_in_a_mask_survive_every_collator(collator, side, names):
+    tokenizer = ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, padding_side=side, model_input_names=names)
+    features = [
+        {"input_ids": [0, 11, 12, 2], "attention_mask": [1, 1, 0, 1]},
+        {"input_ids": [0, 15, 2], "attention_mask": [1, 0, 1]},
+    ]
+    batch = COLLATORS[collator](tokenizer, features)
+    assert batch["input_ids"].tolist() == [[0, 11, 12, 2], [0, 15, 2, 1] if side == "right" else [1, 0, 15, 2]]
+    assert batch["attention_mask"].tolist() == [[1, 1, 0, 1], [1, 0, 1, 0] if side == "right" else [0, 1, 0, 1]]
 
 
 @pytest.mark.parametrize(
@@ -625,6 +726,40 @@ def test_saving_and_loading(tmp_path, golden):
     assert loaded(batch)["input_ids"] == saved(batch)["input_ids"]
 
 
+def test_a_checkpoints_inputs_are_as_long_as_its_positions_allow(tmp_path):
+    config = json.loads((TINY / "config.json").read_text())
+    checkpoint = tmp_path / "subfolder"
+    shutil.copytree(TINY, checkpoint)
+
+    def longest(saved, **kwargs):
+        (checkpoint / "config.json").write_text(json.dumps(saved))
+        return ErnieMTokenizer.from_pretrained(tmp_path, subfolder="subfolder", **kwargs).model_max_length
+
+    assert longest(config) == longest(config, cache_dir=None) == 512
+    assert longest(config | {"max_position_embeddings": 130}) == 128
+    assert longest({"model_type": "ernie_m"}) == 512
+    assert longest({"model_type": "bert", "max_position_embeddings": 512}) > 1e20
+    assert longest(config, model_max_length=1000) == 1000
+    for rows in (None, "514", 514.0):
+        with pytest.raises(ValueError, match=f"max_position_embeddings={rows!r} in the config.json of "):
+            longest(config | {"max_position_embeddings": rows})
+    # tokenizer_config.json of the checkpoint says 514, then 77.
+    ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, model_max_length=514).save_pretrained(checkpoint)
+    assert longest(config) == 512
+    ErnieMTokenizer(MODEL_FILE, VOCAB_FILE, model_max_length=77).save_pretrained(checkpoint)
+    assert longest(config) == 77
+    (checkpoint / "config.json").unlink()
+    assert ErnieMTokenizer.from_pretrained(checkpoint).model_max_length == 77
+    assert ErnieMTokenizer(MODEL_FILE, VOCAB_FILE).model_max_length > 1e20
+
+
+def test_long_texts_are_truncated_to_what_the_model_reads(tmp_path):
+    tokenizer = AutoTokenizer.from_pretrained(TINY)
+    assert len(tokenizer("a " * 600, truncation=True)["input_ids"]) == tokenizer.model_max_length == 512
+    tokenizer.save_pretrained(tmp_path)
+    assert ErnieMTokenizer.from_pretrained(tmp_path).model_max_length == 512
+
+
 def test_saved_vocabulary_is_what_was_loaded(tokenizer, tmp_path):
     assert tokenizer.save_vocabulary(str(tmp_path)) == (str(tmp_path / "vocab.txt"),)
     for name in ("vocab.txt", "sentencepiece.bpe.model"):
@@ -659,6 +794,50 @@ def test_a_pickle_needs_no_files(tmp_path, golden):
     pickled = pickle.dumps(tokenizer)
     shutil.rmtree(tmp_path)
     assert pickle.loads(pickled)(batch)["input_ids"] == expected
+
+
+PICKLES = """
+import hashlib
+import pickle
+import sys
+
+from erniem_fast import ErnieMTokenizer
+
+tokenizer = ErnieMTokenizer.from_pretrained(sys.argv[1], additional_special_tokens=["<a>", "<b>", "<c>"])
+tokenizer.add_tokens(["ErnieM", "日本", "<d>", "<e>"])
+first = pickle.dumps(tokenizer)
+second = pickle.dumps(pickle.loads(first))
+tokenizer("ErnieM <a> of 日本 " * 200)
+for pickled in (first, second, pickle.dumps(tokenizer)):
+    print(hashlib.sha256(pickled).hexdigest())
+"""
+
+
+def test_equal_tokenizers_have_equal_pickles_in_every_process():
+    """Caches such as those of `datasets` know a tokenizer by a hash of its pickle."""
+    command = [sys.executable, "-c", PICKLES, str(TINY)]
+    processes = [
+        subprocess.Popen(
+            command, cwd=ROOT, env=os.environ | {"PYTHONHASHSEED": seed}, stdout=subprocess.PIPE, text=True
+        )
+        for seed in ("0", "1")
+    ]
+    hashes = [process.communicate(timeout=300)[0].split() for process in processes]
+    assert [len(each) for each in hashes] == [3, 3]
+    assert len({pickled for each in hashes for pickled in each}) == 1
+
+
+def test_what_a_tokenizer_has_seen_is_in_its_cache_alone(texts):
+    """`datasets` hashes the attributes, not the pickle, and leaves out the one that is called cache."""
+    tokenizer = ErnieMTokenizer(MODEL_FILE, VOCAB_FILE)
+
+    def state():
+        return {name: pickle.dumps(value) for name, value in vars(tokenizer).items() if name != "cache"}
+
+    before = state()
+    tokenizer(texts[:50])
+    assert len(tokenizer.cache) > 100
+    assert state() == before
 
 
 @pytest.mark.parametrize("name", ["vocab.txt", "sentencepiece.bpe.model"])

@@ -7,7 +7,7 @@ from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
-from .layer_norm import REFERENCE, TORCH, LayerNorm
+from .layer_norm import REFERENCE, TORCH, LayerNorm, bias_of
 from .native_encoder import ADD_LAYERNORM
 from .triton import implementation as triton_implementation
 
@@ -17,7 +17,7 @@ def add_layernorm(
     x: Tensor,
     bias: Tensor | None,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     batch: TokenBatch,
     p: float = 0.0,
@@ -29,7 +29,7 @@ def add_layernorm(
     Args:
         residual, x: `(tokens, hidden)`, floating point; `x` is a matrix product without its bias.
         bias: `(hidden,)`, or None where the product has it already.
-        weight, norm_bias: `(hidden,)`, of the layer norm.
+        weight, norm_bias: `(hidden,)`, of the layer norm, whose bias may be None.
         eps: added to the variance.
         batch: the tokens' coordinates, for dropout.
         p: probability of dropping an element.
@@ -43,7 +43,7 @@ def add_layernorm(
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
     name = choose("layernorm", x.device, x.dtype)
-    tensors = (residual, x, bias, weight, norm_bias)
+    tensors = (residual, x, bias, weight, bias_of(weight, norm_bias))
     save = differentiable(*tensors)
     inputs = (*tensors, eps, batch.columns, batch.sequences, p, seed, save)
     return call("layernorm", name, _forward, save, *inputs, overwrite=overwrite)[0]

@@ -10,7 +10,7 @@ from .. import reference
 from ..batch import TokenBatch
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
-from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm
+from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm, bias_of
 from .native_embeddings import NATIVE
 from .triton import served
 
@@ -21,7 +21,7 @@ def embeddings(
     word_table: Tensor,
     position_table: Tensor,
     weight: Tensor,
-    norm_bias: Tensor,
+    norm_bias: Tensor | None,
     eps: float,
     padding_idx: int,
     batch: TokenBatch,
@@ -34,7 +34,7 @@ def embeddings(
     Args:
         ids, positions: int64 `(tokens,)`, rows of the two tables; the caller has checked their range.
         word_table, position_table: `(vocabulary, hidden)` and `(max_positions, hidden)`, of one dtype.
-        weight, norm_bias: `(hidden,)`, of the layer norm.
+        weight, norm_bias: `(hidden,)`, of the layer norm, whose bias may be None.
         eps: added to the variance.
         padding_idx: the row that gets no gradient, in both tables.
         batch: the tokens' coordinates, for dropout.
@@ -50,7 +50,7 @@ def embeddings(
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
     """
     name = choose("embeddings", word_table.device, word_table.dtype)
-    tables = (word_table, position_table, weight, norm_bias)
+    tables = (word_table, position_table, weight, bias_of(weight, norm_bias))
     save = differentiable(*tables)
     inputs = (ids, positions, *tables, eps, padding_idx, batch.columns, batch.sequences, p, seed, save)
     return call("embeddings", name, partial(_forward, sparse=sparse), save, *inputs)[0]

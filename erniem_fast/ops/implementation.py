@@ -6,10 +6,9 @@ from math import inf
 
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 
-from .. import flags
-from ..equivalence import compare
+from .. import flags, modes
+from ..equivalence import Draw, compare, draw
 
 Tensors = Tensor | tuple[Tensor, ...]
 
@@ -81,13 +80,6 @@ def differentiable(*inputs: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(each is not None and each.requires_grad for each in inputs)
 
 
-def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD follows what is computed now: they know PyTorch's own operators alone."""
-    if torch.compiler.is_compiling():
-        return False
-    return torch._C._functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
-
-
 def once_differentiable(backward: torch.library.CustomOpDef) -> None:
     """Makes the second of two backwards through a backward's custom op an error that says what to do."""
 
@@ -108,14 +100,14 @@ def call(
     *inputs: object,
     overwrite: bool = False,
 ) -> Tensors:
-    """Runs a forward: as a custom op where autograd, a graph or a fake tensor must know of it, else directly.
+    """Runs a forward: as a custom op where autograd, a graph or a tensor without values needs it, else directly.
 
     Transforms get the reference, whose operators are all PyTorch's.
     `overwrite` lets the result take the memory of the input that the op says nobody needs afterwards.
     """
-    if is_transformed():
+    if modes.is_transformed():
         return run(op, "reference", "forward", *inputs)
-    if differentiable or torch.compiler.is_compiling() or torch.jit.is_tracing() or type(inputs[0]) is not Tensor:
+    if differentiable or modes.is_recorded() or type(inputs[0]) is not Tensor or inputs[0].is_meta:
         return custom_op(*inputs, name)
     # The reference beside it would find its input gone.
     overwrite = overwrite and IMPLEMENTATIONS[op][name].forward_in_place is not None and flags.read(flags.VERIFY) == "0"
@@ -125,9 +117,10 @@ def call(
 def run(op: str, name: str, direction: str, *inputs: object) -> Tensors:
     """Runs one direction (`forward` or `backward`) of an implementation, verified where the flag asks for it.
 
-    Implementations get and give contiguous tensors, and the dtypes that come: autocast is the products' concern.
+    Implementations get and give contiguous tensors, none of them a lazy negation, and the dtypes that come: autocast is
+    the products' concern.
     """
-    inputs = [each.contiguous() if isinstance(each, Tensor) else each for each in inputs]
+    inputs = [each.contiguous().resolve_neg() if isinstance(each, Tensor) else each for each in inputs]
     device = inputs[0].device.type
     if torch.is_autocast_enabled(device):
         with torch.autocast(device, enabled=False):
@@ -140,21 +133,19 @@ def _run(op: str, name: str, direction: str, inputs: list[object]) -> Tensors:
     outputs = getattr(implementations[name], direction)(*inputs)
     if name != "reference" and flags.read(flags.VERIFY) == "1":
         oracle = getattr(implementations["reference"], direction)
-        _verify(f"{op} {direction} ({name})", outputs, oracle(*inputs), oracle(*(_double(each) for each in inputs)))
+        draws = draw(lambda *values: _as_tuple(oracle(*values)), inputs)
+        _verify(f"{op} {direction} ({name})", _as_tuple(outputs), draws)
     return outputs.contiguous() if isinstance(outputs, Tensor) else tuple(each.contiguous() for each in outputs)
-
-
-def _double(value: object) -> object:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 _REMEDY = "Choose another implementation by its flag and report this with the output of `python -m erniem_fast status`."
 
 
-def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) -> None:
+def _verify(call: str, outputs: tuple[Tensor, ...], draws: list[Draw]) -> None:
     """Raises where a result is not equivalent to the reference's."""
-    results = zip(_as_tuple(outputs), _as_tuple(same_dtype), _as_tuple(exact), strict=True)
-    for index, (output, same, truth) in enumerate(results):
+    for index, output in enumerate(outputs):
+        of_output = [(same[index], exact[index]) for same, exact in draws]
+        same, _ = of_output[0]
         if same.numel() == 0:
             continue  # what the reference does not save, an implementation may
         if output.shape != same.shape or output.dtype != same.dtype:
@@ -162,7 +153,7 @@ def _verify(call: str, outputs: Tensors, same_dtype: Tensors, exact: Tensors) ->
                 f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
                 f"{output.dtype}, not {tuple(same.shape)} and {same.dtype}. {_REMEDY}"
             )
-        comparison = compare(output, same, truth)
+        comparison = compare(output, *of_output)
         if not comparison.holds:
             raise RuntimeError(
                 f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "

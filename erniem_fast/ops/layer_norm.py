@@ -26,24 +26,32 @@ class LayerNorm:
     backward: Callable[[Tensor, Tensor, Tensor, float], tuple[Tensor, ...]]
 
 
+def bias_of(weight: Tensor, bias: Tensor | None) -> Tensor:
+    """The bias of a layer norm, zeros where it has none: no implementation does without."""
+    return torch.zeros_like(weight) if bias is None else bias
+
+
 def _forward_torch(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
-    return torch.native_layer_norm(z, z.shape[-1:], _native(weight, z), _native(norm_bias, z), eps)[0]
+    x = _centred(z)
+    return torch.native_layer_norm(x, x.shape[-1:], weight.to(x.dtype), norm_bias.to(x.dtype), eps)[0].to(z.dtype)
 
 
 def _backward_torch(grad: Tensor, z: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, ...]:
-    weight = _native(weight, z)
-    _, mean, rstd = torch.native_layer_norm(z, z.shape[-1:], weight, weight, eps)
-    of_z, _, _ = torch.ops.aten.native_layer_norm_backward(
-        grad.to(z.dtype), z, z.shape[-1:], mean, rstd, weight, weight, [True, False, False]
+    x = _centred(z)
+    grad, weight = grad.to(x.dtype), weight.to(x.dtype)
+    normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    # As if of normalised rows: the native kernel adds up terms that cancel, of which the mean makes large ones.
+    of_normal, _, _ = torch.ops.aten.native_layer_norm_backward(
+        grad, normal, x.shape[-1:], torch.zeros_like(mean), torch.ones_like(rstd), weight, None, [True, False, False]
     )
-    # The native kernel sums over tokens one after another on CPU, and less exactly than `sum` does.
-    grad = grad.to(wide(z.dtype))
-    return of_z, (grad * (z - mean) * rstd).sum(0), grad.sum(0)
+    # It also sums over tokens one after another on CPU, and less exactly than `sum` does.
+    return (of_normal * rstd).to(z.dtype), (grad * normal).sum(0), grad.sum(0)
 
 
-def _native(weight: Tensor, z: Tensor) -> Tensor:
-    """The weight's dtype with which the native kernel takes wide statistics: on CPU they follow the weight's."""
-    return weight.to(wide(z.dtype)) if z.device.type == "cpu" else weight.to(z.dtype)
+def _centred(z: Tensor) -> Tensor:
+    """Rows less their mean. The native kernel takes it off once more, which `reference.normalise` says the use of."""
+    x = z.to(wide(z.dtype))
+    return x - x.mean(-1, keepdim=True)
 
 
 def _forward_reference(z: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:

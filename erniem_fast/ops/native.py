@@ -33,37 +33,64 @@ class Function:
     Attributes:
         name: of the function.
         tensors: dtype, `ELEMENT` for that of the call, and shape of each tensor; the dimensions are among the sizes.
+        written: the tensors that the function writes to.
         sizes, factors: names of the integers and of the floating-point numbers.
+        optional: the tensors that may be None.
         strided: the tensors whose rows may lie apart, as a size of theirs says.
     """
 
     name: str
     tensors: dict[str, tuple]
+    written: tuple[str, ...]
     sizes: str
     factors: str = ""
+    optional: tuple[str, ...] = ()
     strided: tuple[str, ...] = ()
 
     def __call__(self, device: torch.device, dtype: torch.dtype, **values: object) -> None:
-        """Runs on the device's library, for elements of a dtype. No tensor gets by whose shape is not what it says."""
+        """Runs on the device's library, for elements of a dtype.
+
+        Raises:
+            ValueError: there is no such function for the dtype; or a tensor is missing, or is not what the function
+                reads or writes: the message names it.
+        """
+        if dtype not in _DTYPES:
+            raise ValueError(f"{self.name} is for float32, float16 and bfloat16, not {dtype}; cast the tensors.")
         kept = []  # what is converted here must live until the function has run
         for name, (kind, *shape) in self.tensors.items():
-            tensor = values[name]
-            if tensor is not None:
-                wanted = tuple(map(values.get, shape, shape))
-                if tensor.shape != wanted or tensor.device != device:
-                    raise ValueError(
-                        f"{self.name}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, but the other "
-                        f"arguments need {wanted} on {device}."
-                    )
-                if name not in self.strided:
-                    tensor = tensor.to(kind or dtype).contiguous()
-                    kept.append(tensor)
-                values[name] = tensor.data_ptr()
+            if values[name] is None and name in self.optional:
+                continue
+            wanted = tuple(map(values.get, shape, shape))
+            tensor = self._checked(name, values[name], wanted, device, kind or dtype)
+            kept.append(tensor)
+            values[name] = tensor.data_ptr()
         run, structure = _linked(extension.load(device.type), self)
         with torch.cuda.device(device) if device.type == "cuda" else _HERE:
             error = run(structure(*self._in_order(values)), _DTYPES[dtype], _context(device))
         if error is not None:
             raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
+
+    def _checked(
+        self, name: str, tensor: Tensor | None, shape: tuple[int, ...], device: torch.device, dtype: torch.dtype
+    ) -> Tensor:
+        """The tensor, or what it holds in another dtype or in memory that can be read by its address."""
+        if tensor is None:
+            raise ValueError(f"{self.name}: {name} is None, but the function needs it; pass a tensor.")
+        if tensor.shape != shape or tensor.device != device:
+            raise ValueError(
+                f"{self.name}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, but the other arguments "
+                f"need {shape} on {device}."
+            )
+        in_memory = tensor.layout is torch.strided and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+        if in_memory and _is_laid_out(tensor, dtype, rows_apart=name in self.strided):
+            return tensor
+        if not in_memory or name in self.written or not torch.can_cast(tensor.dtype, dtype):
+            raise ValueError(
+                f"{self.name}: {name} is a {type(tensor).__name__} of {tensor.dtype} and {tensor.layout}, which is not "
+                f"what the function {'writes' if name in self.written else 'reads'}; pass a contiguous Tensor of "
+                f"{dtype}."
+            )
+        return torch.empty(shape, dtype=dtype, device=device).copy_(tensor.detach())
 
     @functools.cached_property
     def fields(self) -> tuple[tuple[str, type], ...]:
@@ -81,11 +108,25 @@ class Function:
         return itemgetter(*(name for name, _ in self.fields))
 
 
+def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
+    """Whether csrc/ can use a tensor's memory: it holds elements of the dtype, in order, aligned and not negated."""
+    return (
+        tensor.dtype == dtype
+        and (tensor.is_contiguous() or (rows_apart and tensor.stride(-1) == 1))
+        and not tensor.is_neg()
+        and tensor.data_ptr() % dtype.itemsize == 0
+    )
+
+
 @functools.cache
 def _linked(library: ctypes.CDLL, function: Function) -> tuple[Callable[..., bytes | None], type[ctypes.Structure]]:
-    """The function of a library, and the type of its argument."""
+    """The function of a library, and the type of its argument.
+
+    Threads that come here at once each link a function of their own: `getattr` would give them all the same one, which
+    takes the argument of the last alone.
+    """
     structure = type(function.name, (ctypes.Structure,), {"_fields_": function.fields})
-    run = getattr(library, function.name)
+    run = library[function.name]
     run.argtypes = (ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p)
     run.restype = ctypes.c_char_p
     return run, structure

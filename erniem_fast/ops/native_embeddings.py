@@ -23,8 +23,10 @@ _FORWARD = Function(
         "out": (ELEMENT, "tokens", "hidden"),
         "z": (ELEMENT, "tokens", "hidden"),
     },
+    written=("out", "z"),
     sizes="tokens words max_positions hidden threshold",
     factors="eps rescale",
+    optional=("seed", "z"),
 )
 
 _BACKWARD = Function(
@@ -37,8 +39,10 @@ _BACKWARD = Function(
         "of_z": (FLOAT, "tokens", "hidden"),
         "of_norm": (FLOAT, "chunks", 2, "hidden"),
     },
+    written=("of_z", "of_norm"),
     sizes="tokens chunks tokens_per_chunk hidden threshold",
     factors="eps rescale",
+    optional=("seed",),
 )
 
 _SCATTER = Function(
@@ -49,6 +53,7 @@ _SCATTER = Function(
         "order": (INT, "tokens"),
         "table": (ELEMENT, "table_rows", "hidden"),
     },
+    written=("table",),
     sizes="tokens table_rows hidden padding_idx",
 )
 

@@ -1,5 +1,7 @@
 """The `native` implementations of the ops inside a layer, and the matrix product of few tokens: on the CPU only."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -17,8 +19,10 @@ _BIAS_GELU = Function(
         **DROPOUT,
         "out": (ELEMENT, "tokens", "features"),
     },
+    written=("out",),
     sizes="tokens features activation threshold",
     factors="rescale",
+    optional=("bias", "seed"),
 )
 
 _BIAS_GELU_BACKWARD = Function(
@@ -31,8 +35,10 @@ _BIAS_GELU_BACKWARD = Function(
         "of_x": (ELEMENT, "tokens", "features"),
         "of_bias": (FLOAT, "chunks", "features"),
     },
+    written=("of_x", "of_bias"),
     sizes="tokens chunks tokens_per_chunk features activation threshold",
     factors="rescale",
+    optional=("bias", "seed", "of_bias"),
 )
 
 _ADD_LAYERNORM = Function(
@@ -47,8 +53,10 @@ _ADD_LAYERNORM = Function(
         "out": (ELEMENT, "tokens", "hidden"),
         "z": (ELEMENT, "tokens", "hidden"),
     },
+    written=("out", "z"),
     sizes="tokens hidden threshold",
     factors="eps rescale",
+    optional=("bias", "seed", "z"),
 )
 
 _ADD_LAYERNORM_BACKWARD = Function(
@@ -62,10 +70,13 @@ _ADD_LAYERNORM_BACKWARD = Function(
         "of_x": (ELEMENT, "tokens", "hidden"),
         "sums": (FLOAT, "chunks", 3, "hidden"),
     },
+    written=("of_residual", "of_x", "sums"),
     sizes="tokens chunks tokens_per_chunk hidden threshold",
     factors="eps rescale",
+    optional=("seed", "of_x"),
 )
 
+# One function, which takes `grad` for a sign that it is to run backwards.
 _ATTENTION = Function(
     "attention",
     {
@@ -79,9 +90,12 @@ _ATTENTION = Function(
         "out": (ELEMENT, "tokens", "hidden"),
         "of_qkv": (ELEMENT, "tokens", "width"),
     },
+    written=("out", "of_qkv"),
     sizes="tokens sequences bounds width hidden heads head_dim threads threshold",
     factors="scale rescale",
+    optional=("key_mask", "seed", "grad", "of_qkv"),
 )
+_ATTENTION_BACKWARD = replace(_ATTENTION, optional=("key_mask", "seed", "out"))
 
 _FEW_TOKENS = Function(
     "few_tokens",
@@ -91,7 +105,9 @@ _FEW_TOKENS = Function(
         "bias": (FLOAT, "out_features"),
         "out": (FLOAT, "tokens", "out_features"),
     },
+    written=("out",),
     sizes="tokens in_features out_features out_stride",
+    optional=("bias",),
     strided=("out",),
 )
 
@@ -235,7 +251,7 @@ def _attend(
     qkv, longest_first, cu_seqlens, columns, key_mask, heads, scale, p, seed, grad=None, out=None, of_qkv=None
 ) -> None:
     tokens, width = qkv.shape
-    _ATTENTION(
+    (_ATTENTION if grad is None else _ATTENTION_BACKWARD)(
         qkv.device,
         qkv.dtype,
         qkv=qkv,

@@ -1,0 +1,81 @@
+"""Truncation: how much of its sequences an example keeps, what is cut off, and windows that cover everything."""
+
+from transformers.tokenization_utils_base import TruncationStrategy
+from transformers.utils import logging
+
+logger = logging.get_logger(__name__)
+
+
+def sizes_to_keep(lengths: list[int], excess: int, strategy: TruncationStrategy) -> list[int]:
+    """Decides how many tokens each of an example's sequences keeps.
+
+    As in transformers 4.57.6, a sequence that is to lose all its tokens or more is not cut: an error is logged, and the
+    example stays too long. Only longest_first empties the sequences of a pair.
+
+    Args:
+        lengths: the number of tokens of each of the one or two sequences.
+        excess: how many tokens are to go; none if it is not positive.
+        strategy: says which sequence loses them.
+    """
+    if excess <= 0 or strategy == TruncationStrategy.DO_NOT_TRUNCATE:
+        return lengths
+    if strategy == TruncationStrategy.LONGEST_FIRST and len(lengths) == 2:
+        return _shorten_pair(*lengths, excess)
+    index = 1 if strategy == TruncationStrategy.ONLY_SECOND else 0
+    length = lengths[index] if index < len(lengths) else 0
+    if length <= excess:
+        logger.error(
+            f"truncation={strategy.value!r} has to take {excess} tokens out of the {('first', 'second')[index]} "
+            f"sequence, which has {length}: it is left whole, and the example is too long. Use a larger max_length or "
+            f"another truncation."
+        )
+        return lengths
+    return [*lengths[:index], length - excess, *lengths[index + 1 :]]
+
+
+def _shorten_pair(first: int, second: int, excess: int) -> list[int]:
+    """Takes tokens out of the longer sequence until both are equally long, then out of both in turn."""
+    from_longer = min(abs(first - second), excess)
+    from_first = (excess - from_longer) // 2
+    from_second = excess - from_longer - from_first
+    if first > second:
+        from_first += from_longer
+    else:
+        from_second += from_longer
+    return [max(first - from_first, 0), max(second - from_second, 0)]
+
+
+def kept(length: int, size: int, side: str) -> slice:
+    """The part of a sequence that stays where truncation on `side` leaves `size` of its `length` tokens."""
+    return slice(size) if side == "right" else slice(length - size, length)
+
+
+def overflow(sequences: list[list], sizes: list[int], stride: int, side: str) -> list:
+    """The tokens that truncation on `side` cuts off, and up to `stride` tokens beside them that stay."""
+    tokens, other_side = [], "left" if side == "right" else "right"
+    for sequence, size in zip(sequences, sizes, strict=True):
+        length = len(sequence)
+        if size < length:
+            tokens += sequence[kept(length, min(length - size + stride, length), other_side)]
+    return tokens
+
+
+def windows(length: int, size: int, stride: int, side: str) -> list[slice]:
+    """Windows of `size` tokens that cover a sequence; the first is the part that truncation on `side` keeps.
+
+    Neighbours share `stride` tokens. The last window may be shorter.
+
+    Raises:
+        ValueError: `stride` is negative, or so large that a window would have no token of its own.
+    """
+    if size == length:
+        return [slice(length)]
+    if not 0 <= stride < size:
+        raise ValueError(
+            f"stride={stride} must be at least 0 and less than {size}, the tokens of a text that fit into a window: "
+            f"choose a smaller stride or a larger max_length"
+        )
+    starts = range(0, length - stride, size - stride)
+    if side == "right":
+        return [slice(start, min(start + size, length)) for start in starts]
+    return [slice(max(length - start - size, 0), length - start) for start in starts]

@@ -1,0 +1,220 @@
+"""The functions of csrc/ are given addresses: what an address does not say is checked, converted or refused before."""
+
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from erniem_fast import ErnieMConfig, ErnieMModel, extension, ops, use_kernels
+from erniem_fast.batch import TokenBatch
+from erniem_fast.ops import native
+from erniem_fast.ops.native_encoder import few_tokens
+
+pytestmark = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
+
+NATIVE = {"embeddings": "native", "attention": "native", "bias_gelu": "native", "layernorm": "native"}
+HIDDEN = 24
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+class Call:
+    """A call of a native function, to be made again with other tensors."""
+
+    def __init__(self, function: native.Function, device: torch.device, dtype: torch.dtype, values: dict):
+        self.function, self.device, self.dtype = function, device, dtype
+        tensors = {name: value.detach().clone() for name, value in values.items() if isinstance(value, Tensor)}
+        self.values = {**values, **tensors}
+
+    def tensors(self, written: bool) -> dict[str, Tensor]:
+        names = [name for name in self.function.tensors if (name in self.function.written) == written]
+        return {name: self.values[name] for name in names if self.values[name] is not None}
+
+    def __call__(self, **changes: Tensor | None) -> dict[str, Tensor]:
+        """What the function writes."""
+        written = {name: torch.zeros_like(each) for name, each in self.tensors(written=True).items()}
+        values = {**self.values, **written, **changes}
+        self.function(self.device, self.dtype, **values)
+        return {name: values[name] for name in written if values[name] is not None and name != "scratch"}
+
+
+@pytest.fixture(scope="module", params=DTYPES.values(), ids=DTYPES)
+def calls(request) -> list[Call]:
+    """A call of every native function, forward and backward, with all tensors that it can have."""
+    seen, original = [], native.Function.__call__
+
+    def record(function, device, dtype, **values):
+        seen.append(Call(function, device, dtype, values))
+        original(function, device, dtype, **values)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native.Function, "__call__", record)
+        run_ops(request.param)
+        run_layer()
+        few_tokens(torch.empty(5, 7), torch.randn(5, HIDDEN), torch.randn(7, HIDDEN), torch.randn(7))
+    return seen
+
+
+def mask() -> Tensor:
+    return torch.tensor([[False, True, True, False, True], [True, True, True, True, False]])
+
+
+def run_ops(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    batch = TokenBatch.from_mask(mask(), keep_first=True)[0]
+    assert batch.key_mask is not None
+    ids, dropout = torch.arange(batch.tokens) % 5, (batch, 0.3, torch.tensor([5]))
+
+    def leaf(*shape):
+        return torch.randn(shape, dtype=dtype).requires_grad_()
+
+    with use_kernels(**NATIVE):
+        x = ops.embeddings(ids, ids, leaf(9, HIDDEN), leaf(7, HIDDEN), leaf(HIDDEN), leaf(HIDDEN), 1e-5, 1, *dropout)
+        x = ops.attention(torch.cat([x, x, x], dim=1), batch, 3, 0.3, *dropout[1:])
+        x = ops.add_layernorm(x, leaf(batch.tokens, HIDDEN), leaf(HIDDEN), leaf(HIDDEN), leaf(HIDDEN), 1e-5, *dropout)
+        ops.bias_gelu_dropout(x, leaf(HIDDEN), "gelu", *dropout).sum().backward()
+
+
+def run_layer() -> None:
+    sizes = {"num_hidden_layers": 1, "num_attention_heads": 3, "hidden_size": HIDDEN, "intermediate_size": 41}
+    model = ErnieMModel(ErnieMConfig(vocab_size=50, **sizes)).eval()
+    with torch.no_grad(), use_kernels(**NATIVE):
+        model(torch.full(mask().shape, 7), attention_mask=mask().long())
+
+
+def test_every_function_is_called(calls):
+    sources = "".join(source.read_text() for source in extension.SOURCES.glob("*_cpu.cpp"))
+    assert {call.function.name for call in calls} == set(re.findall(r'extern "C" const char\* (\w+)\(', sources))
+    assert [call.function.name for call in calls].count("attention") == 2
+
+
+def test_a_tensor_that_is_missing_is_refused_by_its_name(calls):
+    for call in calls:
+        for name in call.function.tensors:
+            if name in call.function.optional:
+                call(**{name: None})
+            else:
+                with pytest.raises(ValueError, match=f"^{call.function.name}: {name} is None"):
+                    call(**{name: None})
+
+
+def unaligned(x: Tensor) -> Tensor:
+    memory = np.frombuffer(bytearray(x.numel() * x.element_size() + 1), np.uint8, offset=1)
+    moved = torch.from_numpy(memory).view(x.dtype).view(x.shape).copy_(x)
+    assert x.element_size() == 1 or moved.data_ptr() % x.element_size() != 0
+    return moved
+
+
+def every_other(x: Tensor) -> Tensor:
+    return x.repeat_interleave(2, dim=-1)[..., ::2]
+
+
+def same_in_other_forms(x: Tensor) -> dict[str, Tensor]:
+    forms = {"unaligned": unaligned(x), "every other": every_other(x), "offset": torch.cat([x, x])[len(x) :]}
+    if x.is_floating_point():
+        forms |= {
+            "negated": torch._neg_view(-x),
+            "imaginary": torch.complex(x, -x).conj().imag if x.itemsize > 2 else x,
+        }
+        forms |= {"wider": x.double(), "a parameter": nn.Parameter(x)}
+    return forms | ({"narrower": x.int()} if x.dtype == torch.int64 and x.abs().max() < 2**31 else {})
+
+
+def test_inputs_are_read_in_whatever_form_they_come(calls):
+    for call in calls:
+        expected = call()
+        for name, tensor in call.tensors(written=False).items():
+            for form, same in same_in_other_forms(tensor).items():
+                assert torch.equal(same, tensor), form
+                for written, result in call(**{name: same}).items():
+                    assert torch.equal(result, expected[written]), f"{call.function.name}: {name} {form}"
+
+
+class WithoutMemory(Tensor):
+    """As sharded and quantised tensors are: it stands for values that lie elsewhere."""
+
+    @staticmethod
+    def __new__(cls, like):
+        return Tensor._make_wrapper_subclass(cls, like.shape, dtype=like.dtype)
+
+    @classmethod
+    def __torch_dispatch__(cls, function, types, arguments=(), keywords=None):
+        raise NotImplementedError(function)
+
+
+def of_another_kind(x: Tensor) -> Tensor:
+    """A tensor whose values the function's type could not hold."""
+    if x.is_floating_point():
+        return x.to(torch.complex64)
+    return x.int() if x.dtype == torch.bool else x.float()
+
+
+def test_inputs_that_cannot_be_read_are_refused_by_their_names(calls):
+    for call in calls:
+        for name, tensor in call.tensors(written=False).items():
+            others = [WithoutMemory(tensor), tensor.to("meta"), of_another_kind(tensor)]
+            others += [tensor.to_sparse(), tensor[:-1], tensor.unsqueeze(0)]
+            for other in others:
+                with pytest.raises(ValueError, match=f"^{call.function.name}: {name} "):
+                    call(**{name: other})
+
+
+def test_what_is_written_must_lie_as_the_function_writes_it(calls):
+    for call in calls:
+        for name, tensor in call.tensors(written=True).items():
+            others = [WithoutMemory(tensor), tensor.to("meta"), tensor.double(), every_other(tensor)]
+            others += [torch._neg_view(tensor), unaligned(tensor), tensor[:-1]]
+            for other in others:
+                with pytest.raises(ValueError, match=f"^{call.function.name}: {name} "):
+                    call(**{name: other})
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int32, torch.complex64], ids=str)
+def test_other_dtypes_are_refused(calls, dtype):
+    for call in calls:
+        with pytest.raises(ValueError, match=f"^{call.function.name} is for .* not {dtype}; cast"):
+            call.function(call.device, dtype, **call.values)
+
+
+THREADS = """
+import sys, threading
+import torch
+from erniem_fast import ErnieMConfig, ErnieMModel
+from erniem_fast.ops import native
+from erniem_fast.ops.native_encoder import few_tokens
+
+sys.setswitchinterval(1e-6)
+torch.set_num_threads(1)
+sizes = {"num_hidden_layers": 1, "num_attention_heads": 2, "hidden_size": 8, "intermediate_size": 8}
+model = ErnieMModel(ErnieMConfig(vocab_size=9, **sizes)).eval()
+ids, x, weight, failures = torch.full((1, 5), 7), torch.ones(4, 8), torch.ones(8, 8), []
+barrier = threading.Barrier(8)
+
+def first_calls():
+    barrier.wait()
+    model(ids).pooler_output.sum().backward()
+    with torch.inference_mode():
+        model(ids)
+    for _ in range(600):
+        native._linked.cache_clear()  # so that the next call is a first one
+        few_tokens(torch.empty(4, 8), x, weight, None)
+
+def run():
+    try:
+        first_calls()
+    except Exception as error:
+        failures.append(repr(error))
+
+threads = [threading.Thread(target=run) for _ in range(8)]
+for thread in threads: thread.start()
+for thread in threads: thread.join()
+print(failures)
+"""
+
+
+def test_first_calls_from_several_threads():
+    result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
+    assert result.stdout == "[]\n", result.stdout + result.stderr

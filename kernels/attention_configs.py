@@ -51,7 +51,9 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if is_rdna(arch):
         return _rdna_backward_config(dtype, head_dim)
     if dtype == torch.float32:
-        return Config(32, 32, warps=8, stages=1) if head_dim <= 64 else Config(16, 16, warps=8, stages=1)
+        if head_dim > 64:
+            return Config(16, 16, warps=8, stages=1)
+        return Config(32, 16 if is_cdna(arch) else 32, warps=8, stages=1)
     if head_dim > 128:
         return Config(16, 32, warps=4, stages=1)
     if head_dim > 64 and is_cdna(arch):
@@ -59,7 +61,9 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if head_dim > 64 or arch == "sm_120":
         return Config(64, 32, warps=8, stages=1 if head_dim > 64 and arch == "sm_120" else 2)
     step = 64 if arch in _LARGE_TILES else 32
-    return Config(64, step, warps=4, stages=1) if max_seqlen <= 64 else Config(128, step, warps=8, stages=2)
+    if max_seqlen <= 64:
+        return Config(64, step, warps=4, stages=1)
+    return Config(128, step, warps=8, stages=1 if is_cdna(arch) else 2)
 
 
 def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config | None:

@@ -34,8 +34,8 @@ def threshold(p: float) -> int:
 
 
 def rescale(p: float) -> float:
-    """What kept elements are multiplied with; nothing is kept at p = 1."""
-    return 0.0 if p == 1.0 else 1.0 / (1.0 - p)
+    """What kept elements are multiplied with; 0 where p is so near to 1 that nothing is kept."""
+    return 0.0 if threshold(p) == 2**32 else 1.0 / (1.0 - p)
 
 
 def keep_mask(seed: Tensor, p: float, width: int, column: Tensor, sequence: Tensor, head: Tensor | int = 0) -> Tensor:

@@ -137,8 +137,9 @@ def test_no_feature_and_no_token_is_favoured():
 
 
 def test_probability_to_32_bits():
-    assert [dropout.threshold(p) for p in (0.0, 0.1, 0.5, 1.0)] == [0, 429_496_730, 2**31, 2**32]
-    assert [dropout.rescale(p) for p in (0.0, 0.1, 0.5, 1.0)] == [1.0, 1 / 0.9, 2.0, 0.0]
+    rates = (0.0, 0.1, 0.5, 1 - 2**-32, 1 - 2**-34, 1.0)
+    assert [dropout.threshold(p) for p in rates] == [0, 429_496_730, 2**31, 2**32 - 1, 2**32, 2**32]
+    assert [dropout.rescale(p) for p in rates] == [1.0, 1 / 0.9, 2.0, 2.0**32, 0.0, 0.0]
 
 
 def test_nothing_is_dropped_at_zero_and_everything_at_one():

@@ -64,19 +64,19 @@ def test_attention_of_hard_lengths(device, sized, seed, heads, head_dim, dropout
 
 
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
-@pytest.mark.parametrize("in_half", [False, True], ids=["float32", "half"])
-def test_the_backward_of_attention_finds_the_forward_s_scores(device, half, head_dim, in_half):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_backward_of_attention_finds_the_forward_s_scores(device, head_dim, dtype):
     """It takes products of keys and queries where the forward took those of queries and keys.
 
     A token alone has the probability 1, and its value the gradient of the result, as far as the two scores are equal.
     They are sums of `head_dim` products in float32, whose rounding is bounded by so many units of the terms' size.
     """
-    qkv = (30 * torch.randn(64, 3 * head_dim, device=device)).to(half if in_half else torch.float32)
-    grad = torch.randn(64, head_dim, device=device).to(qkv.dtype)
+    qkv = (30 * torch.randn(64, 3 * head_dim, device=device)).to(dtype)
+    grad = torch.randn(64, head_dim, device=device).to(dtype)
     _, of_qkv = run(partial(attention, batch_of([1] * 64, device), 1, 0.0, None), [qkv], grad)
     query, key, _ = qkv.double().unflatten(1, (3, head_dim)).unbind(1)
     size = (query * key).abs().sum(1).max() * head_dim**-0.5
-    bound = 2 * head_dim * 2.0**-24 * size + torch.finfo(qkv.dtype).eps
+    bound = 2 * head_dim * 2.0**-24 * size + torch.finfo(dtype).eps
     assert (of_qkv[:, 2 * head_dim :] - grad).abs().max() <= bound * grad.abs().max()
 
 

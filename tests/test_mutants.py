@@ -256,18 +256,26 @@ ROUNDINGS = (
         "attention",
         {
             "_forward_kernel": [
-                ("input_precision=PRECISION) * (scale", "input_precision=PRECISION).to(key.dtype) * (scale"),
+                ("(key), input_precision=PRECISION)", "(key), input_precision=PRECISION).to(key.dtype).to(tl.float32)"),
                 ("acc=out * shrink", "acc=(out * shrink).to(value.dtype).to(tl.float32)"),
             ],
             "_probabilities": [
-                ("input_precision=PRECISION) * (scale", "input_precision=PRECISION).to(rows.dtype) * (scale"),
-                ("(of_columns), input_precision=PRECISION)", "(of_columns), input_precision=PRECISION).to(rows.dtype)"),
+                ("input_precision=PRECISION)", "input_precision=PRECISION).to(rows.dtype).to(tl.float32)"),
             ],
-            "_backward_queries_kernel": [("acc=of_query", "acc=of_query.to(key.dtype).to(tl.float32)")],
-            "_backward_keys_kernel": [("acc=of_key", "acc=of_key.to(key.dtype).to(tl.float32)")],
-            "_backward_kernel": [("acc=of_value", "acc=of_value.to(key.dtype).to(tl.float32)")],
+            "_backward_queries_kernel": [
+                ("(value), input_precision=PRECISION)", "(value), input_precision=PRECISION).to(key.dtype)"),
+                ("acc=of_query", "acc=of_query.to(key.dtype).to(tl.float32)"),
+            ],
+            "_backward_keys_kernel": [
+                ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
+                ("acc=of_key", "acc=of_key.to(key.dtype).to(tl.float32)"),
+            ],
+            "_backward_kernel": [
+                ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
+                ("acc=of_value", "acc=of_value.to(key.dtype).to(tl.float32)"),
+            ],
             "forward": [("dtype=torch.float32", "dtype=qkv.dtype")],
-            "backward": [("dtype=torch.float32", "dtype=qkv.dtype")],
+            "backward": [("head_dim, dtype=torch.float32", "head_dim, dtype=qkv.dtype")],
         },
     ),
     (

@@ -7,12 +7,12 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from checkpoint import SIZES
+from erniem_fast.ops.implementation import choose
 from jobs import Spec, make_jobs
 from torch import Tensor
 
 from erniem_fast import ops
 from erniem_fast.batch import TokenBatch
-from erniem_fast.ops.implementation import choose
 
 P, EPS, PADDING = 0.1, 1e-12, 1
 OURS = "erniem_fast"

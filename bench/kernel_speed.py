@@ -14,6 +14,7 @@ from time import monotonic as seconds_now
 
 import torch
 from checkpoint import SIZES
+from erniem_fast.ops.implementation import choose
 from kernel_jobs import MAKERS, OURS, P, make_job
 from kernel_report import markdown, plot
 from machine import describe, slug
@@ -22,7 +23,6 @@ from timing import WARM_UP, measured_rates, take_turns
 from tqdm import tqdm
 
 from erniem_fast import extension
-from erniem_fast.ops.implementation import choose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LENGTHS = ("32", "64", "128", "256", "512", "ragged")

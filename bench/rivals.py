@@ -4,10 +4,10 @@ import pathlib
 import sys
 
 import torch
+from erniem_fast.ops.implementation import choose
 from workers import ROOT, Peer
 
 from erniem_fast import flags, ops
-from erniem_fast.ops.implementation import choose
 
 SCRIPTS = ROOT / "bench/peers"
 # Two releases of transformers do not fit into one environment. What each holds is pinned in bench/peers.

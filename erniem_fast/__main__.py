@@ -10,8 +10,9 @@ from importlib.util import find_spec
 import torch
 import transformers
 
-from . import extension, flags, ops, verification
-from .ops.implementation import choose
+from . import flags, native, ops
+from .ops.choose import choose
+from .verify.battery import verify
 
 
 def main() -> int:
@@ -31,9 +32,9 @@ def _status() -> int:
 
 def _build() -> int:
     try:
-        for device, path in extension.build().items():
+        for device, path in native.library.build().items():
             print(f"{device}: {path}")
-    except extension.BuildError as error:
+    except native.library.BuildError as error:
         print(error, file=sys.stderr)
         return 1
     return 0
@@ -47,7 +48,7 @@ def _verify() -> int:
         _interpret_triton()
         device = torch.device("cpu")
         print("No GPU: what is written in Triton runs in Triton's interpreter.")
-    return 0 if verification.verify(device) else 1
+    return 0 if verify(device) else 1
 
 
 def _interpret_triton() -> None:

@@ -2,9 +2,37 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+
+from .dropout import Dropout
+
+
+class Sequences(NamedTuple):
+    """How tokens are cut into sequences, and which of them are attended to.
+
+    Attributes:
+        cu_seqlens: int32 `(sequences + 1,)`; sequence i owns tokens `cu_seqlens[i] … cu_seqlens[i + 1] - 1`.
+        max_seqlen: an upper bound of the number of tokens of a sequence.
+        longest_first: int64 `(sequences,)`, the sequences in the order in which attention takes them up.
+        contiguous: True if every token's column is its index in its sequence; False if that is not known.
+        sequence_ids: int64 `(tokens,)`, each token's sequence.
+        key_mask: bool `(tokens,)`, False for tokens that are not attended to; None if all are.
+    """
+
+    cu_seqlens: Tensor
+    max_seqlen: int
+    longest_first: Tensor
+    contiguous: bool
+    sequence_ids: Tensor
+    key_mask: Tensor | None
+
+    def indices(self) -> Tensor:
+        """int64 `(tokens,)`, each token's index in its sequence."""
+        token = torch.arange(self.sequence_ids.shape[0], device=self.sequence_ids.device)
+        return token - self.cu_seqlens.long()[self.sequence_ids]
 
 
 @dataclass(frozen=True)
@@ -12,26 +40,16 @@ class TokenBatch:
     """The tokens of all sequences, one after another, described once for all layers and the backward.
 
     Attributes:
-        cu_seqlens: int32 `(sequences + 1,)`; sequence i owns tokens `cu_seqlens[i] … cu_seqlens[i + 1] - 1`.
-        max_seqlen: an upper bound of the number of tokens of a sequence.
-        longest_first: int64 `(sequences,)`, the sequences in the order in which attention takes them up.
+        sequences: how they are cut into sequences.
         columns: int64 `(tokens,)`, each token's column in its sequence's row of the grid.
-        contiguous: True where every token's column is its index in its sequence; False where that is not known.
-        sequences: int64 `(tokens,)`, each token's sequence.
-        key_mask: bool `(tokens,)`, False for tokens that nobody attends to; None when there is none.
         grid: `(rows, columns)` of the caller's tensors.
         fills_grid: True where every row of the grid is a sequence without gaps, so that a view turns tokens into rows.
         indices: int64 `(tokens,)`, each token's place in the flattened grid; None when the tokens fill it in order.
         packed: True when only real tokens count, False when every position of the grid is computed.
     """
 
-    cu_seqlens: Tensor
-    max_seqlen: int
-    longest_first: Tensor
+    sequences: Sequences
     columns: Tensor
-    contiguous: bool
-    sequences: Tensor
-    key_mask: Tensor | None
     grid: tuple[int, int]
     fills_grid: bool
     indices: Tensor | None
@@ -46,14 +64,17 @@ class TokenBatch:
         With `packed` what is computed at padding is not shown, so that nobody sees a difference to the packed layout.
         """
         rows, columns = grid
-        return cls(
+        sequences = Sequences(
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device) * columns,
             max_seqlen=columns,
             longest_first=torch.arange(rows, device=device),
-            columns=torch.arange(columns, device=device).expand(grid).flatten(),
             contiguous=True,
-            sequences=torch.arange(rows, device=device)[:, None].expand(grid).flatten(),
+            sequence_ids=torch.arange(rows, device=device)[:, None].expand(grid).flatten(),
             key_mask=None if key_mask is None else key_mask.flatten(),
+        )
+        return cls(
+            sequences=sequences,
+            columns=torch.arange(columns, device=device).expand(grid).flatten(),
             grid=grid,
             fills_grid=True,
             indices=None,
@@ -90,14 +111,17 @@ class TokenBatch:
         indices = torch.nonzero_static(computed.flatten(), size=tokens).squeeze(-1)
         cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
         cu_seqlens[1:] = lengths.cumsum(0)
-        batch = cls(
+        sequences = Sequences(
             cu_seqlens=cu_seqlens,
             max_seqlen=max_seqlen,
             longest_first=lengths.argsort(descending=True),
-            columns=indices % columns,
             contiguous=holes == 0,
-            sequences=indices // columns,
+            sequence_ids=indices // columns,
             key_mask=mask.flatten()[indices] if real_tokens < tokens else None,
+        )
+        batch = cls(
+            sequences=sequences,
+            columns=indices % columns,
             grid=(rows, columns),
             fills_grid=False,
             indices=indices,
@@ -109,15 +133,18 @@ class TokenBatch:
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> "TokenBatch":
         """Input that came packed: `tokens` real tokens in one row of the grid, cut into sequences at `cu_seqlens`."""
         token = torch.arange(tokens, device=cu_seqlens.device)
-        sequences = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
-        return cls(
+        sequence_ids = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
+        sequences = Sequences(
             cu_seqlens=cu_seqlens.int(),
             max_seqlen=max_seqlen,
             longest_first=cu_seqlens.diff().argsort(descending=True),
-            columns=token - cu_seqlens.long()[sequences],
             contiguous=True,
-            sequences=sequences,
+            sequence_ids=sequence_ids,
             key_mask=None,
+        )
+        return cls(
+            sequences=sequences,
+            columns=token - cu_seqlens.long()[sequence_ids],
             grid=(1, tokens),
             fills_grid=False,
             indices=None,
@@ -128,6 +155,10 @@ class TokenBatch:
     def tokens(self) -> int:
         return self.columns.shape[0]
 
+    def dropout(self, p: float, seed: Tensor) -> Dropout:
+        """The dropout of these tokens' rows, or of the probabilities between them."""
+        return Dropout(p, seed, self.columns, self.sequences.sequence_ids)
+
     def pack(self, x: Tensor) -> Tensor:
         """`(rows, columns, ...)` to `(tokens, ...)`."""
         flat = x.flatten(0, 1)
@@ -135,8 +166,8 @@ class TokenBatch:
 
     def unpack(self, x: Tensor) -> Tensor:
         """`(tokens, ...)` to `(rows, columns, ...)`, with zeros at padding in the packed layout."""
-        if self.packed and self.key_mask is not None:
-            x = torch.where(self.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
+        if self.packed and self.sequences.key_mask is not None:
+            x = torch.where(self.sequences.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         if self.indices is None:
             return x.unflatten(0, self.grid)
         rows, columns = self.grid
@@ -147,8 +178,8 @@ class TokenBatch:
         """`(tokens, features)` to `(sequences, features)`: each sequence's first token, zeros where it has none."""
         if self.fills_grid:
             return x.unflatten(0, self.grid)[:, 0]
-        first = self.cu_seqlens[:-1].long()
-        present = self.cu_seqlens[1:] > self.cu_seqlens[:-1]
+        first, end = self.sequences.cu_seqlens[:-1].long(), self.sequences.cu_seqlens[1:]
+        present = end > first
         if self.tokens == 0:
             return x.new_zeros(first.shape[0], x.shape[1])
         return torch.where(present[:, None], x[first.clamp(max=self.tokens - 1)], 0)
@@ -163,20 +194,19 @@ class TokenBatch:
             `(rows, heads, columns, columns)`; for input that came packed, the argument's shape.
         """
         if self.fills_grid:
-            if not self.packed or self.key_mask is None:
+            if not self.packed or self.sequences.key_mask is None:
                 return probabilities
-            real = self.key_mask.view(self.grid)
+            real = self.sequences.key_mask.view(self.grid)
         elif self.indices is None:  # the grid's one row holds all sequences: only the tails behind them are no tokens
-            lengths = self.cu_seqlens.diff()
-            real = torch.arange(self.max_seqlen, device=lengths.device) < lengths[:, None]
+            lengths = self.sequences.cu_seqlens.diff()
+            real = torch.arange(self.sequences.max_seqlen, device=lengths.device) < lengths[:, None]
         else:
             rows, columns = self.grid
             heads = probabilities.shape[1]
-            if self.max_seqlen == 0:
+            if self.sequences.max_seqlen == 0:
                 return probabilities.new_zeros(rows, heads, columns, columns)
-            token = torch.arange(self.tokens, device=self.columns.device)
-            index = self.unpack(token - self.cu_seqlens.long()[self.sequences])
-            real = self.unpack(torch.ones_like(token, dtype=torch.bool))
-            by_query = probabilities.gather(2, index[:, None, :, None].expand(-1, heads, -1, self.max_seqlen))
+            index = self.unpack(self.sequences.indices())
+            real = self.unpack(torch.ones_like(self.columns, dtype=torch.bool))
+            by_query = probabilities.gather(2, index[:, None, :, None].expand(-1, heads, -1, self.sequences.max_seqlen))
             probabilities = by_query.gather(3, index[:, None, None, :].expand(-1, heads, columns, -1))
         return probabilities * (real[:, None, :, None] & real[:, None, None, :])

@@ -13,6 +13,8 @@ Columns count from the start of a sequence's row in the padded grid, so that a t
 and the padded layout. The same bits come out of `tl.philox(seed, c0, c1, c2, c3, n_rounds=ROUNDS)`.
 """
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -21,6 +23,22 @@ ROUNDS = 7
 _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
+
+
+class Dropout(NamedTuple):
+    """The dropout of one tensor: all that its mask is a function of, but for the last coordinate.
+
+    Attributes:
+        p: probability of dropping an element, in [0, 1].
+        seed: int64, one element.
+        columns: int64 `(tokens,)`, each token's column.
+        sequence_ids: int64 `(tokens,)`, each token's sequence.
+    """
+
+    p: float
+    seed: Tensor
+    columns: Tensor
+    sequence_ids: Tensor
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
@@ -38,8 +56,10 @@ def rescale(p: float) -> float:
     return 0.0 if threshold(p) == 2**32 else 1.0 / (1.0 - p)
 
 
-def keep_mask(seed: Tensor, p: float, width: int, column: Tensor, sequence: Tensor, head: Tensor | int = 0) -> Tensor:
-    """The mask of kept elements whose last coordinate runs over `0 … width - 1`.
+def dropout_mask(
+    seed: Tensor, p: float, width: int, column: Tensor, sequence: Tensor, head: Tensor | int = 0
+) -> Tensor:
+    """The mask, True for kept elements, whose last coordinate runs over `0 … width - 1`.
 
     Args:
         seed: int64 tensor with one element.
@@ -57,9 +77,17 @@ def keep_mask(seed: Tensor, p: float, width: int, column: Tensor, sequence: Tens
     return torch.stack([word >= limit for word in words], dim=-1).flatten(-2)[..., :width]
 
 
-def apply_mask(x: Tensor, keep: Tensor, p: float) -> Tensor:
+def drop_features(x: Tensor, dropout: Dropout | None) -> Tensor:
+    """Dropout of `(tokens, features)`; the identity without one."""
+    if dropout is None:
+        return x
+    mask = dropout_mask(dropout.seed, dropout.p, x.shape[-1], dropout.columns, dropout.sequence_ids)
+    return apply_mask(x, mask, dropout.p)
+
+
+def apply_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
     """Zeroes what is dropped and rescales what is kept: the dropout of `x`, and of its gradient."""
-    return torch.where(keep, x * rescale(p), 0.0)
+    return torch.where(mask, x * rescale(p), 0.0)
 
 
 def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds: int = ROUNDS) -> tuple[Tensor, ...]:

@@ -8,6 +8,7 @@ a hook or any other module is given or returns stays as it is, because either ma
 """
 
 import math
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +17,15 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import prune_linear_layer
 
-from . import flags, modes, ops
+from . import flags, modes, native, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
-from .ops import native_layer
-from .projections import (
-    Scratch,
-    is_plain,
-    is_untouched,
-    project,
-    project_side_by_side,
-    scratch_for,
-    takes_few_tokens,
-)
-from .reference import feature_dropout
+from .dropout import Dropout, drop_features
+from .linears import Scratch, project, project_side_by_side, scratch_for, takes_few_tokens
+from .modes import is_plain, is_untouched
+from .ops import Product
+from .ops.choose import choose
+from .reference import Norm
 
 # The places of a layer where dropout happens, each with a seed of its own.
 SEEDS_PER_LAYER = 4
@@ -37,34 +33,23 @@ _ATTENTION, _AFTER_ATTENTION, _AFTER_ACTIVATION, _AFTER_FEED_FORWARD = range(SEE
 
 
 def is_active(dropout: nn.Module) -> bool:
-    """Whether a module's dropout drops anything now. (Whoever wants none may have put another module in its place.)"""
+    """Whether a module's dropout drops anything now; another module in its place, such as `nn.Identity`, never does."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
 
 
-def _rate_and_seed(dropout: nn.Module, seeds: Tensor | None, place: int) -> tuple[float, Tensor | None]:
-    return (dropout.p, seeds[place]) if seeds is not None and is_active(dropout) else (0.0, None)
+def _dropout(module: nn.Module, batch: TokenBatch, seeds: Tensor | None, place: int) -> Dropout | None:
+    return batch.dropout(module.p, seeds[place]) if seeds is not None and is_active(module) else None
 
 
-def _add_norm(
-    residual: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    norm: nn.Module,
-    batch: TokenBatch,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-    overwrite: bool = False,
-) -> Tensor:
-    """`ops.add_layernorm` with a module's layer norm, or the module itself where it is no plain one."""
+def _add_norm(residual: Tensor, product: Product, norm: nn.Module, dropout: Dropout | None = None) -> Tensor:
+    """`ops.add_norm` with a module's layer norm, or the module itself if it is not a plain one."""
     if is_plain(norm, nn.LayerNorm):
-        return ops.add_layernorm(residual, x, bias, norm.weight, norm.bias, norm.eps, batch, p, seed, overwrite)
-    x = x if bias is None else x + bias
-    return norm(residual + feature_dropout(x, batch.columns, batch.sequences, p, seed))
+        return ops.add_norm(residual, product, _norm_of(norm), dropout)
+    return norm(residual + drop_features(product.value, dropout))
 
 
-def _may_overwrite_product(linear: nn.Module) -> bool:
-    """Whether an op may overwrite a linear's product: no gradient needs it, and no hook or other module has seen it."""
-    return not torch.is_grad_enabled() and is_plain(linear, nn.Linear)
+def _norm_of(module: nn.LayerNorm) -> Norm:
+    return Norm(module.weight, module.bias, module.eps)
 
 
 @torch.compiler.assume_constant_result
@@ -72,12 +57,20 @@ def _recomputes_activations() -> bool:
     return flags.read(flags.RECOMPUTE) == "1" and not modes.is_exported()
 
 
+@flags.while_held
+def _runs_natively() -> bool:
+    """Whether every op inside a layer would run natively on the CPU in float32, without the reference beside it."""
+    ops_of_layer = ("attention", "bias_gelu", "add_norm")
+    return flags.read(flags.VERIFY) == "0" and all(
+        choose(op, torch.device("cpu"), torch.float32) == "native" for op in ops_of_layer
+    )
+
+
 class ErnieMEmbeddings(nn.Module):
     """Word plus position embeddings, normalised."""
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__()
-        self.hidden_size = config.hidden_size
         self.padding_idx = config.pad_token_id
         self.word_embeddings = nn.Embedding(config.vocab_size, config.hidden_size, padding_idx=self.padding_idx)
         self.position_embeddings = nn.Embedding(
@@ -105,19 +98,18 @@ class ErnieMEmbeddings(nn.Module):
             `(tokens, hidden)`.
         """
         rows = positions + RESERVED_POSITIONS
-        p, seed = _rate_and_seed(self.dropout, seeds, 0)
+        dropout = _dropout(self.dropout, batch, seeds, 0)
         words, places, norm = self.word_embeddings, self.position_embeddings, self.layer_norm
         plain = is_plain(words, nn.Embedding) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
         # Of a table's options the op knows these values alone.
         options = (words.padding_idx, words.max_norm, words.scale_grad_by_freq) if plain else None
         plain = options == (self.padding_idx, None, False)
         if inputs_embeds is None and plain:
-            parameters = (words.weight, places.weight, norm.weight, norm.bias, norm.eps)
-            return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, batch, p, seed, words.sparse)
+            parameters = (words.weight, places.weight, _norm_of(norm))
+            return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, dropout, words.sparse)
         positioned = places(rows)
         embedded = self._embed(words, input_ids, batch) if inputs_embeds is None else inputs_embeds.to(positioned.dtype)
-        normalised = _add_norm(embedded, positioned, None, norm, batch)
-        return feature_dropout(normalised, batch.columns, batch.sequences, p, seed)
+        return drop_features(_add_norm(embedded, Product(positioned), norm), dropout)
 
     def _embed(self, words: nn.Module, input_ids: Tensor, batch: TokenBatch) -> Tensor:
         """By a module that is not ours alone: as in other models it sees rows of ids, `padding_idx` at padding.
@@ -148,7 +140,7 @@ class ErnieMSelfAttention(nn.Module):
         self,
         hidden: Tensor,
         batch: TokenBatch,
-        seeds: Tensor | None,
+        dropout: Dropout | None,
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
         output_attentions: bool = False,
@@ -161,12 +153,11 @@ class ErnieMSelfAttention(nn.Module):
         else:
             qkv = project_side_by_side(linears, hidden, scratch)
         heads, scale = self.num_attention_heads, self.scale
-        p, seed = _rate_and_seed(self.dropout, seeds, _ATTENTION)
         probabilities = None
         if output_attentions or scores_bias is not None:
-            context, probabilities = ops.attention_with_probabilities(qkv, batch, heads, scale, scores_bias, p, seed)
+            context, probabilities = ops.attention_with_probabilities(qkv, batch, heads, scale, scores_bias, dropout)
         else:
-            context = ops.attention(qkv, batch, heads, scale, p, seed)
+            context = ops.attention(qkv, batch, heads, scale, dropout)
         if head_mask is not None:
             # A head's mask scales its probabilities, and so its result.
             context = (context.unflatten(-1, (heads, -1)) * head_mask.view(-1, 1)).flatten(1)
@@ -175,7 +166,10 @@ class ErnieMSelfAttention(nn.Module):
 
 
 class ErnieMAttention(nn.Module):
-    """Self-attention and the projection of its result, whose heads can be pruned."""
+    """Holds self-attention and the projection of its result under Hugging Face's names; heads can be pruned.
+
+    It has no forward: the layer runs both, because the projection's bias is for the op after it.
+    """
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__()
@@ -208,6 +202,21 @@ def _pruned(linear: nn.Linear, features: Tensor, dim: int) -> nn.Linear:
     return prune_linear_layer(linear, features, dim=dim).to(linear.weight.dtype)
 
 
+class LayerOptions(NamedTuple):
+    """How a forward runs its layers, all alike.
+
+    Attributes:
+        output_attentions: whether to return the probabilities.
+        scratch: memory that products may take and that the next one may take again, or None.
+        settings: flags to run under; None for those of now. A checkpoint runs the layer again in the backward, when
+            others may be in force.
+    """
+
+    output_attentions: bool = False
+    scratch: Scratch | None = None
+    settings: flags.Settings | None = None
+
+
 class ErnieMEncoderLayer(GradientCheckpointingLayer):
     """Attention and a feed-forward network, each with a residual and a layer norm after it (post-LN)."""
 
@@ -232,9 +241,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         seeds: Tensor | None,
         head_mask: Tensor | None = None,
         scores_bias: Tensor | None = None,
-        output_attentions: bool = False,
-        scratch: Scratch | None = None,
-        settings: flags.Settings | None = None,
+        options: LayerOptions = LayerOptions(),  # noqa: B008 (immutable)
     ) -> tuple[Tensor, Tensor | None]:
         """`(tokens, hidden)` to the same, and the attention probabilities where they are asked for.
 
@@ -244,51 +251,44 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             seeds: int64 `(SEEDS_PER_LAYER,)`; None where no dropout is active.
             head_mask: `(heads,)`, factors of the heads' results.
             scores_bias: see `ops.attention_with_probabilities`.
-            output_attentions: whether to return the probabilities.
-            scratch: memory that products may take and that the next one may take again, or None.
-            settings: flags to run under, those of now where it is None. A checkpoint runs the layer again in the
-                backward, when others may be in force.
+            options: how to run.
         """
+        attentions, scratch, settings = options
         with flags.held(settings):
-            if seeds is head_mask is scores_bias is None and not output_attentions and self._is_one_call(hidden):
+            if seeds is head_mask is scores_bias is None and not attentions and self._is_one_call(hidden):
                 return self._one_call(hidden, batch), None
-            attention = (head_mask, scores_bias, output_attentions, scratch)
-            context, probabilities = self.self_attn.self_attn(hidden, batch, seeds, *attention)
-            x, bias = project(self.self_attn.out_proj, context, leave_bias=ops.fuses_bias("layernorm", context))
-            dropout = _rate_and_seed(self.dropout1, seeds, _AFTER_ATTENTION)
-            overwrite = _may_overwrite_product(self.self_attn.out_proj)
-            hidden = _add_norm(hidden, x, bias, self.norm1, batch, *dropout, overwrite)
-            dropout = _rate_and_seed(self.dropout, seeds, _AFTER_ACTIVATION)
-            x, bias = self._feed_forward(hidden, batch, *dropout, scratch)
-            dropout = _rate_and_seed(self.dropout2, seeds, _AFTER_FEED_FORWARD)
-            overwrite = _may_overwrite_product(self.linear2)
-            return _add_norm(hidden, x, bias, self.norm2, batch, *dropout, overwrite), probabilities
+            attention, out_proj = self.self_attn.self_attn, self.self_attn.out_proj
+            after_attention = _dropout(self.dropout1, batch, seeds, _AFTER_ATTENTION)
+            after_activation = _dropout(self.dropout, batch, seeds, _AFTER_ACTIVATION)
+            after_feed_forward = _dropout(self.dropout2, batch, seeds, _AFTER_FEED_FORWARD)
 
-    def _feed_forward(
-        self, hidden: Tensor, batch: TokenBatch, p: float, seed: Tensor | None, scratch: Scratch | None
-    ) -> tuple[Tensor, Tensor | None]:
-        """As `project`: `(tokens, hidden)`, and the bias where that is left to the next op."""
+            dropout = _dropout(attention.dropout, batch, seeds, _ATTENTION)
+            context, probabilities = attention(hidden, batch, dropout, head_mask, scores_bias, attentions, scratch)
+            hidden = _add_norm(hidden, project(out_proj, context, "add_norm"), self.norm1, after_attention)
+            product = self._feed_forward(hidden, after_activation, scratch)
+            return _add_norm(hidden, product, self.norm2, after_feed_forward), probabilities
+
+    def _feed_forward(self, hidden: Tensor, dropout: Dropout | None, scratch: Scratch | None) -> Product:
+        """The layer's second half, up to its layer norm."""
         activation = self._fused_activation()
-        fused = activation is not None
-        leave_bias = fused and ops.fuses_bias("bias_gelu", hidden)
-        between_plain = fused and is_plain(self.linear2, nn.Linear)
-        x, bias = project(self.linear1, hidden, leave_bias, scratch if between_plain else None)
-        leave_bias = ops.fuses_bias("layernorm", x)
-        overwrite = _may_overwrite_product(self.linear1)
+        if activation is None:
+            inner = project(self.linear1, hidden)
+        else:
+            inner = project(self.linear1, hidden, "bias_gelu", scratch if is_plain(self.linear2, nn.Linear) else None)
         settings = flags.snapshot()
 
-        def activate_and_project(x: Tensor) -> tuple[Tensor, Tensor | None]:
+        def activate_and_project(x: Tensor) -> Product:
             with flags.held(settings):
-                if fused:
-                    x = ops.bias_gelu_dropout(x, bias, activation, batch, p, seed, overwrite)
+                if activation is None:
+                    activated = drop_features(self.activation(x), dropout)
                 else:
-                    x = feature_dropout(self.activation(x), batch.columns, batch.sequences, p, seed)
-                return project(self.linear2, x, leave_bias)
+                    activated = ops.bias_gelu(inner._replace(x=x), activation, dropout)
+                return project(self.linear2, activated, "add_norm")
 
         if torch.is_grad_enabled() and _recomputes_activations():
             # Computing again ends with what the second product keeps for its weight's gradient: it does not run twice.
-            return checkpoint(activate_and_project, x, use_reentrant=False)
-        return activate_and_project(x)
+            return checkpoint(activate_and_project, inner.x, use_reentrant=False)
+        return activate_and_project(inner.x)
 
     def _fused_activation(self) -> str | None:
         """What the op calls the activation; None where it does not know it, or somebody has replaced or hooked it."""
@@ -313,14 +313,14 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             and all(module.bias is not None for module in (*linears, *norms))
             and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
             and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` says what is wrong
-            and native_layer.serves()
+            and _runs_natively()
         )
 
     def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         inner = self.self_attn.self_attn
         norms = {"norm1": self.norm1, "norm2": self.norm2}
         heads, scale = inner.num_attention_heads, inner.scale
-        return native_layer.layer(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation())
+        return native.layer.forward(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation())
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2
@@ -360,14 +360,13 @@ class ErnieMEncoder(nn.Module):
         """
         states, attentions = [], []
         scratch = scratch_for(hidden, max(3 * self.config.hidden_size, self.config.intermediate_size))
-        settings = flags.snapshot()
+        options = LayerOptions(output_attentions, scratch, flags.snapshot())
         for index, layer in enumerate(self.layers):
             if output_hidden_states:
                 states.append(hidden)
             mask = None if head_mask is None else head_mask[index, layer.self_attn.present_heads()]
             of_layer = None if seeds is None else seeds[index]
-            asked = (mask, scores_bias, output_attentions)
-            hidden, probabilities = layer(hidden, batch, of_layer, *asked, scratch, settings)
+            hidden, probabilities = layer(hidden, batch, of_layer, mask, scores_bias, options)
             if output_attentions:
                 attentions.append(probabilities)
         if output_hidden_states:

@@ -39,7 +39,7 @@ VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside e
 
 _CHOICES = ("auto", "triton", "native", "torch", "reference")
 
-# Keyed by the names that `use_kernels` and `ops` use.
+# By the ops' names.
 OPS = {
     "embeddings": Flag(
         "ERNIEM_FAST_EMBEDDINGS",
@@ -48,7 +48,7 @@ OPS = {
     ),
     "attention": Flag("ERNIEM_FAST_ATTENTION", _CHOICES, "implementation of attention"),
     "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", _CHOICES, "implementation of bias-GELU-dropout"),
-    "layernorm": Flag("ERNIEM_FAST_LAYERNORM", _CHOICES, "implementation of add-layernorm"),
+    "add_norm": Flag("ERNIEM_FAST_LAYERNORM", _CHOICES, "implementation of add-layernorm"),
 }
 
 FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE, VERIFY)}
@@ -151,8 +151,15 @@ def use_kernels(
     Raises:
         ValueError: a value is not among those of the op's flag.
     """
-    chosen = {"embeddings": embeddings, "attention": attention, "bias_gelu": bias_gelu, "layernorm": layernorm}
-    values = {OPS[op].name: _valid(OPS[op], value, op) for op, value in chosen.items() if value is not None}
+    with use_implementations(embeddings=embeddings, attention=attention, bias_gelu=bias_gelu, add_norm=layernorm):
+        yield
+
+
+@contextmanager
+def use_implementations(**by_op: str | None) -> Iterator[None]:
+    """`use_kernels` by the names of `OPS`."""
+    chosen = {OPS[op]: value for op, value in by_op.items() if value is not None}
+    values = {flag.name: _valid(flag, value, flag.name.removeprefix(PREFIX).lower()) for flag, value in chosen.items()}
     with _set(Settings({**_settings.get().values, **values})):
         yield
 

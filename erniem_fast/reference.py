@@ -1,17 +1,33 @@
 """The four ops in plain, obvious PyTorch: the oracle of every test, never optimised.
 
-All are differentiable by autograd, which the formulas of the backwards are tested against; those serve where autograd
-is not to be had, inside a custom op. They compute in the dtype that type promotion gives their inputs. Dropout is off
-where `seed` is None; `columns` and `sequences`, int64 `(tokens,)`, are the tokens' coordinates in `dropout.py`.
+All are differentiable by autograd, which the formulas of the backwards are tested against; those serve inside custom
+ops, where autograd does not work. They compute in the dtype that type promotion gives their inputs.
 """
 
+from collections.abc import Iterator
 from itertools import pairwise
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dropout import apply_mask, keep_mask
+from .batch import Sequences
+from .dropout import Dropout, apply_mask, drop_features, dropout_mask
+
+
+class Norm(NamedTuple):
+    """The parameters of a layer norm.
+
+    Attributes:
+        weight: `(hidden,)`.
+        bias: `(hidden,)`; None for zeros.
+        eps: added to the variance.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+    eps: float
 
 
 def embeddings(
@@ -19,89 +35,81 @@ def embeddings(
     positions: Tensor,
     word_table: Tensor,
     position_table: Tensor,
-    weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
+    norm: Norm,
     padding_idx: int,
-    columns: Tensor,
-    sequences: Tensor,
-    p: float = 0.0,
-    seed: Tensor | None = None,
+    dropout: Dropout | None = None,
 ) -> Tensor:
     """dropout(LN(word_table[ids] + position_table[positions])).
 
     Args:
         ids, positions: int64 `(tokens,)`, rows of the two tables.
         word_table, position_table: `(vocabulary, hidden)` and `(max_positions, hidden)`.
-        weight, norm_bias: `(hidden,)`, of the layer norm.
-        eps: added to the variance.
+        norm: the layer norm.
         padding_idx: the row that gets no gradient, in both tables.
-        columns, sequences, p, seed: of the dropout.
+        dropout: of the result.
 
     Returns:
         `(tokens, hidden)`.
     """
     x = F.embedding(ids, word_table, padding_idx) + F.embedding(positions, position_table, padding_idx)
-    return feature_dropout(layer_norm(x, weight, norm_bias, eps), columns, sequences, p, seed)
+    return drop_features(layer_norm(x, norm), dropout)
 
 
-def attention(
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    columns: Tensor,
-    key_mask: Tensor | None,
-    heads: int,
-    scale: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
-    """softmax(Q Kᵀ · scale) with dropout, times V, within each sequence and over the keys that are kept.
+def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None = None) -> Tensor:
+    """softmax(Q Kᵀ · scale) with dropout, times V, within each sequence and over the keys that are attended to.
 
     A sequence without keys gives zeros.
 
     Args:
         qkv: `(tokens, 3 · heads · head_dim)`, all queries, then all keys, then all values of a token.
-        cu_seqlens: int32 `(sequences + 1,)`, where sequences start and end.
-        key_mask: bool `(tokens,)`, False for tokens that nobody attends to, or None.
+        sequences: how tokens are cut into sequences.
         heads: number of heads.
         scale: of the scores, 1 / √head_dim in ERNIE-M.
-        columns, p, seed: of the dropout of probabilities.
+        dropout: of the probabilities.
 
     Returns:
         `(tokens, heads · head_dim)`.
     """
     outputs = [qkv.new_zeros(0, qkv.shape[1] // 3)]
-    for sequence, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        query, key, value = qkv[start:end].unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
-        kept = None if key_mask is None else key_mask[start:end]
-        keep = None if seed is None else attention_keep_mask(seed, p, columns[start:end], sequence, heads)
-        out, _ = attend(query, key, value, scale, kept, keep, p)
+    for qkv_of_one, masks in _by_sequence(qkv, sequences, heads, dropout):
+        out, _ = attend(*qkv_of_one, scale, *masks)
         outputs.append(out.transpose(0, 1).flatten(1))
     return torch.cat(outputs)
 
 
 def attention_backward(
-    grad: Tensor,
-    qkv: Tensor,
-    cu_seqlens: Tensor,
-    columns: Tensor,
-    key_mask: Tensor | None,
-    heads: int,
-    scale: float,
-    p: float = 0.0,
-    seed: Tensor | None = None,
+    grad: Tensor, qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None = None
 ) -> Tensor:
     """The gradient of `qkv`, given that of the result of `attention`, `(tokens, heads · head_dim)`."""
-    of_qkv = [torch.zeros_like(qkv[:0])]
-    for sequence, (start, end) in enumerate(pairwise(cu_seqlens.tolist())):
-        query, key, value = qkv[start:end].unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3)
-        kept = None if key_mask is None else key_mask[start:end]
-        keep = None if seed is None else attention_keep_mask(seed, p, columns[start:end], sequence, heads)
-        of_out = grad[start:end].unflatten(-1, (heads, -1)).transpose(0, 1)
-        out, _ = attend(query, key, value, scale, kept, keep, p)
-        grads = attend_backward(of_out, query, key, value, scale, kept, keep, p, out)
-        of_qkv.append(torch.stack(grads).permute(2, 0, 1, 3).flatten(1))
-    return torch.cat(of_qkv)
+    grads = [torch.zeros_like(qkv[:0])]
+    lengths = sequences.cu_seqlens.diff().tolist()
+    grad_of_each = grad.unflatten(-1, (heads, -1)).transpose(0, 1).split(lengths, dim=1)
+    parts = _by_sequence(qkv, sequences, heads, dropout)
+    for grad_of_one, (qkv_of_one, masks) in zip(grad_of_each, parts, strict=True):
+        out, _ = attend(*qkv_of_one, scale, *masks)
+        grads_of_one = attend_backward(grad_of_one, *qkv_of_one, scale, *masks, out)
+        grads.append(torch.stack(grads_of_one).permute(2, 0, 1, 3).flatten(1))
+    return torch.cat(grads)
+
+
+def _by_sequence(
+    qkv: Tensor, sequences: Sequences, heads: int, dropout: Dropout | None
+) -> Iterator[tuple[Tensor, tuple[Tensor | None, Tensor | None, float]]]:
+    """For each sequence queries, keys and values, `(3, heads, length, head_dim)`, and what `attend` takes as masks."""
+    for sequence, (start, end) in enumerate(pairwise(sequences.cu_seqlens.tolist())):
+        key_mask = None if sequences.key_mask is None else sequences.key_mask[start:end]
+        mask, p = None, 0.0
+        if dropout is not None:
+            mask, p = _probabilities_mask(dropout, dropout.columns[start:end], sequence, heads), dropout.p
+        yield qkv[start:end].unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3), (key_mask, mask, p)
+
+
+def _probabilities_mask(dropout: Dropout, columns: Tensor, sequence: int, heads: int) -> Tensor:
+    """The dropout mask of one sequence's `(heads, queries, keys)`, whose queries and keys stand in `columns`."""
+    head = torch.arange(heads, device=columns.device)[:, None]
+    width = int(columns.max()) + 1 if len(columns) else 0
+    sequence_ids = torch.full_like(columns, sequence)[None, :]
+    return dropout_mask(dropout.seed, dropout.p, width, columns[None, :], sequence_ids, head)[..., columns]
 
 
 def attend(
@@ -109,8 +117,8 @@ def attend(
     key: Tensor,
     value: Tensor,
     scale: float,
-    kept: Tensor | None = None,
-    keep: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     p: float = 0.0,
     scores_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
@@ -122,16 +130,16 @@ def attend(
     Args:
         query, key, value: `(..., length, head_dim)`.
         scale: of the scores.
-        kept: bool, broadcastable to `(..., length, length)`, False for keys that are not attended to.
-        keep: bool `(..., length, length)`, the dropout mask.
+        key_mask: bool, broadcastable to `(..., length, length)`, False for keys that are not attended to.
+        dropout_mask: bool `(..., length, length)`, False for probabilities that are dropped.
         p: probability of dropping.
         scores_bias: added to the scaled scores, broadcastable to them.
 
     Returns:
         `(..., length, head_dim)`, and the probabilities after dropout, `(..., length, length)`.
     """
-    probabilities = _rounded(softmax(_scores(query, key, scale, kept, scores_bias)), value.dtype)
-    dropped = probabilities if keep is None else apply_mask(probabilities, keep, p)
+    probabilities = _rounded(softmax(_scores(query, key, scale, key_mask, scores_bias)), value.dtype)
+    dropped = probabilities if dropout_mask is None else apply_mask(probabilities, dropout_mask, p)
     return (dropped @ value.to(dropped.dtype)).to(value.dtype), dropped.to(value.dtype)
 
 
@@ -141,8 +149,8 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     scale: float,
-    kept: Tensor | None = None,
-    keep: Tensor | None = None,
+    key_mask: Tensor | None = None,
+    dropout_mask: Tensor | None = None,
     p: float = 0.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -152,16 +160,17 @@ def attend_backward(
     the same sum, to which rounding adds more where one probability is nearly 1 and the others' gradients cancel.
     """
     dtype = query.dtype
-    probabilities = softmax(_scores(query, key, scale, kept, None))
+    probabilities = softmax(_scores(query, key, scale, key_mask, None))
     grad, query, key, value = (each.to(probabilities.dtype) for each in (grad, query, key, value))
-    dropped, of_probabilities = _rounded(probabilities, dtype), grad @ value.transpose(-1, -2)
-    if keep is not None:
-        dropped, of_probabilities = apply_mask(dropped, keep, p), apply_mask(of_probabilities, keep, p)
-    terms = of_probabilities * probabilities if out is None else grad * out
+    dropped, grad_probabilities = _rounded(probabilities, dtype), grad @ value.transpose(-1, -2)
+    if dropout_mask is not None:
+        dropped = apply_mask(dropped, dropout_mask, p)
+        grad_probabilities = apply_mask(grad_probabilities, dropout_mask, p)
+    terms = grad_probabilities * probabilities if out is None else grad * out
     mean = terms.sum(-1, keepdim=True)
-    of_scores = _rounded(probabilities * (of_probabilities - mean), dtype)
-    of_query, of_key = of_scores @ key * scale, of_scores.transpose(-1, -2) @ query * scale
-    return of_query.to(dtype), of_key.to(dtype), (dropped.transpose(-1, -2) @ grad).to(dtype)
+    grad_scores = _rounded(probabilities * (grad_probabilities - mean), dtype)
+    grad_query, grad_key = grad_scores @ key * scale, grad_scores.transpose(-1, -2) @ query * scale
+    return grad_query.to(dtype), grad_key.to(dtype), (dropped.transpose(-1, -2) @ grad).to(dtype)
 
 
 def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
@@ -169,34 +178,26 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(x.dtype)
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, kept: Tensor | None, scores_bias: Tensor | None) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None, scores_bias: Tensor | None) -> Tensor:
     scores = query.to(wide(query.dtype)) @ key.to(wide(key.dtype)).transpose(-1, -2) * scale
     scores = scores if scores_bias is None else scores + scores_bias.to(scores.dtype)
-    return scores if kept is None else scores.masked_fill(~kept, -torch.inf)
+    return scores if key_mask is None else scores.masked_fill(~key_mask, -torch.inf)
 
 
-def bias_gelu_dropout(
-    x: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    columns: Tensor,
-    sequences: Tensor,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+def bias_gelu(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None = None) -> Tensor:
     """dropout(activation(x + bias)).
 
     Args:
         x: `(tokens, intermediate)`, a matrix product without its bias.
         bias: `(intermediate,)`, or None where the product has it already.
         activation: `gelu` (exact, with erf), `gelu_tanh` or `relu`.
-        columns, sequences, p, seed: of the dropout.
+        dropout: of the result.
 
     Returns:
         `(tokens, intermediate)`.
     """
     x = x if bias is None else x + bias
-    return feature_dropout(activate(x, activation), columns, sequences, p, seed)
+    return drop_features(activate(x, activation), dropout)
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
@@ -226,46 +227,36 @@ def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
     return (grad * slope).to(dtype)
 
 
-def add_layernorm(
-    residual: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    columns: Tensor,
-    sequences: Tensor,
-    p: float = 0.0,
-    seed: Tensor | None = None,
-) -> Tensor:
+def add_norm(residual: Tensor, x: Tensor, bias: Tensor | None, norm: Norm, dropout: Dropout | None = None) -> Tensor:
     """LN(residual + dropout(x + bias)).
 
     Args:
         residual, x: `(tokens, hidden)`; `x` is a matrix product without its bias.
         bias: `(hidden,)`, or None where the product has it already.
-        weight, norm_bias: `(hidden,)`, of the layer norm.
-        eps: added to the variance.
-        columns, sequences, p, seed: of the dropout.
+        norm: the layer norm.
+        dropout: of x and its bias.
 
     Returns:
         `(tokens, hidden)`.
     """
     x = x if bias is None else x + bias
-    return layer_norm(residual + feature_dropout(x, columns, sequences, p, seed), weight, norm_bias, eps)
+    return layer_norm(residual + drop_features(x, dropout), norm)
 
 
-def layer_norm(x: Tensor, weight: Tensor, norm_bias: Tensor, eps: float) -> Tensor:
+def layer_norm(x: Tensor, norm: Norm) -> Tensor:
     """Layer normalisation over the last dimension (Ba et al., arXiv 1607.06450), with the biased variance."""
-    normal, _ = normalise(x.to(wide(x.dtype)), eps)
-    return (normal * weight + norm_bias).to(torch.promote_types(x.dtype, weight.dtype))
+    normal, _ = normalise(x.to(wide(x.dtype)), norm.eps)
+    scaled = normal * norm.weight
+    shifted = scaled if norm.bias is None else scaled + norm.bias
+    return shifted.to(torch.promote_types(x.dtype, norm.weight.dtype))
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and norm_bias, given that of the result of `layer_norm`."""
+    """The gradients of x, weight and bias, given that of the result of `layer_norm`."""
     normal, rstd = normalise(x, eps)
-    of_normal = grad * weight
-    means = of_normal.mean(-1, keepdim=True) + normal * (of_normal * normal).mean(-1, keepdim=True)
-    return rstd * (of_normal - means), (grad * normal).sum(0), grad.sum(0)
+    grad_normal = grad * weight
+    means = grad_normal.mean(-1, keepdim=True) + normal * (grad_normal * normal).mean(-1, keepdim=True)
+    return rstd * (grad_normal - means), (grad * normal).sum(0), grad.sum(0)
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -292,18 +283,3 @@ def softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension; a row of nothing but -inf gives zeros, in the gradient too."""
     empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
-
-
-def feature_dropout(x: Tensor, columns: Tensor, sequences: Tensor, p: float, seed: Tensor | None) -> Tensor:
-    """Dropout of `(tokens, features)`."""
-    if seed is None:
-        return x
-    return apply_mask(x, keep_mask(seed, p, x.shape[-1], columns, sequences), p)
-
-
-def attention_keep_mask(seed: Tensor, p: float, columns: Tensor, sequence: int, heads: int) -> Tensor:
-    """The dropout mask of one sequence's `(heads, queries, keys)`, whose queries and keys stand in `columns`."""
-    head = torch.arange(heads, device=columns.device)[:, None]
-    width = int(columns.max()) + 1 if len(columns) else 0
-    keep = keep_mask(seed, p, width, columns[None, :], torch.full_like(columns, sequence)[None, :], head)
-    return keep[..., columns]

@@ -22,60 +22,38 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .attention_configs import backward_config, forward_config, one_pass_config, takes_one_pass
+from ..batch import Sequences
+from ..dropout import Dropout
+from .attention_configs import Config, backward_config, forward_config, one_pass_config, takes_one_pass
 from .device import describe, is_amd
-from .dropout import keep_column_mask, keep_mask, launch_arguments
+from .dropout import dropout_mask, dropout_mask_of_columns, launch_arguments
 
 LOG2_E = tl.constexpr(log2(e))
 
 
 def forward(
-    qkv: Tensor,
-    longest_first: Tensor,
-    contiguous: bool,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    columns: Tensor,
-    sequences: Tensor,
-    key_mask: Tensor | None,
-    heads: int,
-    scale: float,
-    p: float,
-    seed: Tensor | None,
+    qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
     """The result `(tokens, heads · head_dim)`, and `statistics` of the scores, float32 `(heads, tokens, 2)`.
 
     Those are each row's largest, before the scale, and log₂ of the sum of its exponentials.
     """
-    qkv = qkv.contiguous()
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     out = qkv.new_empty(tokens, heads * head_dim)
     statistics = torch.empty(heads, tokens, 2, dtype=torch.float32, device=qkv.device)
     arch = describe(qkv.device).arch
-    config = forward_config(arch, qkv.dtype, head_dim, max_seqlen, seed is not None)
-    blocks = triton.cdiv(max_seqlen, config.block)
+    config = forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None)
+    blocks = triton.cdiv(sequences.max_seqlen, config.block)
     if tokens:
-        _forward_kernel[(longest_first.shape[0] * blocks * heads,)](
+        _forward_kernel[(sequences.longest_first.shape[0] * blocks * heads,)](
             qkv,
-            cu_seqlens,
-            longest_first,
-            columns,
-            key_mask,
-            seed,
+            *_pointers(sequences, dropout),
             out,
             statistics,
             tokens,
             blocks,
             scale,
-            *launch_arguments(p),
-            heads,
-            head_dim,
-            _padded(head_dim),
-            config.block,
-            config.step,
-            config.stages,
-            contiguous,
-            _precision(arch, qkv.dtype),
+            *_constants(arch, qkv.dtype, heads, head_dim, config, sequences),
             num_warps=config.warps,
         )
     return out, statistics
@@ -86,42 +64,47 @@ def backward(
     out: Tensor,
     statistics: Tensor,
     qkv: Tensor,
-    longest_first: Tensor,
-    contiguous: bool,
-    cu_seqlens: Tensor,
-    max_seqlen: int,
-    columns: Tensor,
-    sequences: Tensor,
-    key_mask: Tensor | None,
+    sequences: Sequences,
     heads: int,
     scale: float,
-    p: float,
-    seed: Tensor | None,
+    dropout: Dropout | None,
+    one_pass: bool | None = None,
 ) -> Tensor:
-    """The gradient of `qkv`."""
-    grad, out, qkv = grad.contiguous(), out.contiguous(), qkv.contiguous()
+    """The gradient of `qkv`; `one_pass` says by which design, None for the one that `takes_one_pass` chooses."""
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
-    of_qkv = torch.empty_like(qkv)
+    grad_qkv = torch.empty_like(qkv)
     if not tokens:
-        return of_qkv
-    device, pairs = describe(qkv.device), longest_first.shape[0] * heads
-    case = (device.arch, qkv.dtype, head_dim, max_seqlen)
+        return grad_qkv
+    device, pairs = describe(qkv.device), sequences.longest_first.shape[0] * heads
+    case = (device.arch, qkv.dtype, head_dim, sequences.max_seqlen)
     config = one_pass_config(*case)
-    one_pass = takes_one_pass(config, pairs, max_seqlen, seed is not None, device)
+    if one_pass is None:
+        one_pass = takes_one_pass(config, pairs, sequences.max_seqlen, dropout is not None, device)
     config = config if one_pass else backward_config(*case)
-    blocks = triton.cdiv(max_seqlen, config.block)
-    where = (cu_seqlens, longest_first, columns, key_mask, seed, of_qkv, tokens)
-    constants = (heads, head_dim, _padded(head_dim), config.block, config.step, config.stages, contiguous)
-    rest = (scale, *launch_arguments(p), *constants, _precision(device.arch, qkv.dtype))
+    blocks = triton.cdiv(sequences.max_seqlen, config.block)
+    shared = (qkv, *_pointers(sequences, dropout), grad_qkv, tokens)
+    rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
     if one_pass:
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
-        _backward_kernel[(pairs,)](grad, out, statistics, sums, qkv, *where, *rest, num_warps=config.warps)
+        _backward_kernel[(pairs,)](grad, out, statistics, sums, *shared, *rest, num_warps=config.warps)
     else:
         delta = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)  # left by the first pass
         grid = (pairs * blocks,)
-        _backward_queries_kernel[grid](grad, out, statistics, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
-        _backward_keys_kernel[grid](grad, statistics, delta, qkv, *where, blocks, *rest, num_warps=config.warps)
-    return of_qkv
+        _backward_queries_kernel[grid](grad, out, statistics, delta, *shared, blocks, *rest, num_warps=config.warps)
+        _backward_keys_kernel[grid](grad, statistics, delta, *shared, blocks, *rest, num_warps=config.warps)
+    return grad_qkv
+
+
+def _pointers(sequences: Sequences, dropout: Dropout | None) -> tuple[Tensor | int | float | None, ...]:
+    columns, _, *rest = launch_arguments(dropout)
+    return sequences.cu_seqlens, sequences.longest_first, sequences.key_mask, columns, *rest
+
+
+def _constants(
+    arch: str, dtype: torch.dtype, heads: int, head_dim: int, config: Config, sequences: Sequences
+) -> tuple[int | bool | str, ...]:
+    tiles = (config.block, config.step, config.stages)
+    return heads, head_dim, _padded(head_dim), *tiles, sequences.contiguous, _precision(arch, dtype)
 
 
 def _padded(head_dim: int) -> int:
@@ -167,16 +150,16 @@ def _store(ptr, row, length, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BL
 
 
 @triton.jit
-def _kept_keys(key_mask_ptr, start, key, length):
+def _key_mask(key_mask_ptr, start, key, length):
     """Which of the keys `key`, any shape, are attended to."""
-    kept = key < length
+    key_mask = key < length
     if key_mask_ptr is not None:
-        kept = tl.load(key_mask_ptr + start + key, mask=kept, other=0).to(tl.int1)
-    return kept
+        key_mask = tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)
+    return key_mask
 
 
 @triton.jit
-def _keep(
+def _dropout_mask(
     columns_ptr,
     start,
     length,
@@ -192,12 +175,12 @@ def _keep(
     """The dropout mask `[M, KEYS]` of the queries `query`, `[M, 1]`, and the keys from `first_key` on."""
     if CONTIGUOUS:
         groups = first_key // 4 + tl.arange(0, KEYS // 4)[None, :]
-        return keep_mask(seed, threshold, groups, query, sequence, head)
+        return dropout_mask(seed, threshold, groups, query, sequence, head)
     else:
         key = first_key + tl.arange(0, KEYS)[None, :]
         query_column = tl.load(columns_ptr + start + query, mask=query < length, other=0).to(tl.int32)
         key_column = tl.load(columns_ptr + start + key, mask=key < length, other=0).to(tl.int32)
-        return keep_column_mask(seed, threshold, key_column, query_column, sequence, head)
+        return dropout_mask_of_columns(seed, threshold, key_column, query_column, sequence, head)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
@@ -205,16 +188,16 @@ def _forward_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    columns_ptr,  # (tokens,)
     key_mask_ptr,  # (tokens,), or None
-    seed_ptr,  # one element, or None for no dropout
+    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    seed_ptr,  # one element
+    threshold,
+    rescale,
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
     statistics_ptr,  # (HEADS, tokens, 2)
     tokens,
     blocks,  # of the longest sequence
     scale,
-    threshold,
-    rescale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -242,20 +225,22 @@ def _forward_kernel(
         key_row = first_key + tl.arange(0, STEP)[:, None]
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
+        key_mask = _key_mask(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
         scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        scores = tl.where(kept, scores, float("-inf"))
+        scores = tl.where(key_mask, scores, float("-inf"))
 
         larger = tl.maximum(largest, tl.max(scores, axis=1)[:, None])
-        # Before the first key that is kept, -inf - -inf would be NaN.
+        # Before the first key that is key_mask, -inf - -inf would be NaN.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         probabilities = tl.exp2((scores - shift) * (scale * LOG2_E))
         shrink = tl.exp2((largest - shift) * (scale * LOG2_E))
         total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
         largest = larger
         if seed_ptr is not None:
-            keep = _keep(columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS)
-            probabilities = tl.where(keep, probabilities, 0.0)
+            dropout_mask = _dropout_mask(
+                columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS
+            )
+            probabilities = tl.where(dropout_mask, probabilities, 0.0)
         out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
 
     total = tl.where(total == 0.0, 1.0, total)  # of a row without keys, whose result is zero
@@ -276,10 +261,10 @@ def _load_statistics(ptr, row, length):
 
 
 @triton.jit
-def _probabilities(rows, columns, kept, largest, log_total, scale, PRECISION: tl.constexpr):
+def _probabilities(rows, columns, key_mask, largest, log_total, scale, PRECISION: tl.constexpr):
     """Those of a tile, of which the rows are queries and the columns keys, or the other way round."""
     scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
-    return tl.where(kept, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)
+    return tl.where(key_mask, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
@@ -291,15 +276,15 @@ def _backward_queries_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    columns_ptr,  # (tokens,)
     key_mask_ptr,  # (tokens,), or None
-    seed_ptr,  # one element, or None for no dropout
-    of_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the queries' third is made here
+    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    seed_ptr,  # one element
+    threshold,
+    rescale,
+    grad_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the queries' third is made here
     tokens,
     blocks,  # of the longest sequence
     scale,
-    threshold,
-    rescale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -328,22 +313,24 @@ def _backward_queries_kernel(
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[:, None]
     tl.store(delta_ptr + row_offset + row, delta, mask=row < length)
 
-    of_query = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    grad_query = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
     for first_key in tl.range(0, length, STEP, num_stages=STAGES):
         key_row = first_key + tl.arange(0, STEP)[:, None]
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        kept = _kept_keys(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        probabilities = _probabilities(query, key, kept, largest, log_total, scale, PRECISION)
-        of_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+        key_mask = _key_mask(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
+        probabilities = _probabilities(query, key, key_mask, largest, log_total, scale, PRECISION)
+        grad_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         if seed_ptr is not None:
-            keep = _keep(columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS)
-            of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
-        of_scores = probabilities * (of_probabilities - delta)
-        of_query = tl.dot(of_scores.to(key.dtype), key, acc=of_query, input_precision=PRECISION)
+            dropout_mask = _dropout_mask(
+                columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS
+            )
+            grad_probabilities = tl.where(dropout_mask, grad_probabilities * rescale, 0.0)
+        grad_scores = probabilities * (grad_probabilities - delta)
+        grad_query = tl.dot(grad_scores.to(key.dtype), key, acc=grad_query, input_precision=PRECISION)
 
-    of_query_ptr = of_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
-    _store(of_query_ptr, row, length, of_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    grad_query_ptr = grad_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    _store(grad_query_ptr, row, length, grad_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
@@ -354,15 +341,15 @@ def _backward_keys_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    columns_ptr,  # (tokens,)
     key_mask_ptr,  # (tokens,), or None
-    seed_ptr,  # one element, or None for no dropout
-    of_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the keys' and the values' thirds are made here
+    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    seed_ptr,  # one element
+    threshold,
+    rescale,
+    grad_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the keys' and the values' thirds are made here
     tokens,
     blocks,  # of the longest sequence
     scale,
-    threshold,
-    rescale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -386,9 +373,9 @@ def _backward_keys_kernel(
     row = first + tl.arange(0, BLOCK)[:, None]
     key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-    kept = _kept_keys(key_mask_ptr, start, row, length)
-    of_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    of_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    key_mask = _key_mask(key_mask_ptr, start, row, length)
+    grad_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+    grad_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
     for first_query in tl.range(0, length, STEP, num_stages=STAGES):
         query_row = first_query + tl.arange(0, STEP)[:, None]
         query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
@@ -396,27 +383,29 @@ def _backward_keys_kernel(
         column = first_query + tl.arange(0, STEP)[None, :]
         largest, log_total = _load_statistics(statistics_ptr + 2 * row_offset, column, length)
         # Keys by queries: the transpose of what the other kernels hold.
-        probabilities = _probabilities(key, query, kept, largest, log_total, scale, PRECISION)
+        probabilities = _probabilities(key, query, key_mask, largest, log_total, scale, PRECISION)
         dropped = probabilities
         if seed_ptr is not None:
-            keep = tl.trans(
-                _keep(columns_ptr, start, length, sequence, head, query_row, first, seed, threshold, BLOCK, CONTIGUOUS)
+            dropout_mask = tl.trans(
+                _dropout_mask(
+                    columns_ptr, start, length, sequence, head, query_row, first, seed, threshold, BLOCK, CONTIGUOUS
+                )
             )
-            dropped = tl.where(keep, probabilities, 0.0)
-        of_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
-        of_value = tl.dot(dropped.to(grad.dtype), grad, acc=of_value, input_precision=PRECISION)
+            dropped = tl.where(dropout_mask, probabilities, 0.0)
+        grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+        grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
         if seed_ptr is not None:
-            of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
+            grad_probabilities = tl.where(dropout_mask, grad_probabilities * rescale, 0.0)
         # Loaded here and not with the tiles, it lets all fit into registers.
         delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
-        of_scores = probabilities * (of_probabilities - delta)
-        of_key = tl.dot(of_scores.to(query.dtype), query, acc=of_key, input_precision=PRECISION)
+        grad_scores = probabilities * (grad_probabilities - delta)
+        grad_key = tl.dot(grad_scores.to(query.dtype), query, acc=grad_key, input_precision=PRECISION)
 
     if seed_ptr is not None:
-        of_value *= rescale
-    of_key_ptr = of_qkv_ptr + token * 3 * HIDDEN + HIDDEN + head * HEAD_DIM
-    _store(of_key_ptr, row, length, of_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-    _store(of_key_ptr + HIDDEN, row, length, of_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        grad_value *= rescale
+    grad_key_ptr = grad_qkv_ptr + token * 3 * HIDDEN + HIDDEN + head * HEAD_DIM
+    _store(grad_key_ptr, row, length, grad_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    _store(grad_key_ptr + HIDDEN, row, length, grad_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
@@ -428,14 +417,14 @@ def _backward_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    columns_ptr,  # (tokens,)
     key_mask_ptr,  # (tokens,), or None
-    seed_ptr,  # one element, or None for no dropout
-    of_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
-    tokens,
-    scale,
+    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    seed_ptr,  # one element
     threshold,
     rescale,
+    grad_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
+    tokens,
+    scale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     BLOCK_DIM: tl.constexpr,
@@ -449,7 +438,7 @@ def _backward_kernel(
     sequence, start, length, _, head = _work(cu_seqlens_ptr, longest_first_ptr, 1, HEADS, BLOCK)
     token = start.to(tl.int64)
     query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
-    of_query_ptr = of_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
+    grad_query_ptr = grad_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
     out_offset = token * HIDDEN + head * HEAD_DIM
     statistics_ptr += 2 * (head.to(tl.int64) * tokens + start)
     if seed_ptr is not None:
@@ -459,9 +448,9 @@ def _backward_kernel(
         row = first + tl.arange(0, BLOCK)[:, None]
         key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        kept = _kept_keys(key_mask_ptr, start, row, length)
-        of_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-        of_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+        key_mask = _key_mask(key_mask_ptr, start, row, length)
+        grad_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
+        grad_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         for first_query in tl.range(0, length, STEP, num_stages=STAGES):
             query_row = first_query + tl.arange(0, STEP)[:, None]
             query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
@@ -471,29 +460,29 @@ def _backward_kernel(
             delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[None, :]
             if seed_ptr is not None:  # drawn here and not between the products, the mask lets all fit into registers
                 case = (columns_ptr, start, length, sequence, head, query_row, first, seed, threshold)
-                keep = tl.trans(_keep(*case, BLOCK, CONTIGUOUS))
+                dropout_mask = tl.trans(_dropout_mask(*case, BLOCK, CONTIGUOUS))
             largest, log_total = _load_statistics(statistics_ptr, column, length)
-            probabilities = _probabilities(key, query, kept, largest, log_total, scale, PRECISION)
+            probabilities = _probabilities(key, query, key_mask, largest, log_total, scale, PRECISION)
             dropped = probabilities
             if seed_ptr is not None:
-                dropped = tl.where(keep, probabilities, 0.0)
-            of_value = tl.dot(dropped.to(grad.dtype), grad, acc=of_value, input_precision=PRECISION)
-            of_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+                dropped = tl.where(dropout_mask, probabilities, 0.0)
+            grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
+            grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
             if seed_ptr is not None:
-                of_probabilities = tl.where(keep, of_probabilities * rescale, 0.0)
-            of_scores = (probabilities * (of_probabilities - delta)).to(query.dtype)
-            of_key = tl.dot(of_scores, query, acc=of_key, input_precision=PRECISION)
-            of_query = tl.dot(tl.trans(of_scores), key, input_precision=PRECISION)
+                grad_probabilities = tl.where(dropout_mask, grad_probabilities * rescale, 0.0)
+            grad_scores = (probabilities * (grad_probabilities - delta)).to(query.dtype)
+            grad_key = tl.dot(grad_scores, query, acc=grad_key, input_precision=PRECISION)
+            grad_query = tl.dot(tl.trans(grad_scores), key, input_precision=PRECISION)
             if sums_ptr is not None:
                 if first > 0:
-                    of_query += _load(sums_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
+                    grad_query += _load(sums_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
                 if first + BLOCK < length:
-                    _store(sums_ptr + out_offset, query_row, length, of_query, HIDDEN, HEAD_DIM, BLOCK_DIM)
+                    _store(sums_ptr + out_offset, query_row, length, grad_query, HIDDEN, HEAD_DIM, BLOCK_DIM)
             if first + BLOCK >= length:
-                _store(of_query_ptr, query_row, length, of_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+                _store(grad_query_ptr, query_row, length, grad_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         if seed_ptr is not None:
-            of_value *= rescale
-        _store(of_query_ptr + HIDDEN, row, length, of_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        _store(of_query_ptr + 2 * HIDDEN, row, length, of_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+            grad_value *= rescale
+        _store(grad_query_ptr + HIDDEN, row, length, grad_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        _store(grad_query_ptr + 2 * HIDDEN, row, length, grad_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         if sums_ptr is not None:
             tl.debug_barrier()  # what one thread has added up, another one may read

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from erniem_fast.ops.implementation import choose
 
 from erniem_fast import extension
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
 from erniem_fast.ops import embeddings
-from erniem_fast.ops.implementation import choose
 
 CPU = torch.device("cpu")
 

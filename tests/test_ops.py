@@ -15,18 +15,16 @@ from torch import Tensor
 
 from erniem_fast import flags, ops, reference, use_kernels
 from erniem_fast.batch import TokenBatch
-from erniem_fast.dropout import keep_mask
+from erniem_fast.dropout import dropout_mask
+from erniem_fast.flags import use_implementations
+from erniem_fast.ops import Product
+from erniem_fast.ops.choose import call_by_name
+from erniem_fast.reference import Norm
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 SEED = torch.tensor([0x299F31D0A4093822])
 EPS = 1e-5
-CUSTOM_OP = {
-    "embeddings": "embeddings",
-    "attention": "attention",
-    "bias_gelu": "bias_gelu_dropout",
-    "layernorm": "add_layernorm",
-}
 PADDING = 1  # the row of both tables without a gradient
 
 
@@ -120,14 +118,16 @@ def randn(*shape, dtype, scale=1.0, mean=0.0):
     return (torch.randn(*shape) * scale + mean).to(dtype)
 
 
+def dropout_of(batch, p):
+    return batch.dropout(p, SEED) if p else None
+
+
 def attention_problem(batch, dtype, heads, head_dim, p):
-    scale, seed = head_dim**-0.5, SEED if p else None
+    scale, dropout = head_dim**-0.5, dropout_of(batch, p)
     return Problem(
         leaves={name: randn(batch.tokens, heads * head_dim, dtype=dtype, scale=1.5) for name in "qkv"},
-        ours=lambda *qkv: ops.attention(torch.cat(qkv, dim=1), batch, heads, scale, p, seed),
-        oracle=lambda *qkv: reference.attention(
-            torch.cat(qkv, dim=1), batch.cu_seqlens, batch.columns, batch.key_mask, heads, scale, p, seed
-        ),
+        ours=lambda *qkv: ops.attention(torch.cat(qkv, dim=1), batch, heads, scale, dropout),
+        oracle=lambda *qkv: reference.attention(torch.cat(qkv, dim=1), batch.sequences, heads, scale, dropout),
         dtype=dtype,
     )
 
@@ -136,12 +136,12 @@ def bias_gelu_problem(batch, dtype, hidden, activation, p, bias=None):
     """`bias` is the bias's dtype."""
     x = randn(batch.tokens, hidden, dtype=dtype, scale=2.0)
     leaves = {"x": x} if bias is None else {"x": x, "bias": randn(hidden, dtype=bias)}
-    seed = SEED if p else None
+    dropout = dropout_of(batch, p)
     return Problem(
         leaves=leaves,
-        ours=lambda x, bias=None: ops.bias_gelu_dropout(x, bias, activation, batch, p, seed),
-        oracle=lambda x, bias=None: reference.bias_gelu_dropout(
-            x, None if bias is None else bias.to(x.dtype), activation, batch.columns, batch.sequences, p, seed
+        ours=lambda x, bias=None: ops.bias_gelu(Product(x, bias), activation, dropout),
+        oracle=lambda x, bias=None: reference.bias_gelu(
+            x, None if bias is None else bias.to(x.dtype), activation, dropout
         ),
         dtype=dtype,
     )
@@ -151,17 +151,16 @@ def norm_leaves(hidden, dtype):
     return {"weight": randn(hidden, dtype=dtype, scale=0.2, mean=1.0), "norm_bias": randn(hidden, dtype=dtype)}
 
 
-def layernorm_problem(batch, dtype, hidden, p, bias=None, residual=None, norm=None):
+def add_norm_problem(batch, dtype, hidden, p, bias=None, residual=None, norm=None):
     """`dtype` is that of x; `bias`, `residual` and `norm` are the dtypes of the others, where they differ."""
-    seed = SEED if p else None
+    dropout = dropout_of(batch, p)
     biases = {} if bias is None else {"bias": randn(hidden, dtype=bias)}
 
     def ours(residual, x, weight, norm_bias, bias=None):
-        return ops.add_layernorm(residual, x, bias, weight, norm_bias, EPS, batch, p, seed)
+        return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), dropout)
 
     def oracle(residual, x, weight, norm_bias, bias=None):
-        where = (batch.columns, batch.sequences)
-        return reference.add_layernorm(residual, x, bias, weight, norm_bias, EPS, *where, p, seed)
+        return reference.add_norm(residual, x, bias, Norm(weight, norm_bias, EPS), dropout)
 
     residual = randn(batch.tokens, hidden, dtype=residual or dtype, mean=0.5)
     x = randn(batch.tokens, hidden, dtype=dtype)
@@ -170,19 +169,19 @@ def layernorm_problem(batch, dtype, hidden, p, bias=None, residual=None, norm=No
 
 
 def embeddings_problem(batch, dtype, hidden, p, words=50, norm=None):
-    seed = SEED if p else None
+    dropout = dropout_of(batch, p)
     ids, positions = torch.randint(0, words, (batch.tokens,)), batch.columns + 2
     positions[::5] = PADDING
 
-    def ours(*tables):
-        return ops.embeddings(ids, positions, *tables, EPS, PADDING, batch, p, seed)
+    def ours(words, places, weight, norm_bias):
+        return ops.embeddings(ids, positions, words, places, Norm(weight, norm_bias, EPS), PADDING, dropout)
 
-    def oracle(*tables):
-        return reference.embeddings(ids, positions, *tables, EPS, PADDING, batch.columns, batch.sequences, p, seed)
+    def oracle(words, places, weight, norm_bias):
+        return reference.embeddings(ids, positions, words, places, Norm(weight, norm_bias, EPS), PADDING, dropout)
 
     tables = {
         "word_table": randn(words, hidden, dtype=dtype),
-        "position_table": randn(batch.max_seqlen + 2, hidden, dtype=dtype),
+        "position_table": randn(batch.sequences.max_seqlen + 2, hidden, dtype=dtype),
     }
     return Problem({**tables, **norm_leaves(hidden, norm or dtype)}, ours, oracle, dtype)
 
@@ -192,7 +191,7 @@ def problem_of(op, dtype=torch.float32, batch=BATCHES["holes, packed"], p=0.3):
     return {
         "attention": lambda: attention_problem(batch, dtype, heads=3, head_dim=32, p=p),
         "bias_gelu": lambda: bias_gelu_problem(batch, dtype, hidden=96, activation="gelu", p=p, bias=dtype),
-        "layernorm": lambda: layernorm_problem(batch, dtype, hidden=96, p=p, bias=dtype),
+        "add_norm": lambda: add_norm_problem(batch, dtype, hidden=96, p=p, bias=dtype),
         "embeddings": lambda: embeddings_problem(batch, dtype, hidden=96, p=p),
     }[op]()
 
@@ -283,13 +282,13 @@ def test_attention(implementation, dtype, batch, heads, head_dim, p):
         ("no tokens", 96, "gelu", 0.0, None),
     ],
 )
-def test_bias_gelu_dropout(implementation, dtype, batch, hidden, activation, p, bias):
+def test_bias_gelu(implementation, dtype, batch, hidden, activation, p, bias):
     bias = {"same": dtype, "float32": torch.float32}.get(bias)
     with use_kernels(bias_gelu=implementation):
         assert_rule_one(bias_gelu_problem(BATCHES[batch], dtype, hidden, activation, p, bias))
 
 
-@each_implementation("layernorm")
+@each_implementation("add_norm")
 @pytest.mark.parametrize(
     ("batch", "hidden", "p", "bias"),
     [
@@ -304,28 +303,28 @@ def test_bias_gelu_dropout(implementation, dtype, batch, hidden, activation, p, 
         ("no tokens", 96, 0.0, False),
     ],
 )
-def test_add_layernorm(implementation, dtype, batch, hidden, p, bias):
+def test_add_norm(implementation, dtype, batch, hidden, p, bias):
     with use_kernels(layernorm=implementation):
-        assert_rule_one(layernorm_problem(BATCHES[batch], dtype, hidden, p, dtype if bias else None))
+        assert_rule_one(add_norm_problem(BATCHES[batch], dtype, hidden, p, dtype if bias else None))
 
 
-@each_implementation("layernorm")
+@each_implementation("add_norm")
 @pytest.mark.parametrize("p", [0.0, 0.1])
 @pytest.mark.parametrize("bias", [None, torch.float32])
-def test_add_layernorm_of_mixed_dtypes(implementation, dtype, p, bias):
+def test_add_norm_of_mixed_dtypes(implementation, dtype, p, bias):
     """As under autocast: the residual stream and the parameters in float32, a matrix product in the lower dtype."""
     with use_kernels(layernorm=implementation):
         assert_rule_one(
-            layernorm_problem(BATCHES["around 64"], dtype, 768, p, bias, residual=torch.float32, norm=torch.float32)
+            add_norm_problem(BATCHES["around 64"], dtype, 768, p, bias, residual=torch.float32, norm=torch.float32)
         )
 
 
-@each_implementation("layernorm")
+@each_implementation("add_norm")
 @pytest.mark.parametrize("norm", [torch.float32, torch.bfloat16])
-def test_add_layernorm_with_weights_of_another_dtype(implementation, dtype, norm):
+def test_add_norm_with_weights_of_another_dtype(implementation, dtype, norm):
     """The result's dtype follows residual and x alone."""
     with use_kernels(layernorm=implementation):
-        assert_rule_one(layernorm_problem(BATCHES["short"], dtype, 384, 0.1, dtype, norm=norm))
+        assert_rule_one(add_norm_problem(BATCHES["short"], dtype, 384, 0.1, dtype, norm=norm))
 
 
 @each_implementation("embeddings")
@@ -348,12 +347,11 @@ def test_embeddings(implementation, dtype, batch, hidden, p):
 
 @pytest.mark.parametrize("implementation", serving("embeddings", interpreted=True))
 def test_padding_rows_of_the_tables_get_no_gradient(implementation):
-    batch = sequences(5, 3)
     ids, positions = torch.tensor([PADDING, 3, 3, PADDING, 4, 3, 5, 5]), torch.tensor([2, PADDING, 4, 5, 6, 2, 3, 4])
     word_table, position_table = (torch.randn(9, 96, requires_grad=True) for _ in range(2))
-    norm = torch.rand(96), torch.randn(96)
+    norm = Norm(torch.rand(96), torch.randn(96), EPS)
     with use_kernels(embeddings=implementation):
-        out = ops.embeddings(ids, positions, word_table, position_table, *norm, EPS, PADDING, batch)
+        out = ops.embeddings(ids, positions, word_table, position_table, norm, PADDING)
     out.backward(torch.randn_like(out))
     touched = [{*rows.tolist()} - {PADDING} for rows in (ids, positions)]
     for table, rows in zip((word_table, position_table), touched, strict=True):
@@ -367,11 +365,11 @@ def test_sparse_gradient_of_the_word_table(implementation, dtype, p):
     batch, words = BATCHES["short"], 7
     ids, positions = torch.randint(0, words, (51,)), batch.columns + 2
     tables = [randn(rows, 96, dtype=dtype).requires_grad_() for rows in (words, 19)]
-    norm, grad = norm_leaves(96, dtype).values(), randn(51, 96, dtype=dtype)
+    norm, grad = Norm(*norm_leaves(96, dtype).values(), EPS), randn(51, 96, dtype=dtype)
     with use_kernels(embeddings=implementation):
         sparse, dense = (
             torch.autograd.grad(
-                ops.embeddings(ids, positions, *tables, *norm, EPS, PADDING, batch, p, SEED if p else None, sparse),
+                ops.embeddings(ids, positions, *tables, norm, PADDING, dropout_of(batch, p), sparse),
                 tables,
                 grad,
             )
@@ -392,29 +390,29 @@ def test_sparse_gradient_of_the_word_table(implementation, dtype, p):
 @pytest.mark.parametrize("dtype", DTYPES.values(), ids=DTYPES)
 @pytest.mark.parametrize(
     ("op", "implementation"),
-    [(op, name) for op in ("bias_gelu", "layernorm", "embeddings") for name in serving(op)],
+    [(op, name) for op in ("bias_gelu", "add_norm", "embeddings") for name in serving(op)],
 )
 def test_gradients_summed_over_many_tokens(op, implementation, dtype):
     """4,096 tokens, where the order and the dtype of a sum show."""
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         assert_rule_one(problem_of(op, dtype, TokenBatch.padded((16, 256), CPU), p=0.0))
 
 
-@pytest.mark.parametrize("implementation", serving("layernorm", torch.float16, interpreted=True))
-def test_add_layernorm_of_large_float16(implementation):
+@pytest.mark.parametrize("implementation", serving("add_norm", torch.float16, interpreted=True))
+def test_add_norm_of_large_float16(implementation):
     """Squares of values beyond 256 overflow float16; statistics must be taken in float32."""
     x = torch.randn(17, 384).mul(500.0).half()
-    weight, norm_bias = torch.ones(384).half(), torch.zeros(384).half()
+    norm = Norm(torch.ones(384).half(), torch.zeros(384).half(), EPS)
     with use_kernels(layernorm=implementation):
-        out = ops.add_layernorm(x, torch.zeros_like(x), None, weight, norm_bias, EPS, sequences(17))
+        out = ops.add_norm(x, Product(torch.zeros_like(x)), norm)
     exact = F.layer_norm(x.double(), (384,), eps=EPS)
     assert largest(out - exact) <= torch.finfo(torch.float16).eps * largest(exact)
 
 
-@each_implementation("layernorm", interpreted=True)
+@each_implementation("add_norm", interpreted=True)
 @pytest.mark.parametrize("hidden", [97, 768])
 @pytest.mark.parametrize("mean", [0.0, 1_000.0, 1e6])
-def test_add_layernorm_of_equal_and_shifted_values(implementation, dtype, hidden, mean):
+def test_add_norm_of_equal_and_shifted_values(implementation, dtype, hidden, mean):
     """A mean that is off by a unit in its last place must not be seen over a standard deviation of 1, or of sqrt(eps).
 
     Equal values come out as zeros, as `F.layer_norm` has them.
@@ -422,9 +420,9 @@ def test_add_layernorm_of_equal_and_shifted_values(implementation, dtype, hidden
     x = (torch.randn(16, hidden) + min(mean, 6e4 if dtype == torch.float16 else mean)).to(dtype)
     x[3:8] = x[3:8, :1]
     x.requires_grad_()
-    weight, norm_bias = torch.ones(hidden), torch.zeros(hidden)
+    norm = Norm(torch.ones(hidden), torch.zeros(hidden), EPS)
     with use_kernels(layernorm=implementation):
-        out = ops.add_layernorm(x, torch.zeros(16, hidden), None, weight, norm_bias, EPS, sequences(16))
+        out = ops.add_norm(x, Product(torch.zeros(16, hidden)), norm)
     assert largest(out[3:8]) == 0.0
     doubled = x.detach().double().requires_grad_()
     exact = F.layer_norm(doubled, (hidden,), eps=EPS)
@@ -439,7 +437,7 @@ def test_add_layernorm_of_equal_and_shifted_values(implementation, dtype, hidden
 def test_activations_of_large_values(implementation, activation):
     x = torch.tensor([[-6e4, -1e3, -300.0, -30.0, 0.0, 30.0, 300.0, 1e3, 6e4]]).half().requires_grad_()
     with use_kernels(bias_gelu=implementation):
-        out = ops.bias_gelu_dropout(x, None, activation, sequences(1))
+        out = ops.bias_gelu(Product(x), activation)
     (of_x,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(out, x.relu())
     assert of_x[x != 0].tolist() == [0.0] * 4 + [1.0] * 4
@@ -486,10 +484,10 @@ def test_sequences_without_keys_give_zeros(implementation, dtype, p):
     batch = sequences(4, 70, 0, 1, 5)
     empty = torch.zeros(80, dtype=torch.bool)
     empty[4:75] = True  # of the sequences of 70 and of 1
-    batch = replace(batch, key_mask=~empty)
+    batch = replace(batch, sequences=batch.sequences._replace(key_mask=~empty))
     qkv = randn(80, 3 * 64, dtype=dtype).requires_grad_()
     with use_kernels(attention=implementation):
-        out = ops.attention(qkv, batch, 2, 32**-0.5, p, SEED if p else None)
+        out = ops.attention(qkv, batch, 2, 32**-0.5, dropout_of(batch, p))
     (of_qkv,) = torch.autograd.grad(out, qkv, torch.randn_like(out))
     for each in (out, of_qkv):
         assert torch.equal(each[empty], torch.zeros_like(each[empty]))
@@ -502,7 +500,7 @@ def test_sequences_without_keys_give_zeros(implementation, dtype, p):
 def test_no_sequences(implementation, dtype, p):
     qkv = torch.empty(0, 3 * 64, dtype=dtype, requires_grad=True)
     with use_kernels(attention=implementation):
-        out = ops.attention(qkv, sequences(), 2, 32**-0.5, p, SEED if p else None)
+        out = ops.attention(qkv, sequences(), 2, 32**-0.5, dropout_of(sequences(), p))
     (of_qkv,) = torch.autograd.grad(out, qkv, torch.empty_like(out))
     assert (out.shape, out.dtype) == ((0, 64), dtype)
     assert (of_qkv.shape, of_qkv.dtype) == ((0, 192), dtype)
@@ -522,7 +520,7 @@ def test_one_token_attends_to_itself(implementation, dtype):
 
 @every_implementation
 def test_dropping_nothing_and_everything(op, implementation):
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         problem = problem_of(op, p=0.0)
         grad = torch.randn_like(problem.ours(*problem.leaves.values()))
         without = solve(problem.ours, problem.leaves, grad)
@@ -532,7 +530,7 @@ def test_dropping_nothing_and_everything(op, implementation):
             torch.testing.assert_close(value, without[name], rtol=1e-5, atol=1e-5)
         everything = solve(problem_of(op, p=1.0).ours, problem.leaves, grad)
     assert all(bool(value.isfinite().all()) for value in everything.values())
-    if op == "layernorm":
+    if op == "add_norm":
         assert largest(everything["x"]) == largest(everything["bias"]) == 0.0
         normal = F.layer_norm(problem.leaves["residual"], (96,), *list(problem.leaves.values())[2:4], EPS)
         torch.testing.assert_close(everything["result"], normal, rtol=0, atol=1e-5)
@@ -552,7 +550,7 @@ def views(x):
 @every_implementation
 def test_layout_of_inputs_and_gradients(op, implementation):
     problem = problem_of(op)
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         grad = torch.randn_like(problem.ours(*problem.leaves.values()))
         expected = solve(problem.ours, problem.leaves, grad)
         flat = {name: leaf for name, leaf in problem.leaves.items() if leaf.dim() == 1}
@@ -572,7 +570,7 @@ def test_attention_of_a_strided_qkv():
     for implementation, p in itertools.product(serving("attention", interpreted=True), (0.0, 0.3)):
 
         def ours(qkv, p=p):
-            return ops.attention(qkv, batch, 2, 0.2, p, SEED if p else None)
+            return ops.attention(qkv, batch, 2, 0.2, dropout_of(batch, p))
 
         with use_kernels(attention=implementation):
             expected = solve(ours, {"qkv": qkv}, grad)
@@ -587,14 +585,14 @@ def test_inputs_that_are_negated_views(op, implementation):
     problem = problem_of(op)
     negated = {name: torch._neg_view(-leaf) for name, leaf in problem.leaves.items()}
     grad = torch.randn(TOKENS, 96)
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         expected, found = (solve(problem.ours, leaves, grad) for leaves in (problem.leaves, negated))
         inferred = problem.ours(*negated.values())
     assert all(torch.equal(found[name], each) for name, each in expected.items())
     assert torch.equal(inferred, expected["result"])
 
 
-@pytest.mark.parametrize("op", ["layernorm", "embeddings"])
+@pytest.mark.parametrize("op", ["add_norm", "embeddings"])
 def test_a_layer_norm_without_a_bias(op):
     problem = problem_of(op)
     leaves = {name: leaf for name, leaf in problem.leaves.items() if name != "norm_bias"}
@@ -606,7 +604,7 @@ def test_a_layer_norm_without_a_bias(op):
 
     zeros = torch.zeros(96)
     for implementation in serving(op, interpreted=True):
-        with use_kernels(**{op: implementation}):
+        with use_implementations(**{op: implementation}):
             found, expected = (solve(partial(ours, norm_bias=bias), leaves, grad) for bias in (None, zeros))
             inferred = ours(*leaves.values())
         assert all(torch.equal(found[name], each) for name, each in expected.items())
@@ -624,7 +622,7 @@ def test_heads_that_do_not_divide_what_there_is(implementation):
 def test_a_gradient_of_one_value(op, implementation):
     """`sum().backward()` gives a gradient with strides of zero."""
     problem = problem_of(op)
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         out = problem.ours(*problem.leaves.values())
         expected = solve(problem.ours, problem.leaves, torch.ones_like(out))
         for name, value in solve(problem.ours, problem.leaves, out.new_ones(1, 1).expand_as(out)).items():
@@ -634,7 +632,7 @@ def test_a_gradient_of_one_value(op, implementation):
 @every_implementation
 def test_bits_are_the_same_again(op, implementation):
     problem = problem_of(op, batch=BATCHES["short"])
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         grad = torch.randn_like(problem.ours(*problem.leaves.values()))
         first, second = (solve(problem.ours, problem.leaves, grad) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
@@ -647,13 +645,13 @@ def test_packed_and_padded_agree_at_real_tokens(op, implementation, p):
     mask = torch.tensor([[value == "1" for value in row] for row in HOLES])
     packed, padded = BATCHES["holes, packed"], BATCHES["holes, padded"]
     outputs = []
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         if op == "embeddings":
             ids, tables = torch.randint(0, 50, mask.shape), [torch.randn(50, 96), torch.randn(12, 96)]
-            norm = torch.rand(96), torch.randn(96)
+            norm = Norm(torch.rand(96), torch.randn(96), EPS)
             for batch in (packed, padded):
                 rows = (batch.pack(ids), batch.columns + 2)
-                out = ops.embeddings(*rows, *tables, *norm, EPS, PADDING, batch, p, SEED if p else None)
+                out = ops.embeddings(*rows, *tables, norm, PADDING, dropout_of(batch, p))
                 outputs.append(batch.unpack(out)[mask])
         else:
             leaves = problem_of(op, batch=padded).leaves
@@ -668,9 +666,9 @@ def test_packed_and_padded_agree_at_real_tokens(op, implementation, p):
 @pytest.mark.parametrize("implementation", serving("attention", interpreted=True))
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_a_loose_bound_of_lengths(implementation, p):
-    qkv, seed = torch.randn(12, 3 * 64), SEED if p else None
+    qkv, batches = torch.randn(12, 3 * 64), [sequences(3, 0, 9, bound=bound) for bound in (9, 512)]
     with use_kernels(attention=implementation):
-        tight, loose = (ops.attention(qkv, sequences(3, 0, 9, bound=bound), 2, 0.2, p, seed) for bound in (9, 512))
+        tight, loose = (ops.attention(qkv, batch, 2, 0.2, dropout_of(batch, p)) for batch in batches)
     torch.testing.assert_close(loose, tight, rtol=0, atol=1e-6)
 
 
@@ -680,7 +678,7 @@ def test_a_loose_bound_of_lengths(implementation, p):
 def test_autocast_leaves_ops_alone(op, implementation, dtype, p):
     """The dtype of a result is a function of the inputs', and the arithmetic inside is ours to choose."""
     problem = problem_of(op, dtype, p=p)
-    with use_kernels(**{op: implementation}):
+    with use_implementations(**{op: implementation}):
         grad = torch.randn_like(problem.ours(*problem.leaves.values()))
         outside = solve(problem.ours, problem.leaves, grad)
         with torch.autocast("cpu", torch.bfloat16):
@@ -709,9 +707,8 @@ def test_each_leaf_alone_gets_its_gradient(op):
 def test_gradients_of_residual_and_x_do_not_share_memory(p):
     """Without dropout they are equal; an optimizer or a clipping that writes to one must not change the other."""
     residual, x = (torch.randn(8, 96, requires_grad=True) for _ in range(2))
-    out = ops.add_layernorm(
-        residual, x, None, torch.ones(96), torch.zeros(96), EPS, sequences(8), p, SEED if p else None
-    )
+    norm = Norm(torch.ones(96), torch.zeros(96), EPS)
+    out = ops.add_norm(residual, Product(x), norm, dropout_of(sequences(8), p))
     out.backward(torch.randn_like(out))
     before = x.grad.clone()
     residual.grad.zero_()
@@ -721,7 +718,7 @@ def test_gradients_of_residual_and_x_do_not_share_memory(p):
 def test_residual_and_x_may_be_one_tensor():
     x = torch.randn(8, 96, dtype=torch.float64, requires_grad=True)
     weight, norm_bias = torch.rand(96).double(), torch.randn(96).double()
-    ours = ops.add_layernorm(x, x, None, weight, norm_bias, EPS, sequences(8))
+    ours = ops.add_norm(x, Product(x), Norm(weight, norm_bias, EPS))
     grad = torch.randn_like(ours)
     expected = F.layer_norm(2 * x, (96,), weight, norm_bias, EPS)
     torch.testing.assert_close(
@@ -755,7 +752,7 @@ def test_float64_to_the_last_digits():
 def test_reference_layer_norm():
     x, weight, norm_bias = torch.randn(9, 97).double(), torch.rand(97).double(), torch.randn(97).double()
     expected = F.layer_norm(x, (97,), weight, norm_bias, EPS)
-    torch.testing.assert_close(reference.layer_norm(x, weight, norm_bias, EPS), expected, rtol=0, atol=1e-12)
+    torch.testing.assert_close(reference.layer_norm(x, Norm(weight, norm_bias, EPS)), expected, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
@@ -777,25 +774,28 @@ def test_reference_activations(activation):
 @pytest.mark.parametrize("bounds", [[0, 4, 9], [0, 4, 7], [1, 4, 8], [0, 9, 8], [0, 8]], ids=str)
 def test_native_attention_refuses_bounds_beyond_the_tokens(bounds):
     """As a compiled or traced model may pass them: it would write into memory that is not its own."""
-    batch = replace(sequences(4, 4), cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    batch = sequences(4, 4)
+    bounds = batch.sequences._replace(cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
+    batch = replace(batch, sequences=bounds)
     with use_kernels(attention="native"), pytest.raises(RuntimeError, match="cu_seqlens must rise from 0"):
         ops.attention(torch.randn(8, 3 * 32), batch, heads=2, scale=1.0)
 
 
-def naive_attention(qkv, batch, heads, scale, p, seed):
+def naive_attention(qkv, batch, heads, scale, p):
     """One query at a time, by the definition."""
+    sequence_ids, key_mask = batch.sequences.sequence_ids, batch.sequences.key_mask
     query, key, value = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     out = torch.zeros_like(query)
     for i, h in itertools.product(range(batch.tokens), range(heads)):
-        sequence, column = batch.sequences[i], batch.columns[i]
-        keys = (batch.sequences == sequence).nonzero().squeeze(1)
-        if batch.key_mask is not None:
-            keys = keys[batch.key_mask[keys]]
+        sequence, column = sequence_ids[i], batch.columns[i]
+        keys = (sequence_ids == sequence).nonzero().squeeze(1)
+        if key_mask is not None:
+            keys = keys[key_mask[keys]]
         weights = torch.exp(key[keys, h] @ query[i, h] * scale)
         weights = weights / weights.sum()
-        if seed is not None and len(keys):
-            keep = keep_mask(seed, p, 512, column, sequence, h)[batch.columns[keys]]
-            weights = weights * keep / (1 - p)
+        if p and len(keys):
+            mask = dropout_mask(SEED, p, 512, column, sequence, h)[batch.columns[keys]]
+            weights = weights * mask / (1 - p)
         out[i, h] = weights @ value[keys, h]
     return out.flatten(1)
 
@@ -803,17 +803,17 @@ def naive_attention(qkv, batch, heads, scale, p, seed):
 @pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_attention(batch, p):
-    batch, seed = BATCHES[batch], SEED if p else None
+    batch = BATCHES[batch]
     qkv = torch.randn(batch.tokens, 3 * 2 * 5, dtype=torch.float64)
-    ours = reference.attention(qkv, batch.cu_seqlens, batch.columns, batch.key_mask, 2, 0.4, p, seed)
-    torch.testing.assert_close(ours, naive_attention(qkv, batch, 2, 0.4, p, seed), rtol=0, atol=1e-12)
+    ours = reference.attention(qkv, batch.sequences, 2, 0.4, dropout_of(batch, p))
+    torch.testing.assert_close(ours, naive_attention(qkv, batch, 2, 0.4, p), rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "unequal", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_attention_backward(batch, p):
-    batch, seed = BATCHES[batch], SEED if p else None
-    where = (batch.cu_seqlens, batch.columns, batch.key_mask, 2, 0.4, p, seed)
+    batch = BATCHES[batch]
+    where = (batch.sequences, 2, 0.4, dropout_of(batch, p))
     qkv = torch.randn(batch.tokens, 3 * 2 * 8, dtype=torch.float64, requires_grad=True)
     out = reference.attention(qkv, *where)
     grad = torch.randn_like(out)
@@ -826,15 +826,15 @@ def test_reference_attention_backward(batch, p):
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_attend_backward(masked_keys, p):
     query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    kept = None
+    key_mask = None
     if masked_keys:
-        kept = torch.rand(2, 1, 1, 7) < 0.6
-        kept[1] = False
-    keep = torch.rand(2, 3, 7, 7) >= p if p else None
-    out, probabilities = reference.attend(query, key, value, 0.3, kept, keep, p)
+        key_mask = torch.rand(2, 1, 1, 7) < 0.6
+        key_mask[1] = False
+    masks = (key_mask, torch.rand(2, 3, 7, 7) >= p if p else None, p)
+    out, probabilities = reference.attend(query, key, value, 0.3, *masks)
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, (query, key, value), grad)
-    computed = reference.attend_backward(grad, query.detach(), key.detach(), value.detach(), 0.3, kept, keep, p)
+    computed = reference.attend_backward(grad, query.detach(), key.detach(), value.detach(), 0.3, *masks)
     for ours, theirs in zip(computed, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
     torch.testing.assert_close(out, probabilities @ value, rtol=0, atol=1e-12)
@@ -843,7 +843,7 @@ def test_reference_attend_backward(masked_keys, p):
 def test_reference_layer_norm_backward():
     leaves = [torch.randn(9, 97).double(), torch.rand(97).double(), torch.randn(97).double()]
     x, weight, norm_bias = (leaf.requires_grad_() for leaf in leaves)
-    out = reference.layer_norm(x, weight, norm_bias, EPS)
+    out = reference.layer_norm(x, Norm(weight, norm_bias, EPS))
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, leaves, grad)
     computed = reference.layer_norm_backward(grad, x.detach(), weight.detach(), EPS)
@@ -851,17 +851,17 @@ def test_reference_layer_norm_backward():
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 
 
-def test_reference_add_layernorm_and_embeddings():
+def test_reference_add_norm_and_embeddings():
     batch, hidden = BATCHES["holes, packed"], 96
-    keep = keep_mask(SEED, 0.3, hidden, batch.columns, batch.sequences).double() / 0.7
-    problem = layernorm_problem(batch, torch.float64, hidden, 0.3, bias=torch.float64)
+    dropout = dropout_of(batch, 0.3)
+    mask = dropout_mask(SEED, 0.3, hidden, dropout.columns, dropout.sequence_ids).double() / 0.7
+    problem = add_norm_problem(batch, torch.float64, hidden, 0.3, bias=torch.float64)
     residual, x, weight, norm_bias, bias = problem.leaves.values()
-    expected = F.layer_norm(residual + keep * (x + bias), (hidden,), weight, norm_bias, EPS)
+    expected = F.layer_norm(residual + mask * (x + bias), (hidden,), weight, norm_bias, EPS)
     torch.testing.assert_close(problem.oracle(*problem.leaves.values()), expected, rtol=0, atol=1e-12)
     ids, tables = torch.randint(0, 12, (2, batch.tokens)), torch.randn(2, 12, hidden).double()
-    where = (batch.columns, batch.sequences, 0.3, SEED)
-    ours = reference.embeddings(*ids, *tables, weight, norm_bias, EPS, PADDING, *where)
-    expected = keep * F.layer_norm(tables[0][ids[0]] + tables[1][ids[1]], (hidden,), weight, norm_bias, EPS)
+    ours = reference.embeddings(*ids, *tables, Norm(weight, norm_bias, EPS), PADDING, dropout)
+    expected = mask * F.layer_norm(tables[0][ids[0]] + tables[1][ids[1]], (hidden,), weight, norm_bias, EPS)
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-12)
 
 
@@ -880,20 +880,23 @@ def test_softmax_of_nothing_is_zero(dtype):
 @pytest.mark.parametrize("batch", ["short", "unequal", "holes, packed", "holes, padded", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_with_probabilities(batch, p):
-    batch, seed, heads = BATCHES[batch], SEED if p else None, 2
+    batch, heads = BATCHES[batch], 2
+    cu_seqlens, max_seqlen = batch.sequences.cu_seqlens, batch.sequences.max_seqlen
     problem = attention_problem(batch, torch.float64, heads, 8, p)
     leaves = problem.leaves
 
     def ours(*qkv):
-        return ops.attention_with_probabilities(torch.cat(qkv, dim=1), batch, heads, 8**-0.5, None, p, seed)
+        return ops.attention_with_probabilities(
+            torch.cat(qkv, dim=1), batch, heads, 8**-0.5, None, dropout_of(batch, p)
+        )
 
     out, probabilities = ours(*leaves.values())
     grad = torch.randn_like(out)
     exact = solve(problem.oracle, leaves, grad)
     for name, value in solve(lambda *qkv: ours(*qkv)[0], leaves, grad).items():
         torch.testing.assert_close(value, exact[name], rtol=0, atol=1e-12)
-    assert probabilities.shape == (len(batch.cu_seqlens) - 1, heads, batch.max_seqlen, batch.max_seqlen)
-    for sequence, (start, end) in enumerate(itertools.pairwise(batch.cu_seqlens.tolist())):
+    assert probabilities.shape == (len(cu_seqlens) - 1, heads, max_seqlen, max_seqlen)
+    for sequence, (start, end) in enumerate(itertools.pairwise(cu_seqlens.tolist())):
         values = leaves["v"][start:end].unflatten(1, (heads, 8)).transpose(0, 1)
         weighted = probabilities[sequence, :, : end - start, : end - start] @ values
         torch.testing.assert_close(weighted.transpose(0, 1).flatten(1), out[start:end], rtol=0, atol=1e-12)
@@ -932,8 +935,8 @@ def strided(x, layout, requires_grad=True):
 
 def custom_op_calls(implementation, dtype, p, layout, batch=BATCHES["holes, packed"]):
     """The arguments of all eight custom ops, by name."""
-    tokens, hidden, seed = batch.tokens, 96, SEED if p else None
-    dropout = (batch.columns, batch.sequences, p, seed)
+    tokens, hidden = batch.tokens, 96
+    dropout = dropout_of(batch, p) or [None] * 4
 
     def wide(columns=hidden, requires_grad=True):
         return strided(randn(tokens, columns, dtype=dtype), layout, requires_grad)
@@ -944,46 +947,52 @@ def custom_op_calls(implementation, dtype, p, layout, batch=BATCHES["holes, pack
     def row(requires_grad=True):
         return torch.rand(hidden).requires_grad_(requires_grad)
 
-    order = (batch.longest_first, batch.contiguous)
+    def norm(requires_grad=True):
+        return row(requires_grad), row(requires_grad), EPS
+
     attended, unmasked = (
-        (*order, batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, key_mask, 3, 0.2, p, seed)
-        for key_mask in (batch.key_mask, None)
+        (*batch.sequences._replace(key_mask=key_mask), 3, 0.2, *dropout)
+        for key_mask in (batch.sequences.key_mask, None)
     )
     rows = (torch.randint(0, 9, (tokens,)), torch.randint(0, 12, (tokens,)))
-    grad, nothing_saved = wide(requires_grad=False), torch.empty(0)
-    of_embeddings = (grad, wide(hidden, False), *rows, 9, 12, row(False), EPS, PADDING, *dropout)
+    grad, nothing_saved, saving = wide(requires_grad=False), torch.empty(0), (True, implementation)
+    into_attention = (grad, grad, nothing_saved, wide(3 * hidden, False))
+    into_gelu, last = (grad, wide(hidden, False)), (implementation,)
+    into_embeddings = (grad, wide(hidden, False), *rows)
     return {
-        "attention": (wide(3 * hidden), *attended, implementation),
-        "attention, no key mask": (wide(3 * hidden), *unmasked, implementation),
-        "attention_backward": (grad, grad, nothing_saved, wide(3 * hidden, False), *attended, implementation),
-        "attention_backward, no key mask": (
-            *(grad, grad, nothing_saved, wide(3 * hidden, False), *unmasked, implementation),
+        "attention": (wide(3 * hidden), *attended, *saving),
+        "attention, no key mask": (wide(3 * hidden), *unmasked, *saving),
+        "attention_backward": (*into_attention, *attended, *last),
+        "attention_backward, no key mask": (*into_attention, *unmasked, *last),
+        "bias_gelu": (wide(), row(), "gelu", *dropout, *saving),
+        "bias_gelu, no bias": (wide(), None, "gelu", *dropout, *saving),
+        "bias_gelu_backward": (*into_gelu, row(False), "gelu", *dropout, *last),
+        "bias_gelu_backward, no bias": (*into_gelu, None, "gelu", *dropout, *last),
+        "add_norm": (wide(), wide(), row(), *norm(), *dropout, *saving),
+        "add_norm, no bias": (wide(), wide(), None, *norm(), *dropout, *saving),
+        "add_norm, nothing saved": (
+            *(wide(hidden, False), wide(hidden, False), row(False), *norm(False), *dropout),
+            *(False, implementation),
         ),
-        "bias_gelu_dropout": (wide(), row(), "gelu", *dropout, implementation),
-        "bias_gelu_dropout, no bias": (wide(), None, "gelu", *dropout, implementation),
-        "bias_gelu_dropout_backward": (grad, wide(hidden, False), row(False), "gelu", *dropout, implementation),
-        "bias_gelu_dropout_backward, no bias": (grad, wide(hidden, False), None, "gelu", *dropout, implementation),
-        "add_layernorm": (wide(), wide(), row(), row(), row(), EPS, *dropout, True, implementation),
-        "add_layernorm, no bias": (wide(), wide(), None, row(), row(), EPS, *dropout, True, implementation),
-        "add_layernorm, nothing saved": (
-            *(wide(hidden, False), wide(hidden, False), row(False), row(False), row(False)),
-            *(EPS, *dropout, False, implementation),
+        "add_norm_backward": (grad, wide(hidden, False), *norm(False), *dropout, *last),
+        "embeddings": (*rows, table(9), table(12), *norm(), PADDING, *dropout, False, *saving),
+        "embeddings_backward": (*into_embeddings, [9, 96], [12, 96], *norm(False), PADDING, *dropout, False, *last),
+        "embeddings_backward, sparse": (
+            *(*into_embeddings, [9, 96], [12, 96], *norm(False), PADDING, *dropout, True, *last),
         ),
-        "add_layernorm_backward": (grad, wide(hidden, False), row(False), EPS, *dropout, implementation),
-        "embeddings": (*rows, table(9), table(12), row(), row(), EPS, PADDING, *dropout, True, implementation, False),
-        "embeddings_backward": (*of_embeddings, False, implementation),
-        "embeddings_backward, sparse": (*of_embeddings, True, implementation),
+        "embeddings_backward, frozen words": (
+            *(*into_embeddings, None, [12, 96], *norm(False), PADDING, *dropout, False, *last),
+        ),
     }
 
 
 CALLS = list(custom_op_calls("torch", torch.float32, 0.0, "contiguous"))
-OP_OF_CALL = {custom_op: op for op, custom_op in CUSTOM_OP.items()}
 
 
 def opchecked(layout, dtype, rates):
     """`(call, implementation, dtype, p, layout)` of what `opcheck` is to be run on."""
     for call, p in itertools.product(CALLS, rates):
-        op = OP_OF_CALL[call.split(",")[0].removesuffix("_backward")]
+        op = call.split(",")[0].removesuffix("_backward")
         for implementation in serving(op, dtype):
             label = f"{call}-{implementation}-{layout}-{p}"
             yield pytest.param(call, implementation, dtype, p, layout, id=label)
@@ -1021,9 +1030,9 @@ def noting(calls, name, like, **fields):
     """An implementation that notes where it runs."""
 
     def direction(which):
-        def run(*inputs):
+        def run(**values):
             calls.append((name, which))
-            return getattr(like, which)(*inputs)
+            return call_by_name(getattr(like, which), values)
 
         return run
 
@@ -1064,7 +1073,7 @@ def test_auto_takes_the_first_that_can_serve(op, calls):
 def test_kernels_off(op, calls, monkeypatch):
     monkeypatch.setenv("ERNIEM_FAST_KERNELS", "off")
     run_once(op)
-    with use_kernels(**{op: "reference"}):
+    with use_implementations(**{op: "reference"}):
         run_once(op)
     assert calls == [("torch", "forward"), ("reference", "forward")]
 
@@ -1074,14 +1083,14 @@ def test_flags_are_read_at_every_call(op, calls, monkeypatch):
     for value in ("reference", "torch", "auto"):
         monkeypatch.setenv(flags.OPS[op].name, value)
         run_once(op)
-    with use_kernels(**{op: "reference"}):
+    with use_implementations(**{op: "reference"}):
         run_once(op)
     assert [name for name, _ in calls] == ["reference", "torch", "kernel", "reference"]
 
 
 @pytest.mark.parametrize("op", flags.OPS)
 def test_a_flag_is_the_op_s_own(op, calls):
-    with use_kernels(**{op: "reference"}):
+    with use_implementations(**{op: "reference"}):
         for other in flags.OPS:
             run_once(other)
     assert calls == [("reference" if other == op else "kernel", "forward") for other in flags.OPS]
@@ -1090,7 +1099,7 @@ def test_a_flag_is_the_op_s_own(op, calls):
 @pytest.mark.parametrize("op", flags.OPS)
 def test_the_backward_runs_what_the_forward_ran(op, calls):
     problem = problem_of(op)
-    with use_kernels(**{op: "reference"}):
+    with use_implementations(**{op: "reference"}):
         out = problem.ours(*(leaf.requires_grad_() for leaf in problem.leaves.values()))
     out.sum().backward()
     assert calls == [("reference", "forward"), ("reference", "backward")]
@@ -1102,7 +1111,10 @@ def test_what_cannot_be_served_says_why(op, tables):
         return f"no {dtype} on {device}; use another"
 
     tables[op]["reference"] = replace(tables[op]["reference"], refuses=refuses)
-    with use_kernels(**{op: "reference"}), pytest.raises(RuntimeError, match=r"no torch\.float32 on cpu") as raised:
+    with (
+        use_implementations(**{op: "reference"}),
+        pytest.raises(RuntimeError, match=r"no torch\.float32 on cpu") as raised,
+    ):
         run_once(op)
     assert f"{flags.OPS[op].name}=reference" in str(raised.value)
 
@@ -1111,7 +1123,7 @@ def test_fuses_bias_follows_the_choice(calls):
     for op in flags.OPS:
         assert ops.fuses_bias(op, torch.zeros(1))
         assert not ops.fuses_bias(op, torch.zeros(1, dtype=torch.bfloat16))
-        with use_kernels(**{op: "torch"}):
+        with use_implementations(**{op: "torch"}):
             assert not ops.fuses_bias(op, torch.zeros(1))
 
 
@@ -1135,7 +1147,7 @@ def test_verify_accepts_right_results(op, dtype, p, verify):
 
 def test_verify_accepts_mixed_dtypes(verify):
     for dtype, p in itertools.product(DTYPES.values(), (0.0, 0.3)):
-        problem = layernorm_problem(
+        problem = add_norm_problem(
             BATCHES["short"], dtype, 384, p, torch.float32, residual=torch.float32, norm=torch.float32
         )
         solve(problem.ours, problem.leaves, torch.randn(51, 384))
@@ -1148,7 +1160,7 @@ def narrow_problem_of(op, dtype, size, p, batch=BATCHES["holes, packed"]):
     return {
         "attention": lambda: attention_problem(batch, dtype, heads=1, head_dim=size, p=p),
         "bias_gelu": lambda: bias_gelu_problem(batch, dtype, size, "gelu", p, bias=dtype),
-        "layernorm": lambda: layernorm_problem(batch, dtype, size, p, bias=dtype),
+        "add_norm": lambda: add_norm_problem(batch, dtype, size, p, bias=dtype),
         "embeddings": lambda: embeddings_problem(batch, dtype, size, p),
     }[op]()
 
@@ -1160,27 +1172,27 @@ def test_verify_accepts_right_results_of_few_numbers(op, implementation, verify)
         if implementation not in serving(op, dtype, interpreted=True):
             continue
         problem = narrow_problem_of(op, dtype, size, p)
-        with use_kernels(**{op: implementation}):
+        with use_implementations(**{op: implementation}):
             solve(problem.ours, problem.leaves, torch.randn(TOKENS, size))
 
 
-@pytest.mark.parametrize("implementation", serving("layernorm", interpreted=True))
+@pytest.mark.parametrize("implementation", serving("add_norm", interpreted=True))
 def test_verify_accepts_rows_that_are_nearly_constant(implementation, verify):
     for dtype, eps, hidden in itertools.product(DTYPES.values(), (1e-5, 1e-12), (3, 12, 96)):
-        if implementation not in serving("layernorm", dtype, interpreted=True):
+        if implementation not in serving("add_norm", dtype, interpreted=True):
             continue
         units = torch.randint(-2, 3, (17, hidden)) * torch.finfo(dtype).eps
         residual = (randn(17, 1, dtype=dtype, scale=1000.0) * (1.0 + units)).to(dtype)
         leaves = {"residual": residual, "x": torch.zeros_like(residual), **norm_leaves(hidden, dtype)}
         with use_kernels(layernorm=implementation):
             solve(
-                lambda residual, x, *norm, eps=eps: ops.add_layernorm(residual, x, None, *norm, eps, sequences(17)),
+                lambda residual, x, *norm, eps=eps: ops.add_norm(residual, Product(x), Norm(*norm, eps)),
                 leaves,
                 torch.randn(17, hidden),
             )
 
 
-@pytest.mark.parametrize("op", ["bias_gelu", "layernorm", "embeddings"])
+@pytest.mark.parametrize("op", ["bias_gelu", "add_norm", "embeddings"])
 def test_verify_accepts_a_batch_of_training(op, verify):
     problem = problem_of(op, batch=TokenBatch.padded((16, 512), CPU), p=0.1)
     solve(problem.ours, problem.leaves, torch.randn(16 * 512, 96))
@@ -1189,7 +1201,7 @@ def test_verify_accepts_a_batch_of_training(op, verify):
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 def test_verify_accepts_large_float16(activation, verify):
     x = torch.tensor([[-1e3, -300.0, 0.5, 300.0, 1e3]]).half()
-    solve(lambda x: ops.bias_gelu_dropout(x, None, activation, sequences(1)), {"x": x}, torch.ones(1, 5))
+    solve(lambda x: ops.bias_gelu(Product(x), activation), {"x": x}, torch.ones(1, 5))
 
 
 def off_by_a_little(result):
@@ -1218,8 +1230,8 @@ WRONG = {
 def broken(right, direction, index, wrong):
     """An implementation whose result number `index` is wrong in one direction."""
 
-    def run(*inputs):
-        results = getattr(right, direction)(*inputs)
+    def run(**values):
+        results = call_by_name(getattr(right, direction), values)
         if isinstance(results, Tensor):
             return wrong(results)
         return tuple(wrong(each) if place == index else each for place, each in enumerate(results))
@@ -1233,26 +1245,26 @@ def broken(right, direction, index, wrong):
 def test_verify_refuses_wrong_results(op, direction, wrong, tables, verify):
     tables[op]["torch"] = broken(tables[op]["torch"], direction, 0, wrong)
     problem = problem_of(op)
-    with use_kernels(**{op: "torch"}), pytest.raises(RuntimeError, match=f"^{op} {direction}") as raised:
+    with use_implementations(**{op: "torch"}), pytest.raises(RuntimeError, match=f"^{op} {direction}") as raised:
         solve(problem.ours, problem.leaves, torch.randn(TOKENS, 96))
     for part in ("(torch)", "result 0", "torch.float"):
         assert part in str(raised.value)
 
 
-@pytest.mark.parametrize(("op", "results"), [("embeddings", 4), ("bias_gelu", 2), ("layernorm", 5)])
+@pytest.mark.parametrize(("op", "results"), [("embeddings", 4), ("bias_gelu", 2), ("add_norm", 5)])
 def test_verify_looks_at_every_gradient(op, results, tables, verify):
     right = tables[op]["torch"]
     problem = problem_of(op)
     for index in range(results):
         tables[op]["torch"] = broken(right, "backward", index, off_by_a_little)
-        with use_kernels(**{op: "torch"}), pytest.raises(RuntimeError, match=f"backward .* result {index} "):
+        with use_implementations(**{op: "torch"}), pytest.raises(RuntimeError, match=f"backward .* result {index} "):
             solve(problem.ours, problem.leaves, torch.randn(TOKENS, 96))
 
 
 def test_verify_message_states_error_and_bound(tables, verify):
     tables["bias_gelu"]["torch"] = broken(tables["bias_gelu"]["torch"], "forward", 0, lambda result: result + 0.5)
     with pytest.raises(RuntimeError) as raised, use_kernels(bias_gelu="torch"):
-        ops.bias_gelu_dropout(torch.ones(3, 8), None, "relu", sequences(3))
+        ops.bias_gelu(Product(torch.ones(3, 8)), "relu")
     message = str(raised.value)
     for part in ("bias_gelu forward (torch)", "(3, 8)", "torch.float32", "5.000e-01"):
         assert part in message
@@ -1282,13 +1294,13 @@ def test_verify_runs_the_reference_in_both_directions(calls, verify):
 # --- A result in its input's memory ----------------------------------------------------------------------------------
 
 
-def gelu_of(x, bias, dropout, **options):
-    return ops.bias_gelu_dropout(x, bias, "gelu", *dropout, **options)
+def gelu_of(product, dropout):
+    return ops.bias_gelu(product, "gelu", dropout)
 
 
-def norm_of(x, bias, dropout, **options):
-    residual, weight, norm_bias = torch.linspace(-1, 1, x.numel()).view_as(x), torch.ones(97), torch.zeros(97)
-    return ops.add_layernorm(residual, x, bias, weight, norm_bias, 1e-5, *dropout, **options)
+def norm_of(product, dropout):
+    residual = torch.linspace(-1, 1, product.x.numel()).view_as(product.x)
+    return ops.add_norm(residual, product, Norm(torch.ones(97), torch.zeros(97), 1e-5), dropout)
 
 
 @pytest.mark.parametrize("op", [gelu_of, norm_of])
@@ -1296,14 +1308,14 @@ def norm_of(x, bias, dropout, **options):
 @pytest.mark.parametrize("bias", [True, False])
 def test_overwrite(op, bias, p, monkeypatch):
     """The same bits; in the input's memory where an implementation can and nothing else needs the input."""
-    dropout = (BATCHES["holes, packed"], p, SEED if p else None)
+    dropout = dropout_of(BATCHES["holes, packed"], p)
     leaf, bias = randn(TOKENS, 97, dtype=torch.float32), randn(97, dtype=torch.float32) if bias else None
-    expected = op(leaf, bias, dropout)
-    assert torch.equal(op(leaf.clone(), bias, dropout, overwrite=True), expected)
+    expected = op(Product(leaf, bias), dropout)
+    assert torch.equal(op(Product(leaf.clone(), bias, reusable=True), dropout), expected)
 
     def overwritten(x):
         before = x.detach().clone()
-        assert torch.equal(op(x, bias, dropout, overwrite=True).detach(), expected)
+        assert torch.equal(op(Product(x, bias, reusable=True), dropout).detach(), expected)
         return not torch.equal(x.detach(), before)
 
     assert not overwritten(leaf.clone().requires_grad_())
@@ -1315,9 +1327,9 @@ def test_overwrite(op, bias, p, monkeypatch):
 
 def test_a_norm_overwrites_nothing_of_a_narrower_dtype():
     x, residual = torch.randn(TOKENS, 97, dtype=torch.bfloat16), torch.randn(TOKENS, 97)
-    before, norm = x.clone(), (torch.ones(97), torch.zeros(97), 1e-5)
+    before, norm = x.clone(), Norm(torch.ones(97), torch.zeros(97), 1e-5)
     with use_kernels(layernorm="native"):
-        out = ops.add_layernorm(residual, x, None, *norm, BATCHES["holes, packed"], overwrite=True)
+        out = ops.add_norm(residual, Product(x, reusable=True), norm)
     assert out.dtype == torch.float32
     assert torch.equal(x, before)
 
@@ -1325,7 +1337,7 @@ def test_a_norm_overwrites_nothing_of_a_narrower_dtype():
 def test_no_gradient_is_made_of_what_is_only_saved():
     """Zeros as large as what the layer norm saves would take a sixth of its backward's time."""
     batch = TokenBatch.from_cu_seqlens(torch.tensor([0, 5, 12]), 7, 12)
-    problem = layernorm_problem(batch, torch.float32, 96, p=0.3)
+    problem = add_norm_problem(batch, torch.float32, 96, p=0.3)
     leaves = [leaf.requires_grad_() for leaf in problem.leaves.values()]
     out = problem.ours(*leaves)
     with torch.profiler.profile() as profile:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from erniem_fast.projections import Scratch, project, project_side_by_side, scratch_for
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
@@ -10,7 +11,6 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
 from erniem_fast import extension, projections
-from erniem_fast.projections import Scratch, project, project_side_by_side, scratch_for
 
 SIZES = (24, 24, 24)
 TOKENS, FEATURES = 7, 32

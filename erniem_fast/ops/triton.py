@@ -1,5 +1,6 @@
 """The `triton` implementation of an op: its kernels, loaded at the first call that runs them."""
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -7,25 +8,29 @@ from importlib.util import find_spec
 from math import inf
 
 import torch
+from torch import Tensor
 
-from .implementation import Implementation
+from .choose import Implementation, Tensors, call_by_name
 from .triton_interpreter import mended_bfloat16
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _BFLOAT16_CAPABILITY = (8, 0)
 
 
-def implementation(kernels: str, largest: float = inf, capability: tuple[int, int] = (7, 5)) -> Implementation:
-    """What `forward` and `backward` of the module `erniem_fast.kernels.<kernels>` make; arguments as for `served`."""
+def triton_implementation(kernels: str, largest: float = inf, capability: tuple[int, int] = (7, 5)) -> Implementation:
+    """`forward` and `backward` of the module `erniem_fast.kernels.<kernels>`; arguments as for `served_by_triton`."""
 
-    def direction(name):
-        return lambda *inputs: getattr(import_module(f"erniem_fast.kernels.{kernels}"), name)(*inputs)
+    def direction(name: str) -> Callable[..., Tensors]:
+        return lambda **values: call_by_name(getattr(import_module(f"erniem_fast.kernels.{kernels}"), name), values)
 
-    return served(Implementation(direction("forward"), direction("backward"), fuses_bias=True), largest, capability)
+    kernels_of_module = Implementation(direction("forward"), direction("backward"), fuses_bias=True)
+    return served_by_triton(kernels_of_module, largest, capability)
 
 
-def served(kernels: Implementation, largest: float = inf, capability: tuple[int, int] = (7, 5)) -> Implementation:
-    """An implementation that launches Triton kernels, where they can be launched.
+def served_by_triton(
+    kernels: Implementation, largest: float = inf, capability: tuple[int, int] = (7, 5)
+) -> Implementation:
+    """An implementation that launches Triton kernels, on the devices that can run them.
 
     Args:
         kernels: its two directions.
@@ -33,12 +38,12 @@ def served(kernels: Implementation, largest: float = inf, capability: tuple[int,
         capability: the least compute capability of an NVIDIA GPU that they serve.
     """
 
-    def on_device(direction):
-        def run(*inputs):
-            device = inputs[0].device
+    def on_device(direction: Callable[..., Tensors]) -> Callable[..., Tensors]:
+        def run(**values: object) -> Tensors:
+            device = next(each.device for each in values.values() if isinstance(each, Tensor))
             # Triton launches on the current device, which need not be the tensors'.
             with torch.cuda.device(device) if device.type == "cuda" else mended_bfloat16():
-                return direction(*inputs)
+                return call_by_name(direction, values)
 
         return run
 

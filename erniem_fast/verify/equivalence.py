@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, inf
 
 import torch
@@ -59,13 +60,22 @@ def draw(oracle: Callable[..., Sequence[Tensor]], inputs: Sequence[object]) -> l
 
 
 def _double(value: object) -> object:
-    return value.double() if isinstance(value, Tensor) and value.is_floating_point() else value
+    return _with_floats(Tensor.double, value)
 
 
 def _neighbour(value: object, generator: torch.Generator) -> object:
     """The value with each number up to two units in the last place away."""
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        return value
+    return _with_floats(partial(_rounded_otherwise, generator), value)
+
+
+def _with_floats(change: Callable[[Tensor], Tensor], value: object) -> object:
+    """The value, which may be a NamedTuple, with all of its floating-point tensors changed."""
+    if isinstance(value, Tensor):
+        return change(value) if value.is_floating_point() else value
+    return type(value)(*(_with_floats(change, each) for each in value)) if isinstance(value, tuple) else value
+
+
+def _rounded_otherwise(generator: torch.Generator, value: Tensor) -> Tensor:
     units = torch.randint(-2, 3, value.shape, generator=generator).to(value.device)
     return (value.double() * (1.0 + units * torch.finfo(value.dtype).eps)).to(value.dtype)
 

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dropout import Dropout
 from .device import Device, describe, share
 from .dropout import drop_features, launch_arguments
 
@@ -50,17 +51,8 @@ def backward_config(lanes: int, features: int, itemsize: int) -> Config:
     return Config.for_tile(lanes, features, itemsize, elements=16, programs=4)
 
 
-def forward(
-    x: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    columns: Tensor,
-    sequences: Tensor,
-    p: float,
-    seed: Tensor | None,
-) -> Tensor:
+def forward(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:
     """`(tokens, features)` in the dtype of x."""
-    x = x.contiguous()
     tokens, features = x.shape
     out = torch.empty_like(x)
     device = describe(x.device)
@@ -69,13 +61,10 @@ def forward(
     _forward_kernel[(programs * triton.cdiv(features, config.block),)](
         x,
         bias,
-        columns,
-        sequences,
-        seed,
+        *launch_arguments(dropout),
         out,
         tokens,
         rows_per_program,
-        *launch_arguments(p),
         activation,
         features,
         config.block,
@@ -87,19 +76,11 @@ def forward(
 
 
 def backward(
-    grad: Tensor,
-    x: Tensor,
-    bias: Tensor | None,
-    activation: str,
-    columns: Tensor,
-    sequences: Tensor,
-    p: float,
-    seed: Tensor | None,
+    grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
     """Gradients of x and bias, the latter empty where there is no bias."""
-    grad, x = grad.contiguous(), x.contiguous()
     tokens, features = x.shape
-    of_x = torch.empty_like(x)
+    grad_x = torch.empty_like(x)
     device = describe(x.device)
     config = backward_config(device.lanes, features, x.itemsize)
     programs, rows_per_program = _share(tokens, features, config, device)
@@ -108,14 +89,11 @@ def backward(
         grad,
         x,
         bias,
-        columns,
-        sequences,
-        seed,
-        of_x,
+        *launch_arguments(dropout),
+        grad_x,
         partials,
         tokens,
         rows_per_program,
-        *launch_arguments(p),
         activation,
         features,
         config.block,
@@ -123,7 +101,7 @@ def backward(
         config.stages,
         num_warps=config.warps,
     )
-    return of_x, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(0)
+    return grad_x, x.new_empty(0, dtype=torch.float32) if partials is None else partials.sum(0)
 
 
 def _share(tokens: int, features: int, config: Config, device: Device) -> tuple[int, int]:
@@ -166,14 +144,14 @@ def _load_bias(ptr, features, FEATURES: tl.constexpr, ROWS: tl.constexpr):
 def _forward_kernel(
     x_ptr,  # (tokens, FEATURES)
     bias_ptr,  # (FEATURES,), or None
-    columns_ptr,  # (tokens,)
-    sequences_ptr,  # (tokens,)
-    seed_ptr,  # one element, or None for no dropout
+    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    sequence_ids_ptr,  # (tokens,)
+    seed_ptr,  # one element
+    threshold,
+    rescale,
     out_ptr,  # (tokens, FEATURES)
     tokens,
     rows_per_program,
-    threshold,
-    rescale,
     ACTIVATION: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -198,7 +176,7 @@ def _forward_kernel(
         out = _activate(x, ACTIVATION)
         if seed_ptr is not None:
             column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            sequence = tl.load(sequence_ids_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
             out = drop_features(out, seed, threshold, rescale, column, sequence, block, BLOCK)
         tl.store(out_ptr + rows * FEATURES + features, out.to(out_ptr.dtype.element_ty), mask=mask)
 
@@ -208,15 +186,15 @@ def _backward_kernel(
     grad_ptr,  # (tokens, FEATURES)
     x_ptr,  # (tokens, FEATURES)
     bias_ptr,  # (FEATURES,), or None
-    columns_ptr,  # (tokens,)
-    sequences_ptr,  # (tokens,)
-    seed_ptr,  # one element, or None for no dropout
-    of_x_ptr,  # (tokens, FEATURES)
+    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    sequence_ids_ptr,  # (tokens,)
+    seed_ptr,  # one element
+    threshold,
+    rescale,
+    grad_x_ptr,  # (tokens, FEATURES)
     partials_ptr,  # (programs, FEATURES) float32: each share of rows' sum of the bias's gradient; None without bias
     tokens,
     rows_per_program,
-    threshold,
-    rescale,
     ACTIVATION: tl.constexpr,
     FEATURES: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -229,7 +207,7 @@ def _backward_kernel(
         bias = _load_bias(bias_ptr, features, FEATURES, ROWS)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    of_bias = tl.zeros([ROWS, BLOCK], tl.float32)
+    grad_bias = tl.zeros([ROWS, BLOCK], tl.float32)
 
     program = tl.program_id(0) // tl.cdiv(FEATURES, BLOCK)
     first = program * rows_per_program
@@ -238,18 +216,18 @@ def _backward_kernel(
         rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (rows < tokens) & (features < FEATURES)
         # Zeros beyond the ends make the gradient zero there, and so the sum of the bias's gradient right.
-        of_x = tl.load(grad_ptr + rows * FEATURES + features, mask=mask, other=0.0).to(tl.float32)
+        grad_x = tl.load(grad_ptr + rows * FEATURES + features, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * FEATURES + features, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:
             x += bias
         if seed_ptr is not None:
             column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            of_x = drop_features(of_x, seed, threshold, rescale, column, sequence, block, BLOCK)
-        of_x *= _derivative(x, ACTIVATION)
-        tl.store(of_x_ptr + rows * FEATURES + features, of_x.to(of_x_ptr.dtype.element_ty), mask=mask)
-        of_bias += of_x
+            sequence = tl.load(sequence_ids_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            grad_x = drop_features(grad_x, seed, threshold, rescale, column, sequence, block, BLOCK)
+        grad_x *= _derivative(x, ACTIVATION)
+        tl.store(grad_x_ptr + rows * FEATURES + features, grad_x.to(grad_x_ptr.dtype.element_ty), mask=mask)
+        grad_bias += grad_x
 
     if partials_ptr is not None:
-        sums = tl.sum(of_bias, axis=0)[None, :]
+        sums = tl.sum(grad_bias, axis=0)[None, :]
         tl.store(partials_ptr + program * FEATURES + features, sums, mask=features < FEATURES)

@@ -16,13 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import extension, ops
-from .batch import TokenBatch
-from .configuration import RESERVED_POSITIONS
+from .. import native, ops
+from ..batch import TokenBatch
+from ..configuration import RESERVED_POSITIONS
+from ..dropout import Dropout
+from ..flags import use_implementations
+from ..ops import Product
+from ..ops.choose import Implementation
+from ..reference import Norm
 from .equivalence import Comparison, compare, draw
-from .flags import use_kernels
-from .ops.implementation import Implementation
-from .ops.native_encoder import few_tokens
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _EPS = 1e-3  # so large that a kernel without it shows
@@ -68,13 +70,13 @@ class Check:
         """Compares the result and every leaf's gradient, by name."""
         generator = torch.Generator().manual_seed(0)
         call, leaves = self.case.make(generator, self.device, self.dtype)
-        with use_kernels(**{self.case.op: "reference"}), torch.no_grad():
+        with use_implementations(**{self.case.op: "reference"}), torch.no_grad():
             out = call(*leaves.values())
         # Rounded once, so that all start from the same values.
         inputs = (*leaves.values(), _randn(generator, self.device, out.dtype, *out.shape))
-        with use_kernels(**{self.case.op: "reference"}):
+        with use_implementations(**{self.case.op: "reference"}):
             draws = draw(partial(_solve, call), inputs)
-        with use_kernels(**{self.case.op: self.implementation}), _poisoned_memory():
+        with use_implementations(**{self.case.op: self.implementation}), _poisoned_memory():
             results = _solve(call, *inputs)
         comparisons = {}
         for index, (name, result) in enumerate(zip(("result", *leaves), results, strict=True)):
@@ -120,7 +122,7 @@ class ProductCheck:
         operands = (x, weight, bias if self.bias else None)
         same, exact = F.linear(*operands), F.linear(*(None if each is None else each.double() for each in operands))
         out = torch.cat([beside, torch.full_like(same, nan), beside], dim=1)
-        few_tokens(x=x, weight=weight, bias=operands[2], out=out[:, self.gap : self.gap + self.outputs])
+        native.linear.forward(out[:, self.gap : self.gap + self.outputs], *operands)
         same, exact = (torch.cat([beside.to(each.dtype), each, beside.to(each.dtype)], dim=1) for each in (same, exact))
         return {"result": compare(out, (same, exact))}
 
@@ -181,7 +183,7 @@ def _kernels() -> list[tuple[str, str, Implementation]]:
 def _product_objection(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on cpu, not on {device}."
-    return None if extension.is_built("cpu") else extension.status()["cpu"]
+    return None if native.library.is_built("cpu") else native.library.status()["cpu"]
 
 
 def _solve(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
@@ -207,8 +209,8 @@ def _randn(generator: torch.Generator, device: torch.device, dtype: torch.dtype,
     return torch.randn(shape, generator=generator).to(device, dtype)
 
 
-def _seed(p: float, device: torch.device) -> Tensor | None:
-    return torch.tensor([0x123456789ABCDEF], device=device) if p else None
+def _dropout(batch: TokenBatch, p: float) -> Dropout | None:
+    return batch.dropout(p, torch.tensor([0x123456789ABCDEF], device=batch.columns.device)) if p else None
 
 
 # --- Layouts ---------------------------------------------------------------------------------------------------------
@@ -272,14 +274,14 @@ def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0, ties: boo
     """`ties`: with products of queries and keys that are large, close together and exact in every dtype."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
-        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        batch = _LAYOUTS[layout](device)
         leaves = {"qkv": _randn(generator, device, dtype, batch.tokens, 3 * heads * head_dim)}
         if ties:
             query, key, _ = leaves["qkv"].unflatten(1, (3, heads, head_dim)).unbind(1)
             for each in (query, key):
                 each.round_()
                 each[..., 0] = 128.0
-        return lambda qkv: ops.attention(qkv, batch, heads, head_dim**-0.5, p, seed), leaves
+        return lambda qkv: ops.attention(qkv, batch, heads, head_dim**-0.5, _dropout(batch, p)), leaves
 
     name = f"{layout}, {heads} x {head_dim}, p {p}{', ties' if ties else ''}"
     return Case("attention", name, make, size=head_dim)
@@ -287,17 +289,21 @@ def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0, ties: boo
 
 def _bias_gelu(layout: str, features: int, activation: str = "gelu", p: float = 0.0, bias: bool = True) -> Case:
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
-        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        batch = _LAYOUTS[layout](device)
         leaves = {"x": 2 * _randn(generator, device, dtype, batch.tokens, features)}
         if bias:
             leaves["bias"] = _randn(generator, device, dtype, features)
-        return lambda x, bias=None: ops.bias_gelu_dropout(x, bias, activation, batch, p, seed), leaves
+
+        def call(x: Tensor, bias: Tensor | None = None) -> Tensor:
+            return ops.bias_gelu(Product(x, bias), activation, _dropout(batch, p))
+
+        return call, leaves
 
     name = f"{layout} x {features}, {activation}, p {p}{'' if bias else ', no bias'}"
     return Case("bias_gelu", name, make)
 
 
-def _layernorm(
+def _add_norm(
     layout: str,
     hidden: int,
     p: float = 0.0,
@@ -309,7 +315,7 @@ def _layernorm(
     """`mixed`: in float32 but for x and its bias, as under autocast; `equal`: of rows of large, equal values."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
-        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        batch = _LAYOUTS[layout](device)
         outer = torch.float32 if mixed else dtype
         leaves = {
             "residual": _randn(generator, device, outer, batch.tokens, hidden) + 3,
@@ -324,20 +330,20 @@ def _layernorm(
             leaves["x"].zero_()
 
         def call(residual: Tensor, x: Tensor, weight: Tensor, norm_bias: Tensor, bias: Tensor | None = None) -> Tensor:
-            return ops.add_layernorm(residual, x, bias, weight, norm_bias, eps, batch, p, seed)
+            return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, eps), _dropout(batch, p))
 
         return call, leaves
 
     notes = {"no bias": not bias, "mixed": mixed, "equal": equal, f"eps {eps}": eps != _EPS}
     name = ", ".join([f"{layout} x {hidden}", f"p {p}", *(note for note, holds in notes.items() if holds)])
-    return Case("layernorm", name, make)
+    return Case("add_norm", name, make)
 
 
 def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: bool = False) -> Case:
     """`equal`: of rows of large, equal values."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
-        batch, seed = _LAYOUTS[layout](device), _seed(p, device)
+        batch = _LAYOUTS[layout](device)
         ids = torch.randint(words, (batch.tokens,), generator=generator).to(device)
         positions = batch.columns + RESERVED_POSITIONS
         leaves = {
@@ -349,7 +355,12 @@ def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: boo
         if equal:
             for name in ("word_table", "position_table"):
                 leaves[name][:] = 1000 * leaves[name][:, :1]
-        return lambda *tables: ops.embeddings(ids, positions, *tables, _EPS, _PADDING, batch, p, seed), leaves
+
+        def call(word_table: Tensor, position_table: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
+            norm = Norm(weight, norm_bias, _EPS)
+            return ops.embeddings(ids, positions, word_table, position_table, norm, _PADDING, _dropout(batch, p))
+
+        return call, leaves
 
     return Case("embeddings", f"{layout} x {hidden}, p {p}{', equal' if equal else ''}", make)
 
@@ -388,18 +399,18 @@ _HARD = (
     _bias_gelu("1 token", 4096, p=0.1),
     _bias_gelu("18 tokens", 96, p=1.0),
     _bias_gelu("no tokens", 96, p=0.1),
-    _layernorm("18 tokens", 97, p=0.3),
-    _layernorm("18 tokens", 1000, mixed=True),
-    _layernorm("18 tokens", 1024, p=0.1),
-    _layernorm("lengths around 128", 96, p=0.1),
-    _layernorm("lengths around 16", 384),
-    _layernorm("lengths around 16", 768, p=0.1, mixed=True),
-    _layernorm("18 tokens", 768, bias=False),
-    _layernorm("18 tokens", 97, bias=False, equal=True),
-    _layernorm("18 tokens", 96, eps=0.0),
-    _layernorm("1 token", 4096, p=0.1),
-    _layernorm("18 tokens", 96, p=1.0),
-    _layernorm("no tokens", 96, p=0.1),
+    _add_norm("18 tokens", 97, p=0.3),
+    _add_norm("18 tokens", 1000, mixed=True),
+    _add_norm("18 tokens", 1024, p=0.1),
+    _add_norm("lengths around 128", 96, p=0.1),
+    _add_norm("lengths around 16", 384),
+    _add_norm("lengths around 16", 768, p=0.1, mixed=True),
+    _add_norm("18 tokens", 768, bias=False),
+    _add_norm("18 tokens", 97, bias=False, equal=True),
+    _add_norm("18 tokens", 96, eps=0.0),
+    _add_norm("1 token", 4096, p=0.1),
+    _add_norm("18 tokens", 96, p=1.0),
+    _add_norm("no tokens", 96, p=0.1),
 )
 
 
@@ -413,7 +424,7 @@ def _small(sizes: Iterable[int]) -> tuple[Case, ...]:
             _embeddings("18 tokens", 9, size, p),
             _attention("18 tokens", 2, size, p),
             _bias_gelu("18 tokens", size, p=p),
-            _layernorm("18 tokens", size, p),
+            _add_norm("18 tokens", size, p),
         )
     )
 
@@ -440,6 +451,6 @@ _MODELS = tuple(
         _embeddings(layout, 30_000, hidden, p),
         _attention(layout, heads, 64, p),
         _bias_gelu(layout, 4 * hidden, p=p),
-        _layernorm(layout, hidden, p),
+        _add_norm(layout, hidden, p),
     )
 )

@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ..dropout import Dropout
+from ..reference import Norm
 from .device import Device, describe, is_rdna, share
 from .dropout import drop_features, launch_arguments
 
@@ -68,20 +70,9 @@ def backward_config(device: Device, hidden: int, itemsize: int) -> Config:
 
 
 def forward(
-    residual: Tensor,
-    x: Tensor | None,
-    bias: Tensor | None,
-    weight: Tensor,
-    norm_bias: Tensor,
-    eps: float,
-    columns: Tensor | None,
-    sequences: Tensor | None,
-    p: float,
-    seed: Tensor | None,
-    save: bool,
-) -> tuple[Tensor, Tensor]:
-    """The result, and the layer norm's input for the backward, empty where it is not to be saved."""
-    residual, x = residual.contiguous(), None if x is None else x.contiguous()
+    residual: Tensor, x: Tensor | None, bias: Tensor | None, norm: Norm, dropout: Dropout | None, save: bool
+) -> tuple[Tensor, Tensor | None]:
+    """The result, and the layer norm's input for the backward, None where it is not to be saved."""
     tokens, hidden = residual.shape
     out = torch.empty_like(residual, dtype=torch.promote_types(residual.dtype, (residual if x is None else x).dtype))
     z = torch.empty_like(out) if save else None
@@ -92,17 +83,12 @@ def forward(
         residual,
         x,
         bias,
-        weight,
-        norm_bias,
-        columns,
-        sequences,
-        seed,
+        *norm,
+        *launch_arguments(dropout),
         out,
         z,
         tokens,
         rows_per_program,
-        eps,
-        *launch_arguments(p),
         hidden,
         config.block,
         config.chunks,
@@ -110,24 +96,16 @@ def forward(
         config.stages,
         num_warps=config.warps,
     )
-    return out, out.new_empty(0) if z is None else z
+    return out, z
 
 
 def backward(
-    grad: Tensor,
-    z: Tensor,
-    weight: Tensor,
-    eps: float,
-    columns: Tensor | None,
-    sequences: Tensor | None,
-    p: float,
-    seed: Tensor | None,
+    grad: Tensor, z: Tensor, norm: Norm, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, x, bias, weight and norm_bias; that of x is empty where it equals the residual's."""
-    grad = grad.contiguous()
+    """Gradients of residual, x, bias, and the norm's; that of x is empty where it equals the residual's."""
     tokens, hidden = z.shape
-    of_z = torch.empty_like(z)
-    of_x = None if seed is None else torch.empty_like(z)
+    grad_z = torch.empty_like(z)
+    grad_x = None if dropout is None else torch.empty_like(z)
     device = describe(z.device)
     config = backward_config(device, hidden, z.itemsize)
     programs, rows_per_program = share(tokens, config.rows, config.programs * device.multiprocessors)
@@ -135,17 +113,14 @@ def backward(
     _backward_kernel[(programs,)](
         grad,
         z,
-        weight,
-        columns,
-        sequences,
-        seed,
-        of_z,
-        of_x,
+        norm.weight,
+        norm.eps,
+        *launch_arguments(dropout),
+        grad_z,
+        grad_x,
         partials,
         tokens,
         rows_per_program,
-        eps,
-        *launch_arguments(p),
         hidden,
         config.block,
         config.chunks,
@@ -153,7 +128,7 @@ def backward(
         config.stages,
         num_warps=config.warps,
     )
-    return of_z, z.new_empty(0) if of_x is None else of_x, *(partial.sum(0) for partial in partials)
+    return grad_z, z.new_empty(0) if grad_x is None else grad_x, *(partial.sum(0) for partial in partials)
 
 
 @triton.jit
@@ -244,16 +219,16 @@ def _forward_kernel(
     bias_ptr,  # (HIDDEN,), or None
     weight_ptr,  # (HIDDEN,)
     norm_bias_ptr,  # (HIDDEN,)
-    columns_ptr,  # (tokens,)
-    sequences_ptr,  # (tokens,)
-    seed_ptr,  # one element, or None for no dropout
+    eps,
+    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    sequence_ids_ptr,  # (tokens,)
+    seed_ptr,  # one element
+    threshold,
+    rescale,
     out_ptr,  # (tokens, HIDDEN)
     z_ptr,  # (tokens, HIDDEN), or None
     tokens,
     rows_per_program,
-    eps,
-    threshold,
-    rescale,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -278,7 +253,7 @@ def _forward_kernel(
                 x = _add(x, bias, CHUNKS)
             if seed_ptr is not None:
                 column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-                sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+                sequence = tl.load(sequence_ids_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
                 x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)
             z = _add(z, x, CHUNKS)
         if z_ptr is not None:
@@ -293,17 +268,17 @@ def _backward_kernel(
     grad_ptr,  # (tokens, HIDDEN)
     z_ptr,  # (tokens, HIDDEN)
     weight_ptr,  # (HIDDEN,)
-    columns_ptr,  # (tokens,)
-    sequences_ptr,  # (tokens,)
-    seed_ptr,  # one element, or None for no dropout
-    of_z_ptr,  # (tokens, HIDDEN)
-    of_x_ptr,  # (tokens, HIDDEN), or None where it equals of_z
+    eps,
+    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    sequence_ids_ptr,  # (tokens,)
+    seed_ptr,  # one element
+    threshold,
+    rescale,
+    grad_z_ptr,  # (tokens, HIDDEN)
+    grad_x_ptr,  # (tokens, HIDDEN), or None where it equals grad_z
     partials_ptr,  # (3, programs, HIDDEN) float32: each program's share of the gradients of bias, weight, norm_bias
     tokens,
     rows_per_program,
-    eps,
-    threshold,
-    rescale,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     CHUNKS: tl.constexpr,
@@ -313,9 +288,9 @@ def _backward_kernel(
     weight = _load_vector(weight_ptr, HIDDEN, ROWS, BLOCK, CHUNKS)
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
-    of_bias = _zeros(ROWS, BLOCK, CHUNKS)
-    of_weight = _zeros(ROWS, BLOCK, CHUNKS)
-    of_norm_bias = _zeros(ROWS, BLOCK, CHUNKS)
+    grad_bias = _zeros(ROWS, BLOCK, CHUNKS)
+    grad_weight = _zeros(ROWS, BLOCK, CHUNKS)
+    grad_norm_bias = _zeros(ROWS, BLOCK, CHUNKS)
 
     first = tl.program_id(0) * rows_per_program
     last = tl.minimum(first + rows_per_program, tokens)
@@ -324,30 +299,30 @@ def _backward_kernel(
         grad = _load_rows(grad_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
         z = _load_rows(z_ptr, rows, tokens, HIDDEN, BLOCK, CHUNKS)
         normal, rstd = _normalise(z, rows < tokens, eps, HIDDEN, BLOCK, CHUNKS)
-        of_weight = _add(of_weight, _multiply(grad, normal, CHUNKS), CHUNKS)
-        of_norm_bias = _add(of_norm_bias, grad, CHUNKS)
+        grad_weight = _add(grad_weight, _multiply(grad, normal, CHUNKS), CHUNKS)
+        grad_norm_bias = _add(grad_norm_bias, grad, CHUNKS)
 
-        of_normal = _multiply(grad, weight, CHUNKS)
-        mean = _row_sums(of_normal, CHUNKS) / HIDDEN
-        slope = _row_sums(_multiply(of_normal, normal, CHUNKS), CHUNKS) / HIDDEN
-        of_z = ()
+        grad_normal = _multiply(grad, weight, CHUNKS)
+        mean = _row_sums(grad_normal, CHUNKS) / HIDDEN
+        slope = _row_sums(_multiply(grad_normal, normal, CHUNKS), CHUNKS) / HIDDEN
+        grad_z = ()
         for chunk in tl.static_range(CHUNKS):
-            of_z += ((of_normal[chunk] - mean - normal[chunk] * slope) * rstd,)
-        _store_rows(of_z_ptr, rows, tokens, of_z, HIDDEN, BLOCK, CHUNKS)
+            grad_z += ((grad_normal[chunk] - mean - normal[chunk] * slope) * rstd,)
+        _store_rows(grad_z_ptr, rows, tokens, grad_z, HIDDEN, BLOCK, CHUNKS)
         if seed_ptr is not None:
             column = tl.load(columns_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            sequence = tl.load(sequences_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
-            of_x = _dropout(of_z, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)
-            _store_rows(of_x_ptr, rows, tokens, of_x, HIDDEN, BLOCK, CHUNKS)
-            of_bias = _add(of_bias, of_x, CHUNKS)
+            sequence = tl.load(sequence_ids_ptr + rows, mask=rows < tokens, other=0).to(tl.int32)
+            grad_x = _dropout(grad_z, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)
+            _store_rows(grad_x_ptr, rows, tokens, grad_x, HIDDEN, BLOCK, CHUNKS)
+            grad_bias = _add(grad_bias, grad_x, CHUNKS)
         else:
-            of_bias = _add(of_bias, of_z, CHUNKS)
+            grad_bias = _add(grad_bias, grad_z, CHUNKS)
 
     partials_ptr += tl.program_id(0) * HIDDEN
     partials_stride = tl.num_programs(0) * HIDDEN
-    _store_sums(partials_ptr, of_bias, HIDDEN, BLOCK, CHUNKS)
-    _store_sums(partials_ptr + partials_stride, of_weight, HIDDEN, BLOCK, CHUNKS)
-    _store_sums(partials_ptr + 2 * partials_stride, of_norm_bias, HIDDEN, BLOCK, CHUNKS)
+    _store_sums(partials_ptr, grad_bias, HIDDEN, BLOCK, CHUNKS)
+    _store_sums(partials_ptr + partials_stride, grad_weight, HIDDEN, BLOCK, CHUNKS)
+    _store_sums(partials_ptr + 2 * partials_stride, grad_norm_bias, HIDDEN, BLOCK, CHUNKS)
 
 
 @triton.jit

@@ -8,10 +8,10 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
 
-from . import extension, flags, modes
-from .ops.native_encoder import few_tokens
+from . import flags, native, ops
+from .modes import is_plain, may_write
+from .ops import Product
 
 # The token counts for which the native product beats PyTorch's, measured on two cores of a Xeon with AVX-512: a forward
 # at base size is 1.2 to 1.7 times as fast from 4 to 64 tokens, 1.07 times at 128, the same at 160. Up to three tokens
@@ -29,26 +29,30 @@ class Scratch:
         self.memory = memory
 
 
-def project(
-    linear: nn.Module, x: Tensor, leave_bias: bool, scratch: Scratch | None = None
-) -> tuple[Tensor, Tensor | None]:
-    """`linear(x)`, or where the next op adds the bias itself (`leave_bias`), the product and the bias apart.
+def project(linear: nn.Module, x: Tensor, into: str | None = None, scratch: Scratch | None = None) -> Product:
+    """`linear(x)` on its way into an op.
 
-    A plain linear writes its product into `scratch` where that is given.
+    Args:
+        linear: the module; a plain linear's bias is left to the op where that is cheaper.
+        x: `(tokens, in_features)`.
+        into: the op, a key of `flags.OPS`; None leaves no bias.
+        scratch: memory for a plain linear's product.
 
     Raises:
         ValueError: a plain linear has a bias of another length than its weight says.
     """
     if not is_plain(linear, nn.Linear):
-        return linear(x), None
+        return Product(linear(x))
     weight, bias = _parameters(linear)
     few = takes_few_tokens(x, weight, bias)
     out = _rows(scratch, x, weight.shape[0]) if few or scratch is not None else None
+    reusable = not torch.is_grad_enabled()  # else a gradient may need it
     if few:
-        few_tokens(out, x, weight, bias)
-        return out, None
-    bias, left = (None, bias) if leave_bias else (bias, None)
-    return F.linear(x, weight, bias) if out is None else _linear_into(out, x, weight, bias), left
+        native.linear.forward(out, x, weight, bias)
+        return Product(out, None, reusable)
+    left = bias if into is not None and ops.fuses_bias(into, x) else None
+    bias = bias if left is None else None
+    return Product(F.linear(x, weight, bias) if out is None else _linear_into(out, x, weight, bias), left, reusable)
 
 
 def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -71,10 +75,10 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scrat
         return torch.cat(products, dim=-1)
     widths = [weight.shape[0] for weight, _ in parameters]
     _check_widths(widths)
-    if not _takes_out(x):
+    if not may_write(x):
         return F.linear(x, *(torch.cat(each) for each in zip(*parameters, strict=True)))
     out = _rows(scratch, x, sum(widths))
-    into = few_tokens if takes_few_tokens(x, *parameters[0]) else _linear_into
+    into = native.linear.forward if takes_few_tokens(x, *parameters[0]) else _linear_into
     for columns, (weight, bias) in zip(out.split(widths, dim=1), parameters, strict=True):
         into(columns, x, weight, bias)
     return out
@@ -105,7 +109,7 @@ def scratch_for(x: Tensor, width: int) -> Scratch | None:
 
     The pages of tensors this large are new at every call, and to get them took 5 % of a forward on a CPU.
     """
-    return Scratch(x.new_empty(x.shape[0] * width)) if _takes_out(x) else None
+    return Scratch(x.new_empty(x.shape[0] * width)) if may_write(x) else None
 
 
 def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
@@ -113,12 +117,6 @@ def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
     size, memory = x.shape[0] * width, None if scratch is None else scratch.memory
     fits = memory is not None and (memory.dtype, memory.device) == (x.dtype, x.device) and size <= memory.numel()
     return memory[:size].view(x.shape[0], width) if fits else x.new_empty(x.shape[0], width)
-
-
-def _takes_out(x: Tensor) -> bool:
-    """Whether a product of `x` may be written into given memory: autograd, autocast and graphs want their own."""
-    followed = torch.is_grad_enabled() or modes.is_transformed() or modes.is_recorded() or not modes.has_values(x)
-    return not (followed or torch.is_autocast_enabled(x.device.type))
 
 
 def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -130,7 +128,7 @@ def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) ->
 def takes_few_tokens(x: Tensor, *parameters: Tensor | None) -> bool:
     """Whether the native product serves, and is faster: in inference on the CPU, where it is built."""
     return (
-        _takes_out(x)
+        may_write(x)
         and x.shape[0] in _FEW_TOKENS
         and type(x) is Tensor  # not a fake one, which has no memory
         and x.device.type == "cpu"
@@ -141,32 +139,4 @@ def takes_few_tokens(x: Tensor, *parameters: Tensor | None) -> bool:
 
 @flags.while_held
 def _has_native_product() -> bool:
-    return flags.read(flags.KERNELS) == "auto" and extension.is_built("cpu")
-
-
-def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does nothing but what its kind does, so that its parameters say it all."""
-    if not is_untouched(module, kind):
-        return False
-    bias = getattr(module, "bias", None)
-    return _is_dense(module.weight) and (bias is None or _is_dense(bias))
-
-
-def _is_dense(parameter: object) -> bool:
-    """Whether a parameter is numbers in memory and nothing else: there, and not quantised, sharded or sparse."""
-    return type(parameter) in (nn.Parameter, Tensor) and parameter.layout is torch.strided
-
-
-def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module runs the forward of its kind and nothing else, so that other code can stand for it.
-
-    Never in a graph that is made for elsewhere, where only the module's own operators are known.
-    """
-    return (
-        not modes.is_exported()
-        and type(module) is kind
-        and "forward" not in module.__dict__  # accelerate's offloading replaces it on the instance
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
-        and not _has_any_global_hook()
-    )
+    return flags.read(flags.KERNELS) == "auto" and native.library.is_built("cpu")

@@ -1,0 +1,169 @@
+"""Attention in PyTorch's own operators: the `torch` implementation, exported graphs, and callers of probabilities."""
+
+import math
+from collections.abc import Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .. import reference
+from ..batch import Sequences, TokenBatch
+from ..dropout import Dropout, dropout_mask
+
+# Queries, keys and values side by side; or apart, in graphs that are exported.
+QKV = Tensor | Sequence[Tensor]
+
+
+def forward(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None) -> Tensor:
+    if dropout is None and qkv.device.type == "cpu":
+        return _sdpa_by_sequence(qkv, sequences, heads, scale)
+    grid = _grid_of_sequences(sequences)
+    if dropout is None:
+        return _sdpa_on_grid(qkv, grid, heads, scale)
+    return _explicit(qkv, grid, heads, scale, dropout)[0]
+
+
+def backward(
+    grad: Tensor, qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None
+) -> Tensor:
+    grid = _grid_of_sequences(sequences)
+    mask, p = _dropout_mask(dropout, grid, heads)
+    qkv_on_grid = _apart(qkv, grid, heads)
+    grads = reference.attend_backward(_on_grid(grad, grid, heads), *qkv_on_grid, scale, grid.keys, mask, p)
+    return torch.cat([_off_grid(each, grid) for each in grads], dim=1)
+
+
+def forward_exported(qkv: QKV, batch: TokenBatch, heads: int, scale: float, dropout: Dropout | None) -> Tensor:
+    """`forward` for graphs that are exported: nothing is read from the example's values."""
+    grid = _grid_of(batch)
+    if dropout is None:
+        return _sdpa_on_grid(qkv, grid, heads, scale)
+    return _explicit(qkv, grid, heads, scale, dropout)[0]
+
+
+def forward_with_probabilities(
+    qkv: QKV, batch: TokenBatch, heads: int, scale: float, scores_bias: Tensor | None, dropout: Dropout | None
+) -> tuple[Tensor, Tensor]:
+    """See `ops.attention_with_probabilities`."""
+    return _explicit(qkv, _grid_of(batch), heads, scale, dropout, scores_bias)
+
+
+def _sdpa_by_sequence(qkv: Tensor, sequences: Sequences, heads: int, scale: float) -> Tensor:
+    """A call for every run of equally long sequences, on views of qkv: no padding, and no copies before the last."""
+    qkv = qkv.view(-1, 3, heads, qkv.shape[1] // (3 * heads))
+    outputs = [qkv.new_empty(0, qkv.shape[2] * qkv.shape[3])]
+    start = 0
+    for length, run_of_sequences in groupby(sequences.cu_seqlens.diff().tolist()):
+        count = len(list(run_of_sequences))
+        end = start + count * length
+        query, key, value = qkv[start:end].unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)
+        mask = None if sequences.key_mask is None else sequences.key_mask[start:end].view(count, 1, 1, length)
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        outputs.append(out.transpose(1, 2).reshape(count * length, qkv.shape[2] * qkv.shape[3]))
+        start = end
+    return outputs[1] if len(outputs) == 2 else torch.cat(outputs)
+
+
+class _Grid(NamedTuple):
+    """Where tokens stand in a grid with a row for each sequence.
+
+    Attributes:
+        shape: `(sequences, max_seqlen)`.
+        place: int64 `(tokens,)`, each token's place in the flattened grid; None where the tokens fill it in order.
+        key_mask: bool, of that shape, the places that are attended to; None where all are.
+    """
+
+    shape: tuple[int, int]
+    place: Tensor | None
+    key_mask: Tensor | None
+
+    @property
+    def keys(self) -> Tensor | None:
+        """The key mask, broadcastable to scores."""
+        return None if self.key_mask is None else self.key_mask[:, None, None, :]
+
+
+def _grid_of_sequences(sequences: Sequences) -> _Grid:
+    """The grid of sequences of any lengths."""
+    sequence_ids, max_seqlen = sequences.sequence_ids, sequences.max_seqlen
+    shape = (sequences.cu_seqlens.shape[0] - 1, max_seqlen)
+    place = sequence_ids * max_seqlen + sequences.indices()
+    real = torch.ones_like(sequence_ids, dtype=torch.bool) if sequences.key_mask is None else sequences.key_mask
+    key_mask = sequence_ids.new_zeros(shape, dtype=torch.bool)
+    return _Grid(shape, place, key_mask.flatten().index_copy(0, place, real).view_as(key_mask))
+
+
+def _grid_of(batch: TokenBatch) -> _Grid:
+    """The batch's grid: its own where the tokens fill it."""
+    if not batch.fills_grid:
+        return _grid_of_sequences(batch.sequences)
+    key_mask = batch.sequences.key_mask
+    return _Grid(batch.grid, None, None if key_mask is None else key_mask.view(batch.grid))
+
+
+def _sdpa_on_grid(qkv: QKV, grid: _Grid, heads: int, scale: float) -> Tensor:
+    """One call for all sequences, padded to the longest: few launches, where a launch is what costs.
+
+    Runtimes disagree about a sequence without keys: NaN, zeros, or the mean of all values. Here it attends to all of
+    its places, and its result is set to zero.
+    """
+    query, key, value = _apart(qkv, grid, heads)
+    if grid.key_mask is None:
+        return _off_grid(F.scaled_dot_product_attention(query, key, value, scale=scale), grid)
+    has_keys = grid.keys.any(-1, keepdim=True)
+    bias = query.new_zeros(()).masked_fill(grid.keys != has_keys, torch.finfo(query.dtype).min)
+    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    return _off_grid(torch.where(has_keys, out, 0.0), grid)
+
+
+def _explicit(
+    qkv: QKV,
+    grid: _Grid,
+    heads: int,
+    scale: float,
+    dropout: Dropout | None,
+    scores_bias: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """The formula with all probabilities at hand, which dropout and a caller's own bias need."""
+    mask, p = _dropout_mask(dropout, grid, heads)
+    out, probabilities = reference.attend(*_apart(qkv, grid, heads), scale, grid.keys, mask, p, scores_bias)
+    return _off_grid(out, grid), probabilities
+
+
+def _apart(qkv: QKV, grid: _Grid, heads: int) -> Sequence[Tensor]:
+    """Queries, keys and values, `(sequences, heads, max_seqlen, head_dim)` each, zeros where there is no token."""
+    if isinstance(qkv, Tensor):
+        return _on_grid(qkv, grid, 3 * heads).chunk(3, dim=1)
+    return [_on_grid(each, grid, heads) for each in qkv]
+
+
+def _on_grid(x: Tensor, grid: _Grid, heads: int) -> Tensor:
+    """`(tokens, heads · head_dim)` to `(sequences, heads, max_seqlen, head_dim)`, zeros where there is no token."""
+    if grid.place is not None:
+        # Not grid.numel(), which torch.jit.trace takes as a constant.
+        x = x.new_zeros(math.prod(grid.shape), x.shape[1]).index_copy(0, grid.place, x)
+    return x.view(*grid.shape, heads, x.shape[1] // heads).transpose(1, 2)
+
+
+def _off_grid(out: Tensor, grid: _Grid) -> Tensor:
+    """`(sequences, heads, max_seqlen, head_dim)` to `(tokens, heads · head_dim)`."""
+    out = out.transpose(1, 2).reshape(math.prod(grid.shape), out.shape[1] * out.shape[3])
+    return out if grid.place is None else out.index_select(0, grid.place)
+
+
+def _dropout_mask(dropout: Dropout | None, grid: _Grid, heads: int) -> tuple[Tensor | None, float]:
+    """The dropout mask of `(sequences, heads, max_seqlen, max_seqlen)` probabilities, and the rate."""
+    if dropout is None:
+        return None, 0.0
+    p, seed, columns, _ = dropout
+    sequence = torch.arange(grid.shape[0], device=seed.device)[:, None, None]
+    head = torch.arange(heads, device=seed.device)[None, :, None]
+    if grid.place is None:
+        return dropout_mask(seed, p, grid.shape[1], columns.view(grid.shape)[:, None, :], sequence, head), p
+    column = columns.new_zeros(math.prod(grid.shape)).index_copy(0, grid.place, columns).view(grid.shape)
+    width = int(columns.max()) + 1 if len(columns) else 0
+    mask = dropout_mask(seed, p, width, column[:, None, :], sequence, head)
+    return mask.gather(-1, column[:, None, None, :].expand(*mask.shape[:-1], grid.shape[1])), p

@@ -1,0 +1,313 @@
+"""An op declared once: from two annotated functions come its custom ops, their fakes and its autograd."""
+
+from collections.abc import Callable, Iterable
+from types import NoneType
+from typing import NamedTuple, get_args, get_type_hints
+
+import torch
+from torch import Tensor
+
+from .. import flags, modes
+from ..verify.equivalence import Draw, compare, draw
+from .choose import IMPLEMENTATIONS, Implementation, Tensors, call_by_name, parameters
+
+_SCHEMA_TYPES = {
+    Tensor: "Tensor",
+    int: "SymInt",
+    float: "float",
+    bool: "bool",
+    str: "str",
+    torch.Size: "SymInt[]",
+}
+
+
+class Op:
+    """An op that autograd, torch.compile and torch.export know, with several implementations.
+
+    It is declared by two functions that compute nothing but return empty results, and so serve as the fakes of the two
+    custom ops `erniem_fast::<name>` and `erniem_fast::<name>_backward`:
+
+    * `forward` returns the result, or a NamedTuple of the result and of what is kept for the backward.
+    * `backward` takes `grad`, the gradient of the result, and what it names of the forward's arguments and results;
+      autograd saves exactly these. Of a tensor annotated as `torch.Size` only the shape is saved, and of one annotated
+      as `torch.Size | None` it is None where no gradient of that tensor is wanted. It returns a NamedTuple of gradients
+      by the names of the arguments that they belong to.
+
+    Arguments may be NamedTuples of tensors and numbers. Implementations get them as such. They are flattened for the
+    custom ops alone, where field `seed` of argument `dropout` is called `dropout_seed`.
+
+    An implementation's functions are called by name, with those of the arguments that they have parameters for, and
+    with `save`, whether anything is kept for a backward. They return the op's results as a tuple, or the first alone.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        forward: Callable[..., Tensors],
+        backward: Callable[..., tuple[Tensor, ...]],
+        implementations: dict[str, Implementation],
+        finish: Callable[..., tuple[Tensor | None, ...]] | None = None,
+    ) -> None:
+        """
+        Args:
+            name: a key of `flags.OPS`.
+            forward, backward: the declaration.
+            implementations: by name, the preferred first.
+            finish: makes of `backward`'s gradients, given as `grads`, and of what it names of the saved values those
+                that autograd is to have: custom ops can return neither sparse tensors nor one tensor twice.
+        """
+        self.name = name
+        self._implementations = IMPLEMENTATIONS[name] = implementations
+        self._forward, self._backward, self._finish = forward, backward, finish
+        self._arguments = _arguments(forward)
+        self._saved = [each for each in _arguments(backward) if each.name != "grad"]
+        self._results = getattr(get_type_hints(forward)["return"], "_fields", ("out",))
+        self._gradients = get_type_hints(backward)["return"]
+        self._flat_names = [leaf.name for each in self._arguments for leaf in each.leaves()]
+        self._forward_op, self._backward_op = self._register_forward(), self._register_backward()
+
+    def __call__(self, implementation: str, *inputs: object, overwrite: bool = False) -> Tensor:
+        """The op's result: by a custom op where autograd, a graph or a tensor without values needs it, else directly.
+
+        Transforms get the reference, whose operators are all PyTorch's.
+
+        Args:
+            implementation: what `choose` has chosen.
+            inputs: the declared arguments, in order.
+            overwrite: lets the result take the memory of the argument that `forward_in_place` overwrites.
+        """
+        save = torch.is_grad_enabled() and any(_requires_grad(each) for each in inputs)
+        if modes.is_transformed():
+            return self._run("reference", "forward", self._named(inputs, save))[0]
+        first = inputs[0]
+        if save or modes.is_recorded() or type(first) is not Tensor or first.is_meta:
+            return _as_tuple(self._forward_op(*_flatten(self._arguments, inputs), save, implementation))[0]
+        # Verification runs the reference on the same inputs, so do not overwrite them.
+        overwrite = overwrite and self._implementations[implementation].forward_in_place is not None
+        direction = "forward_in_place" if overwrite and flags.read(flags.VERIFY) == "0" else "forward"
+        return self._run(implementation, direction, self._named(inputs, save))[0]
+
+    def _named(self, inputs: Iterable[object], save: bool) -> dict[str, object]:
+        return {**_by_name(self._arguments, inputs), "save": save}
+
+    # --- The custom ops ---
+
+    def _register_forward(self) -> torch.library.CustomOpDef:
+        def run(*flat):
+            *flat, save, implementation = flat
+            return _unpacked(self._run(implementation, "forward", self._named(_restore(self._arguments, flat), save)))
+
+        def fake(*flat):
+            *flat, save, implementation = flat
+            results = _as_tuple(self._forward(*_restore(self._arguments, flat)))
+            return _unpacked(self._complete(results, save and self._implementations[implementation].saves))
+
+        schema = _schema(self._arguments, "bool save", "str implementation", returns=len(self._results))
+        op = torch.library.custom_op(f"erniem_fast::{self.name}", run, mutates_args=(), schema=schema)
+        op.register_fake(fake)
+        op.register_autograd(self._differentiate, setup_context=self._keep)
+        return op
+
+    def _register_backward(self) -> torch.library.CustomOpDef:
+        def run(grad, *flat):
+            *flat, implementation = flat
+            values = _by_name(self._saved, _restore(self._saved, flat))
+            return _unpacked(self._run(implementation, "backward", {"grad": grad, **values}))
+
+        def fake(grad, *flat):
+            return _unpacked(self._backward(grad, *_restore(self._saved, flat[:-1])))
+
+        schema = _schema(self._saved, "str implementation", returns=len(self._gradients._fields), first="Tensor grad")
+        op = torch.library.custom_op(f"erniem_fast::{self.name}_backward", run, mutates_args=(), schema=schema)
+        op.register_fake(fake)
+        op.register_autograd(_refuse_second_derivatives(op))
+        return op
+
+    def _keep(self, ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensors) -> None:
+        """Saves what the backward names."""
+        ctx.set_materialize_grads(False)  # only the result has a gradient: no zeros need be written for the others
+        *flat, save, ctx.implementation = inputs
+        values = self._named(_restore(self._arguments, flat), save)
+        values.update(zip(self._results, _as_tuple(output), strict=True))
+        kept = [values[each.name].shape if each.kind is torch.Size else values[each.name] for each in self._saved]
+        ctx.kept = _flatten(self._saved, kept)
+        ctx.save_for_backward(*(each for each in ctx.kept if isinstance(each, Tensor)))
+        ctx.kept = [None if isinstance(each, Tensor) else (each,) for each in ctx.kept]
+
+    def _differentiate(self, ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: None) -> tuple:
+        """The gradients of the forward's inputs."""
+        tensors = iter(ctx.saved_tensors)
+        kept = _restore(self._saved, [next(tensors) if each is None else each[0] for each in ctx.kept])
+        needed = dict(zip(self._flat_names, ctx.needs_input_grad, strict=False))
+        for index, each in enumerate(self._saved):
+            if each.kind is torch.Size and each.optional and not needed[each.name]:
+                kept[index] = None
+        flat = _flatten(self._saved, kept)
+        grads = self._gradients(*_as_tuple(self._backward_op(grad, *flat, ctx.implementation)))
+        if self._finish is not None:
+            grads = call_by_name(self._finish, {"grads": grads, **_by_name(self._saved, kept)})
+        by_name = grads._asdict()
+        of_inputs = (by_name.get(name) if needed[name] else None for name in self._flat_names)
+        return *of_inputs, None, None
+
+    # --- Implementations ---
+
+    def _run(self, name: str, direction: str, values: dict[str, object]) -> tuple[Tensor, ...]:
+        """Runs one direction of an implementation, verified where the flag asks for it.
+
+        Implementations get and give contiguous tensors, none of them a lazy negation, and the dtypes that come, because
+        autocast is for matrix products alone.
+        """
+        values = {each: _plain(value) for each, value in values.items()}
+        device = next(each for each in values.values() if isinstance(each, Tensor)).device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._run_plain(name, direction, values)
+        return self._run_plain(name, direction, values)
+
+    def _run_plain(self, name: str, direction: str, values: dict[str, object]) -> tuple[Tensor, ...]:
+        outputs = self._outputs(name, direction, values)
+        if name != "reference" and flags.read(flags.VERIFY) == "1":
+            self._verify(name, direction, values, outputs)
+        return tuple(each.contiguous() for each in outputs)
+
+    def _outputs(self, name: str, direction: str, values: dict[str, object]) -> tuple[Tensor, ...]:
+        implementation = self._implementations[name]
+        outputs = _as_tuple(call_by_name(getattr(implementation, direction), values))
+        return outputs if direction == "backward" else self._complete(outputs, values["save"] and implementation.saves)
+
+    def _complete(self, outputs: tuple[Tensor, ...], saves: bool) -> tuple[Tensor, ...]:
+        """The forward's results; what is kept for the backward is empty where it is not to be kept."""
+        if saves:
+            return outputs
+        return outputs[0], *(outputs[0].new_empty(0) for _ in self._results[1:])
+
+    def _verify(self, name: str, direction: str, values: dict[str, object], outputs: tuple[Tensor, ...]) -> None:
+        def oracle(*inputs):
+            return self._outputs("reference", direction, dict(zip(values, inputs, strict=True)))
+
+        draws = draw(oracle, list(values.values()))
+        _check_equivalence(f"{self.name} {direction} ({name})", outputs, draws)
+
+
+class _Argument(NamedTuple):
+    """One argument of an op.
+
+    Attributes:
+        name: of the parameter, or of a field of a NamedTuple with the parameter's name before it.
+        kind: a key of `_SCHEMA_TYPES`, or a NamedTuple.
+        optional: whether it may be None.
+    """
+
+    name: str
+    kind: type
+    optional: bool
+
+    def leaves(self) -> list["_Argument"]:
+        """What the argument is flattened to."""
+        if self.kind in _SCHEMA_TYPES:
+            return [self]
+        fields = (_argument(f"{self.name}_{name}", hint) for name, hint in get_type_hints(self.kind).items())
+        return [each._replace(optional=each.optional or self.optional) for each in fields]
+
+    @property
+    def schema(self) -> str:
+        return f"{_SCHEMA_TYPES[self.kind]}{'?' if self.optional else ''} {self.name}"
+
+
+def _argument(name: str, hint: object) -> _Argument:
+    kinds = [each for each in get_args(hint) if each is not NoneType]
+    return _Argument(name, kinds[0], optional=True) if kinds else _Argument(name, hint, optional=False)
+
+
+def _arguments(function: Callable) -> list[_Argument]:
+    hints = get_type_hints(function)
+    return [_argument(name, hints[name]) for name in parameters(function)]
+
+
+def _schema(arguments: list[_Argument], *rest: str, returns: int, first: str | None = None) -> str:
+    inputs = [*([first] if first else []), *(leaf.schema for each in arguments for leaf in each.leaves()), *rest]
+    outputs = ", ".join(["Tensor"] * returns)
+    return f"({', '.join(inputs)}) -> {outputs if returns == 1 else f'({outputs})'}"
+
+
+def _flatten(arguments: list[_Argument], values: Iterable[object]) -> list[object]:
+    flat = []
+    for argument, value in zip(arguments, values, strict=True):
+        if argument.kind in _SCHEMA_TYPES:
+            flat.append(value)
+        elif value is None:
+            flat.extend([None] * len(argument.kind._fields))
+        else:
+            flat.extend(value)
+    return flat
+
+
+def _restore(arguments: list[_Argument], flat: Iterable[object]) -> list[object]:
+    flat, values = iter(flat), []
+    for argument in arguments:
+        if argument.kind in _SCHEMA_TYPES:
+            values.append(next(flat))
+            continue
+        fields = [next(flat) for _ in argument.kind._fields]
+        absent = argument.optional and all(each is None for each in fields)
+        values.append(None if absent else argument.kind(*fields))
+    return values
+
+
+def _by_name(arguments: list[_Argument], values: Iterable[object]) -> dict[str, object]:
+    return {each.name: value for each, value in zip(arguments, values, strict=True)}
+
+
+def _plain(value: object) -> object:
+    if isinstance(value, Tensor):
+        return value.contiguous().resolve_neg()
+    return type(value)(*map(_plain, value)) if isinstance(value, tuple) else value
+
+
+def _requires_grad(value: object) -> bool:
+    if isinstance(value, Tensor):
+        return value.requires_grad
+    return isinstance(value, tuple) and any(map(_requires_grad, value))
+
+
+def _as_tuple(outputs: Tensors) -> tuple[Tensor, ...]:
+    return (outputs,) if isinstance(outputs, Tensor) else tuple(outputs)
+
+
+def _unpacked(outputs: tuple[Tensor, ...]) -> Tensors:
+    """What a custom op returns: of a single result no tuple."""
+    return outputs[0] if len(outputs) == 1 else tuple(outputs)
+
+
+def _refuse_second_derivatives(backward: torch.library.CustomOpDef) -> Callable[..., None]:
+    def refuse(ctx, *grads):
+        raise RuntimeError(
+            f"{backward._qualname} cannot be differentiated: backward(create_graph=True) gives no second derivatives; "
+            f"torch.func gives them, as torch.func.grad of a function that takes a torch.func.grad."
+        )
+
+    return refuse
+
+
+_REMEDY = "Choose another implementation by its flag and report this with the output of `python -m erniem_fast status`."
+
+
+def _check_equivalence(call: str, outputs: tuple[Tensor, ...], draws: list[Draw]) -> None:
+    """Raises where a result is not equivalent to the reference's."""
+    for index, output in enumerate(outputs):
+        of_output = [(same[index], exact[index]) for same, exact in draws]
+        same, _ = of_output[0]
+        if same.numel() == 0:
+            continue  # the reference does not save what an implementation may
+        if output.shape != same.shape or output.dtype != same.dtype:
+            raise RuntimeError(
+                f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
+                f"{output.dtype}, not {tuple(same.shape)} and {same.dtype}. {_REMEDY}"
+            )
+        comparison = compare(output, *of_output)
+        if not comparison.holds:
+            raise RuntimeError(
+                f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "
+                f"{output.dtype} is off by {comparison.error:.3e}, the bound is {comparison.bound:.3e}. {_REMEDY}"
+            )

@@ -10,7 +10,9 @@ from importlib.util import find_spec
 import torch
 import transformers
 
-from . import extension, flags, ops, verification
+from . import flags, ops, verification
+from .native import library
+from .native.build import build
 from .ops.implementation import choose
 
 
@@ -31,9 +33,9 @@ def _status() -> int:
 
 def _build() -> int:
     try:
-        for device, path in extension.build().items():
+        for device, path in build().items():
             print(f"{device}: {path}")
-    except extension.BuildError as error:
+    except library.BuildError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -19,7 +19,8 @@ from transformers.pytorch_utils import prune_linear_layer
 from . import flags, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
-from .ops import native_layer
+from .native import layer as native_layer
+from .ops.native import serves_layers
 from .projections import (
     Scratch,
     is_plain,
@@ -313,14 +314,14 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             and all(module.bias is not None for module in (*linears, *norms))
             and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
             and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` says what is wrong
-            and native_layer.serves()
+            and serves_layers()
         )
 
     def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
         inner = self.self_attn.self_attn
         norms = {"norm1": self.norm1, "norm2": self.norm2}
         heads, scale = inner.num_attention_heads, inner.scale
-        return native_layer.layer(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation())
+        return native_layer.forward(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation())
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2

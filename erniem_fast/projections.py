@@ -10,8 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
-from . import extension, flags, modes
-from .ops.native_encoder import few_tokens
+from . import flags, modes
+from .native import library
+from .native.linear import forward as few_tokens
 
 # The token counts for which the native product beats PyTorch's, measured on two cores of a Xeon with AVX-512: a forward
 # at base size is 1.2 to 1.7 times as fast from 4 to 64 tokens, 1.07 times at 128, the same at 160. Up to three tokens
@@ -141,7 +142,7 @@ def takes_few_tokens(x: Tensor, *parameters: Tensor | None) -> bool:
 
 @flags.while_held
 def _has_native_product() -> bool:
-    return flags.read(flags.KERNELS) == "auto" and extension.is_built("cpu")
+    return flags.read(flags.KERNELS) == "auto" and library.is_built("cpu")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

@@ -16,13 +16,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from . import extension, ops
+from . import ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS
 from .equivalence import Comparison, compare, draw
 from .flags import use_kernels
+from .native import library
+from .native.linear import forward as few_tokens
 from .ops.implementation import Implementation
-from .ops.native_encoder import few_tokens
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 _EPS = 1e-3  # so large that a kernel without it shows
@@ -181,7 +182,7 @@ def _kernels() -> list[tuple[str, str, Implementation]]:
 def _product_objection(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on cpu, not on {device}."
-    return None if extension.is_built("cpu") else extension.status()["cpu"]
+    return None if library.is_built("cpu") else library.status()["cpu"]
 
 
 def _solve(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:

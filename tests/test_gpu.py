@@ -16,10 +16,11 @@ import torch
 from equivalence import assert_equivalent, run
 from triton import knobs
 
-from erniem_fast import ErnieMConfig, ErnieMModel, extension, ops, reference
+from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import bias_gelu_dropout, layernorm
+from erniem_fast.native.build import build
 
 EPS = 1e-5
 HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 257, 512)
@@ -312,7 +313,7 @@ def test_the_sanitizer_finds_no_stray_access(device):
         if shutil.which("compute-sanitizer") is None:
             pytest.skip("there is no compute-sanitizer; it comes with the CUDA toolkit")
         sanitizer = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9"]
-    extension.build([device.type])
+    build([device.type])
     code = STEP.format(tests=os.path.dirname(__file__), device=device.type)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(

@@ -5,10 +5,11 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
+from ..native import add_norm as native
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
 from .layer_norm import REFERENCE, TORCH, LayerNorm, bias_of
-from .native_encoder import ADD_LAYERNORM
+from .native import implementation as native_implementation
 from .triton import implementation as triton_implementation
 
 
@@ -136,7 +137,7 @@ def _composite(norm: LayerNorm) -> Implementation:
 
 IMPLEMENTATIONS["layernorm"] = {
     "triton": triton_implementation("layernorm"),
-    "native": ADD_LAYERNORM,
+    "native": native_implementation(native.forward, native.backward, ("cpu",), native.forward_in_place),
     "torch": _composite(TORCH),
     "reference": _composite(REFERENCE),
 }

@@ -12,8 +12,9 @@ from torch import Tensor
 from .. import modes, reference
 from ..batch import TokenBatch
 from ..dropout import keep_mask
+from ..native import attention as native
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
-from .native_encoder import ATTENTION
+from .native import implementation as native_implementation
 from .triton import implementation as triton_implementation
 
 # Queries, keys and values side by side; or apart, in graphs that are made for elsewhere.
@@ -306,7 +307,7 @@ def _stateless(forward: Callable[..., Tensor], backward: Callable[..., Tensor]) 
 IMPLEMENTATIONS["attention"] = {
     # Below 8.0 Triton has no tensor-core products, and the tiles do not fit (seen with Triton 3.6 and 3.9).
     "triton": triton_implementation("attention", largest=256, capability=(8, 0)),
-    "native": ATTENTION,
+    "native": native_implementation(native.forward, native.backward, ("cpu",)),
     "torch": _stateless(_forward_torch, _backward_torch),
     "reference": _stateless(_forward_reference, _backward_reference),
 }

@@ -8,9 +8,10 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
+from ..native import bias_gelu as native
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
-from .native_encoder import BIAS_GELU
+from .native import implementation as native_implementation
 from .triton import implementation as triton_implementation
 
 # transformers' names of the activations that the op knows; the exact GELU is ERNIE-M's.
@@ -143,7 +144,7 @@ def _composite(activate: Callable[..., Tensor], activate_backward: Callable[...,
 
 IMPLEMENTATIONS["bias_gelu"] = {
     "triton": triton_implementation("bias_gelu_dropout"),
-    "native": BIAS_GELU,
+    "native": native_implementation(native.forward, native.backward, ("cpu",), native.forward_in_place),
     "torch": _composite(_activate_torch, _activate_backward_torch),
     "reference": _composite(reference.activate, reference.activate_backward),
 }

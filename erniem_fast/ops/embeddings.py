@@ -8,10 +8,12 @@ from torch import Tensor
 
 from .. import reference
 from ..batch import TokenBatch
+from ..native import embeddings as native
+from ..native.library import DEVICES
 from ..reference import wide
 from .implementation import IMPLEMENTATIONS, Implementation, call, choose, differentiable, once_differentiable, run
 from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm, bias_of
-from .native_embeddings import NATIVE
+from .native import implementation as native_implementation
 from .triton import served
 
 
@@ -182,7 +184,7 @@ def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int) -> Tensor
 
 
 IMPLEMENTATIONS["embeddings"] = {
-    "native": NATIVE,
+    "native": native_implementation(native.forward, native.backward, DEVICES),
     "triton": served(_composite(TRITON)),
     "torch": _composite(TORCH),
     "reference": _composite(REFERENCE),

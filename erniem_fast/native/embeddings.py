@@ -1,12 +1,21 @@
-"""The `native` implementation of `embeddings`."""
+"""`embeddings` on the CPU and on CUDA devices."""
 
 import mmap
 
 import torch
 from torch import Tensor
 
-from .. import extension
-from .native import DROPOUT, ELEMENT, FLOAT, INT, TOKENS_PER_CHUNK, Function, dropout, implementation
+from .function import (
+    CHUNKS,
+    DROPOUT,
+    ELEMENT,
+    FLOAT,
+    INT,
+    TOKENS_PER_CHUNK,
+    Function,
+    chunks_of,
+    dropout_values,
+)
 
 _LARGE = 1 << 24  # bytes of a table that is worth a mapping of its own
 
@@ -26,7 +35,7 @@ _FORWARD = Function(
     written=("out", "z"),
     sizes="tokens words max_positions hidden threshold",
     factors="eps rescale",
-    optional=("seed", "z"),
+    optional=(*DROPOUT, "z"),
 )
 
 _BACKWARD = Function(
@@ -36,13 +45,13 @@ _BACKWARD = Function(
         "z": (ELEMENT, "tokens", "hidden"),
         "weight": (FLOAT, "hidden"),
         **DROPOUT,
-        "of_z": (FLOAT, "tokens", "hidden"),
-        "of_norm": (FLOAT, "chunks", 2, "hidden"),
+        "grad_z": (FLOAT, "tokens", "hidden"),
+        "grad_norm": (FLOAT, CHUNKS, 2, "hidden"),
     },
-    written=("of_z", "of_norm"),
-    sizes="tokens chunks tokens_per_chunk hidden threshold",
+    written=("grad_z", "grad_norm"),
+    sizes="tokens tokens_per_chunk hidden threshold",
     factors="eps rescale",
-    optional=("seed",),
+    optional=(*DROPOUT,),
 )
 
 _SCATTER = Function(
@@ -58,15 +67,26 @@ _SCATTER = Function(
 )
 
 
-def _forward(
-    ids, positions, word_table, position_table, weight, norm_bias, eps, padding_idx, columns, sequences, p, seed, save
+def forward(
+    ids,
+    positions,
+    word_table,
+    position_table,
+    weight,
+    norm_bias,
+    eps,
+    padding_idx,
+    columns,
+    sequence_ids,
+    p,
+    seed,
+    save,
 ):
     if ids.device.type == "cpu":
         # On other devices a check would be a synchronisation; there the result has NaN for these tokens.
-        _check_range("ids", ids, word_table.shape[0], columns, sequences)
-        _check_range("positions", positions, position_table.shape[0], columns, sequences)
-    tokens, (words, hidden) = ids.shape[0], word_table.shape
-    out = word_table.new_empty(tokens, hidden)
+        _check_range("ids", ids, word_table.shape[0], columns, sequence_ids)
+        _check_range("positions", positions, position_table.shape[0], columns, sequence_ids)
+    out = word_table.new_empty(ids.shape[0], word_table.shape[1])
     z = torch.empty_like(out) if save else None
     _FORWARD(
         out.device,
@@ -79,70 +99,63 @@ def _forward(
         norm_bias=norm_bias,
         out=out,
         z=z,
-        tokens=tokens,
-        words=words,
-        max_positions=position_table.shape[0],
-        hidden=hidden,
         eps=eps,
-        **dropout(columns, sequences, p, seed),
+        **dropout_values(columns, sequence_ids, p, seed),
     )
     return out, out.new_empty(0) if z is None else z
 
 
-def _check_range(name: str, rows: Tensor, size: int, columns: Tensor, sequences: Tensor) -> None:
+def _check_range(name: str, rows: Tensor, size: int, columns: Tensor, sequence_ids: Tensor) -> None:
     bad = (rows < 0) | (rows >= size)
     if bad.any():
         token = int(bad.nonzero()[0])
-        place = f"row {int(sequences[token])}, column {int(columns[token])}"
+        place = f"row {int(sequence_ids[token])}, column {int(columns[token])}"
         raise IndexError(
             f"{name} has {int(rows[token])} at {place}, but its table has {size} rows; use values in [0, {size})."
         )
 
 
-def _backward(
-    grad, z, ids, positions, words, max_positions, weight, eps, padding_idx, columns, sequences, p, seed, sparse
+def backward(
+    grad,
+    z,
+    ids,
+    positions,
+    words,
+    max_positions,
+    weight,
+    eps,
+    padding_idx,
+    columns,
+    sequence_ids,
+    p,
+    seed,
+    sparse,
 ):
     tokens, hidden = z.shape
-    chunks = -(-tokens // TOKENS_PER_CHUNK)
-    of_z = z.new_empty(z.shape, dtype=torch.float32)
-    of_norm = of_z.new_empty(chunks, 2, hidden)
+    grad_z = z.new_empty(z.shape, dtype=torch.float32)
+    grad_norm = grad_z.new_empty(chunks_of(tokens), 2, hidden)
     _BACKWARD(
         z.device,
         z.dtype,
         grad=grad,
         z=z,
         weight=weight,
-        of_z=of_z,
-        of_norm=of_norm,
-        tokens=tokens,
-        chunks=chunks,
+        grad_z=grad_z,
+        grad_norm=grad_norm,
         tokens_per_chunk=TOKENS_PER_CHUNK,
-        hidden=hidden,
         eps=eps,
-        **dropout(columns, sequences, p, seed),
+        **dropout_values(columns, sequence_ids, p, seed),
     )
-    of_words = of_z.to(z.dtype) if sparse else _scatter(of_z, ids, words, padding_idx, z.dtype)
-    of_positions = _scatter(of_z, positions, max_positions, padding_idx, z.dtype)
-    return of_words, of_positions, of_norm[:, 0].sum(0), of_norm[:, 1].sum(0)
+    grad_words = grad_z.to(z.dtype) if sparse else _scatter(grad_z, ids, words, padding_idx, z.dtype)
+    grad_positions = _scatter(grad_z, positions, max_positions, padding_idx, z.dtype)
+    return grad_words, grad_positions, grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
 
 
 def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of a table, of which `index` says the row that each of the rows belongs to."""
-    tokens, hidden = rows.shape
-    table = _zeros(size, hidden, dtype, rows.device)
+    """The gradient of a table with `size` rows: each of `rows` is added to the table's row that `index` says."""
+    table = _zeros(size, rows.shape[1], dtype, rows.device)
     ascending, order = torch.sort(index, stable=True)
-    _SCATTER(
-        table.device,
-        dtype,
-        rows=rows,
-        sorted=ascending,
-        order=order,
-        table=table,
-        tokens=tokens,
-        table_rows=size,
-        hidden=hidden,
-        padding_idx=padding_idx,
-    )
+    _SCATTER(table.device, dtype, rows=rows, sorted=ascending, order=order, table=table, padding_idx=padding_idx)
     return table
 
 
@@ -158,6 +171,3 @@ def _zeros(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> 
         return torch.zeros(rows, hidden, dtype=dtype, device=device)
     pages = mmap.mmap(-1, size, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
     return torch.frombuffer(pages, dtype=dtype).view(rows, hidden)
-
-
-NATIVE = implementation(_forward, _backward, extension.DEVICES)

@@ -1,16 +1,14 @@
-"""A whole layer as one native call, for so few tokens that Python between the ops would take a quarter of the time."""
+"""A whole layer in one call, for so few tokens that Python between the ops would take a quarter of the time."""
 
 import torch
 from torch import Tensor, nn
 
-from .. import flags
 from ..batch import TokenBatch
-from .implementation import choose
-from .native import FLOAT, INT, Function
-from .native_encoder import ACTIVATIONS
+from .bias_gelu import ACTIVATIONS
+from .function import FLOAT, INT, Function
 
-_LAYER = Function(
-    "layer",
+_FORWARD = Function(
+    "layer_forward",
     {
         "x": (FLOAT, "tokens", "hidden"),
         "q_weight": (FLOAT, "projected", "hidden"),
@@ -30,30 +28,19 @@ _LAYER = Function(
         "norm2_weight": (FLOAT, "hidden"),
         "norm2_bias": (FLOAT, "hidden"),
         "longest_first": (INT, "sequences"),
-        "cu_seqlens": (torch.int32, "bounds"),
-        "columns": (INT, "tokens"),
-        "sequences_of": (INT, "tokens"),
+        "cu_seqlens": (torch.int32, "sequences + 1"),
         "key_mask": (torch.bool, "tokens"),
-        "scratch": (FLOAT, "tokens", "width"),
+        "scratch": (FLOAT, "tokens", "4 * projected + 2 * hidden + intermediate"),
         "out": (FLOAT, "tokens", "hidden"),
     },
     written=("scratch", "out"),
-    sizes="tokens hidden projected intermediate sequences bounds heads head_dim threads activation",
+    sizes="tokens hidden projected intermediate sequences heads threads activation",
     factors="norm1_eps norm2_eps scale",
     optional=("key_mask",),
 )
 
 
-@flags.while_held
-def serves() -> bool:
-    """Whether every op inside a layer would run natively on the CPU in float32, without the reference beside it."""
-    ops = ("attention", "bias_gelu", "layernorm")
-    return flags.read(flags.VERIFY) == "0" and all(
-        choose(op, torch.device("cpu"), torch.float32) == "native" for op in ops
-    )
-
-
-def layer(
+def forward(
     x: Tensor,
     batch: TokenBatch,
     linears: dict[str, nn.Linear],
@@ -62,7 +49,7 @@ def layer(
     scale: float,
     activation: str,
 ) -> Tensor:
-    """What a layer's ops and products compute one after another, without dropout, head mask or probabilities.
+    """The result of a layer's ops and products one after another, without dropout, head mask or probabilities.
 
     Args:
         x: float32 `(tokens, hidden)` on the CPU.
@@ -70,7 +57,7 @@ def layer(
         linears: `q`, `k`, `v`, `out`, `up` and `down`.
         norms: `norm1` and `norm2`.
         heads, scale: of the attention.
-        activation: a value of `ops.ACTIVATIONS`.
+        activation: a key of `ACTIVATIONS`.
 
     Returns:
         `(tokens, hidden)`.
@@ -78,7 +65,7 @@ def layer(
     tokens, hidden = x.shape
     projected, intermediate = linears["q"].weight.shape[0], linears["up"].weight.shape[0]
     out = x.new_empty(tokens, hidden)
-    _LAYER(
+    _FORWARD(
         x.device,
         x.dtype,
         x=x,
@@ -87,20 +74,10 @@ def layer(
         **{f"{name}_eps": norm.eps for name, norm in norms.items()},
         longest_first=batch.longest_first,
         cu_seqlens=batch.cu_seqlens,
-        columns=batch.columns,
-        sequences_of=batch.sequences,
         key_mask=batch.key_mask,
-        scratch=x.new_empty(tokens, width := 4 * projected + 2 * hidden + intermediate),
+        scratch=x.new_empty(tokens, 4 * projected + 2 * hidden + intermediate),
         out=out,
-        tokens=tokens,
-        hidden=hidden,
-        width=width,
-        projected=projected,
-        intermediate=intermediate,
-        sequences=len(batch.longest_first),
-        bounds=len(batch.cu_seqlens),
         heads=heads,
-        head_dim=projected // heads,
         threads=torch.get_num_threads(),
         activation=ACTIVATIONS[activation],
         scale=scale,

@@ -11,7 +11,7 @@ from concurrent.futures import ProcessPoolExecutor
 import torch
 from machine import available_cores
 
-from erniem_fast.verification import battery
+from erniem_fast.verify.battery import battery
 
 MOST_PROCESSES = 8
 

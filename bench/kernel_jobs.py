@@ -7,7 +7,7 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from checkpoint import SIZES
-from erniem_fast.ops.implementation import choose
+from erniem_fast.ops.choose import choose
 from jobs import Spec, make_jobs
 from torch import Tensor
 
@@ -137,7 +137,7 @@ def _attention(settings, batch, dtype):
         *_other_design(ours, qkv, grad),
     ]
     row = batch.tokens * hidden * dtype.itemsize
-    product = 2 * batch.cu_seqlens.diff().long().square().sum().item() * hidden
+    product = 2 * batch.sequences.cu_seqlens.diff().long().square().sum().item() * hidden
     work = {"inference": (4 * row, 2 * product), "forward": (4 * row, 2 * product), "backward": (8 * row, 5 * product)}
     return work, contenders
 
@@ -149,7 +149,7 @@ def _varlen(qkv, grad, batch, heads, head_dim):
     except ImportError:
         return
     if qkv.device.type == "cuda" and qkv.dtype in (torch.float16, torch.bfloat16):
-        where = (batch.cu_seqlens, batch.cu_seqlens, batch.max_seqlen, batch.max_seqlen)
+        where = (batch.sequences.cu_seqlens, batch.sequences.cu_seqlens, batch.sequences.max_seqlen, batch.sequences.max_seqlen)
 
         def varlen(_):
             return varlen_attn(*qkv.view(-1, 3, heads, head_dim).unbind(1), *where).flatten(1)

@@ -14,7 +14,6 @@ from time import monotonic as seconds_now
 
 import torch
 from checkpoint import SIZES
-from erniem_fast.ops.implementation import choose
 from kernel_jobs import MAKERS, OURS, P, make_job
 from kernel_report import markdown, plot
 from machine import describe, slug
@@ -22,7 +21,9 @@ from summary import quartiles
 from timing import WARM_UP, measured_rates, take_turns
 from tqdm import tqdm
 
-from erniem_fast import extension
+from erniem_fast.native.build import build
+from erniem_fast.native.library import BuildError
+from erniem_fast.ops.choose import choose
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 LENGTHS = ("32", "64", "128", "256", "512", "ragged")
@@ -57,8 +58,8 @@ def main(argv=None):
     """Run the benchmark; returns the exit code: 0, 1 where a contender failed or was refused, 130 after Ctrl-C."""
     arguments = parse_arguments(argv)
     try:
-        extension.build([arguments.device.type])
-    except extension.BuildError as error:
+        build([arguments.device.type])
+    except BuildError as error:
         print(f"the native embeddings are not measured: {error}", file=sys.stderr)
     machine = describe(arguments.device)
     run = {

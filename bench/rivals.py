@@ -4,7 +4,7 @@ import pathlib
 import sys
 
 import torch
-from erniem_fast.ops.implementation import choose
+from erniem_fast.ops.choose import choose
 from workers import ROOT, Peer
 
 from erniem_fast import flags, ops

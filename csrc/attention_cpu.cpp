@@ -9,9 +9,22 @@
 #include <vector>
 
 #include "dropout.h"
-#include "encoder.h"
+#include "ops.h"
 #include "functions.h"
 #include "product.h"
+
+struct AttentionBackward {
+  const void* grad;              // (tokens, hidden) elements
+  const void* qkv;               // (tokens, 3 * hidden) elements, as in the forward
+  const int64_t* longest_first;  // (sequences,)
+  const int32_t* cu_seqlens;     // (sequences + 1,)
+  const bool* key_mask;          // (tokens,) or null
+  const int64_t* columns;        // (tokens,) or null
+  const int64_t* seed;           // (1,) or null
+  void* grad_qkv;                // (tokens, 3 * hidden) elements
+  int64_t tokens, sequences, hidden, heads, threads, threshold;
+  double scale, rescale;
+};
 
 namespace {
 
@@ -69,10 +82,11 @@ void convert(const T* from, int64_t size, float* to) {
 enum Part { QUERY, KEY, VALUE };
 
 // The tasks of a thread, and the arrays that they use one after another.
-template <typename T>
+template <typename T, typename Op>
 class Task {
  public:
-  explicit Task(const Attention& op) : op(op), features(round_up(op.head_dim, WIDTH)) {}
+  explicit Task(const Op& op)
+      : op(op), head_dim(op.hidden / op.heads), width(3 * op.hidden), features(round_up(head_dim, WIDTH)) {}
 
   // Heads [first, end) of a sequence.
   void run(int64_t its_sequence, int64_t first, int64_t end) {
@@ -84,7 +98,7 @@ class Task {
     head = first;
     fetch(end - first);
     for (; head < end; ++head) {
-      if (op.grad == nullptr) {
+      if constexpr (std::is_same_v<Op, AttentionForward>) {
         forward();
       } else {
         backward();
@@ -100,7 +114,7 @@ class Task {
     for (int64_t first = 0; first < length; first += BLOCK) {
       const int64_t count = std::min<int64_t>(BLOCK, length - first), rows = round_up(count, TILE);
       load(QUERY, first, count, query);
-      multiply(left, features, right, keys, row, rows, op.head_dim);
+      multiply(left, features, right, keys, row, rows, head_dim);
       for (int64_t i = 0; i < count; ++i) {
         // Softmax divides what it sums up to; here that is left to the result, which has fewer elements.
         shares[i] = exponentials(row + i * keys);
@@ -119,15 +133,15 @@ class Task {
   // dS = P (dP - rowsum(P dP)), dQ = scale dS K, dK = scale dS^T Q.
   void backward() {
     const int64_t rows = round_up(length, TILE);
-    const float *queries = load(QUERY, 0, length, query), *of_out = load_grad();
-    float *p = room(scores, rows * keys), *ds = room(of_scores, rows * keys), *pd = room(dropped, rows * keys);
-    multiply(queries, features, load_transposed(KEY, key), keys, p, rows, op.head_dim);
-    multiply(of_out, features, load_transposed(VALUE, value), keys, ds, rows, op.head_dim);
+    const float *queries = load(QUERY, 0, length, query), *grad_out = load_grad();
+    float *p = room(scores, rows * keys), *ds = room(grad_scores, rows * keys), *pd = room(dropped, rows * keys);
+    multiply(queries, features, load_transposed(KEY, key), keys, p, rows, head_dim);
+    multiply(grad_out, features, load_transposed(VALUE, value), keys, ds, rows, head_dim);
     for (int64_t i = 0; i < length; ++i) backward_row(i, p + i * keys, ds + i * keys, pd + i * keys);
 
     float *across = room(turned, rows * keys), *out = room(result, rows * features);
     transpose(pd, length, keys, length, across, keys);
-    multiply(across, keys, of_out, features, out, rows, length);
+    multiply(across, keys, grad_out, features, out, rows, length);
     store_gradient(out, 1.0f, VALUE);
 
     transpose(ds, length, keys, length, across, keys);
@@ -139,7 +153,7 @@ class Task {
   }
 
   // From a query's scores and its dropped probabilities' gradient to those probabilities and the scores' gradient.
-  void backward_row(int64_t i, float* row, float* of_row, float* to) {
+  void backward_row(int64_t i, float* row, float* grad_row, float* to) {
     const float share = exponentials(row);
     for (int64_t j = 0; j < keys; ++j) row[j] *= share;
     const float* factors = draw(i);
@@ -148,21 +162,21 @@ class Task {
       for (int lane = 0; lane < WIDTH; ++lane) {
         const float factor = factors ? factors[j + lane] : 1.0f;
         to[j + lane] = row[j + lane] * factor;
-        of_row[j + lane] *= factor;
-        sums[lane] += of_row[j + lane] * row[j + lane];
+        grad_row[j + lane] *= factor;
+        sums[lane] += grad_row[j + lane] * row[j + lane];
       }
     }
     const float mean = total(load_vector(sums));
-    for (int64_t j = 0; j < keys; ++j) of_row[j] = row[j] * (of_row[j] - mean);
+    for (int64_t j = 0; j < keys; ++j) grad_row[j] = row[j] * (grad_row[j] - mean);
   }
 
   const T* part(Part which, int64_t i) const {
-    return static_cast<const T*>(op.qkv) + (start + i) * op.width + which * op.hidden + head * op.head_dim;
+    return static_cast<const T*>(op.qkv) + (start + i) * width + which * op.hidden + head * head_dim;
   }
 
   // Reads what a task's heads will read in pieces of a head, far apart, which the processor would not fetch ahead.
   void fetch(int64_t heads) const {
-    const int64_t bytes = heads * op.head_dim * sizeof(T);
+    const int64_t bytes = heads * head_dim * sizeof(T);
     if (3 * length * bytes > CACHED) return;
     for (int64_t i = 0; i < length; ++i) {
       for (const Part which : {QUERY, KEY, VALUE}) {
@@ -175,35 +189,35 @@ class Task {
   // Tokens [first, first + count), at the beginning of whole tiles of rows.
   const float* load(Part which, int64_t first, int64_t count, Array& to) const {
     float* rows = room(to, round_up(count, TILE) * features);
-    for (int64_t i = 0; i < count; ++i) convert(part(which, first + i), op.head_dim, rows + i * features);
+    for (int64_t i = 0; i < count; ++i) convert(part(which, first + i), head_dim, rows + i * features);
     return rows;
   }
 
   const float* load_transposed(Part which, Array& to) {
-    float* columns = room(to, op.head_dim * keys);
+    float* columns = room(to, head_dim * keys);
     if constexpr (std::is_same_v<T, float>) {
-      transpose(part(which, 0), length, op.width, op.head_dim, columns, keys);
+      transpose(part(which, 0), length, width, head_dim, columns, keys);
     } else {
-      transpose(load(which, 0, length, turned), length, features, op.head_dim, columns, keys);
+      transpose(load(which, 0, length, turned), length, features, head_dim, columns, keys);
     }
     return columns;
   }
 
   const float* load_grad() {
     float* rows = room(grad, round_up(length, TILE) * features);
-    const T* from = static_cast<const T*>(op.grad) + start * op.hidden + head * op.head_dim;
-    for (int64_t i = 0; i < length; ++i) convert(from + i * op.hidden, op.head_dim, rows + i * features);
+    const T* from = static_cast<const T*>(op.grad) + start * op.hidden + head * head_dim;
+    for (int64_t i = 0; i < length; ++i) convert(from + i * op.hidden, head_dim, rows + i * features);
     return rows;
   }
 
   // `to` is a token's row, of which the head has a part.
   void store_row(const float* row, float factor, T* to) const {
-    for (int64_t d = 0; d < op.head_dim; ++d) from_float(row[d] * factor, to[head * op.head_dim + d]);
+    for (int64_t d = 0; d < head_dim; ++d) from_float(row[d] * factor, to[head * head_dim + d]);
   }
 
   void store_gradient(const float* rows, float factor, Part which) const {
-    T* to = static_cast<T*>(op.of_qkv) + start * op.width + which * op.hidden;
-    for (int64_t i = 0; i < length; ++i) store_row(rows + i * features, factor, to + i * op.width);
+    T* to = static_cast<T*>(op.grad_qkv) + start * width + which * op.hidden;
+    for (int64_t i = 0; i < length; ++i) store_row(rows + i * features, factor, to + i * width);
   }
 
   // Where the keys stand.
@@ -257,39 +271,51 @@ class Task {
     return picked;
   }
 
-  const Attention& op;
+  const Op& op;
+  const int64_t head_dim, width;
   const int64_t features;  // head_dim in whole vectors
   int64_t sequence, head, start, length, keys;
   int64_t first_column, last_column;  // of the keys, the first rounded down to a group of the generator
   bool neighbours;                    // whether the keys stand in columns one after the other
   float shares[BLOCK];
-  Array query, key, value, grad, scores, of_scores, dropped, turned, result, drawn, factors;
+  Array query, key, value, grad, scores, grad_scores, dropped, turned, result, drawn, factors;
 };
 
 // Whether the bounds cut all tokens into sequences. Inside a graph nobody has checked them, and others would make a task
 // write into memory that is not the result's.
-bool cut_all_tokens(const Attention& op) {
-  const int32_t *begin = op.cu_seqlens, *end = begin + op.bounds;
-  return op.bounds == op.sequences + 1 && *begin == 0 && end[-1] == op.tokens && std::is_sorted(begin, end);
+template <typename Op>
+bool cut_all_tokens(const Op& op) {
+  const int32_t *begin = op.cu_seqlens, *end = begin + op.sequences + 1;
+  return *begin == 0 && end[-1] == op.tokens && std::is_sorted(begin, end);
+}
+
+template <typename Op>
+const char* attend(const Op& op, int dtype, ParallelFor run) {
+  if (op.heads < 1 || op.hidden % op.heads != 0) return "heads must divide hidden";
+  if (!cut_all_tokens(op)) return "cu_seqlens must rise from 0 to the number of tokens, by one step a sequence";
+  return with_dtype(dtype, [&](auto element) {
+    // Tasks differ in size, so whoever is free takes the next one.
+    std::atomic<int64_t> next(0);
+    const int64_t enough = op.sequences * op.heads / (4 * op.threads);  // heads a task that leave work to share
+    const int64_t heads = std::min(std::max<int64_t>(1, enough), op.heads);
+    const int64_t groups = (op.heads + heads - 1) / heads, tasks = op.sequences * groups;
+    const int64_t mean = tasks == 0 ? 0 : op.tokens / op.sequences;
+    return parallel(run, tasks, heads * mean * (mean + op.hidden / op.heads), [&](int64_t, int64_t) {
+      Task<decltype(element), Op> task(op);
+      for (int64_t i; (i = next++) < tasks;) {
+        const int64_t first = i % groups * heads;
+        task.run(op.longest_first[i / groups], first, std::min(first + heads, op.heads));
+      }
+    });
+  });
 }
 
 }  // namespace
 
-extern "C" const char* attention(const Attention* op, int dtype, ParallelFor run) {
-  if (!cut_all_tokens(*op)) return "cu_seqlens must rise from 0 to the number of tokens, by one step a sequence";
-  return with_dtype(dtype, [&](auto element) {
-    // Tasks differ in size, so whoever is free takes the next one.
-    std::atomic<int64_t> next(0);
-    const int64_t enough = op->sequences * op->heads / (4 * op->threads);  // heads a task that leave work to share
-    const int64_t heads = std::min(std::max<int64_t>(1, enough), op->heads);
-    const int64_t groups = (op->heads + heads - 1) / heads, tasks = op->sequences * groups;
-    const int64_t mean = tasks == 0 ? 0 : op->tokens / op->sequences;
-    return parallel(run, tasks, heads * mean * (mean + op->head_dim), [&](int64_t, int64_t) {
-      Task<decltype(element)> task(*op);
-      for (int64_t i; (i = next++) < tasks;) {
-        const int64_t first = i % groups * heads;
-        task.run(op->longest_first[i / groups], first, std::min(first + heads, op->heads));
-      }
-    });
-  });
+extern "C" const char* attention_forward(const AttentionForward* op, int dtype, ParallelFor run) {
+  return attend(*op, dtype, run);
+}
+
+extern "C" const char* attention_backward(const AttentionBackward* op, int dtype, ParallelFor run) {
+  return attend(*op, dtype, run);
 }

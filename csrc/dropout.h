@@ -99,7 +99,7 @@ HOST_DEVICE Words<N> draw(uint64_t seed, uint32_t group, uint32_t column, uint32
 template <typename Op, int N>
 HOST_DEVICE void drop(const Op& op, int64_t token, int piece, Piece<N>& values) {
   if (op.seed == nullptr) return;
-  const uint32_t column = uint32_t(op.columns[token]), sequence = uint32_t(op.sequences[token]);
+  const uint32_t column = uint32_t(op.columns[token]), sequence = uint32_t(op.sequence_ids[token]);
   const Words<N> words = draw<N>(uint64_t(*op.seed), uint32_t(piece * (N / 4)), column, sequence, 0);
   const uint32_t threshold = uint32_t(op.threshold);
   const float rescale = float(op.rescale);

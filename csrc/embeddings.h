@@ -3,21 +3,21 @@
 
 #include "dropout.h"
 
-// ---- What Python passes: addresses of contiguous tensors, then sizes, then factors. erniem_fast/ops/native.py mirrors
+// ---- What Python passes: addresses of contiguous tensors, then sizes, then factors. erniem_fast/native/ mirrors
 // these structures field by field. "Elements" are of the dtype that the call names.
 
 // Dropout is off where `seed` is null. An element is dropped when its word of the generator is below `threshold`, which
 // is at most 2^32 - 1; where p = 1 asks for more, `rescale` = 0 does the rest.
 
-struct Forward {
+struct EmbeddingsForward {
   const int64_t* ids;          // (tokens,)
   const int64_t* positions;    // (tokens,)
   const void* word_table;      // (words, hidden) elements
   const void* position_table;  // (max_positions, hidden) elements
   const float* weight;         // (hidden,)
   const float* norm_bias;      // (hidden,)
-  const int64_t* columns;      // (tokens,)
-  const int64_t* sequences;    // (tokens,)
+  const int64_t* columns;  // (tokens,) or null
+  const int64_t* sequence_ids;  // (tokens,) or null
   const int64_t* seed;         // (1,) or null
   void* out;                   // (tokens, hidden) elements
   void* z;                     // (tokens, hidden) elements, the layer norm's input for the backward, or null
@@ -25,22 +25,22 @@ struct Forward {
   double eps, rescale;
 };
 
-struct Backward {
+struct EmbeddingsBackward {
   const void* grad;          // (tokens, hidden) elements
   const void* z;             // (tokens, hidden) elements
   const float* weight;       // (hidden,)
-  const int64_t* columns;    // (tokens,)
-  const int64_t* sequences;  // (tokens,)
+  const int64_t* columns;  // (tokens,) or null
+  const int64_t* sequence_ids;  // (tokens,) or null
   const int64_t* seed;       // (1,) or null
-  float* of_z;               // (tokens, hidden)
-  float* of_norm;            // (chunks, 2, hidden), each chunk's share of the gradients of weight and norm_bias
-  int64_t tokens, chunks, tokens_per_chunk, hidden, threshold;
+  float* grad_z;               // (tokens, hidden)
+  float* grad_norm;            // (chunks, 2, hidden), each chunk's share of the gradients of weight and norm_bias
+  int64_t tokens, tokens_per_chunk, hidden, threshold;
   double eps, rescale;
 };
 
 // Adds the rows of a gradient up by table row. Tokens come sorted by table row, so that each run of equal ones is the
 // work of one group of lanes, in a fixed order: the sum is the same at every run and needs no atomics.
-struct Scatter {
+struct EmbeddingsScatter {
   const float* rows;      // (tokens, hidden)
   const int64_t* sorted;  // (tokens,), the table rows in ascending order
   const int64_t* order;   // (tokens,), the token that each of them belongs to
@@ -58,7 +58,7 @@ HOST_DEVICE const T* table_row(const void* table, int64_t row, int64_t rows, int
 // out[token] = dropout(LN(word_table[id] + position_table[position])). A token whose id or position is outside of its
 // table gets NaN: nothing is read there, and nobody takes the result for an embedding. `row` holds a row of pieces.
 template <typename T, typename Lanes>
-HOST_DEVICE void forward_row(const Lanes& lanes, const Forward& op, int64_t token, Piece<Lanes::piece>* row) {
+HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token, Piece<Lanes::piece>* row) {
   constexpr int N = Lanes::piece;
   const T* word = table_row<T>(op.word_table, op.ids[token], op.words, op.hidden);
   const T* position = table_row<T>(op.position_table, op.positions[token], op.max_positions, op.hidden);
@@ -89,49 +89,49 @@ HOST_DEVICE void forward_row(const Lanes& lanes, const Forward& op, int64_t toke
   });
 }
 
-// The gradient of a token's z; adds the token's share to those of weight and norm_bias. `row` and `of_y` hold a row.
+// The gradient of a token's z; adds the token's share to those of weight and norm_bias. `row` and `grad_y` hold a row.
 template <typename T, typename Lanes>
-HOST_DEVICE void backward_row(const Lanes& lanes, const Backward& op, int64_t token, Piece<Lanes::piece>* row,
-                              Piece<Lanes::piece>* of_y, Piece<Lanes::piece>* of_weight,
-                              Piece<Lanes::piece>* of_norm_bias) {
+HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token, Piece<Lanes::piece>* row,
+                              Piece<Lanes::piece>* grad_y, Piece<Lanes::piece>* grad_weight,
+                              Piece<Lanes::piece>* grad_norm_bias) {
   constexpr int N = Lanes::piece;
   const T* z = static_cast<const T*>(op.z) + token * op.hidden;
   const T* grad = static_cast<const T*>(op.grad) + token * op.hidden;
 
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {
     row[piece] = load<Lanes>(z + piece * N, count);
-    of_y[piece] = load<Lanes>(grad + piece * N, count);
-    drop(op, token, piece, of_y[piece]);
+    grad_y[piece] = load<Lanes>(grad + piece * N, count);
+    drop(op, token, piece, grad_y[piece]);
   });
-  layer_norm_backward(lanes, op.hidden, op.weight, op.eps, row, of_y, of_weight, of_norm_bias);
+  layer_norm_backward(lanes, op.hidden, op.weight, op.eps, row, grad_y, grad_weight, grad_norm_bias);
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {
-    store<Lanes>(op.of_z + token * op.hidden + piece * N, of_y[piece], count);
+    store<Lanes>(op.grad_z + token * op.hidden + piece * N, grad_y[piece], count);
   });
 }
 
 // The backward of a chunk's tokens, one after another. `scratch` holds four rows of pieces.
 template <typename T, typename Lanes>
-HOST_DEVICE void backward_chunk(const Lanes& lanes, const Backward& op, int64_t chunk, Piece<Lanes::piece>* scratch) {
+HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk, Piece<Lanes::piece>* scratch) {
   constexpr int N = Lanes::piece;
   const int pieces = pieces_of(op.hidden, N);
-  Piece<N>* of_weight = scratch + 2 * pieces;
-  Piece<N>* of_norm_bias = scratch + 3 * pieces;
-  for_pieces(lanes, op.hidden, [&](int piece, auto) { of_weight[piece] = of_norm_bias[piece] = {}; });
+  Piece<N>* grad_weight = scratch + 2 * pieces;
+  Piece<N>* grad_norm_bias = scratch + 3 * pieces;
+  for_pieces(lanes, op.hidden, [&](int piece, auto) { grad_weight[piece] = grad_norm_bias[piece] = {}; });
 
   const int64_t begin = chunk * op.tokens_per_chunk, end = begin + op.tokens_per_chunk;
   for (int64_t token = begin; token < end && token < op.tokens; ++token) {
-    backward_row<T>(lanes, op, token, scratch, scratch + pieces, of_weight, of_norm_bias);
+    embeddings_backward_row<T>(lanes, op, token, scratch, scratch + pieces, grad_weight, grad_norm_bias);
   }
-  float* of_norm = op.of_norm + chunk * 2 * op.hidden;
+  float* grad_norm = op.grad_norm + chunk * 2 * op.hidden;
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {
-    store<Lanes>(of_norm + piece * N, of_weight[piece], count);
-    store<Lanes>(of_norm + op.hidden + piece * N, of_norm_bias[piece], count);
+    store<Lanes>(grad_norm + piece * N, grad_weight[piece], count);
+    store<Lanes>(grad_norm + op.hidden + piece * N, grad_norm_bias[piece], count);
   });
 }
 
 // Sums the run of equal table rows that starts at `first`; does nothing where none starts, or none that counts.
 template <typename T, typename Lanes>
-HOST_DEVICE void scatter_run(const Lanes& lanes, const Scatter& op, int64_t first) {
+HOST_DEVICE void embeddings_scatter_run(const Lanes& lanes, const EmbeddingsScatter& op, int64_t first) {
   constexpr int N = Lanes::piece;
   const int64_t row = op.sorted[first];
   const bool starts = first == 0 || op.sorted[first - 1] != row;

@@ -44,25 +44,25 @@ __device__ Piece<L::piece>* warp_scratch(int64_t hidden, int rows) {
 __device__ int64_t warp_index() { return int64_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP; }
 
 template <typename T, typename L>
-__global__ void forward_kernel(const Forward op) {
+__global__ void forward_kernel(const EmbeddingsForward op) {
   if (warp_index() >= op.tokens) return;
   const L lanes = {int(threadIdx.x % WARP), WARP};
-  forward_row<T>(lanes, op, warp_index(), warp_scratch<L>(op.hidden, 1));
+  embeddings_forward_row<T>(lanes, op, warp_index(), warp_scratch<L>(op.hidden, 1));
 }
 
 template <typename T, typename L>
-__global__ void backward_kernel(const Backward op) {
-  if (warp_index() >= op.chunks) return;
+__global__ void backward_kernel(const EmbeddingsBackward op) {
+  if (warp_index() >= chunks_of(op)) return;
   const L lanes = {int(threadIdx.x % WARP), WARP};
-  backward_chunk<T>(lanes, op, warp_index(), warp_scratch<L>(op.hidden, 4));
+  embeddings_backward_chunk<T>(lanes, op, warp_index(), warp_scratch<L>(op.hidden, 4));
 }
 
 // A frequent word makes a long run. Its row is spread over the second dimension of the grid, a piece a lane.
 template <typename T, typename L>
-__global__ void scatter_kernel(const Scatter op) {
+__global__ void scatter_kernel(const EmbeddingsScatter op) {
   if (warp_index() >= op.tokens) return;
   const L lanes = {int(blockIdx.y * WARP + threadIdx.x % WARP), int(gridDim.y * WARP)};
-  scatter_run<T>(lanes, op, warp_index());
+  embeddings_scatter_run<T>(lanes, op, warp_index());
 }
 
 bool is_aligned(int64_t hidden, int piece, std::initializer_list<const void*> pointers) {
@@ -106,7 +106,7 @@ const char* launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, i
 
 // Each returns null, or what went wrong.
 
-extern "C" const char* embeddings_forward(const Forward* op, int dtype, cudaStream_t stream) {
+extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype, cudaStream_t stream) {
   const std::initializer_list<const void*> pointers = {op->word_table, op->position_table, op->weight,
                                                        op->norm_bias,  op->out,            op->z};
   return with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
@@ -115,15 +115,15 @@ extern "C" const char* embeddings_forward(const Forward* op, int dtype, cudaStre
   });
 }
 
-extern "C" const char* embeddings_backward(const Backward* op, int dtype, cudaStream_t stream) {
-  const std::initializer_list<const void*> pointers = {op->grad, op->z, op->weight, op->of_z, op->of_norm};
+extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dtype, cudaStream_t stream) {
+  const std::initializer_list<const void*> pointers = {op->grad, op->z, op->weight, op->grad_z, op->grad_norm};
   return with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
     using L = decltype(lanes);
-    return launch<L>(backward_kernel<decltype(element), L>, *op, op->chunks, 1, 4, stream);
+    return launch<L>(backward_kernel<decltype(element), L>, *op, chunks_of(*op), 1, 4, stream);
   });
 }
 
-extern "C" const char* embeddings_scatter(const Scatter* op, int dtype, cudaStream_t stream) {
+extern "C" const char* embeddings_scatter(const EmbeddingsScatter* op, int dtype, cudaStream_t stream) {
   return with_lanes(dtype, op->hidden, {op->rows, op->table}, [&](auto element, auto lanes) {
     using L = decltype(lanes);
     const int depth = (pieces_of(op->hidden, L::piece) + WARP - 1) / WARP;

@@ -1,73 +1,62 @@
 // A whole layer for so few tokens that coming back to Python between its ops takes as long as some of them do.
-#include "encoder.h"
-#include "few_tokens.h"
+#include "ops.h"
+#include "linear.h"
 
-struct Layer {
+struct LayerForward {
   const float* x;  // (tokens, hidden)
   // Weights of linears are (out_features, in_features), biases (out_features,), parameters of layer norms (hidden,).
   const float *q_weight, *q_bias, *k_weight, *k_bias, *v_weight, *v_bias, *out_weight, *out_bias;
   const float *norm1_weight, *norm1_bias, *up_weight, *up_bias, *down_weight, *down_bias, *norm2_weight, *norm2_bias;
   const int64_t* longest_first;  // (sequences,)
-  const int32_t* cu_seqlens;     // (bounds,)
-  const int64_t* columns;        // (tokens,)
-  const int64_t* sequences_of;   // (tokens,)
+  const int32_t* cu_seqlens;     // (sequences + 1,)
   const bool* key_mask;          // (tokens,) or null
   float* scratch;                // (tokens, 4 * projected + 2 * hidden + intermediate)
   float* out;                    // (tokens, hidden)
-  // projected is heads * head_dim.
-  int64_t tokens, hidden, projected, intermediate, sequences, bounds, heads, head_dim, threads, activation;
+  int64_t tokens, hidden, projected, intermediate, sequences, heads, threads, activation;
   double norm1_eps, norm2_eps, scale;
 };
 
 namespace {
 
-const char* project(const Layer& op, const float* x, int64_t in_features, const float* weight, const float* bias,
+const char* project(const LayerForward& op, const float* x, int64_t in_features, const float* weight, const float* bias,
                     float* out, int64_t out_features, ParallelFor run) {
   const Product product = {weight, bias, out, out_features, out_features};
   return multiply_few(x, op.tokens, in_features, &product, 1, run);
 }
 
-const char* attend(const Layer& op, const float* qkv, float* out, ParallelFor run) {
-  Attention attention_op = {};
-  attention_op.qkv = qkv;
-  attention_op.longest_first = op.longest_first;
-  attention_op.cu_seqlens = op.cu_seqlens;
-  attention_op.columns = op.columns;
-  attention_op.key_mask = op.key_mask;
-  attention_op.out = out;
-  attention_op.tokens = op.tokens;
-  attention_op.sequences = op.sequences;
-  attention_op.bounds = op.bounds;
-  attention_op.width = 3 * op.projected;
-  attention_op.hidden = op.projected;
-  attention_op.heads = op.heads;
-  attention_op.head_dim = op.head_dim;
-  attention_op.threads = op.threads;
-  attention_op.scale = op.scale;
-  return attention(&attention_op, FLOAT32, run);
+const char* attend(const LayerForward& op, const float* qkv, float* out, ParallelFor run) {
+  AttentionForward attention = {};
+  attention.qkv = qkv;
+  attention.longest_first = op.longest_first;
+  attention.cu_seqlens = op.cu_seqlens;
+  attention.key_mask = op.key_mask;
+  attention.out = out;
+  attention.tokens = op.tokens;
+  attention.sequences = op.sequences;
+  attention.hidden = op.projected;
+  attention.heads = op.heads;
+  attention.threads = op.threads;
+  attention.scale = op.scale;
+  return attention_forward(&attention, FLOAT32, run);
 }
 
-const char* add_norm(const Layer& op, const float* residual, const float* x, const float* weight, const float* bias,
+const char* add_norm(const LayerForward& op, const float* residual, const float* x, const float* weight, const float* bias,
                      double eps, float* out, ParallelFor run) {
-  AddLayernorm norm = {};
+  AddNormForward norm = {};
   norm.residual = residual;
   norm.x = x;
   norm.weight = weight;
   norm.norm_bias = bias;
-  norm.columns = op.columns;
-  norm.sequences = op.sequences_of;
   norm.out = out;
   norm.tokens = op.tokens;
   norm.hidden = op.hidden;
   norm.eps = eps;
-  return add_layernorm_forward(&norm, FLOAT32, run);
+  return add_norm_forward(&norm, FLOAT32, run);
 }
 
-const char* activate(const Layer& op, float* x, ParallelFor run) {
-  BiasGelu gelu = {};
+const char* activate(const LayerForward& op, float* x, ParallelFor run) {
+  BiasGeluForward gelu = {};
   gelu.x = gelu.out = x;
-  gelu.columns = op.columns;
-  gelu.sequences = op.sequences_of;
   gelu.tokens = op.tokens;
   gelu.features = op.intermediate;
   gelu.activation = op.activation;
@@ -76,8 +65,8 @@ const char* activate(const Layer& op, float* x, ParallelFor run) {
 
 }  // namespace
 
-extern "C" const char* layer(const Layer* layer, int, ParallelFor run) {
-  const Layer& op = *layer;
+extern "C" const char* layer_forward(const LayerForward* layer, int, ParallelFor run) {
+  const LayerForward& op = *layer;
   const int64_t width = 3 * op.projected, hidden = op.hidden, inner = op.intermediate;
   float *qkv = op.scratch, *context = qkv + op.tokens * width, *x = context + op.tokens * op.projected;
   float *attended = x + op.tokens * hidden, *activations = attended + op.tokens * hidden;

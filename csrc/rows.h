@@ -164,6 +164,13 @@ HOST_DEVICE float row_sum(const Lanes& lanes, int64_t hidden, const Term& term) 
   return lanes.sum(sums.x[0]);
 }
 
+// ---- Chunks of tokens, whose sums are apart
+
+template <typename Op>
+HOST_DEVICE int64_t chunks_of(const Op& op) {
+  return (op.tokens + op.tokens_per_chunk - 1) / op.tokens_per_chunk;
+}
+
 // ---- Layer norm
 
 // What subtracting the mean leaves of a row, in place, and 1 / its standard deviation. The mean is taken off twice, as
@@ -179,27 +186,27 @@ HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<L
   return 1.0f / sqrtf(squares / float(hidden) + float(eps));
 }
 
-// The gradient of a row, in place of that of its layer norm, `of_y`; adds the row's share to those of weight and
+// The gradient of a row, in place of that of its layer norm, `grad_y`; adds the row's share to those of weight and
 // norm_bias. `row` holds the row and is left normalised.
 template <typename Lanes>
 HOST_DEVICE void layer_norm_backward(const Lanes& lanes, int64_t hidden, const float* norm_weight, double eps,
-                                     Piece<Lanes::piece>* row, Piece<Lanes::piece>* of_y,
-                                     Piece<Lanes::piece>* of_weight, Piece<Lanes::piece>* of_norm_bias) {
+                                     Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,
+                                     Piece<Lanes::piece>* grad_weight, Piece<Lanes::piece>* grad_norm_bias) {
   constexpr int N = Lanes::piece;
   const float rstd = centre(lanes, hidden, eps, row);
   for_pieces(lanes, hidden, [&](int piece, auto count) {
     const Piece<N> weight = load<Lanes>(norm_weight + piece * N, count);
     for (int i = 0; i < N; ++i) {
       row[piece].x[i] *= rstd;
-      of_weight[piece].x[i] += of_y[piece].x[i] * row[piece].x[i];
-      of_norm_bias[piece].x[i] += of_y[piece].x[i];
-      of_y[piece].x[i] *= weight.x[i];
+      grad_weight[piece].x[i] += grad_y[piece].x[i] * row[piece].x[i];
+      grad_norm_bias[piece].x[i] += grad_y[piece].x[i];
+      grad_y[piece].x[i] *= weight.x[i];
     }
   });
-  const float mean = row_sum(lanes, hidden, [&](int piece, int i) { return of_y[piece].x[i]; }) / float(hidden);
+  const float mean = row_sum(lanes, hidden, [&](int piece, int i) { return grad_y[piece].x[i]; }) / float(hidden);
   const float slope =
-      row_sum(lanes, hidden, [&](int piece, int i) { return of_y[piece].x[i] * row[piece].x[i]; }) / float(hidden);
+      row_sum(lanes, hidden, [&](int piece, int i) { return grad_y[piece].x[i] * row[piece].x[i]; }) / float(hidden);
   for_pieces(lanes, hidden, [&](int piece, auto) {
-    for (int i = 0; i < N; ++i) of_y[piece].x[i] = rstd * (of_y[piece].x[i] - mean - row[piece].x[i] * slope);
+    for (int i = 0; i < N; ++i) grad_y[piece].x[i] = rstd * (grad_y[piece].x[i] - mean - row[piece].x[i] * slope);
   });
 }

@@ -10,7 +10,9 @@ from importlib.util import find_spec
 import torch
 import transformers
 
-from . import flags, native, ops
+from . import flags, ops
+from .native import library
+from .native.build import build
 from .ops.choose import choose
 from .verify.battery import verify
 
@@ -32,9 +34,9 @@ def _status() -> int:
 
 def _build() -> int:
     try:
-        for device, path in native.library.build().items():
+        for device, path in build().items():
             print(f"{device}: {path}")
-    except native.library.BuildError as error:
+    except library.BuildError as error:
         print(error, file=sys.stderr)
         return 1
     return 0

@@ -17,12 +17,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import prune_linear_layer
 
-from . import flags, modes, native, ops
+from . import flags, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features
 from .linears import Scratch, project, project_side_by_side, scratch_for, takes_few_tokens
 from .modes import is_plain, is_untouched
+from .native.layer import forward as native_layer
 from .ops import Product
 from .ops.choose import choose
 from .reference import Norm
@@ -320,7 +321,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         inner = self.self_attn.self_attn
         norms = {"norm1": self.norm1, "norm2": self.norm2}
         heads, scale = inner.num_attention_heads, inner.scale
-        return native.layer.forward(hidden, batch, self._linears(), norms, heads, scale, self._fused_activation())
+        return native_layer(hidden, batch.sequences, self._linears(), norms, heads, scale, self._fused_activation())
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2

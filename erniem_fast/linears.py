@@ -9,8 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import flags, native, ops
+from . import flags, ops
 from .modes import is_plain, may_write
+from .native import library
+from .native.linear import forward as native_linear
 from .ops import Product
 
 # The token counts for which the native product beats PyTorch's, measured on two cores of a Xeon with AVX-512: a forward
@@ -48,7 +50,7 @@ def project(linear: nn.Module, x: Tensor, into: str | None = None, scratch: Scra
     out = _rows(scratch, x, weight.shape[0]) if few or scratch is not None else None
     reusable = not torch.is_grad_enabled()  # else a gradient may need it
     if few:
-        native.linear.forward(out, x, weight, bias)
+        native_linear(out, x, weight, bias)
         return Product(out, None, reusable)
     left = bias if into is not None and ops.fuses_bias(into, x) else None
     bias = bias if left is None else None
@@ -78,7 +80,7 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scrat
     if not may_write(x):
         return F.linear(x, *(torch.cat(each) for each in zip(*parameters, strict=True)))
     out = _rows(scratch, x, sum(widths))
-    into = native.linear.forward if takes_few_tokens(x, *parameters[0]) else _linear_into
+    into = native_linear if takes_few_tokens(x, *parameters[0]) else _linear_into
     for columns, (weight, bias) in zip(out.split(widths, dim=1), parameters, strict=True):
         into(columns, x, weight, bias)
     return out
@@ -139,4 +141,4 @@ def takes_few_tokens(x: Tensor, *parameters: Tensor | None) -> bool:
 
 @flags.while_held
 def _has_native_product() -> bool:
-    return flags.read(flags.KERNELS) == "auto" and native.library.is_built("cpu")
+    return flags.read(flags.KERNELS) == "auto" and library.is_built("cpu")

@@ -34,10 +34,11 @@ def device(request):
 
 def pytest_configure(config):
     """Builds the native library, so that tests of every implementation find it; without a compiler they skip it."""
-    from erniem_fast.native import library as extension
+    from erniem_fast.native.build import build  # imports Triton, which must find the setting above
+    from erniem_fast.native.library import BuildError
 
-    with contextlib.suppress(extension.BuildError):
-        extension.build(["cpu"])
+    with contextlib.suppress(BuildError):
+        build(["cpu"])
 
 
 @pytest.fixture

@@ -52,11 +52,11 @@ def naive_unpack(name, keep_first, tokens):
 
 def assert_order(batch, lengths):
     """Sequences from the longest to the shortest, and no claim that columns count tokens where they do not."""
-    order = batch.longest_first.tolist()
+    order = batch.sequences.longest_first.tolist()
     assert sorted(order) == list(range(len(lengths)))
     assert [lengths[sequence] for sequence in order] == sorted(lengths, reverse=True)
     counted = [column for length in lengths for column in range(length)]
-    assert batch.contiguous == (batch.columns.tolist() == counted)
+    assert batch.sequences.contiguous == (batch.columns.tolist() == counted)
 
 
 @every_case
@@ -71,15 +71,15 @@ def test_from_mask(name, keep_first):
     assert batch.tokens == len(tokens)
     assert batch.sequences.tolist() == [row for row, _ in tokens]
     assert batch.columns.tolist() == [column for _, column in tokens]
-    assert batch.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
-    assert max(lengths, default=0) <= batch.max_seqlen <= columns
+    assert batch.sequences.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
+    assert max(lengths, default=0) <= batch.sequences.max_seqlen <= columns
     assert batch.grid == (rows, columns)
     assert batch.packed
     assert_order(batch, lengths)
-    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.sequences.cu_seqlens.dtype == torch.int32
     assert batch.columns.dtype == batch.sequences.dtype == torch.int64
     attended = [bool(mask[cell]) for cell in tokens]
-    assert (None if batch.key_mask is None else batch.key_mask.tolist()) == (None if all(attended) else attended)
+    assert (None if batch.sequences.key_mask is None else batch.sequences.key_mask.tolist()) == (None if all(attended) else attended)
     places = range(len(tokens)) if batch.indices is None else batch.indices.tolist()
     assert list(places) == [row * columns + column for row, column in tokens]
 
@@ -131,8 +131,8 @@ def test_unpack_keeps_the_dtype(name, dtype):
 def test_unpack_gives_zeros_at_padding_whatever_was_computed_there(name, keep_first):
     batch = batch_of(name, keep_first)
     tokens = torch.randn(batch.tokens, 3)
-    if batch.key_mask is not None:
-        tokens[~batch.key_mask] = torch.nan
+    if batch.sequences.key_mask is not None:
+        tokens[~batch.sequences.key_mask] = torch.nan
     assert torch.equal(batch.unpack(tokens), naive_unpack(name, keep_first, tokens))
 
 
@@ -187,7 +187,7 @@ def naive_attention(name, keep_first, probabilities):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_unpack_attention(name, keep_first, dtype):
     batch = batch_of(name, keep_first)
-    probabilities = torch.rand(len(MASKS[name]), 2, batch.max_seqlen, batch.max_seqlen).to(dtype)
+    probabilities = torch.rand(len(MASKS[name]), 2, batch.sequences.max_seqlen, batch.sequences.max_seqlen).to(dtype)
     unpacked = batch.unpack_attention(probabilities)
     assert unpacked.dtype == dtype
     assert torch.equal(unpacked, naive_attention(name, keep_first, probabilities))
@@ -195,7 +195,7 @@ def test_unpack_attention(name, keep_first, dtype):
 
 def test_gradients_of_unpack_attention():
     batch = batch_of("holes", keep_first=True)
-    probabilities = torch.rand(4, 1, batch.max_seqlen, batch.max_seqlen, dtype=torch.float64, requires_grad=True)
+    probabilities = torch.rand(4, 1, batch.sequences.max_seqlen, batch.sequences.max_seqlen, dtype=torch.float64, requires_grad=True)
     assert gradcheck(batch.unpack_attention, probabilities)
 
 
@@ -210,11 +210,11 @@ def test_from_cu_seqlens(lengths, dtype):
     tokens = sum(lengths)
     batch = TokenBatch.from_cu_seqlens(cu_seqlens, 600, tokens)
     assert batch.tokens == tokens
-    assert batch.cu_seqlens.dtype == torch.int32
-    assert batch.cu_seqlens.tolist() == cu_seqlens.tolist()
+    assert batch.sequences.cu_seqlens.dtype == torch.int32
+    assert batch.sequences.cu_seqlens.tolist() == cu_seqlens.tolist()
     assert batch.sequences.tolist() == [i for i, length in enumerate(lengths) for _ in range(length)]
     assert batch.columns.tolist() == [column for length in lengths for column in range(length)]
-    assert (batch.max_seqlen, batch.grid, batch.key_mask, batch.packed) == (600, (1, tokens), None, True)
+    assert (batch.sequences.max_seqlen, batch.grid, batch.sequences.key_mask, batch.packed) == (600, (1, tokens), None, True)
     assert_order(batch, lengths)
     x = torch.randn(1, tokens, 3)
     assert torch.equal(batch.pack(x), x[0])
@@ -238,12 +238,12 @@ def test_padded(name):
     mask = MASKS[name]
     rows, columns = mask.shape
     batch = TokenBatch.padded((rows, columns), mask.device, key_mask=mask)
-    assert batch.cu_seqlens.tolist() == [row * columns for row in range(rows + 1)]
-    assert batch.cu_seqlens.dtype == torch.int32
+    assert batch.sequences.cu_seqlens.tolist() == [row * columns for row in range(rows + 1)]
+    assert batch.sequences.cu_seqlens.dtype == torch.int32
     assert batch.sequences.tolist() == [row for row in range(rows) for _ in range(columns)]
     assert batch.columns.tolist() == list(range(columns)) * rows
-    assert torch.equal(batch.key_mask, mask.flatten())
-    assert (batch.max_seqlen, batch.grid, batch.packed) == (columns, (rows, columns), False)
+    assert torch.equal(batch.sequences.key_mask, mask.flatten())
+    assert (batch.sequences.max_seqlen, batch.grid, batch.packed) == (columns, (rows, columns), False)
     assert_order(batch, [columns] * rows)
     assert TokenBatch.padded((rows, columns), mask.device).key_mask is None
     x = torch.randn(rows, columns, 3)
@@ -255,4 +255,4 @@ def test_padded(name):
 
 def test_a_full_mask_is_the_padded_grid_without_indices():
     batch = batch_of("full", keep_first=False)
-    assert (batch.indices, batch.key_mask, batch.packed) == (None, None, True)
+    assert (batch.indices, batch.sequences.key_mask, batch.packed) == (None, None, True)

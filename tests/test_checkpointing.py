@@ -90,7 +90,7 @@ def test_flags_around_the_backward_alone(setting, checkpointing):
 def test_recomputed_activations_follow_the_flags_of_the_forward(op, activation):
     model = model_of(None)
     with environment(RECOMPUTE="1"):
-        with use_kernels(**{op: "reference"}):
+        with use_implementations(**{op: "reference"}):
             expected = gradients(model)
         assert_equal(gradients(model, forward=SETTINGS[f"{op} by the reference"]), expected)
         expected = gradients(model)

@@ -171,7 +171,7 @@ def test_kept_values_and_gradients_are_rescaled_exactly(p, implementation):
     with use_kernels(bias_gelu=implementation):
         out = ops.bias_gelu_dropout(x, None, "relu", batch, p, seed)
     (of_x,) = torch.autograd.grad(out, x, grad)
-    keep = dropout.keep_mask(seed, p, 50, batch.columns, batch.sequences)
+    keep = dropout.keep_mask(seed, p, 50, batch.columns, batch.sequences.sequence_ids)
     assert 0 < keep.sum().item() < keep.numel()
     for computed, value in ((out, x), (of_x, grad)):
         assert torch.equal(computed, torch.where(keep, value * (1 / (1 - p)), 0.0))
@@ -297,7 +297,7 @@ def test_attention_draws_by_sequence_head_query_and_key(implementation):
         out = ops.attention(qkv, batch, heads, 1.0, p, torch.tensor([seed])).unflatten(1, (heads, head_dim))
     expected = torch.zeros_like(out)
     for token, (query, sequence) in enumerate(zip(batch.columns.tolist(), batch.sequences.tolist(), strict=True)):
-        keys = batch.columns[batch.sequences == sequence].tolist()
+        keys = batch.columns[batch.sequences.sequence_ids == sequence].tolist()
         for head, key in itertools.product(range(heads), keys):
             if kept_of_integers(seed, p, key, query, sequence, head):
                 expected[token, head, key] = 1 / len(keys) / (1 - p)

@@ -93,7 +93,7 @@ def test_use_kernels_wins_over_the_environment_and_leaves_the_rest_alone(monkeyp
 
 @pytest.mark.parametrize("op", flags.OPS)
 def test_use_kernels_sets_the_op_that_it_names(op):
-    with use_kernels(**{op: "reference"}):
+    with use_implementations(**{op: "reference"}):
         assert {each: flags.read(flag) for each, flag in flags.OPS.items()} == {
             each: "reference" if each == op else "auto" for each in flags.OPS
         }

@@ -16,10 +16,11 @@ import torch
 from equivalence import assert_equivalent, run
 from triton import knobs
 
-from erniem_fast import ErnieMConfig, ErnieMModel, extension, ops, reference
+from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
-from erniem_fast.kernels import bias_gelu_dropout, layernorm
+from erniem_fast.kernels import bias_gelu, layernorm
+from erniem_fast.native.build import build
 
 EPS = 1e-5
 HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 257, 512)
@@ -50,7 +51,7 @@ def attention(batch, heads, p, seed, qkv):
 
 def attention_reference(batch, heads, p, seed, qkv):
     scale = (qkv.shape[1] // (3 * heads)) ** -0.5
-    return reference.attention(qkv, batch.cu_seqlens, batch.columns, batch.key_mask, heads, scale, p, seed)
+    return reference.attention(qkv, batch.sequences.cu_seqlens, batch.columns, batch.sequences.key_mask, heads, scale, p, seed)
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
@@ -91,7 +92,7 @@ def test_add_layernorm_of_many_rows(device, sized, seed, hidden, poisoned_memory
             return ops.add_layernorm(residual, x, bias, weight, norm_bias, EPS, batch, 0.1, seed)
 
     def oracle(residual, x, bias, weight, norm_bias):
-        where = (batch.columns, batch.sequences)
+        where = (batch.columns, batch.sequences.sequence_ids)
         return reference.add_layernorm(residual, x, bias, weight, norm_bias, EPS, *where, 0.1, seed)
 
     assert_equivalent(kernel, oracle, [*rows, *vectors])
@@ -107,7 +108,7 @@ def test_bias_gelu_dropout_of_many_rows(device, sized, seed, features, poisoned_
             return ops.bias_gelu_dropout(x, bias, "gelu", batch, 0.1, seed)
 
     def oracle(x, bias):
-        return reference.bias_gelu_dropout(x, bias, "gelu", batch.columns, batch.sequences, 0.1, seed)
+        return reference.bias_gelu_dropout(x, bias, "gelu", batch.columns, batch.sequences.sequence_ids, 0.1, seed)
 
     assert_equivalent(kernel, oracle, inputs)
 
@@ -136,7 +137,7 @@ def test_add_layernorm_beyond_31_bits_of_index(device, seed, huge):
     vectors = [torch.randn(hidden, device=device, dtype=HALF) for _ in range(3)]
 
     def rows(of):
-        where = (batch.columns[of], batch.sequences[of], 0.1, seed)
+        where = (batch.columns[of], batch.sequences.sequence_ids[of], 0.1, seed)
         out, z = layernorm.forward(residual[of], x[of], *vectors, EPS, *where, True)
         of_residual, of_x, _, _, of_norm_bias = layernorm.backward(residual[of], z, vectors[1], EPS, *where)
         return of_norm_bias, (out, z, of_residual, of_x)
@@ -157,7 +158,7 @@ def test_bias_gelu_dropout_beyond_31_bits_of_index(device, seed, huge):
     x, bias = (torch.randn(shape, device=device, dtype=HALF) for shape in ((tokens, features), (features,)))
 
     def rows(of):
-        where = (batch.columns[of], batch.sequences[of], 0.1, seed)
+        where = (batch.columns[of], batch.sequences.sequence_ids[of], 0.1, seed)
         out = bias_gelu_dropout.forward(x[of], bias, "gelu", *where)
         return out, bias_gelu_dropout.backward(x[of], x[of], bias, "gelu", *where)[0]
 
@@ -256,7 +257,7 @@ def test_a_forward_is_captured_in_a_graph(device, monkeypatch):
     monkeypatch.setenv("ERNIEM_FAST_PACKING", "0")
     model = model_of(device, HALF).eval()
     (ids, mask), (others, _) = rows_of((32, 7), device), rows_of((32, 7), device)
-    with use_kernels(**KERNELS), torch.inference_mode():
+    with use_implementations(**KERNELS), torch.inference_mode():
         expected = model(others, attention_mask=mask).last_hidden_state
         out, replay = captured(lambda: model(ids, attention_mask=mask).last_hidden_state, device)
         assert not torch.equal(out, expected)
@@ -312,7 +313,7 @@ def test_the_sanitizer_finds_no_stray_access(device):
         if shutil.which("compute-sanitizer") is None:
             pytest.skip("there is no compute-sanitizer; it comes with the CUDA toolkit")
         sanitizer = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9"]
-    extension.build([device.type])
+    build([device.type])
     code = STEP.format(tests=os.path.dirname(__file__), device=device.type)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(

@@ -36,7 +36,7 @@ def kernel(activation, batch, p, seed, x, bias=None):
 
 
 def oracle(activation, batch, p, seed, x, bias=None):
-    return reference.bias_gelu_dropout(x, bias, activation, batch.columns, batch.sequences, p, seed)
+    return reference.bias_gelu_dropout(x, bias, activation, batch.columns, batch.sequences.sequence_ids, p, seed)
 
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
@@ -86,7 +86,7 @@ def test_dropout_draws_the_bits_of_the_reference(features, dtype):
     batch = batch_of(200)
     x = torch.full((200, features), 3.0, dtype=dtype, device=DEVICE)
     out, of_x = run(partial(kernel, "relu", batch, 0.5, SEED), [x])
-    keep = keep_mask(SEED, 0.5, features, batch.columns, batch.sequences).to(dtype)
+    keep = keep_mask(SEED, 0.5, features, batch.columns, batch.sequences.sequence_ids).to(dtype)
     assert 0.4 < keep.mean() < 0.6
     assert torch.equal(out, keep * 6)
     assert torch.equal(of_x, keep * 2)

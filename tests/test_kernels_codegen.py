@@ -138,8 +138,8 @@ def launch_attention():
     for lengths in (*short, *long, [129] * 140):
         batch = TokenBatch.from_cu_seqlens(torch.tensor([0, *accumulate(lengths)]), max(lengths), sum(lengths))
         qkv = torch.zeros(batch.tokens, 3 * 128, dtype=torch.float16)
-        order = (batch.longest_first, batch.contiguous)
-        where = (batch.cu_seqlens, batch.max_seqlen, batch.columns, batch.sequences, batch.key_mask)
+        order = (batch.sequences.longest_first, batch.sequences.contiguous)
+        where = (batch.sequences.cu_seqlens, batch.sequences.max_seqlen, batch.columns, batch.sequences.sequence_ids, batch.sequences.key_mask)
         for scale, p in ((0.125, 0.1), (0.2, 0.3)):
             case = (*order, *where, 2, scale, p, seed)
             out, lse = attention.forward(qkv, *case)

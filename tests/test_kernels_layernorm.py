@@ -10,7 +10,7 @@ from erniem_fast import ops, reference
 from erniem_fast.batch import TokenBatch
 from erniem_fast.dropout import keep_mask
 from erniem_fast.flags import use_kernels
-from erniem_fast.kernels import layernorm
+from erniem_fast.kernels import add_norm
 from erniem_fast.kernels.device import Device
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -40,7 +40,7 @@ def kernel(batch, p, seed, residual, x, bias, weight, norm_bias):
 
 
 def oracle(batch, p, seed, residual, x, bias, weight, norm_bias):
-    coordinates = (batch.columns, batch.sequences)
+    coordinates = (batch.columns, batch.sequences.sequence_ids)
     return reference.add_layernorm(residual, x, bias, weight, norm_bias, EPS, *coordinates, p, seed)
 
 
@@ -92,7 +92,7 @@ def test_dropout_draws_the_bits_of_the_reference(hidden, dtype):
     _, x, bias, weight, norm_bias = inputs_of(9, hidden, dtype, dtype)
     residual = torch.zeros_like(x)
     *_, of_x, _, _, _ = run(partial(kernel, batch, 0.3, SEED), [residual, x.abs() + 1, bias.abs(), weight, norm_bias])
-    keep = keep_mask(SEED, 0.3, hidden, batch.columns, batch.sequences)
+    keep = keep_mask(SEED, 0.3, hidden, batch.columns, batch.sequences.sequence_ids)
     assert 0.6 < keep.float().mean() < 0.8
     assert torch.equal(of_x != 0, keep)
 

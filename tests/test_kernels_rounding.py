@@ -53,10 +53,10 @@ def errors(op, shape):
     generator = torch.Generator().manual_seed(0)
     call, leaves = case.make(generator, DEVICE, torch.bfloat16)
     inputs = list(leaves.values())
-    with use_kernels(**{op: "reference"}):
+    with use_implementations(**{op: "reference"}):
         grad = torch.randn(call(*inputs).shape, generator=generator).to(DEVICE, torch.bfloat16)
         exact = run(call, [each.double() for each in inputs], grad)
-    with use_kernels(**{op: "triton"}):
+    with use_implementations(**{op: "triton"}):
         results = run(call, inputs, grad)
     names = ["result", *leaves]
     if op == "attention":

@@ -1251,7 +1251,7 @@ def test_every_implementation_of_every_op_agrees(model, packed, monkeypatch):
             monkeypatch.setenv("ERNIEM_FAST_VERIFY", "1")
         ops = dict.fromkeys(("embeddings", "attention", "bias_gelu", "layernorm"), implementation)
         model.zero_grad()
-        with erniem_fast.use_kernels(**ops):
+        with erniem_fast.use_implementations(**ops):
             hidden = model(IDS, attention_mask=MASK).last_hidden_state
             hidden[REAL].square().sum().backward()
         found.append((hidden[REAL], gradients(model)))

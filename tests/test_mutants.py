@@ -16,7 +16,7 @@ from test_kernels_rounding import ERRORS, rounds_little
 from triton.runtime.errors import InterpreterError
 
 from erniem_fast import kernels
-from erniem_fast.verification import battery
+from erniem_fast.verify.battery import battery
 
 KERNELS = Path(kernels.__path__[0])
 MODULE_OF_OP = {"attention": "attention", "bias_gelu": "bias_gelu_dropout", "layernorm": "layernorm"}

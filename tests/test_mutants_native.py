@@ -12,36 +12,36 @@ import torch
 from mutation import parameters, replaced
 from test_mutants import holds
 
-from erniem_fast import extension
-from erniem_fast.verification import battery
+from erniem_fast.native import compiler, library
+from erniem_fast.verify.battery import battery
 
 CPU = torch.device("cpu")
 FILE_OF_OP = {
     "embeddings": "embeddings_cpu.cpp",
     "attention": "attention_cpu.cpp",
-    "bias_gelu": "bias_gelu_dropout_cpu.cpp",
-    "layernorm": "add_layernorm_cpu.cpp",
-    "product": "few_tokens_cpu.cpp",
+    "bias_gelu": "bias_gelu_cpu.cpp",
+    "layernorm": "add_norm_cpu.cpp",
+    "product": "linear_cpu.cpp",
 }
 
-pytestmark = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
+pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 # By file and function: what is replaced, and by what.
 EMBEDDINGS = {
-    "forward_row": [
+    "embeddings_forward_row": [
         ("sum.x[i] += other.x[i];", ";"),
         ("* rstd *", "*"),
         (" * weight.x[i]", ""),
         (" + norm_bias.x[i]", ""),
         ("drop(op, token, piece, y);", ""),
     ],
-    "backward_row": [("drop(op, token, piece, of_y[piece]);", "")],
-    "backward_chunk": [
-        ("of_weight[piece] = of_norm_bias[piece] = {};", ""),
+    "embeddings_backward_row": [("drop(op, token, piece, grad_y[piece]);", "")],
+    "embeddings_backward_chunk": [
+        ("grad_weight[piece] = grad_norm_bias[piece] = {};", ""),
         ("token < end &&", "token < end - 1 &&"),
         ("token < op.tokens", "token < op.tokens - 1"),
     ],
-    "scatter_run": [
+    "embeddings_scatter_run": [
         ("!starts ||", ""),
         (" || row == op.padding_idx", ""),
         ("op.order[j] * op.hidden", "j * op.hidden"),
@@ -61,8 +61,8 @@ ATTENTION = {
         ("row[j] *= share;", ";"),
         ("= draw(i);", "= nullptr;"),
         ("row[j + lane] * factor;", "row[j + lane];"),
-        ("of_row[j + lane] *= factor;", ""),
-        ("(of_row[j] - mean)", "of_row[j]"),
+        ("grad_row[j + lane] *= factor;", ""),
+        ("(grad_row[j] - mean)", "grad_row[j]"),
     ],
     "exponentials": [
         ("for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;", ""),
@@ -109,10 +109,10 @@ BIAS_GELU = {
     "backward_row": [
         ("drop(op, token, piece, grad);", ""),
         ("grad.x[i] *= Function::slope(x.x[i]);", ""),
-        ("of_bias[piece].x[i] += grad.x[i];", "of_bias[piece].x[i] = grad.x[i];"),
+        ("grad_bias[piece].x[i] += grad.x[i];", "grad_bias[piece].x[i] = grad.x[i];"),
     ],
 }
-ADD_LAYERNORM = {
+ADD_NORM = {
     "forward_row": [
         ("x.x[i] += bias.x[i];", ";"),
         ("drop(op, token, piece, x);", ""),
@@ -123,13 +123,13 @@ ADD_LAYERNORM = {
         (" + norm_bias.x[i]", ""),
     ],
     "backward_row": [
-        ("drop(op, token, piece, of_x);", ""),
-        ("Piece<N> of_x = of_y[piece];", "Piece<N> of_x = of_y[piece]; drop(op, token, piece, of_x);"),
-        ("of_bias[piece].x[i] += of_x.x[i];", "of_bias[piece].x[i] = of_x.x[i];"),
+        ("drop(op, token, piece, grad_x);", ""),
+        ("Piece<N> grad_x = grad_y[piece];", "Piece<N> grad_x = grad_y[piece]; drop(op, token, piece, grad_x);"),
+        ("grad_bias[piece].x[i] += grad_x.x[i];", "grad_bias[piece].x[i] = grad_x.x[i];"),
     ],
-    "add_layernorm_backward": [("(2 + sum) * pieces", "(4 - sum) * pieces")],
+    "add_norm_backward": [("(2 + sum) * pieces", "(4 - sum) * pieces")],
 }
-FEW_TOKENS = {
+LINEAR = {
     "": [
         ("product.bias == nullptr ? 0.0f : product.bias[column]", "0.0f"),
         ("tiles.whole * ROWS + tile - tiles.whole", "tiles.whole * ROWS"),
@@ -168,11 +168,14 @@ ROWS = {
     ],
     "layer_norm_backward": [
         ("row[piece].x[i] *= rstd;", ""),
-        ("of_weight[piece].x[i] += of_y[piece].x[i] * row[piece].x[i];", "of_weight[piece].x[i] += of_y[piece].x[i];"),
-        ("of_weight[piece].x[i] +=", "of_weight[piece].x[i] ="),
-        ("of_norm_bias[piece].x[i] +=", "of_norm_bias[piece].x[i] ="),
-        ("of_y[piece].x[i] *= weight.x[i];", ""),
-        ("rstd * (of_y", "(of_y"),
+        (
+            "grad_weight[piece].x[i] += grad_y[piece].x[i] * row[piece].x[i];",
+            "grad_weight[piece].x[i] += grad_y[piece].x[i];",
+        ),
+        ("grad_weight[piece].x[i] +=", "grad_weight[piece].x[i] ="),
+        ("grad_norm_bias[piece].x[i] +=", "grad_norm_bias[piece].x[i] ="),
+        ("grad_y[piece].x[i] *= weight.x[i];", ""),
+        ("rstd * (grad_y", "(grad_y"),
         (" - mean", ""),
         (" - row[piece].x[i] * slope", ""),
     ],
@@ -216,9 +219,9 @@ FUNCTIONS = {
 MUTANTS = (
     ("embeddings", "embeddings.h", EMBEDDINGS),
     ("attention", "attention_cpu.cpp", ATTENTION),
-    ("bias_gelu", "bias_gelu_dropout_cpu.cpp", BIAS_GELU),
-    ("layernorm", "add_layernorm_cpu.cpp", ADD_LAYERNORM),
-    ("product", "few_tokens_cpu.cpp", FEW_TOKENS),
+    ("bias_gelu", "bias_gelu_cpu.cpp", BIAS_GELU),
+    ("layernorm", "add_norm_cpu.cpp", ADD_NORM),
+    ("product", "linear_cpu.cpp", LINEAR),
     ("layernorm", "rows.h", ROWS),
     ("layernorm", "dropout.h", DROPOUT),
     ("attention", "dropout.h", {"draw": [("Wide() + head", "Wide()")]}),
@@ -243,15 +246,15 @@ def install(tmp_path, monkeypatch):
     """Compiles an op's file of a changed copy of csrc/, for the process to load it in the library's place."""
 
     def install(op, file=None, *replacement):
-        sources = shutil.copytree(extension.SOURCES, tmp_path / "csrc")
+        sources = shutil.copytree(compiler.SOURCES, tmp_path / "csrc")
         if file is not None:
             path = sources / file
             path.write_text(mutate(path.read_text(encoding="utf-8"), *replacement), encoding="utf-8")
-        flags = extension.cpu_flags(torch.backends.cpu.get_cpu_capability())
-        library = tmp_path / "library.so"
+        flags = compiler.cpu_flags(torch.backends.cpu.get_cpu_capability())
+        built = tmp_path / "library.so"
         source = str(sources / FILE_OF_OP[op])
-        subprocess.run([extension.compiler_path(), *flags, "-O0", "-w", source, "-o", str(library)], check=True)
-        monkeypatch.setattr(extension, "library", lambda device: library)
+        subprocess.run([compiler.compiler_path(), *flags, "-O0", "-w", source, "-o", str(built)], check=True)
+        monkeypatch.setattr(library, "path", lambda device: built)
 
     return install
 

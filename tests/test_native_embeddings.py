@@ -11,10 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from erniem_fast import dropout, extension, reference
+from erniem_fast import dropout, reference
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
-from erniem_fast.ops import embeddings, native, native_embeddings
+from erniem_fast.native import compiler, library
+from erniem_fast.native import embeddings as native_embeddings
+from erniem_fast.native.build import build, compile_libraries
+from erniem_fast.native.function import dropout_values
+from erniem_fast.ops import embeddings
 
 PADDING, EPS = 1, 1e-5
 HIDDEN = [1, 7, 96, 384, 768, 1024, 1031]
@@ -31,11 +35,11 @@ def device(request, tmp_path_factory) -> torch.device:
     device = torch.device("cuda" if request.param == "cuda" else "cpu")
     with pytest.MonkeyPatch.context() as patch:
         if request.param == "cuda_on_host":
-            library = tmp_path_factory.mktemp("cache") / "native_cuda_on_host.so"
-            build_cuda_on_host(library)
-            patch.setattr(extension, "library", lambda device: library)
+            built = tmp_path_factory.mktemp("cache") / "native_cuda_on_host.so"
+            build_cuda_on_host(built)
+            patch.setattr(library, "path", lambda device: built)
         else:
-            extension.build([device.type])
+            build([device.type])
         yield device
 
 
@@ -47,10 +51,9 @@ def poisoned():
     torch.use_deterministic_algorithms(False)
 
 
-def build_cuda_on_host(library: Path) -> None:
-    compiler = extension.compiler_path()
+def build_cuda_on_host(path: Path) -> None:
     flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-w", f"-I{CUDA_ON_HOST}"]
-    extension.compile_libraries({library: [compiler, *flags, str(CUDA_ON_HOST / "embeddings.cpp")]})
+    compile_libraries({path: [compiler.compiler_path(), *flags, str(CUDA_ON_HOST / "embeddings.cpp")]})
 
 
 def masks(rows: int, columns: int) -> dict[str, Tensor]:
@@ -159,7 +162,7 @@ def test_dropout_has_the_bits_of_every_other_op(device, hidden, p):
     case.tables[2].zero_()  # weight
     case.tables[3].fill_(1.0)  # norm_bias
     out = case.run("native")[0]
-    keep = dropout.keep_mask(case.seed, p, hidden, batch.columns, batch.sequences)
+    keep = dropout.keep_mask(case.seed, p, hidden, batch.columns, batch.sequences.sequence_ids)
     assert torch.equal(out, keep * torch.tensor(dropout.rescale(p), device=device))
 
 
@@ -174,8 +177,8 @@ def test_every_value_of_a_half_is_read_and_rounded_as_by_torch(device, dtype):
     )
     position_table[:8] = 0.0
     rows, batch, norm = torch.arange(256, device=device), batch_of(256, device), torch.ones(256, device=device)
-    coordinates = (batch.columns, batch.sequences)
-    _, z = native_embeddings.NATIVE.forward(
+    coordinates = (batch.columns, batch.sequences.sequence_ids)
+    _, z = native_embeddings.forward(
         rows, rows, word_table, position_table, norm, norm, EPS, PADDING, *coordinates, 0.0, None, True
     )
     expected = (word_table.float() + position_table.float()).to(dtype)
@@ -270,13 +273,9 @@ def test_rows_out_of_range_are_never_read(device, hidden):
         norm_bias=case.tables[3],
         out=out,
         z=None,
-        tokens=9,
-        words=50,
-        max_positions=40,
-        hidden=hidden,
         eps=EPS,
         **good,
-        **native.dropout(case.batch.columns, case.batch.sequences, 0.0, None),
+        **dropout_values(case.batch.columns, case.batch.sequences.sequence_ids, 0.0, None),
     )
     assert out[:5].isnan().all()
     assert out[5:].isfinite().all()
@@ -289,7 +288,9 @@ def test_rows_out_of_range_are_never_read(device, hidden):
 def test_tensors_of_a_wrong_shape_are_refused(device):
     case = Case(batch_of(9, device), 96)
     case.positions = case.positions[:4]
-    with pytest.raises(ValueError, match=r"positions has shape \(4,\) on .* need \(9,\)"):
+    with pytest.raises(
+        ValueError, match=r"positions has shape \(4,\) on .* needs \(9,\) on .*: tokens is 9, as ids has shape \(9,\)"
+    ):
         case.run("native")
 
 
@@ -329,6 +330,6 @@ def test_tables_of_more_than_two_to_the_31_elements(device):
 def test_opcheck(device):
     case = Case(batch_of(9, device), 96, p=0.1)
     leaves = [each.requires_grad_() for each in case.tables]
-    coordinates = (case.batch.columns, case.batch.sequences)
+    coordinates = (case.batch.columns, case.batch.sequences.sequence_ids)
     inputs = (case.ids, case.positions, *leaves, EPS, PADDING, *coordinates, case.p, case.seed, True, "native", False)
     torch.library.opcheck(torch.ops.erniem_fast.embeddings.default, inputs)

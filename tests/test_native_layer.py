@@ -4,10 +4,11 @@ import pytest
 import torch
 from torch import nn
 
-from erniem_fast import ErnieMConfig, ErnieMModel, extension, use_kernels
-from erniem_fast.ops import native_layer
+from erniem_fast import ErnieMConfig, ErnieMModel, use_kernels
+from erniem_fast.native import layer as native_layer
+from erniem_fast.native import library
 
-pytestmark = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
+pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 LAYERS, HEADS, HIDDEN = 3, 3, 24
 NATIVE = {"attention": "native", "bias_gelu": "native", "layernorm": "native"}
@@ -25,13 +26,13 @@ def make_model(**changes) -> ErnieMModel:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """The token counts of the layers that were one call."""
-    seen, original = [], native_layer.layer
+    seen, original = [], native_layer.forward
 
-    def layer(x, *rest):
+    def forward(x, *rest):
         seen.append(x.shape[0])
         return original(x, *rest)
 
-    monkeypatch.setattr(native_layer, "layer", layer)
+    monkeypatch.setattr(native_layer, "forward", forward)
     return seen
 
 
@@ -189,7 +190,7 @@ def test_flags_training_and_other_dtypes_go_op_by_op(calls, monkeypatch):
         model.train()(**inputs)
         model.eval()
         for op in NATIVE:
-            with use_kernels(**{op: "torch"}):
+            with use_implementations(**{op: "torch"}):
                 model(**inputs)
         for name, value in (("ERNIEM_FAST_KERNELS", "off"), ("ERNIEM_FAST_VERIFY", "1")):
             with monkeypatch.context() as patch:
@@ -199,6 +200,6 @@ def test_flags_training_and_other_dtypes_go_op_by_op(calls, monkeypatch):
             model(**inputs)
         model.bfloat16()(**inputs)
         assert calls == []
-        with use_kernels(**NATIVE):
+        with use_implementations(**NATIVE):
             model.float()(**inputs)
         assert calls == [12] * LAYERS

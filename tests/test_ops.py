@@ -777,7 +777,7 @@ def test_native_attention_refuses_bounds_beyond_the_tokens(bounds):
     batch = sequences(4, 4)
     bounds = batch.sequences._replace(cu_seqlens=torch.tensor(bounds, dtype=torch.int32))
     batch = replace(batch, sequences=bounds)
-    with use_kernels(attention="native"), pytest.raises(RuntimeError, match="cu_seqlens must rise from 0"):
+    with use_kernels(attention="native"), pytest.raises((RuntimeError, ValueError), match="cu_seqlens"):
         ops.attention(torch.randn(8, 3 * 32), batch, heads=2, scale=1.0)
 
 

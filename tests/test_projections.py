@@ -3,14 +3,15 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from erniem_fast.projections import Scratch, project, project_side_by_side, scratch_for
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
-from erniem_fast import extension, projections
+from erniem_fast import projections
+from erniem_fast.native import library
+from erniem_fast.linears import Scratch, project, project_side_by_side, scratch_for
 
 SIZES = (24, 24, 24)
 TOKENS, FEATURES = 7, 32
@@ -205,7 +206,7 @@ def test_project_calls_a_special_module(special, leave_bias):
     assert_rounded_alike(*of_x)
 
 
-native = pytest.mark.skipif(not extension.is_built("cpu"), reason="the native library cannot be built here")
+native = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 130])

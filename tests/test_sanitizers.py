@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from erniem_fast import extension
+from erniem_fast.native import compiler, library
 
 HERE = Path(__file__).parent
 FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
@@ -19,7 +19,7 @@ TESTS = {
         "test_rows_out_of_range_are_never_read",
         "test_inputs_need_not_be_contiguous_nor_aligned",
     ],
-    "test_native.py": [
+    "test_native_function.py": [
         "test_a_tensor_that_is_missing_is_refused_by_its_name",
         "test_inputs_are_read_in_whatever_form_they_come",
     ],
@@ -34,12 +34,13 @@ TESTS = {
 # An error ends the process. Of the embeddings' tests those on the CPU are wanted, of the ops' the native ones.
 SCRIPT = f"""
 import sys, pytest, torch
-from erniem_fast import extension
-from erniem_fast.verification import battery
+from erniem_fast.native import compiler
+from erniem_fast.native.build import build
+from erniem_fast.verify.battery import battery
 
-flags = extension.cpu_flags
-extension.cpu_flags = lambda capability: [*flags(capability), *{FLAGS}]
-extension.build(["cpu"])
+flags = compiler.cpu_flags
+compiler.cpu_flags = lambda capability: [*flags(capability), *{FLAGS}]
+build(["cpu"])
 checks = [check for check in battery(torch.device("cpu")) if check.implementation == "native"]
 assert {{check.op for check in checks}} == {{"embeddings", "attention", "bias_gelu", "layernorm", "product"}}
 for check in checks:
@@ -52,12 +53,12 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", f"not ({{unwanted}})
 
 def runtime() -> Path:
     """The library that has to be in a process before any other; relative where the compiler has none."""
-    command = [extension.compiler_path(), "-print-file-name=libasan.so"]
+    command = [compiler.compiler_path(), "-print-file-name=libasan.so"]
     return Path(subprocess.check_output(command, text=True).strip())
 
 
 def test_sanitizers_find_nothing(tmp_path):
-    if not extension.is_built("cpu") or not runtime().is_absolute():
+    if not library.is_built("cpu") or not runtime().is_absolute():
         pytest.skip("no compiler, or none that has sanitizers")
     settings = {"LD_PRELOAD": str(runtime()), "ASAN_OPTIONS": "detect_leaks=0", "XDG_CACHE_HOME": str(tmp_path)}
     result = subprocess.run(

@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import native
 from ..dropout import Dropout, drop_features
+from ..native import add_norm as native_add_norm
 from ..reference import Norm, wide
 from .choose import Implementation, choose
 from .layer_norm import REFERENCE, TORCH, LayerNorm, with_bias
@@ -85,7 +85,7 @@ _OP = Op(
     _backward,
     {
         "triton": triton_implementation("add_norm"),
-        "native": native_implementation(native.add_norm, devices=("cpu",)),
+        "native": native_implementation(native_add_norm, devices=("cpu",)),
         "torch": _composed(TORCH),
         "reference": _composed(REFERENCE),
     },

@@ -5,9 +5,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .. import modes, native, reference
+from .. import modes, reference
 from ..batch import Sequences, TokenBatch
 from ..dropout import Dropout
+from ..native import attention as native_attention
 from . import attention_torch
 from .attention_torch import QKV
 from .choose import Implementation, choose
@@ -105,7 +106,7 @@ _OP = Op(
     {
         # Below 8.0 Triton has no tensor-core products, and the tiles do not fit (seen with Triton 3.6 and 3.9).
         "triton": triton_implementation("attention", largest=256, capability=(8, 0)),
-        "native": native_implementation(native.attention, devices=("cpu",), saves=False),
+        "native": native_implementation(native_attention, devices=("cpu",), saves=False),
         "torch": Implementation(attention_torch.forward, attention_torch.backward, saves=False),
         "reference": Implementation(reference.attention, reference.attention_backward, saves=False),
     },

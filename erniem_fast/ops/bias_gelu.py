@@ -7,8 +7,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native, reference
+from .. import reference
 from ..dropout import Dropout, drop_features
+from ..native import bias_gelu as native_bias_gelu
 from ..reference import wide
 from .choose import Implementation, choose
 from .native import native_implementation
@@ -90,7 +91,7 @@ _OP = Op(
     _backward,
     {
         "triton": triton_implementation("bias_gelu"),
-        "native": native_implementation(native.bias_gelu, devices=("cpu",)),
+        "native": native_implementation(native_bias_gelu, devices=("cpu",)),
         "torch": _composed(_activate_torch, _activate_backward_torch),
         "reference": _composed(reference.activate, reference.activate_backward),
     },

@@ -6,8 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native
 from ..dropout import Dropout, drop_features
+from ..native import embeddings as native_embeddings
 from ..reference import Norm, wide
 from .choose import Implementation, choose
 from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm, with_bias
@@ -125,7 +125,7 @@ _OP = Op(
     _forward,
     _backward,
     {
-        "native": native_implementation(native.embeddings, devices=("cpu", "cuda")),
+        "native": native_implementation(native_embeddings, devices=("cpu", "cuda")),
         "triton": served_by_triton(_composed(TRITON)),
         "torch": _composed(TORCH),
         "reference": _composed(REFERENCE),

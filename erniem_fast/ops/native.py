@@ -4,7 +4,7 @@ from types import ModuleType
 
 import torch
 
-from ..native import library
+from ..native import build, library
 from ..native.function import DTYPES
 from .choose import Implementation
 
@@ -31,7 +31,7 @@ def native_implementation(functions: ModuleType, devices: tuple[str, ...], saves
 
     def prepare(device: torch.device) -> None:
         if device.type in devices:
-            library.build([device.type])
+            build.build([device.type])
 
     return Implementation(
         functions.forward,

@@ -16,11 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .. import native, ops
+from .. import ops
 from ..batch import TokenBatch
 from ..configuration import RESERVED_POSITIONS
 from ..dropout import Dropout
 from ..flags import use_implementations
+from ..native import library
+from ..native.linear import forward as native_linear
 from ..ops import Product
 from ..ops.choose import Implementation
 from ..reference import Norm
@@ -122,7 +124,7 @@ class ProductCheck:
         operands = (x, weight, bias if self.bias else None)
         same, exact = F.linear(*operands), F.linear(*(None if each is None else each.double() for each in operands))
         out = torch.cat([beside, torch.full_like(same, nan), beside], dim=1)
-        native.linear.forward(out[:, self.gap : self.gap + self.outputs], *operands)
+        native_linear(out[:, self.gap : self.gap + self.outputs], *operands)
         same, exact = (torch.cat([beside.to(each.dtype), each, beside.to(each.dtype)], dim=1) for each in (same, exact))
         return {"result": compare(out, (same, exact))}
 
@@ -183,7 +185,7 @@ def _kernels() -> list[tuple[str, str, Implementation]]:
 def _product_objection(device: torch.device) -> str | None:
     if device.type != "cpu":
         return f"it runs on cpu, not on {device}."
-    return None if native.library.is_built("cpu") else native.library.status()["cpu"]
+    return None if library.is_built("cpu") else library.status()["cpu"]
 
 
 def _solve(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -10,11 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from erniem_fast.ops.implementation import choose
+from erniem_fast.ops.choose import choose
 
-from erniem_fast import extension
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
+from erniem_fast.native import compiler as compilers
+from erniem_fast.native import library
+from erniem_fast.native.build import build
+from erniem_fast.native.library import BuildError
 from erniem_fast.ops import embeddings
 
 CPU = torch.device("cpu")
@@ -34,11 +37,11 @@ def cache(tmp_path, monkeypatch):
 
     def use(folder: Path) -> None:
         monkeypatch.setenv("XDG_CACHE_HOME", str(folder))
-        extension.library.cache_clear()
+        library.path.cache_clear()
 
     use(tmp_path / "home")
     yield use
-    extension.library.cache_clear()
+    library.path.cache_clear()
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def compiler(tmp_path, monkeypatch):
 
 
 def run_build(folder: Path, wait: bool = True):
-    code = "from erniem_fast import extension; print(extension.build(['cpu'])['cpu'])"
+    code = "from erniem_fast.native.build import build; print(build(['cpu'])['cpu'])"
     process = subprocess.Popen(
         [sys.executable, "-c", code],
         env={**os.environ, "XDG_CACHE_HOME": str(folder)},
@@ -85,8 +88,8 @@ def chosen() -> str:
 def test_what_is_built_is_not_built_again(built, cache, compiler):
     cache(built)
     compiler(None)
-    assert extension.build(["cpu"]) == {"cpu": extension.library("cpu")}
-    assert extension.status()["cpu"] == str(extension.library("cpu"))
+    assert build(["cpu"]) == {"cpu": library.path("cpu")}
+    assert library.status()["cpu"] == str(library.path("cpu"))
     assert chosen() == "native"
 
 
@@ -95,7 +98,7 @@ def test_auto_waits_for_a_build_and_never_starts_one(built, cache, compiler, tmp
     assert chosen() == "torch"
     expected = run_embeddings()
     assert not (tmp_path / "started").exists()
-    assert "not built; run `python -m erniem_fast build`" in extension.status()["cpu"]
+    assert "not built; run `python -m erniem_fast build`" in library.status()["cpu"]
 
     cache(built)
     assert chosen() == "native"
@@ -104,9 +107,9 @@ def test_auto_waits_for_a_build_and_never_starts_one(built, cache, compiler, tmp
 
 def test_native_is_built_where_the_flag_asks_for_it(cache, monkeypatch):
     monkeypatch.setenv("ERNIEM_FAST_EMBEDDINGS", "native")
-    assert not extension.library("cpu").exists()
+    assert not library.path("cpu").exists()
     result = run_embeddings()
-    assert extension.library("cpu").exists()
+    assert library.path("cpu").exists()
     with use_kernels(embeddings="torch"):
         torch.testing.assert_close(result, run_embeddings(), rtol=1e-6, atol=1e-6)
 
@@ -115,32 +118,32 @@ def test_processes_that_build_at_once_do_not_disturb_each_other(tmp_path):
     processes = [run_build(tmp_path, wait=False) for _ in range(2)]
     outputs = [process.communicate() for process in processes]
     assert [process.returncode for process in processes] == [0, 0], outputs
-    (library,) = (tmp_path / "erniem_fast").iterdir()
-    assert {out.strip() for out, _ in outputs} == {str(library)}
+    (file,) = (tmp_path / "erniem_fast").iterdir()
+    assert {out.strip() for out, _ in outputs} == {str(file)}
 
 
 def test_a_library_needs_nothing_of_torch(built):
     """So that an upgrade of torch does not need a new one."""
-    (library,) = (built / "erniem_fast").iterdir()
-    code = f"import ctypes; ctypes.CDLL({str(library)!r}).embeddings_forward"
+    (file,) = (built / "erniem_fast").iterdir()
+    code = f"import ctypes; ctypes.CDLL({str(file)!r}).embeddings_forward"
     subprocess.run([sys.executable, "-S", "-c", code], check=True)
 
 
-@pytest.mark.parametrize("device", extension.DEVICES)
+@pytest.mark.parametrize("device", library.DEVICES)
 def test_the_name_follows_sources_and_flags(device, cache, tmp_path, monkeypatch):
-    names = {extension.library(device)}
-    sources = shutil.copytree(extension.SOURCES, tmp_path / "csrc")
-    monkeypatch.setattr(extension, "SOURCES", sources)
-    extension.library.cache_clear()
-    assert {extension.library(device)} == names
+    names = {library.path(device)}
+    sources = shutil.copytree(compilers.SOURCES, tmp_path / "csrc")
+    monkeypatch.setattr(compilers, "SOURCES", sources)
+    library.path.cache_clear()
+    assert {library.path(device)} == names
 
     with open(sources / "embeddings.h", "a") as header:
         header.write("// changed\n")
-    extension.library.cache_clear()
-    names.add(extension.library(device))
-    monkeypatch.setattr(extension, "_flags", lambda device: ["-march=other"])
-    extension.library.cache_clear()
-    names.add(extension.library(device))
+    library.path.cache_clear()
+    names.add(library.path(device))
+    monkeypatch.setattr(compilers, "flags", lambda device: ["-march=other"])
+    library.path.cache_clear()
+    names.add(library.path(device))
     assert len(names) == 3
 
 
@@ -156,13 +159,13 @@ def test_without_a_compiler_torch_serves_and_native_says_what_to_install(cache, 
 
 
 def test_a_failing_compiler_is_quoted(cache, tmp_path, monkeypatch):
-    sources = shutil.copytree(extension.SOURCES, tmp_path / "csrc")
+    sources = shutil.copytree(compilers.SOURCES, tmp_path / "csrc")
     (sources / "embeddings.h").write_text("this is no C++\n")
-    monkeypatch.setattr(extension, "SOURCES", sources)
-    extension.library.cache_clear()
-    with pytest.raises(extension.BuildError, match=r"(?s)embeddings\.h:1.*this is no C\+\+.*GCC 9"):
-        extension.build(["cpu"])
-    assert list(extension.cache().iterdir()) == []
+    monkeypatch.setattr(compilers, "SOURCES", sources)
+    library.path.cache_clear()
+    with pytest.raises(BuildError, match=r"(?s)embeddings\.h:1.*this is no C\+\+.*GCC 9"):
+        build(["cpu"])
+    assert list(library.cache().iterdir()) == []
 
 
 def test_a_home_that_cannot_be_written(cache, tmp_path):
@@ -170,17 +173,17 @@ def test_a_home_that_cannot_be_written(cache, tmp_path):
     cache(tmp_path / "file")
     assert chosen() == "torch"
     run_embeddings()
-    with pytest.raises(extension.BuildError, match=r"cache cannot be written: .*Set XDG_CACHE_HOME"):
-        extension.build(["cpu"])
+    with pytest.raises(BuildError, match=r"cache cannot be written: .*Set XDG_CACHE_HOME"):
+        build(["cpu"])
 
 
 def test_a_library_that_does_not_load(cache):
-    extension.cache().mkdir(parents=True)
-    extension.cache().chmod(0o700)
-    extension.library("cpu").write_text("garbage")
-    extension.library("cpu").chmod(0o700)
+    library.cache().mkdir(parents=True)
+    library.cache().chmod(0o700)
+    library.path("cpu").write_text("garbage")
+    library.path("cpu").chmod(0o700)
     assert chosen() == "torch"
-    assert re.search(r"does not load: .*Delete it", extension.status()["cpu"])
+    assert re.search(r"does not load: .*Delete it", library.status()["cpu"])
     with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match="does not load"):
         run_embeddings()
 
@@ -194,7 +197,7 @@ def copied(built, cache, tmp_path) -> Path:
     folder = Path(shutil.copytree(built, tmp_path / "copied"))
     cache(folder)
     assert chosen() == "native"
-    extension._opened.clear()
+    library._opened.clear()
     return folder / "erniem_fast"
 
 
@@ -202,9 +205,9 @@ def assert_refused(message: str) -> None:
     """Whatever asks for the library says why there is none; the op runs in PyTorch unless a flag names the library."""
     assert chosen() == "torch"
     run_embeddings()
-    assert re.search(message, extension.status()["cpu"])
-    with pytest.raises(extension.BuildError, match=message):
-        extension.build(["cpu"])
+    assert re.search(message, library.status()["cpu"])
+    with pytest.raises(BuildError, match=message):
+        build(["cpu"])
     with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match=message):
         run_embeddings()
 
@@ -222,17 +225,17 @@ def test_a_folder_that_others_may_write_to_is_refused(copied, mode):
 
 @pytest.mark.parametrize("mode", [0o775, 0o757])
 def test_a_library_that_others_may_write_to_is_refused(copied, mode):
-    (library,) = copied.iterdir()
-    library.chmod(mode)
-    assert_refused(WRITABLE.format(library, mode, library))
-    library.chmod(mode & ~0o022)
+    (file,) = copied.iterdir()
+    file.chmod(mode)
+    assert_refused(WRITABLE.format(file, mode, file))
+    file.chmod(mode & ~0o022)
     assert chosen() == "native"
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give files away")
 def test_what_is_another_users_is_refused(copied):
-    (library,) = copied.iterdir()
-    for path in (copied, library):
+    (file,) = copied.iterdir()
+    for path in (copied, file):
         os.chown(path, 4321, -1)
         assert_refused(f"{path} belongs to user 4321, not to you \\(user 0\\), .* run `chown 0 {path}`; else: Set XDG")
         os.chown(path, 0, -1)
@@ -247,15 +250,15 @@ def test_what_is_roots_serves_all(copied, monkeypatch):
 
 def test_links_are_followed(copied, cache, tmp_path):
     """To the folder and to the library: what counts is who may write to where they lead."""
-    (library,) = copied.iterdir()
-    for name, target in (("to_folder", copied), ("to_library", library)):
+    (file,) = copied.iterdir()
+    for name, target in (("to_folder", copied), ("to_library", file)):
         home = tmp_path / name
-        link = home / "erniem_fast" / library.name if target is library else home / "erniem_fast"
+        link = home / "erniem_fast" / file.name if target is file else home / "erniem_fast"
         link.parent.mkdir(mode=0o700, parents=True)
         link.symlink_to(target)
         cache(home)
         assert chosen() == "native"
-        extension._opened.clear()
+        library._opened.clear()
         copied.chmod(0o777)
         assert_refused(WRITABLE.format(copied, 0o777, copied))
         copied.chmod(0o755)
@@ -272,11 +275,11 @@ def test_others_may_not_write_to_what_is_built(cache, compiler):
     compiler('for last; do :; done; : > "$last"')  # makes an empty library, behind `-o`
     umask = os.umask(0)
     try:
-        library = extension.build(["cpu"])["cpu"]
+        file = build(["cpu"])["cpu"]
     finally:
         os.umask(umask)
-    assert stat.S_IMODE(library.parent.stat().st_mode) == 0o700
-    assert not library.stat().st_mode & 0o022
+    assert stat.S_IMODE(file.parent.stat().st_mode) == 0o700
+    assert not file.stat().st_mode & 0o022
 
 
 def test_a_user_without_a_home(cache, monkeypatch):
@@ -284,15 +287,15 @@ def test_a_user_without_a_home(cache, monkeypatch):
     for name in ("XDG_CACHE_HOME", "HOME"):
         monkeypatch.delenv(name)
     monkeypatch.setattr(os, "getuid", lambda: 2**31 - 2)
-    extension.library.cache_clear()
+    library.path.cache_clear()
     assert_refused("no folder for the cache: .*Set XDG_CACHE_HOME")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_cuda_without_a_device():
-    assert extension.status()["cuda"] == "torch finds no CUDA device."
-    with pytest.raises(extension.BuildError, match="no CUDA device"):
-        extension.build(["cuda"])
+    assert library.status()["cuda"] == "torch finds no CUDA device."
+    with pytest.raises(BuildError, match="no CUDA device"):
+        build(["cuda"])
 
 
 def test_dtypes_that_native_does_not_serve(built, cache):
@@ -310,8 +313,8 @@ REGISTERS = {"forward_kernel": 64, "scatter_kernel": 64, "backward_kernel": 128}
 def test_cuda_compiles_and_links_without_spills(tmp_path):
     architectures = (80, 90, 100, 120)
     output = tmp_path / "embeddings_cuda.so"
-    command = [shutil.which("nvcc"), *extension.cuda_flags(architectures), "-Xptxas=-v", "--threads=2"]
-    source = extension.SOURCES / "embeddings_cuda.cu"
+    command = [shutil.which("nvcc"), *compilers.cuda_flags(architectures), "-Xptxas=-v", "--threads=2"]
+    source = compilers.SOURCES / "embeddings_cuda.cu"
     run = subprocess.run([*command, str(source), "-o", str(output)], capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     assert output.exists()

@@ -1,18 +1,18 @@
 // The `bias_gelu_dropout` op on a CPU, forward and backward.
 #include "dropout.h"
-#include "encoder.h"
+#include "ops.h"
 #include "functions.h"
 
 struct BiasGeluBackward {
   const void* grad;          // (tokens, features) elements
   const void* x;             // (tokens, features) elements
   const float* bias;         // (features,) or null
-  const int64_t* columns;    // (tokens,)
-  const int64_t* sequences;  // (tokens,)
+  const int64_t* columns;  // (tokens,) or null
+  const int64_t* sequence_ids;  // (tokens,) or null
   const int64_t* seed;       // (1,) or null
-  void* of_x;                // (tokens, features) elements
-  float* of_bias;            // (chunks, features), each chunk's share, or null
-  int64_t tokens, chunks, tokens_per_chunk, features, activation, threshold;
+  void* grad_x;                // (tokens, features) elements
+  float* grad_bias;            // (chunks, features), each chunk's share, or null
+  int64_t tokens, tokens_per_chunk, features, activation, threshold;
   double rescale;
 };
 
@@ -75,7 +75,7 @@ Piece<N> load_biased(const Op& op, int64_t token, int piece, Count count) {
 }
 
 template <typename T, typename Function>
-void forward_row(const BiasGelu& op, int64_t token) {
+void forward_row(const BiasGeluForward& op, int64_t token) {
   for_pieces(Thread(), op.features, [&](int piece, auto count) {
     Piece<N> y = load_biased<T>(op, token, piece, count);
     for (int i = 0; i < N; ++i) y.x[i] = Function::value(y.x[i]);
@@ -84,24 +84,24 @@ void forward_row(const BiasGelu& op, int64_t token) {
   });
 }
 
-// Adds to `of_bias`, a row of pieces.
+// Adds to `grad_bias`, a row of pieces.
 template <typename T, typename Function>
-void backward_row(const BiasGeluBackward& op, int64_t token, Piece<N>* of_bias) {
+void backward_row(const BiasGeluBackward& op, int64_t token, Piece<N>* grad_bias) {
   for_pieces(Thread(), op.features, [&](int piece, auto count) {
     const Piece<N> x = load_biased<T>(op, token, piece, count);
     Piece<N> grad = load<Thread>(static_cast<const T*>(op.grad) + token * op.features + piece * N, count);
     drop(op, token, piece, grad);
     for (int i = 0; i < N; ++i) {
       grad.x[i] *= Function::slope(x.x[i]);
-      of_bias[piece].x[i] += grad.x[i];
+      grad_bias[piece].x[i] += grad.x[i];
     }
-    store<Thread>(static_cast<T*>(op.of_x) + token * op.features + piece * N, grad, count);
+    store<Thread>(static_cast<T*>(op.grad_x) + token * op.features + piece * N, grad, count);
   });
 }
 
 }  // namespace
 
-extern "C" const char* bias_gelu_forward(const BiasGelu* op, int dtype, ParallelFor run) {
+extern "C" const char* bias_gelu_forward(const BiasGeluForward* op, int dtype, ParallelFor run) {
   return with_dtype(dtype, [&](auto element) {
     return with_activation(op->activation, [&](auto function) {
       return parallel_rows(run, op->tokens, op->features, 0, 0, [&](int64_t token, auto*) {
@@ -115,11 +115,11 @@ extern "C" const char* bias_gelu_backward(const BiasGeluBackward* op, int dtype,
   const int64_t work = op->tokens_per_chunk * op->features;
   return with_dtype(dtype, [&](auto element) {
     return with_activation(op->activation, [&](auto function) {
-      return parallel_rows(run, op->chunks, work, op->features, 1, [&](int64_t chunk, auto* of_bias) {
-        for_chunk(*op, chunk, of_bias, pieces_of(op->features, N), [&](int64_t token) {
-          backward_row<decltype(element), decltype(function)>(*op, token, of_bias);
+      return parallel_rows(run, chunks_of(*op), work, op->features, 1, [&](int64_t chunk, auto* grad_bias) {
+        for_chunk(*op, chunk, grad_bias, pieces_of(op->features, N), [&](int64_t token) {
+          backward_row<decltype(element), decltype(function)>(*op, token, grad_bias);
         });
-        if (op->of_bias != nullptr) store_row(of_bias, op->of_bias + chunk * op->features, op->features);
+        if (op->grad_bias != nullptr) store_row(grad_bias, op->grad_bias + chunk * op->features, op->features);
       });
     });
   });

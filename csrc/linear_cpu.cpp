@@ -1,11 +1,11 @@
 // The weight streams through the caches once, as it lies in memory; x, transposed, stays in them.
-#include "few_tokens.h"
+#include "linear.h"
 
 #include <memory>
 
 #include "product.h"
 
-struct FewTokens {
+struct LinearForward {
   const float* x;       // (tokens, in_features)
   const float* weight;  // (out_features, in_features)
   const float* bias;    // (out_features,) or null
@@ -151,7 +151,7 @@ const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, co
   }
 }
 
-extern "C" const char* few_tokens(const FewTokens* op, int, ParallelFor run) {
+extern "C" const char* linear_forward(const LinearForward* op, int, ParallelFor run) {
   const Product product = {op->weight, op->bias, op->out, op->out_features, op->out_stride};
   return multiply_few(op->x, op->tokens, op->in_features, &product, 1, run);
 }

@@ -1,0 +1,227 @@
+"""A function of csrc/, called with the addresses of tensors that have been checked."""
+
+import contextlib
+import ctypes
+import functools
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from operator import itemgetter
+from pathlib import Path
+from types import CodeType
+
+import torch
+from torch import Tensor
+
+from ..dropout import Dropout, rescale, threshold
+from ..reference import Norm
+from . import library
+
+# The dtypes of elements, as csrc/rows.h numbers them.
+DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
+
+# Fixed, so that the sums over tokens do not depend on the number of threads.
+TOKENS_PER_CHUNK = 32
+
+INT, FLOAT, ELEMENT = torch.int64, torch.float32, None
+
+# The tensors of an op's dropout. Without a seed there is none, and the coordinates are not read.
+DROPOUT = {"columns": (INT, "tokens"), "sequence_ids": (INT, "tokens"), "seed": (INT, 1)}
+_READ_WITH = {"columns": "seed", "sequence_ids": "seed"}
+
+
+def dropout_values(dropout: Dropout | None) -> dict[str, object]:
+    """The values of `DROPOUT`, and `threshold` and `rescale`, which go with them."""
+    if dropout is None:
+        return {"columns": None, "sequence_ids": None, "seed": None, "threshold": 0, "rescale": 1.0}
+    return {
+        "columns": dropout.columns,
+        "sequence_ids": dropout.sequence_ids,
+        "seed": dropout.seed.reshape(1),
+        # p = 1 has the threshold 2^32, which no word of 32 bits can hold; its rescaling by 0 drops what is left.
+        "threshold": min(threshold(dropout.p), 2**32 - 1),
+        "rescale": rescale(dropout.p),
+    }
+
+
+def norm_values(norm: Norm) -> dict[str, object]:
+    """The parameters of a layer norm by the names that structures give them."""
+    return {"weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
+
+
+def chunks_of(tokens: int) -> int:
+    """The number of chunks of `TOKENS_PER_CHUNK`, each of which has a row of its own in the sums over tokens."""
+    return -(-tokens // TOKENS_PER_CHUNK)
+
+
+CHUNKS = "-(-tokens // tokens_per_chunk)"
+
+
+@dataclass(frozen=True, eq=False)
+class Function:
+    """A function of the libraries, and its structure of csrc/.
+
+    A dimension is a number, a name or an expression in names. The first tensor with a dimension decides its size, all
+    others must agree, and an expression must have its value. So callers pass only the integers that no tensor's shape
+    says.
+
+    Attributes:
+        name: of the function.
+        tensors: dtype, `ELEMENT` for that of the call, and dimensions of each tensor.
+        written: the tensors that the function writes to.
+        sizes, factors: names of the integers and of the floating-point numbers.
+        optional: the tensors that may be None.
+        strided: the tensors whose rows need not follow one another in memory.
+    """
+
+    name: str
+    tensors: dict[str, tuple]
+    written: tuple[str, ...]
+    sizes: str
+    factors: str = ""
+    optional: tuple[str, ...] = ()
+    strided: tuple[str, ...] = ()
+
+    def __call__(self, device: torch.device, dtype: torch.dtype, **values: object) -> None:
+        """Runs on the device's library, for elements of a dtype.
+
+        Raises:
+            ValueError: there is no such function for the dtype; or a tensor is missing, contradicts another, or is not
+                what the function reads or writes: the message names it.
+            RuntimeError: the function failed; the message says why.
+        """
+        if dtype not in DTYPES:
+            raise ValueError(f"{self.name} is for float32, float16 and bfloat16, not {dtype}; cast the tensors.")
+        addresses, kept = [], []  # converted tensors must live until the function has run
+        values.update(self._constants)
+        for name, kind, dimensions in self._described:
+            tensor = values[name]
+            if tensor is None:
+                addresses.append(self._absent(name, values))
+                continue
+            shape = tensor.shape
+            if len(shape) != len(dimensions) or tensor.device != device:
+                raise self._contradiction(name, values, device)
+            for dimension, size in zip(dimensions, shape, strict=True):
+                if values.setdefault(dimension, size) != size:
+                    raise self._contradiction(name, values, device)
+            tensor = self._readable(name, tensor, kind or dtype)
+            kept.append(tensor)
+            addresses.append(tensor.data_ptr())
+        for expression, code, name in self._expressions:
+            if expression in values and values[expression] != (value := eval(code, None, values)):
+                raise self._contradiction(name, {**values, expression: value}, device)
+        run, structure = _linked(library.load(device.type), self)
+        with torch.cuda.device(device) if device.type == "cuda" else _HERE:
+            error = run(structure(*addresses, *self._numbers(values)), DTYPES[dtype], _context(device))
+        if error is not None:
+            raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
+
+    def _absent(self, name: str, values: dict[str, object]) -> None:
+        """The address of a tensor that is None: it may be, or the tensor that it is read with is None too."""
+        if name not in self.optional or values[_READ_WITH.get(name, name)] is not None:
+            raise ValueError(f"{self.name}: {name} is None, but the function needs it; pass a tensor.")
+
+    def _contradiction(self, name: str, values: dict[str, object], device: torch.device) -> ValueError:
+        """The error that says what a tensor is, what it must be, and which tensors say so."""
+        tensor, (_, *dimensions) = values[name], self.tensors[name]
+        wanted = ", ".join(str(values.get(each, each)) for each in dimensions) + ("," if len(dimensions) == 1 else "")
+        texts = [each for each in dimensions if isinstance(each, str)]
+        reasons = []
+        for each in dict.fromkeys([*texts, *re.findall("[a-z_]+", " ".join(texts))]):
+            source = next((other for other in self.tensors if each in self.tensors[other]), None)
+            if each in values and source != name:
+                reason = f", as {source} has shape {tuple(values[source].shape)}" if source else ""
+                reasons.append(f"{each} is {values[each]}{reason}")
+        return ValueError(
+            f"{self.name}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, but needs ({wanted}) on {device}"
+            f"{': ' if reasons else ''}{'; '.join(reasons)}."
+        )
+
+    def _readable(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+        """The tensor, or a copy of it in the dtype and in memory that can be read by its address."""
+        in_memory = tensor.layout is torch.strided and (tensor.data_ptr() != 0 or tensor.numel() == 0)
+        if in_memory and _is_laid_out(tensor, dtype, rows_apart=name in self.strided):
+            return tensor
+        if not in_memory or name in self.written or not torch.can_cast(tensor.dtype, dtype):
+            raise ValueError(
+                f"{self.name}: {name} is a {type(tensor).__name__} of {tensor.dtype} and {tensor.layout}, which is not "
+                f"what the function {'writes' if name in self.written else 'reads'}; pass a contiguous Tensor of "
+                f"{dtype}."
+            )
+        return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor.detach())
+
+    @functools.cached_property
+    def fields(self) -> tuple[tuple[str, type], ...]:
+        """The structure's fields in their order: addresses, integers, floating-point numbers."""
+        kinds = (
+            (ctypes.c_void_p, self.tensors),
+            (ctypes.c_int64, self.sizes.split()),
+            (ctypes.c_double, self.factors.split()),
+        )
+        return tuple((name, kind) for kind, names in kinds for name in names)
+
+    @functools.cached_property
+    def _described(self) -> list[tuple[str, torch.dtype | None, tuple]]:
+        """Name, dtype and dimensions of each tensor."""
+        return [(name, kind, tuple(dimensions)) for name, (kind, *dimensions) in self.tensors.items()]
+
+    @functools.cached_property
+    def _constants(self) -> dict[int, int]:
+        """The sizes of the dimensions that are numbers."""
+        return {each: each for _, _, dimensions in self._described for each in dimensions if isinstance(each, int)}
+
+    @functools.cached_property
+    def _expressions(self) -> list[tuple[str, CodeType, str]]:
+        """The dimensions that are expressions, compiled, and the first tensor that has each."""
+        found = {}
+        for name, _, dimensions in self._described:
+            for each in dimensions:
+                if isinstance(each, str) and not each.isidentifier():
+                    found.setdefault(each, (each, compile(each, self.name, "eval"), name))
+        return list(found.values())
+
+    @functools.cached_property
+    def _numbers(self) -> Callable[[dict[str, object]], tuple]:
+        """The structure's numbers, by name, in the order of its fields."""
+        return itemgetter(*self.sizes.split(), *self.factors.split())
+
+
+def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
+    """Whether csrc/ can use a tensor's memory: it holds elements of the dtype, in order, aligned and not negated."""
+    return (
+        tensor.dtype == dtype
+        and (tensor.is_contiguous() or (rows_apart and tensor.stride(-1) == 1))
+        and not tensor.is_neg()
+        and tensor.data_ptr() % dtype.itemsize == 0
+    )
+
+
+@functools.cache
+def _linked(library: ctypes.CDLL, function: Function) -> tuple[Callable[..., bytes | None], type[ctypes.Structure]]:
+    """The function of a library, and the type of its argument.
+
+    Threads that come here at once each link a function of their own: `getattr` would give them all the same one, which
+    takes the argument of the last alone.
+    """
+    structure = type(function.name, (ctypes.Structure,), {"_fields_": function.fields})
+    run = library[function.name]
+    run.argtypes = (ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p)
+    run.restype = ctypes.c_char_p
+    return run, structure
+
+
+_HERE = contextlib.nullcontext()
+
+
+def _context(device: torch.device) -> int:
+    """What a library runs on: the current stream, or on the CPU torch's threads."""
+    if device.type == "cuda":
+        return torch.cuda.current_stream().cuda_stream
+    return _parallel_for()
+
+
+@functools.cache
+def _parallel_for() -> int:
+    library = next(Path(torch.__file__).parent.joinpath("lib").glob("libtorch_cpu.*"))
+    return ctypes.cast(ctypes.CDLL(str(library)).torch_parallel_for, ctypes.c_void_p).value

@@ -1,0 +1,30 @@
+"""The matrix product of few tokens, on the CPU in float32."""
+
+from torch import Tensor
+
+from .function import FLOAT, Function
+
+_FORWARD = Function(
+    "linear_forward",
+    {
+        "x": (FLOAT, "tokens", "in_features"),
+        "weight": (FLOAT, "out_features", "in_features"),
+        "bias": (FLOAT, "out_features"),
+        "out": (FLOAT, "tokens", "out_features"),
+    },
+    written=("out",),
+    sizes="tokens in_features out_features out_stride",
+    optional=("bias",),
+    strided=("out",),
+)
+
+
+def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
+    """Writes `F.linear(x, weight, bias)` into `out`, whose rows need not follow one another in memory.
+
+    Args:
+        out: float32 `(tokens, out_features)` on the CPU.
+        x: `(tokens, in_features)`, a few tens of tokens: for more, PyTorch's product is faster.
+        weight, bias: `(out_features, in_features)`, and `(out_features,)` or None.
+    """
+    _FORWARD(x.device, x.dtype, x=x, weight=weight, bias=bias, out=out, out_stride=out.stride(0))

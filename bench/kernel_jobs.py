@@ -92,7 +92,7 @@ def _batch(lengths, tokens, device):
     else:
         length = min(int(lengths), tokens)
         mask = torch.ones(tokens // length, length, dtype=torch.bool, device=device)
-    return TokenBatch.from_mask(mask, keep_first=False)[0]
+    return TokenBatch.from_mask(mask, keep_first=False)
 
 
 def _random(device, dtype):

@@ -1,6 +1,5 @@
 """TokenBatch: which tokens a forward computes, and where they stand in the grid that the caller sees."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -82,52 +81,10 @@ class TokenBatch:
         )
 
     @classmethod
-    def from_mask(
-        cls, mask: Tensor, *, keep_first: bool, probes: Sequence[Tensor] = ()
-    ) -> tuple["TokenBatch", list[int]]:
-        """Packs the tokens that a padding mask keeps; the only host synchronisation of a forward.
-
-        Args:
-            mask: bool `(rows, columns)`, True for real tokens.
-            keep_first: also compute column 0 of rows where it is padding, attended to by nobody: what a pooler reads.
-            probes: integer tensors of one element each that the caller wants on the host; they ride along.
-
-        Returns:
-            The batch, and the values of `probes`.
-        """
-        rows, columns = mask.shape
-        computed = mask
-        if keep_first and columns:
-            computed = mask.clone()
-            computed[:, 0] = True
-        lengths = computed.sum(dim=1)
-        longest = lengths.amax() if rows else lengths.sum()
-        holes = (computed[:, 1:] > computed[:, :-1]).sum()
-        measures = (lengths.sum(), longest, mask.sum(), holes, *probes)
-        tokens, max_seqlen, real_tokens, holes, *probed = torch.stack([m.reshape(()).long() for m in measures]).tolist()
-        if columns and real_tokens == rows * columns:
-            return cls.padded((rows, columns), mask.device, packed=True), probed
-
-        indices = torch.nonzero_static(computed.flatten(), size=tokens).squeeze(-1)
-        cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
-        cu_seqlens[1:] = lengths.cumsum(0)
-        sequences = Sequences(
-            cu_seqlens=cu_seqlens,
-            max_seqlen=max_seqlen,
-            longest_first=lengths.argsort(descending=True),
-            contiguous=holes == 0,
-            sequence_ids=indices // columns,
-            key_mask=mask.flatten()[indices] if real_tokens < tokens else None,
-        )
-        batch = cls(
-            sequences=sequences,
-            columns=indices % columns,
-            grid=(rows, columns),
-            fills_grid=False,
-            indices=indices,
-            packed=True,
-        )
-        return batch, probed
+    def from_mask(cls, mask: Tensor, *, keep_first: bool) -> "TokenBatch":
+        """Packs the tokens of a padding mask, with a synchronisation; arguments as for `PaddingMask`."""
+        padding = PaddingMask(mask, keep_first)
+        return padding.pack(**read(padding.sizes()))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> "TokenBatch":
@@ -210,3 +167,67 @@ class TokenBatch:
             by_query = probabilities.gather(2, index[:, None, :, None].expand(-1, heads, -1, self.sequences.max_seqlen))
             probabilities = by_query.gather(3, index[:, None, None, :].expand(-1, heads, columns, -1))
         return probabilities * (real[:, None, :, None] & real[:, None, None, :])
+
+
+class PaddingMask:
+    """A padding mask on its way to a batch: sizes have to be read from the device before its tokens can be packed."""
+
+    def __init__(self, mask: Tensor, keep_first: bool) -> None:
+        """
+        Args:
+            mask: bool `(rows, columns)`, True for real tokens.
+            keep_first: also compute column 0 of rows where it is padding, for a pooler to read; no token attends to it.
+        """
+        self._mask = self._computed = mask
+        if keep_first and mask.shape[1]:
+            self._computed = mask.clone()
+            self._computed[:, 0] = True
+        self._lengths = self._computed.sum(dim=1)
+
+    def sizes(self) -> dict[str, Tensor]:
+        """The arguments of `pack`, integers of one element on the device."""
+        return {
+            "tokens": self._lengths.sum(),
+            "max_seqlen": self._lengths.amax() if len(self._lengths) else self._lengths.sum(),
+            "real_tokens": self._mask.sum(),
+            "holes": (self._computed[:, 1:] > self._computed[:, :-1]).sum(),
+        }
+
+    def pack(self, tokens: int, max_seqlen: int, real_tokens: int, holes: int) -> TokenBatch:
+        """The batch of the tokens that are computed.
+
+        Args:
+            tokens: how many.
+            max_seqlen: the most of a row.
+            real_tokens: those of them that are real.
+            holes: how many tokens follow padding.
+        """
+        mask, (rows, columns) = self._mask, self._mask.shape
+        if columns and real_tokens == rows * columns:
+            return TokenBatch.padded((rows, columns), mask.device, packed=True)
+        indices = torch.nonzero_static(self._computed.flatten(), size=tokens).squeeze(-1)
+        cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
+        cu_seqlens[1:] = self._lengths.cumsum(0)
+        sequences = Sequences(
+            cu_seqlens=cu_seqlens,
+            max_seqlen=max_seqlen,
+            longest_first=self._lengths.argsort(descending=True),
+            contiguous=holes == 0,
+            sequence_ids=indices // columns,
+            key_mask=mask.flatten()[indices] if real_tokens < tokens else None,
+        )
+        return TokenBatch(
+            sequences=sequences,
+            columns=indices % columns,
+            grid=(rows, columns),
+            fills_grid=False,
+            indices=indices,
+            packed=True,
+        )
+
+
+def read(values: dict[str, Tensor]) -> dict[str, int]:
+    """Integers of one element each from the device, in one synchronisation."""
+    if not values:
+        return {}
+    return dict(zip(values, torch.stack([each.reshape(()).long() for each in values.values()]).tolist(), strict=True))

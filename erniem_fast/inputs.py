@@ -1,13 +1,12 @@
 """From what a user passes to a forward to the tokens it runs on, with every check of the input on the way."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from . import flags, modes
-from .batch import TokenBatch
+from .batch import PaddingMask, TokenBatch, read
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 
 
@@ -61,32 +60,40 @@ def prepare(
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
     grid = _grid(config, input_ids, inputs_embeds)
     input_ids = None if input_ids is None else input_ids.long()  # PyTorch has few operators for unsigned integers
-    device = (inputs_embeds if input_ids is None else input_ids).device
     position_ids = _expand_positions(position_ids, grid)
-    probes = [*_extremes(input_ids), *_extremes(position_ids)]
-    scores_bias, strange = None, ()
-    if cu_seqlens is not None or max_seqlen is not None:
-        batch, probed = _as_it_came(config, grid, cu_seqlens, max_seqlen, attention_mask, probes)
-        if probed and position_ids is not None:
-            _check_first_position(least=probed[-2])
+    device = (inputs_embeds if input_ids is None else input_ids).device
+    attention_mask = None if attention_mask is None else attention_mask.to(device)
+    came_packed = cu_seqlens is not None or max_seqlen is not None
+    mask = scores_bias = padding = None
+    if came_packed:
+        _check_packed(config, grid, cu_seqlens, max_seqlen, attention_mask)
     else:
         _check_length(config, "the input's number of columns", grid[1])
         if attention_mask is not None and attention_mask.dim() > 2:
-            attention_mask = attention_mask.to(device)
             scores_bias = _scores_bias(attention_mask, grid, config.num_attention_heads)
-            strange = () if _is_bias(attention_mask) else _strange(attention_mask)
-            batch, probed = TokenBatch.padded(grid, device), _read([*probes, *strange])
         else:
-            mask, strange = _padding_mask(config, input_ids, attention_mask, grid, device)
-            batch, probed = _laid_out(mask, needs_first, [*probes, *strange])
-        if probed and attention_mask is None:
-            _check_one_sequence(position_ids, *probed[-2:])
-        if probed and strange and probed.pop():
-            raise ValueError(
-                "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. A mask to "
-                "add to the scores must have four dimensions and hold floating-point numbers."
-            )
-    _check_values(vocabulary, config, input_ids, position_ids, probed)
+            mask = _padding_mask(config, input_ids, attention_mask, grid, device)
+            padding = PaddingMask(mask, needs_first) if _packs(mask) else None
+
+    sizes = padding.sizes() if padding else {}
+    to_check = {
+        **_extremes("input_ids", input_ids),
+        **_extremes("position_ids", position_ids),
+        **_bounds(cu_seqlens),
+        **_odd_values(attention_mask),
+    }
+    found = read({**to_check, **sizes}) if padding or _may_read(to_check) else {}
+    if found:
+        _check_structure(found, grid, max_seqlen, attention_mask, position_ids)
+        _check_range("input_ids", input_ids, vocabulary, found)
+        _check_range("position_ids", position_ids, config.max_position_embeddings - RESERVED_POSITIONS, found)
+
+    if came_packed:
+        batch = TokenBatch.from_cu_seqlens(cu_seqlens, max_seqlen, grid[1])
+    elif padding:
+        batch = padding.pack(**{name: found[name] for name in sizes})
+    else:
+        batch = TokenBatch.padded(grid, device, mask, packed=mask is not None and _leaves_out_padding())
     return EncoderInputs(
         batch=batch,
         input_ids=None if input_ids is None else batch.pack(input_ids),
@@ -157,24 +164,47 @@ def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Ten
     return position_ids.long().expand(grid)
 
 
+def _check_packed(
+    config: ErnieMConfig,
+    grid: tuple[int, int],
+    cu_seqlens: Tensor | None,
+    max_seqlen: int | None,
+    attention_mask: Tensor | None,
+) -> None:
+    """The shapes of input that came packed."""
+    if cu_seqlens is None or max_seqlen is None:
+        missing = "cu_seq_lens_q" if cu_seqlens is None else "max_length_q"
+        raise ValueError(f"Packed input needs both cu_seq_lens_q and max_length_q; {missing} is missing.")
+    if grid[0] != 1 or attention_mask is not None:
+        raise ValueError(
+            f"Packed input (cu_seq_lens_q) is one row without attention_mask; {grid[0]} rows came, "
+            f"{'with' if attention_mask is not None else 'without'} attention_mask."
+        )
+    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+        raise ValueError(
+            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers, "
+            f"one more than there are sequences."
+        )
+    _check_length(config, "max_length_q", max_seqlen)
+
+
 def _padding_mask(
     config: ErnieMConfig,
     input_ids: Tensor | None,
     attention_mask: Tensor | None,
     grid: tuple[int, int],
     device: torch.device,
-) -> tuple[Tensor, tuple[Tensor, ...]]:
-    """The mask as bool `(rows, columns)`, and the probe of its values where it came."""
+) -> Tensor:
+    """The mask as bool `(rows, columns)`."""
     if attention_mask is None:
         mask = torch.ones(grid, dtype=torch.bool, device=device)
-        return (mask if input_ids is None else input_ids != config.pad_token_id), ()
+        return mask if input_ids is None else input_ids != config.pad_token_id
     if attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, grid[0]) or attention_mask.shape[1] != grid[1]:
         raise ValueError(
             f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {grid} like the input, or a mask per "
             f"query of shape ({grid[0]}, {grid[1]}, {grid[1]}) or ({grid[0]}, 1 or heads, {grid[1]}, {grid[1]})."
         )
-    values = attention_mask.expand(grid).to(device)
-    return values != 0, _strange(values)
+    return attention_mask.expand(grid) != 0
 
 
 def _scores_bias(mask: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
@@ -196,17 +226,12 @@ def _is_bias(mask: Tensor) -> bool:
     return mask.dim() == 4 and mask.is_floating_point()
 
 
-def _strange(mask: Tensor) -> tuple[Tensor, ...]:
-    """A probe of one element, whether a mask holds anything but 0 and 1; none for a graph that serves all masks."""
-    return () if modes.is_exported() else (((mask != 0) & (mask != 1)).any(),)
+def _packs(mask: Tensor) -> bool:
+    """Whether padding is left out.
 
-
-def _laid_out(mask: Tensor, needs_first: bool, probes: Sequence[Tensor]) -> tuple[TokenBatch, list[int]]:
-    packed = _leaves_out_padding()
-    # A graph that serves all masks would take this mask's number of tokens as a constant; without values there is none.
-    if packed and not modes.is_exported() and modes.has_values(mask):
-        return TokenBatch.from_mask(mask, keep_first=needs_first, probes=probes)
-    return TokenBatch.padded(tuple(mask.shape), mask.device, key_mask=mask, packed=packed), _read(probes)
+    A graph that serves all masks would take this mask's number of tokens as a constant; without values there is none.
+    """
+    return _leaves_out_padding() and not modes.is_exported() and modes.has_values(mask)
 
 
 @torch.compiler.assume_constant_result
@@ -214,55 +239,74 @@ def _leaves_out_padding() -> bool:
     return flags.read(flags.PACKING) == "1"
 
 
-def _as_it_came(
-    config: ErnieMConfig,
+# --- What has to be read from the device: integers of one element, by name -------------------------------------------
+
+
+def _extremes(name: str, values: Tensor | None) -> dict[str, Tensor]:
+    """The least and the greatest value; nothing for a graph that serves all values."""
+    if values is None or modes.is_exported() or values.numel() == 0:
+        return {}
+    least, greatest = torch.aminmax(values)
+    return {f"least of {name}": least, f"greatest of {name}": greatest}
+
+
+def _bounds(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+    """Where sequences start and end, and the lengths of the shortest and the longest."""
+    if cu_seqlens is None:
+        return {}
+    lengths = cu_seqlens.diff()
+    return {"start": cu_seqlens[0], "end": cu_seqlens[-1], "shortest": lengths.amin(), "longest": lengths.amax()}
+
+
+def _odd_values(attention_mask: Tensor | None) -> dict[str, Tensor]:
+    """Whether a mask holds anything but 0 and 1; nothing for a bias, and for a graph that serves all masks."""
+    if attention_mask is None or _is_bias(attention_mask) or modes.is_exported():
+        return {}
+    return {"odd values": ((attention_mask != 0) & (attention_mask != 1)).any()}
+
+
+def _may_read(values: dict[str, Tensor]) -> bool:
+    """Whether values can be waited for; not inside a graph, and of a tensor without values there are none."""
+    if modes.is_recorded() or not values or not all(map(modes.has_values, values.values())):
+        return False
+    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+
+
+# --- Checks of what has been read ------------------------------------------------------------------------------------
+
+
+def _check_structure(
+    found: dict[str, int],
     grid: tuple[int, int],
-    cu_seqlens: Tensor | None,
     max_seqlen: int | None,
     attention_mask: Tensor | None,
-    probes: list[Tensor],
-) -> tuple[TokenBatch, list[int]]:
-    """The batch of input that came packed."""
-    if cu_seqlens is None or max_seqlen is None:
-        missing = "cu_seq_lens_q" if cu_seqlens is None else "max_length_q"
-        raise ValueError(f"Packed input needs both cu_seq_lens_q and max_length_q; {missing} is missing.")
-    if grid[0] != 1 or attention_mask is not None:
+    position_ids: Tensor | None,
+) -> None:
+    """Bounds of packed sequences, values of the mask, and positions that contradict the one or the other."""
+    if "start" in found:
+        _check_bounds(found, grid, max_seqlen)
+        _check_first_position(found)
+    elif attention_mask is None:
+        _check_one_sequence(position_ids, found)
+    if found.get("odd values"):
         raise ValueError(
-            f"Packed input (cu_seq_lens_q) is one row without attention_mask; {grid[0]} rows came, "
-            f"{'with' if attention_mask is not None else 'without'} attention_mask."
+            "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. A mask to "
+            "add to the scores must have four dimensions and hold floating-point numbers."
         )
-    if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
+
+
+def _check_bounds(found: dict[str, int], grid: tuple[int, int], max_seqlen: int) -> None:
+    if found["start"] != 0 or found["end"] != grid[1] or found["shortest"] < 0 or found["longest"] > max_seqlen:
         raise ValueError(
-            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers, "
-            f"one more than there are sequences."
+            f"cu_seq_lens_q runs from {found['start']} to {found['end']} with sequences of {found['shortest']} to "
+            f"{found['longest']} tokens; it must rise from 0 to the {grid[1]} tokens of the input, by at most "
+            f"max_length_q={max_seqlen} a step."
         )
-    _check_length(config, "max_length_q", max_seqlen)
-    lengths = cu_seqlens.diff()
-    found = _read([cu_seqlens[0], cu_seqlens[-1], lengths.amin(), lengths.amax(), *probes])
-    if found and (found[0] != 0 or found[1] != grid[1] or found[2] < 0 or found[3] > max_seqlen):
-        raise ValueError(
-            f"cu_seq_lens_q runs from {found[0]} to {found[1]} with sequences of {found[2]} to {found[3]} tokens; it "
-            f"must rise from 0 to the {grid[1]} tokens of the input, by at most max_length_q={max_seqlen} a step."
-        )
-    return TokenBatch.from_cu_seqlens(cu_seqlens, max_seqlen, grid[1]), found[4:]
 
 
-def _extremes(values: Tensor | None) -> tuple[Tensor, ...]:
-    """Probes of the least and the greatest value; none for a graph that serves all values."""
-    return () if values is None or modes.is_exported() or values.numel() == 0 else torch.aminmax(values)
-
-
-def _read(probes: Sequence[Tensor]) -> list[int]:
-    """The probes' values on the host, in one synchronisation; nothing inside a graph, which cannot wait for them."""
-    if modes.is_recorded() or not probes or not modes.has_values(probes[0]):
-        return []
-    if probes[0].is_cuda and torch.cuda.is_current_stream_capturing():
-        return []
-    return torch.stack([probe.long() for probe in probes]).tolist()
-
-
-def _check_first_position(least: int) -> None:
+def _check_first_position(found: dict[str, int]) -> None:
     """Packed input in which no token has position 0 was counted from elsewhere: every position would be shifted."""
+    least = found.get("least of position_ids", 0)
     if least > 0:
         raise ValueError(
             f"position_ids of packed input start at {least}; positions count from 0 in every sequence, as "
@@ -270,9 +314,12 @@ def _check_first_position(least: int) -> None:
         )
 
 
-def _check_one_sequence(position_ids: Tensor | None, least: int, greatest: int) -> None:
-    """Positions that start anew in a single row mean several sequences, which nothing would keep apart."""
-    if position_ids is None or len(position_ids) != 1 or greatest - least >= position_ids.shape[1] - 1:
+def _check_one_sequence(position_ids: Tensor | None, found: dict[str, int]) -> None:
+    """Positions that start anew in a single row mean several sequences, which would attend to each other."""
+    if position_ids is None or len(position_ids) != 1 or "least of position_ids" not in found:
+        return
+    least, greatest = found["least of position_ids"], found["greatest of position_ids"]
+    if greatest - least >= position_ids.shape[1] - 1:
         return
     starts = (position_ids[0, 1:] == least).nonzero()
     if len(starts):
@@ -283,25 +330,17 @@ def _check_one_sequence(position_ids: Tensor | None, least: int, greatest: int) 
         )
 
 
-def _check_values(
-    vocabulary: int,
-    config: ErnieMConfig,
-    input_ids: Tensor | None,
-    position_ids: Tensor | None,
-    probed: list[int],
-) -> None:
-    """Ids and positions must be rows of their tables; `probed` holds the least and the greatest of each."""
-    extremes = iter(probed)
-    positions = config.max_position_embeddings - RESERVED_POSITIONS
-    limits = (("input_ids", input_ids, vocabulary), ("position_ids", position_ids, positions))
-    for name, values, limit in limits:
-        if not probed or values is None or values.numel() == 0:
-            continue
-        least, greatest = next(extremes), next(extremes)
-        if least < 0 or greatest >= limit:
-            row, column = ((values < 0) | (values >= limit)).nonzero()[0].tolist()
-            remedy = "check that tokenizer and model belong together, or call resize_token_embeddings"
-            raise ValueError(
-                f"{name}[{row}, {column}] is {values[row, column].item()}, outside [0, {limit}); "
-                f"{remedy if name == 'input_ids' else 'positions count from 0'}."
-            )
+_REMEDIES = {
+    "input_ids": "check that tokenizer and model belong together, or call resize_token_embeddings",
+    "position_ids": "positions count from 0",
+}
+
+
+def _check_range(name: str, values: Tensor | None, limit: int, found: dict[str, int]) -> None:
+    """Ids and positions must be rows of their tables."""
+    least, greatest = found.get(f"least of {name}", 0), found.get(f"greatest of {name}", 0)
+    if least < 0 or greatest >= limit:
+        row, column = ((values < 0) | (values >= limit)).nonzero()[0].tolist()
+        raise ValueError(
+            f"{name}[{row}, {column}] is {values[row, column].item()}, outside [0, {limit}); {_REMEDIES[name]}."
+        )

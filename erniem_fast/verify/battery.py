@@ -240,13 +240,13 @@ def _mask(device: torch.device) -> Tensor:
 
 def _packed(device: torch.device) -> TokenBatch:
     """First columns are computed even where they are padding, which nobody attends to."""
-    return TokenBatch.from_mask(_mask(device), keep_first=True)[0]
+    return TokenBatch.from_mask(_mask(device), keep_first=True)
 
 
 def _left_padded(device: torch.device) -> TokenBatch:
     """No sequence begins in a column that is a multiple of four, where the generator of dropout begins anew."""
     column, first = torch.arange(70, device=device), torch.tensor([[5], [66], [35]], device=device)
-    return TokenBatch.from_mask(column >= first, keep_first=False)[0]
+    return TokenBatch.from_mask(column >= first, keep_first=False)
 
 
 def _padded(device: torch.device) -> TokenBatch:

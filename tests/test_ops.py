@@ -18,7 +18,7 @@ from erniem_fast.batch import TokenBatch
 from erniem_fast.dropout import dropout_mask
 from erniem_fast.flags import use_implementations
 from erniem_fast.ops import Product
-from erniem_fast.ops.choose import call_by_name
+from erniem_fast.ops.choose import arguments_of
 from erniem_fast.reference import Norm
 
 CPU = torch.device("cpu")
@@ -81,7 +81,7 @@ def masked(*rows, packed):
     mask = torch.tensor([[value == "1" for value in row] for row in rows])
     if not packed:
         return TokenBatch.padded(tuple(mask.shape), CPU, key_mask=mask)
-    return TokenBatch.from_mask(mask, keep_first=True)[0]
+    return TokenBatch.from_mask(mask, keep_first=True)
 
 
 HOLES = ("111111111", "110100000", "000001111", "000000000", "010101011", "100000000")
@@ -1032,7 +1032,8 @@ def noting(calls, name, like, **fields):
     def direction(which):
         def run(**values):
             calls.append((name, which))
-            return call_by_name(getattr(like, which), values)
+            function = getattr(like, which)
+            return function(**arguments_of(function, values))
 
         return run
 
@@ -1231,7 +1232,8 @@ def broken(right, direction, index, wrong):
     """An implementation whose result number `index` is wrong in one direction."""
 
     def run(**values):
-        results = call_by_name(getattr(right, direction), values)
+        function = getattr(right, direction)
+        results = function(**arguments_of(function, values))
         if isinstance(results, Tensor):
             return wrong(results)
         return tuple(wrong(each) if place == index else each for place, each in enumerate(results))

@@ -82,10 +82,10 @@ def fuses_bias(op: str, x: Tensor) -> bool:
     return IMPLEMENTATIONS[op][choose(op, x.device, x.dtype)].fuses_bias
 
 
-def call_by_name(function: Callable[..., object], values: dict[str, object]) -> object:
-    """Calls a function with those of the values that it has parameters for; with all of them if it takes any."""
+def arguments_of(function: Callable[..., object], values: dict[str, object]) -> dict[str, object]:
+    """Those of the values that the function has parameters for; all of them if it takes any."""
     names = parameters(function)
-    return function(**(values if names is None else {each: values[each] for each in names if each in values}))
+    return values if names is None else {each: values[each] for each in names if each in values}
 
 
 @cache

@@ -1,6 +1,7 @@
 """An op declared once: from two annotated functions come its custom ops, their fakes and its autograd."""
 
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
 from types import NoneType
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -9,7 +10,7 @@ from torch import Tensor
 
 from .. import flags, modes
 from ..verify.equivalence import Draw, compare, draw
-from .choose import IMPLEMENTATIONS, Implementation, Tensors, call_by_name, parameters
+from .choose import IMPLEMENTATIONS, Implementation, Tensors, arguments_of, parameters
 
 _SCHEMA_TYPES = {
     Tensor: "Tensor",
@@ -145,7 +146,8 @@ class Op:
         flat = _flatten(self._saved, kept)
         grads = self._gradients(*_as_tuple(self._backward_op(grad, *flat, ctx.implementation)))
         if self._finish is not None:
-            grads = call_by_name(self._finish, {"grads": grads, **_by_name(self._saved, kept)})
+            values = {"grads": grads, **_by_name(self._saved, kept)}
+            grads = self._finish(**arguments_of(self._finish, values))
         by_name = grads._asdict()
         of_inputs = (by_name.get(name) if needed[name] else None for name in self._flat_names)
         return *of_inputs, None, None
@@ -159,21 +161,16 @@ class Op:
         autocast is for matrix products alone.
         """
         values = {each: _plain(value) for each, value in values.items()}
-        device = next(each for each in values.values() if isinstance(each, Tensor)).device.type
-        if torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
-                return self._run_plain(name, direction, values)
-        return self._run_plain(name, direction, values)
-
-    def _run_plain(self, name: str, direction: str, values: dict[str, object]) -> tuple[Tensor, ...]:
-        outputs = self._outputs(name, direction, values)
-        if name != "reference" and flags.read(flags.VERIFY) == "1":
-            self._verify(name, direction, values, outputs)
+        with _without_autocast(values):
+            outputs = self._outputs(name, direction, values)
+            if name != "reference" and flags.read(flags.VERIFY) == "1":
+                self._verify(name, direction, values, outputs)
         return tuple(each.contiguous() for each in outputs)
 
     def _outputs(self, name: str, direction: str, values: dict[str, object]) -> tuple[Tensor, ...]:
         implementation = self._implementations[name]
-        outputs = _as_tuple(call_by_name(getattr(implementation, direction), values))
+        function = getattr(implementation, direction)
+        outputs = _as_tuple(function(**arguments_of(function, values)))
         return outputs if direction == "backward" else self._complete(outputs, values["save"] and implementation.saves)
 
     def _complete(self, outputs: tuple[Tensor, ...], saves: bool) -> tuple[Tensor, ...]:
@@ -257,6 +254,14 @@ def _restore(arguments: list[_Argument], flat: Iterable[object]) -> list[object]
 
 def _by_name(arguments: list[_Argument], values: Iterable[object]) -> dict[str, object]:
     return {each.name: value for each, value in zip(arguments, values, strict=True)}
+
+
+_AS_IT_IS = nullcontext()
+
+
+def _without_autocast(values: dict[str, object]) -> AbstractContextManager[object]:
+    device = next(each for each in values.values() if isinstance(each, Tensor)).device.type
+    return torch.autocast(device, enabled=False) if torch.is_autocast_enabled(device) else _AS_IT_IS
 
 
 def _plain(value: object) -> object:

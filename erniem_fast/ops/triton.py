@@ -10,51 +10,51 @@ from math import inf
 import torch
 from torch import Tensor
 
-from .choose import Implementation, Tensors, call_by_name
+from .choose import Implementation, Tensors, arguments_of
 from .triton_interpreter import mended_bfloat16
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+_LEAST_CAPABILITY = (7, 5)
 _BFLOAT16_CAPABILITY = (8, 0)
 
 
-def triton_implementation(kernels: str, largest: float = inf, capability: tuple[int, int] = (7, 5)) -> Implementation:
-    """`forward` and `backward` of the module `erniem_fast.kernels.<kernels>`; arguments as for `served_by_triton`."""
-
-    def direction(name: str) -> Callable[..., Tensors]:
-        return lambda **values: call_by_name(getattr(import_module(f"erniem_fast.kernels.{kernels}"), name), values)
-
-    kernels_of_module = Implementation(direction("forward"), direction("backward"), fuses_bias=True)
-    return served_by_triton(kernels_of_module, largest, capability)
-
-
-def served_by_triton(
-    kernels: Implementation, largest: float = inf, capability: tuple[int, int] = (7, 5)
+def triton_implementation(
+    kernels: str, largest: float = inf, capability: tuple[int, int] = _LEAST_CAPABILITY
 ) -> Implementation:
-    """An implementation that launches Triton kernels, on the devices that can run them.
+    """`forward` and `backward` of the module `erniem_fast.kernels.<kernels>`.
 
     Args:
-        kernels: its two directions.
-        largest: the largest size that they serve, see `choose`.
+        kernels: the module's name.
+        largest: the largest size that the kernels serve, see `choose`.
         capability: the least compute capability of an NVIDIA GPU that they serve.
     """
+    forward, backward = (_on_device(lambda name=name: _kernels(kernels, name)) for name in ("forward", "backward"))
+    refuses = partial(_refuses, capability)
+    return Implementation(forward, backward, refuses, automatic=_on_gpu, largest=largest, fuses_bias=True)
 
-    def on_device(direction: Callable[..., Tensors]) -> Callable[..., Tensors]:
-        def run(**values: object) -> Tensors:
-            device = next(each.device for each in values.values() if isinstance(each, Tensor))
-            # Triton launches on the current device, which need not be the tensors'.
-            with torch.cuda.device(device) if device.type == "cuda" else mended_bfloat16():
-                return call_by_name(direction, values)
 
-        return run
-
-    return replace(
-        kernels,
-        forward=on_device(kernels.forward),
-        backward=on_device(kernels.backward),
-        refuses=partial(_refuses, capability),
-        automatic=_on_gpu,
-        largest=largest,
+def served_by_triton(implementation: Implementation) -> Implementation:
+    """An implementation that launches Triton kernels among other things, on the devices that can run them."""
+    forward, backward = (
+        _on_device(lambda each=each: each) for each in (implementation.forward, implementation.backward)
     )
+    refuses = partial(_refuses, _LEAST_CAPABILITY)
+    return replace(implementation, forward=forward, backward=backward, refuses=refuses, automatic=_on_gpu)
+
+
+def _kernels(module: str, name: str) -> Callable[..., Tensors]:
+    return getattr(import_module(f"erniem_fast.kernels.{module}"), name)
+
+
+def _on_device(load: Callable[[], Callable[..., Tensors]]) -> Callable[..., Tensors]:
+    def run(**values: object) -> Tensors:
+        function = load()
+        device = next(each.device for each in values.values() if isinstance(each, Tensor))
+        # Triton launches on the current device, which need not be the tensors'.
+        with torch.cuda.device(device) if device.type == "cuda" else mended_bfloat16():
+            return function(**arguments_of(function, values))
+
+    return run
 
 
 def _on_gpu(device: torch.device) -> bool:

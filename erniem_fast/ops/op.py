@@ -121,7 +121,7 @@ class Op:
         schema = _schema(self._saved, "str implementation", returns=len(self._gradients._fields), first="Tensor grad")
         op = torch.library.custom_op(f"erniem_fast::{self.name}_backward", run, mutates_args=(), schema=schema)
         op.register_fake(fake)
-        op.register_autograd(_refuse_second_derivatives(op))
+        op.register_autograd(_refuse_second_derivatives(self.name))
         return op
 
     def _keep(self, ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensors) -> None:
@@ -285,10 +285,10 @@ def _unpacked(outputs: tuple[Tensor, ...]) -> Tensors:
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
-def _refuse_second_derivatives(backward: torch.library.CustomOpDef) -> Callable[..., None]:
+def _refuse_second_derivatives(op: str) -> Callable[..., None]:
     def refuse(ctx, *grads):
         raise RuntimeError(
-            f"{backward._qualname} cannot be differentiated: backward(create_graph=True) gives no second derivatives; "
+            f"erniem_fast::{op}_backward cannot be differentiated: backward(create_graph=True) gives no second derivatives; "
             f"torch.func gives them, as torch.func.grad of a function that takes a torch.func.grad."
         )
 

@@ -3,7 +3,8 @@
 import time
 
 import torch
-from summary import quartiles
+
+from bench.model.summary import quartiles
 
 WARM_UP = 3
 # More than any cache holds. Writing it before a call empties the caches, and takes a GPU long enough for the host to

@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def in_process_of_its_own(code):
-    """The JSON that `code` prints, which finds `bench/codegen.py` as `codegen`."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"}
+    """The JSON that `code` prints, which finds `bench/kernels/codegen.py` as `codegen`."""
+    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench/kernels'}"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)

@@ -1,7 +1,8 @@
 """The JSON of a run as a picture: rates and peak memory of every job."""
 
 from matplotlib.figure import Figure
-from report import title
+
+from bench.report.model import title
 
 # Okabe and Ito's: safe for the colour-blind.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999"]

@@ -3,19 +3,15 @@
 import dataclasses
 import json
 import pathlib
-import sys
 from functools import partial
 
 import pytest
 import torch
 
-sys.path.append(str(pathlib.Path(__file__).resolve().parent.parent / "bench"))
-
-import kernel_jobs
-import kernel_speed
-import timing
-from kernel_report import markdown
-
+from bench import timing
+from bench.kernels import jobs as kernel_jobs
+from bench.kernels import speed as kernel_speed
+from bench.report.kernels import markdown
 from erniem_fast.flags import use_kernels
 
 CPU = torch.device("cpu")

@@ -1,5 +1,6 @@
 """`make gpu` as far as it goes without one: its environment, its steps, and what it says when something is missing."""
 
+import importlib.util
 import os
 import pathlib
 import subprocess
@@ -8,13 +9,10 @@ import sys
 import pytest
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-sys.path.append(str(ROOT / "bench"))
-
-import compile_ahead  # noqa: E402
-import environment  # noqa: E402
-import gpu  # noqa: E402
-from gpu import Step  # noqa: E402
+from bench import ROOT
+from bench.gpu import compile_ahead, environment
+from bench.gpu import steps as gpu
+from bench.gpu.steps import Step
 
 
 def python(name, code, **options):
@@ -22,9 +20,10 @@ def python(name, code, **options):
 
 
 def test_the_environment_needs_no_network_and_holds_this_package(tmp_path):
-    script, folder = str(ROOT / "bench/environment.py"), tmp_path / "venv"
+    folder = tmp_path / "venv"
     no_network = {**os.environ, "PIP_NO_INDEX": "1", "PYTHONPATH": ""}
-    subprocess.run([sys.executable, script, str(folder)], env=no_network, check=True, timeout=120)
+    command = [sys.executable, "-m", "bench.gpu.environment", str(folder)]
+    subprocess.run(command, env=no_network, cwd=ROOT, check=True, timeout=120)
     code = "import erniem_fast, sys, torch; print(sys.prefix, erniem_fast.__file__, torch.__version__, sep='\\n')"
     out = subprocess.check_output([folder / "bin/python", "-c", code], env=no_network, cwd=tmp_path, text=True)
     assert out.splitlines() == [str(folder), str(ROOT / "erniem_fast/__init__.py"), torch.__version__]
@@ -64,7 +63,7 @@ def test_the_last_step_keeps_its_time(monkeypatch, capfd):
 def test_every_step_is_there():
     for step in gpu.steps(pathlib.Path("results")):
         if step.command[0] == "-m":
-            assert step.command[1] in ("erniem_fast", "pytest")
+            assert importlib.util.find_spec(step.command[1])
         else:
             assert (ROOT / step.command[0]).exists()
             assert step.command[-2:] == ["--output", "results"] or step.command[1:] == ["cuda"]

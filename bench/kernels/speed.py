@@ -13,18 +13,18 @@ import sys
 from time import monotonic as seconds_now
 
 import torch
-from checkpoint import SIZES
-from kernel_jobs import MAKERS, OURS, P, make_job
-from kernel_report import markdown, plot
-from machine import describe, slug
-from summary import quartiles
-from timing import WARM_UP, measured_rates, take_turns
 from tqdm import tqdm
 
+from bench import ROOT
+from bench.kernels.jobs import MAKERS, OURS, P, make_job
+from bench.machine import describe, slug
+from bench.model.checkpoint import SIZES
+from bench.model.summary import quartiles
+from bench.report.kernels import markdown, plot
+from bench.timing import WARM_UP, measured_rates, take_turns
 from erniem_fast import extension
 from erniem_fast.ops.implementation import choose
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 LENGTHS = ("32", "64", "128", "256", "512", "ragged")
 # Largest difference of a value in units of the root mean square: of rounding a few times, and nothing else.
 TOLERANCE = {"float32": 1e-4, "float16": 0.02, "bfloat16": 0.15}

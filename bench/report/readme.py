@@ -10,10 +10,10 @@ import pathlib
 import sys
 import textwrap
 
-from machine import describe, slug
-from outcome import RESULTS
-from report import losses, overview, title
-from workers import ROOT
+from bench import ROOT
+from bench.machine import describe, slug
+from bench.record import RESULTS
+from bench.report.model import losses, overview, title
 
 README = ROOT / "README.md"
 BEGIN, END = "<!-- throughput: begin -->\n", "<!-- throughput: end -->"

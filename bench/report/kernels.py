@@ -1,6 +1,6 @@
 """The JSON of bench/kernel_speed.py in Markdown and as a picture."""
 
-from report import table
+from bench.report.model import table
 
 
 def title(run):
@@ -68,7 +68,8 @@ def plot(run, path):
     """Writes the PNG `path`: how much of the floor each contender reaches. False where matplotlib is missing."""
     try:
         from matplotlib.figure import Figure
-        from plot import COLOURS
+
+        from bench.report.bars import COLOURS
     except ImportError:
         return False
     results = [result for result in run["results"] if result["seconds"]]

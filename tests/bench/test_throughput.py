@@ -12,17 +12,17 @@ import types
 import numpy as np
 import pytest
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
-TINY = ROOT / "tests/golden/tiny"
-sys.path.append(str(ROOT / "bench"))
+from bench import ROOT
 
-import throughput  # noqa: E402
-from jobs import Job, Spec, make_jobs, pad  # noqa: E402
-from measure import Measurement, difference  # noqa: E402
-from report import markdown  # noqa: E402
-from rivals import OURS, OURS_INT8  # noqa: E402
-from summary import quartiles, summarise  # noqa: E402
-from workers import Peer, Worker, WorkerError  # noqa: E402
+TINY = ROOT / "tests/golden/tiny"
+
+from bench.model import throughput  # noqa: E402
+from bench.model.jobs import Job, Spec, make_jobs, pad  # noqa: E402
+from bench.model.measure import Measurement, difference  # noqa: E402
+from bench.model.rivals import OURS, OURS_INT8  # noqa: E402
+from bench.model.summary import quartiles, summarise  # noqa: E402
+from bench.model.workers import Peer, Worker, WorkerError  # noqa: E402
+from bench.report.model import markdown  # noqa: E402
 
 OURS_NAMES = (OURS.name, OURS_INT8.name)
 

@@ -12,13 +12,13 @@ import statistics
 import time
 
 import torch
-from jobs import Spec, make_jobs
-from outcome import begin, write
-from plot import plot_breakdown
-from report import breakdown_markdown
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
+from bench.model.jobs import Spec, make_jobs
+from bench.record import begin, write
+from bench.report.bars import plot_breakdown
+from bench.report.model import breakdown_markdown
 from erniem_fast import ErnieMModel, ops
 
 OPS = ("embeddings", "attention", "add_layernorm", "bias_gelu_dropout")

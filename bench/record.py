@@ -3,8 +3,8 @@
 import datetime
 import json
 
-from machine import available_cores, describe, slug
-from workers import ROOT
+from bench import ROOT
+from bench.machine import available_cores, describe, slug
 
 RESULTS = ROOT / "bench/results"
 

@@ -13,19 +13,20 @@ import tempfile
 
 import psutil
 import torch
-from checkpoint import SIZES, random_checkpoint, read_config
-from curves import plot_curves, plot_panels
-from jobs import Spec, make_jobs
-from machine import available_cores
-from measure import TOLERANCE, measure
-from outcome import begin, write
-from plot import plot
-from report import markdown
-from rivals import OURS, OURS_INT8, rivals
-from summary import summarise
 from tqdm import tqdm
-from workers import ROOT, Worker, WorkerError
 
+from bench import ROOT
+from bench.machine import available_cores
+from bench.model.checkpoint import SIZES, random_checkpoint, read_config
+from bench.model.jobs import Spec, make_jobs
+from bench.model.measure import TOLERANCE, measure
+from bench.model.rivals import OURS, OURS_INT8, rivals
+from bench.model.summary import summarise
+from bench.model.workers import Worker, WorkerError
+from bench.record import begin, write
+from bench.report.bars import plot
+from bench.report.curves import plot_curves, plot_panels
+from bench.report.model import markdown
 from erniem_fast import ErnieMTokenizer
 
 TOKENIZER = ROOT / "tests/golden/tiny"

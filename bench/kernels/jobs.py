@@ -6,10 +6,10 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from checkpoint import SIZES
-from jobs import Spec, make_jobs
 from torch import Tensor
 
+from bench.model.checkpoint import SIZES
+from bench.model.jobs import Spec, make_jobs
 from erniem_fast import ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.ops.implementation import choose

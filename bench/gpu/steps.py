@@ -16,7 +16,8 @@ from dataclasses import dataclass
 
 import torch
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from bench import ROOT
+
 BUDGET = 465  # seconds of all steps: 8 minutes, less the time to make the environment
 RESERVED = 90  # of them, for the last step
 
@@ -47,11 +48,11 @@ def steps(results):
     return [
         Step("what runs each op", ["-m", "erniem_fast", "status"]),
         Step("building the native libraries", ["-m", "erniem_fast", "build"]),
-        Step("compiling the kernels", ["bench/compile_ahead.py", "cuda"], ("psutil",), limit=90),
+        Step("compiling the kernels", ["-m", "bench.gpu.compile_ahead", "cuda"], ("psutil",), limit=90),
         Step("verification", ["-m", "erniem_fast", "verify"]),
         Step("tests on the GPU", tests, ("pytest",)),
-        Step("bench of the kernels", ["bench/kernel_speed.py", *device, "--budget", "80", *output], bench),
-        Step("bench of the model", ["bench/throughput.py", *device, *output], (*bench, "matplotlib")),
+        Step("bench of the kernels", ["-m", "bench.kernels.speed", *device, "--budget", "80", *output], bench),
+        Step("bench of the model", ["-m", "bench.model.throughput", *device, *output], (*bench, "matplotlib")),
     ]
 
 

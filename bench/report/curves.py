@@ -2,8 +2,9 @@
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
-from plot import COLOURS, OTHERS, OURS, label
-from report import title
+
+from bench.report.bars import COLOURS, OTHERS, OURS, label
+from bench.report.model import title
 
 COLUMNS = 4
 MARKERS = "osD^vPX*"

@@ -4,8 +4,9 @@ import pathlib
 import sys
 
 import torch
-from workers import ROOT, Peer
 
+from bench import ROOT
+from bench.model.workers import Peer
 from erniem_fast import flags, ops
 from erniem_fast.ops.implementation import choose
 

@@ -5,8 +5,9 @@ import pathlib
 import tempfile
 
 import numpy as np
-from jobs import Job
-from workers import WorkerError
+
+from bench.model.jobs import Job
+from bench.model.workers import WorkerError
 
 # Largest difference of a hidden state between two peers, in units of the reference's root mean square. Right peers were
 # seen to differ by 5e-6, 0.1 and 0.012, and by 0.29 where weights and activations are rounded to 8 bits (base size,

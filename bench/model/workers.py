@@ -8,7 +8,6 @@ import subprocess
 import tempfile
 import time
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
 STDERR_LINES = 12
 
 

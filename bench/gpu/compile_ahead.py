@@ -9,8 +9,8 @@ import sys
 from concurrent.futures import ProcessPoolExecutor
 
 import torch
-from machine import available_cores
 
+from bench.machine import available_cores
 from erniem_fast.verification import battery
 
 MOST_PROCESSES = 8

@@ -9,10 +9,10 @@ import dataclasses
 import sys
 import time
 
-import breakdown
-from jobs import Spec
-from rivals import rivals
-from throughput import TOKENIZER, add_run_options, checkpoint, run_and_save, text_encoder
+from bench.model import breakdown
+from bench.model.jobs import Spec
+from bench.model.rivals import rivals
+from bench.model.throughput import TOKENIZER, add_run_options, checkpoint, run_and_save, text_encoder
 
 HEADLINE = Spec(32, "text", rows=64, rounds=7)
 INFERENCE = (

@@ -10,22 +10,17 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from bench import ROOT
+
 TINY = ROOT / "tests/golden/tiny"
-sys.path[len(sys.path) :] = [str(ROOT / "bench"), str(ROOT / "bench/peers")]
+sys.path.append(str(ROOT / "bench/peers"))
 
-import breakdown  # noqa: E402
-import everything  # noqa: E402
-import exports  # noqa: E402
-import packed  # noqa: E402
-import readme  # noqa: E402
-import rivals  # noqa: E402
-import throughput  # noqa: E402
-import xlm_roberta  # noqa: E402
-from curves import plot_curves, plot_panels  # noqa: E402
-from jobs import Spec, pad  # noqa: E402
-from report import losses, overview  # noqa: E402
-
+from bench.model import breakdown, everything, rivals, throughput  # noqa: E402
+from bench.model.jobs import Spec, pad  # noqa: E402
+from bench.peers import exports, packed, xlm_roberta  # noqa: E402
+from bench.report import readme  # noqa: E402
+from bench.report.curves import plot_curves, plot_panels  # noqa: E402
+from bench.report.model import losses, overview  # noqa: E402
 from erniem_fast import ErnieMConfig, ErnieMModel  # noqa: E402
 
 RAGGED = {name: torch.tensor(rows) for name, rows in pad([[5] * 9, [7, 8, 9], [6]]).items()}

@@ -10,7 +10,8 @@ import sys
 import sysconfig
 import venv
 
-ROOT = pathlib.Path(__file__).resolve().parent.parent
+from bench import ROOT
+
 NEEDED = ("torch", "triton", "transformers", "sentencepiece", "numpy", "setuptools", "pip")
 
 

@@ -21,21 +21,21 @@ test-portable: $(VENV)/installed
 # Where the native libraries cannot be built, what is measured is PyTorch alone, and `status` says why.
 bench: $(VENV)/installed $(PEERS)/installed
 	-$(VENV)/bin/python -m erniem_fast build
-	$(VENV)/bin/python -m bench.model.throughput $(ARGS)
+	$(VENV)/bin/python -m bench throughput $(ARGS)
 
 # On a machine with a GPU and, perhaps, without a network: made from what $(PYTHON) has installed.
 gpu:
 	$(PYTHON) -m bench.gpu.environment $(GPU)
-	$(GPU)/bin/python -m bench.gpu.steps $(if $(RESULTS),--results '$(RESULTS)')
+	$(GPU)/bin/python -m bench gpu $(if $(RESULTS),--results '$(RESULTS)')
 
 # Every rival, training, the kernels one by one, and where the time goes.
 bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed
 	-$(VENV)/bin/python -m erniem_fast build
-	$(VENV)/bin/python -m bench.model.everything $(ARGS)
+	$(VENV)/bin/python -m bench everything $(ARGS)
 
 # The README's table, from the latest results of this machine.
 readme: $(VENV)/installed
-	$(VENV)/bin/python -m bench.report.readme
+	$(VENV)/bin/python -m bench readme
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .

@@ -1,6 +1,6 @@
 """Makes a virtual environment from what this Python has installed, without a network, and installs this package there.
 
-python bench/environment.py FOLDER
+python -m bench.gpu.environment FOLDER
 """
 
 import pathlib
@@ -15,7 +15,7 @@ from bench import ROOT
 NEEDED = ("torch", "triton", "transformers", "sentencepiece", "numpy", "setuptools", "pip")
 
 
-def main(folder):
+def main(folder: str) -> int:
     """Returns the exit code: 1, and on stderr what is missing, where the package could not run."""
     venv.create(folder, system_site_packages=True, with_pip=False, symlinks=True)
     python = pathlib.Path(folder, "bin", "python")
@@ -36,7 +36,7 @@ def main(folder):
     return subprocess.call([python, "-m", "pip", "install", *options, "--editable", str(ROOT)])
 
 
-def installed_folders():
+def installed_folders() -> list[str]:
     """Where this Python finds its packages."""
     own = [sysconfig.get_path("purelib"), sysconfig.get_path("platlib"), *site.getsitepackages()]
     return list(dict.fromkeys(path for path in own if pathlib.Path(path).is_dir()))

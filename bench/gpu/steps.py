@@ -4,7 +4,6 @@ A step that fails does not keep the next ones from running; a step whose package
 remedy is told. The exit code is 1 if anything failed or was left out.
 """
 
-import argparse
 import contextlib
 import importlib.util
 import os
@@ -17,6 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from bench import ROOT
+from bench.parser import make_parser
 
 BUDGET = 465  # seconds of all steps: 8 minutes, less the time to make the environment
 RESERVED = 90  # of them, for the last step
@@ -39,7 +39,7 @@ class Step:
     limit: float = 240
 
 
-def steps(results):
+def steps(results: pathlib.Path | None) -> list[Step]:
     """The steps, whose figures go into the folder `results`, or beside all others' where it is None."""
     output = [] if results is None else ["--output", str(results)]
     bench = ("tqdm", "psutil")
@@ -51,13 +51,13 @@ def steps(results):
         Step("compiling the kernels", ["-m", "bench.gpu.compile_ahead", "cuda"], ("psutil",), limit=90),
         Step("verification", ["-m", "erniem_fast", "verify"]),
         Step("tests on the GPU", tests, ("pytest",)),
-        Step("bench of the kernels", ["-m", "bench.kernels.speed", *device, "--budget", "80", *output], bench),
-        Step("bench of the model", ["-m", "bench.model.throughput", *device, *output], (*bench, "matplotlib")),
+        Step("bench of the kernels", ["-m", "bench", "kernels", *device, "--budget", "80", *output], bench),
+        Step("bench of the model", ["-m", "bench", "throughput", *device, *output], (*bench, "matplotlib")),
     ]
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def main(argv: list[str] | None = None) -> int:
+    parser = make_parser("gpu", __doc__)
     parser.add_argument("--results", type=pathlib.Path, metavar="DIR", help="default: bench/results/MACHINE")
     results = parser.parse_args(argv).results
     if not torch.cuda.is_available():
@@ -65,7 +65,7 @@ def main(argv=None):
     return run_all(steps(results))
 
 
-def run_all(steps):
+def run_all(steps: list[Step]) -> int:
     """Runs steps; returns the exit code, after a summary."""
     end = time.monotonic() + BUDGET
     verdicts = []
@@ -80,7 +80,7 @@ def run_all(steps):
     return int(any(verdict != "passed" for verdict in verdicts))
 
 
-def run(step, limit):
+def run(step: Step, limit: float) -> str:
     """Runs a step for so many seconds at most; returns what became of it in words."""
     missing = [module for module in step.needs if importlib.util.find_spec(module) is None]
     if missing:
@@ -98,12 +98,8 @@ def run(step, limit):
     return "passed" if code == 0 else f"failed with exit code {code}"
 
 
-def end_group(process):
+def end_group(process: subprocess.Popen) -> None:
     """Ends what is left of a step, and what it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(process.pid, 9)
     process.wait()
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -1,4 +1,4 @@
-"""What the bench of the kernels measures: each op on real sizes, beside what PyTorch has for the same work."""
+"""What the benchmark of the ops measures: each op on real sizes, beside what PyTorch has for the same work."""
 
 import dataclasses
 from collections.abc import Callable
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from bench.model.checkpoint import SIZES
 from bench.model.jobs import Spec, make_jobs
+from bench.roofline import Work
 from erniem_fast import ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.ops.implementation import choose
@@ -23,7 +24,7 @@ class Contender:
     """One way to compute an op.
 
     Attributes:
-        name: who.
+        name: what the report calls it.
         forward: the op with a rate of dropout, on tensors that it holds.
         leaves: the tensors that it differentiates by; the gradient of the first one is compared.
         grad: the gradient of the result.
@@ -46,7 +47,7 @@ class Job:
     Attributes:
         op, size, lengths: names; `lengths` is that of all sequences, or "ragged".
         tokens: real tokens.
-        work: for each step, the fewest bytes that it reads and writes and the fewest FLOP that it takes.
+        work: the least work of each step.
         contenders: ours first.
     """
 
@@ -54,15 +55,17 @@ class Job:
     size: str
     lengths: str
     tokens: int
-    work: dict[str, tuple[int, int]]
+    work: dict[str, Work]
     contenders: list[Contender]
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"{self.op}, {self.size}, {self.lengths}"
 
 
-def make_job(op, size, lengths, tokens, dtype, device, compiled):
+def make_job(
+    op: str, size: str, lengths: str, tokens: int, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> Job:
     """The job of an op: one of "embeddings", "attention", "bias_gelu" and "layernorm".
 
     Args:
@@ -138,8 +141,8 @@ def _attention(settings, batch, dtype):
     ]
     row = batch.tokens * hidden * dtype.itemsize
     product = 2 * batch.cu_seqlens.diff().long().square().sum().item() * hidden
-    work = {"inference": (4 * row, 2 * product), "forward": (4 * row, 2 * product), "backward": (8 * row, 5 * product)}
-    return work, contenders
+    forward = Work(4 * row, 2 * product)
+    return {"inference": forward, "forward": forward, "backward": Work(8 * row, 5 * product)}, contenders
 
 
 def _varlen(qkv, grad, batch, heads, head_dim):
@@ -199,7 +202,7 @@ def _bias_gelu(settings, batch, dtype):
 
     contenders = [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), ("torch eager", eager))]
     row = batch.tokens * features * dtype.itemsize
-    return {"inference": (2 * row, 0), "forward": (2 * row, 0), "backward": (3 * row, 0)}, contenders
+    return {"inference": Work(2 * row), "forward": Work(2 * row), "backward": Work(3 * row)}, contenders
 
 
 def _layernorm(settings, batch, dtype):
@@ -217,11 +220,11 @@ def _layernorm(settings, batch, dtype):
     leaves = (x, residual, bias, weight, norm_bias)
     contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
     row = batch.tokens * hidden * dtype.itemsize
-    return {"inference": (3 * row, 0), "forward": (4 * row, 0), "backward": (4 * row, 0)}, contenders
+    return {"inference": Work(3 * row), "forward": Work(4 * row), "backward": Work(4 * row)}, contenders
 
 
 def _embeddings(settings, batch, dtype, words=250_002, max_positions=514):
-    """The word table's gradient is sparse: a dense one would cost as much as writing the table, whoever makes it."""
+    """The word table's gradient is sparse: a dense one costs as much as writing the table, in any implementation."""
     device, hidden = batch.columns.device, settings["hidden_size"]
     random = _random(device, dtype)
     word_table, position_table = random(words, hidden), random(max_positions, hidden)
@@ -241,7 +244,7 @@ def _embeddings(settings, batch, dtype, words=250_002, max_positions=514):
     leaves = (weight, norm_bias, position_table, word_table)
     contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
     row = batch.tokens * hidden * dtype.itemsize
-    return {"inference": (2 * row, 0), "forward": (3 * row, 0), "backward": (3 * row, 0)}, contenders
+    return {"inference": Work(2 * row), "forward": Work(3 * row), "backward": Work(3 * row)}, contenders
 
 
 MAKERS = {

@@ -6,22 +6,28 @@ time counts. Contenders take turns, round after round; ratios are taken round by
 """
 
 import argparse
-import datetime
-import json
+import contextlib
 import pathlib
 import sys
+from collections.abc import Callable, Iterator
 from time import monotonic as seconds_now
+from typing import NamedTuple
 
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
-from bench import ROOT
-from bench.kernels.jobs import MAKERS, OURS, P, make_job
-from bench.machine import describe, slug
+from bench import RESULTS
+from bench.difference import difference
+from bench.kernels.figures import KernelRun, KernelSettings, StepFigures
+from bench.kernels.jobs import MAKERS, OURS, Contender, Job, P, make_job
+from bench.machine import describe
 from bench.model.checkpoint import SIZES
-from bench.model.summary import quartiles
+from bench.parser import make_parser
+from bench.record import now, write
 from bench.report.kernels import markdown, plot
-from bench.timing import WARM_UP, measured_rates, take_turns
+from bench.roofline import Rates, measure_rates
+from bench.timing import WARM_UP, quartiles, take_turns
 from erniem_fast import extension
 from erniem_fast.ops.implementation import choose
 
@@ -35,8 +41,8 @@ STEPS = {
 }
 
 
-def parse_arguments(argv):
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser("kernels", __doc__)
     cuda = torch.cuda.is_available()
     parser.add_argument("--ops", nargs="+", choices=MAKERS, default=list(MAKERS), help="default: all")
     parser.add_argument("--sizes", nargs="+", choices=SIZES, default=list(SIZES), help="default: both")
@@ -53,35 +59,35 @@ def parse_arguments(argv):
     return parser.parse_args(argv)
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run the benchmark; returns the exit code: 0, 1 where a contender failed or was refused, 130 after Ctrl-C."""
     arguments = parse_arguments(argv)
     try:
         extension.build([arguments.device.type])
     except extension.BuildError as error:
-        print(f"the native embeddings are not measured: {error}", file=sys.stderr)
-    machine = describe(arguments.device)
-    run = {
-        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "machine": machine,
-        "settings": {"dtype": arguments.dtype, "rounds": arguments.rounds, "torch": torch.__version__, "steps": STEPS},
-        "implementations": {op: choose(op, arguments.device, getattr(torch, arguments.dtype)) for op in arguments.ops},
-        "rates": measured_rates(arguments.device, getattr(torch, arguments.dtype)),
-        "results": [],
-        "left_out": [],
-        "interrupted": False,
-    }
+        print(f"the native library is not measured: {error}", file=sys.stderr)
+    dtype = getattr(torch, arguments.dtype)
+    run = KernelRun(
+        date=now(),
+        machine=describe(arguments.device),
+        settings=KernelSettings(arguments.dtype, arguments.rounds, torch.__version__, STEPS),
+        implementations={op: choose(op, arguments.device, dtype) for op in arguments.ops},
+        rates=measure_rates(arguments.device, dtype),
+        results=[],
+        left_out=[],
+        interrupted=False,
+    )
     try:
         run_jobs(arguments, run)
     except KeyboardInterrupt:
-        run["interrupted"] = True
-    if not run["results"]:
+        run.interrupted = True
+    if not run.results:
         return 130
-    save(run, arguments.output or ROOT / "bench/results" / slug(machine))
-    return 130 if run["interrupted"] else int(any(result["problem"] for result in run["results"]))
+    save(run, arguments.output or RESULTS / run.machine.slug)
+    return 130 if run.interrupted else int(any(result.problem for result in run.results))
 
 
-def jobs_of(arguments):
+def jobs_of(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:
     """`(op, size, lengths)` of every job, one size after the other."""
     for size in arguments.sizes:
         for op in arguments.ops:
@@ -89,57 +95,71 @@ def jobs_of(arguments):
                 yield op, size, lengths
 
 
-def run_jobs(arguments, run):
+def run_jobs(arguments: argparse.Namespace, run: KernelRun) -> None:
     """Measure job after job into `run`."""
     device, dtype = arguments.device, getattr(torch, arguments.dtype)
     jobs, start = list(jobs_of(arguments)), seconds_now()
     with tqdm(total=len(jobs) * len(STEPS) * (WARM_UP + arguments.rounds), unit="round", disable=None) as bar:
         for op, size, lengths in jobs:
             if seconds_now() - start > arguments.budget:
-                run["left_out"].append(f"{op}, {size}, {lengths}")
+                run.left_out.append(f"{op}, {size}, {lengths}")
                 continue
             # torch.compile has no sparse gradients, and its dozens of shapes of attention would take minutes.
             compiled = not arguments.no_compile and op != "embeddings" and (op != "attention" or lengths == "512")
             job = make_job(op, size, lengths, arguments.tokens, dtype, device, compiled)
             bar.set_description(job.name)
-            run["results"] += measure(job, TOLERANCE[arguments.dtype], arguments.rounds, run["rates"], device, bar)
+            run.results += measure(job, TOLERANCE[arguments.dtype], arguments.rounds, run.rates, device, bar)
             del job  # its tensors would still be there beside the next one's
 
 
-def measure(job, tolerance, rounds, rates, device, bar):
-    """The results of a job, ready for JSON: one for each step and contender."""
+class Checked(NamedTuple):
+    """A contender, how far its results are from the first one's, and why it is refused; None where it is not."""
+
+    contender: Contender
+    difference: float | None
+    problem: str | None
+
+
+def measure(job: Job, tolerance: float, rounds: int, rates: Rates, device: torch.device, bar) -> list[StepFigures]:
+    """The figures of a job: of each step and contender."""
     checked = list(check(job, tolerance))
     results = []
-    for step, (size, flops) in job.work.items():
-        floor = max(size / rates["bytes_per_second"], flops / rates["flops_per_second"])
-        present = [each for each in checked if step in each[0].steps]
-        calls = [call_of(contender, step) for contender, _, problem in present if problem is None]
+    for step, work in job.work.items():
+        present = [each for each in checked if step in each.contender.steps]
+        calls = [call_of(each.contender, step) for each in present if each.problem is None]
         seconds = iter(take_turns(calls, rounds, device, bar))
         ours = None
-        for contender, difference, problem in present:
-            taken = next(seconds) if problem is None else []
-            ours = taken if contender.name == OURS else ours
-            ratios = [theirs / own for theirs, own in zip(taken, ours, strict=True)] if taken and ours else None
-            results.append(
-                {
-                    **{name: getattr(job, name) for name in ("op", "size", "lengths", "tokens")},
-                    "step": step,
-                    "contender": contender.name,
-                    "bytes": size,
-                    "flops": flops,
-                    "floor": floor,
-                    "seconds": quartiles(taken) if taken else None,
-                    "speedup": quartiles(ratios) if ratios else None,
-                    "difference": difference,
-                    "problem": problem,
-                    "rounds": taken,
-                }
-            )
+        for each in present:
+            taken = next(seconds) if each.problem is None else []
+            ours = taken if each.contender.name == OURS else ours
+            results.append(step_figures(job, step, work.floor(rates), each, taken, ours))
     return results
 
 
-def check(job, tolerance):
-    """Runs every contender once; yields it, how far its results are from the first one's, and why it is refused."""
+def step_figures(
+    job: Job, step: str, floor: float, checked: Checked, seconds: list[float], ours: list[float] | None
+) -> StepFigures:
+    """The figures of a contender from the seconds of its rounds and of ours."""
+    ratios = [theirs / own for theirs, own in zip(seconds, ours, strict=True)] if seconds and ours else None
+    return StepFigures(
+        op=job.op,
+        size=job.size,
+        lengths=job.lengths,
+        tokens=job.tokens,
+        step=step,
+        contender=checked.contender.name,
+        **job.work[step]._asdict(),
+        floor=floor,
+        seconds=quartiles(seconds) if seconds else None,
+        speedup=quartiles(ratios) if ratios else None,
+        difference=checked.difference,
+        problem=checked.problem,
+        rounds=seconds,
+    )
+
+
+def check(job: Job, tolerance: float) -> Iterator[Checked]:
+    """Run every contender once and compare."""
     expected = None
     for contender in job.contenders:
         try:
@@ -147,7 +167,8 @@ def check(job, tolerance):
             for step in contender.steps:
                 call_of(contender, step)()
         except Exception as error:  # whatever its compiler may raise; the others go on
-            yield contender, None, f"{job.name}: {contender.name} failed: {str(error).strip().splitlines()[0]}"
+            problem = f"{job.name}: {contender.name} failed: {str(error).strip().splitlines()[0]}"
+            yield Checked(contender, None, problem)
             continue
         if expected is None:
             expected, first = results, contender.name
@@ -158,28 +179,23 @@ def check(job, tolerance):
                 f"{job.name}: {contender.name} refused: it differs from {first} by {largest:.2g}, in units of the root"
                 f" mean square ({tolerance:g} is allowed)"
             )
-        yield contender, largest, problem
+        yield Checked(contender, largest, problem)
 
 
-def outputs(contender):
-    """The real tokens' result and first gradient; without dropout, whose masks are everybody's own."""
+def outputs(contender: Contender) -> tuple[Tensor, Tensor]:
+    """The real tokens' result and first gradient; without dropout, whose masks differ between contenders."""
     out, leaves = training_forward(contender, 0.0)
-    (of_first,) = torch.autograd.grad(out, leaves[:1], contender.grad)
-    rows = of_first.shape[:-1] == out.shape[:-1]
-    return contender.real(out.detach()).float(), (contender.real(of_first) if rows else of_first).float()
+    (grad_first,) = torch.autograd.grad(out, leaves[:1], contender.grad)
+    rows = grad_first.shape[:-1] == out.shape[:-1]
+    return contender.real(out.detach()).float(), (contender.real(grad_first) if rows else grad_first).float()
 
 
-def difference(output, reference):
-    """Largest difference over the root mean square of `reference`."""
-    return ((output - reference).abs().max() / reference.square().mean().sqrt()).item()
-
-
-def training_forward(contender, p):
+def training_forward(contender: Contender, p: float) -> tuple[Tensor, list[Tensor]]:
     leaves = [leaf.requires_grad_() for leaf in contender.leaves]
     return contender.forward(p), leaves
 
 
-def call_of(contender, step):
+def call_of(contender: Contender, step: str) -> Callable[[], object]:
     """What is timed: a function without arguments."""
     if step == "inference":
         return torch.no_grad()(lambda: contender.forward(0.0))
@@ -189,15 +205,9 @@ def call_of(contender, step):
     return lambda: torch.autograd.grad(out, leaves, contender.grad, retain_graph=True)
 
 
-def save(run, folder):
+def save(run: KernelRun, folder: pathlib.Path) -> None:
     """Print the report and write it as JSON, Markdown and, where matplotlib is installed, PNG."""
-    folder.mkdir(parents=True, exist_ok=True)
-    stem = folder / f"kernels-{run['settings']['dtype']}"
-    stem.with_suffix(".json").write_text(json.dumps(run, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    stem.with_suffix(".md").write_text(markdown(run), encoding="utf-8")
-    plotted = plot(run, stem.with_suffix(".png"))
-    print(f"\n{markdown(run)}\n{stem}.json, .md{' and .png' if plotted else ''} hold this and every round")
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    stem = folder / f"kernels-{run.settings.dtype}"
+    write(run, markdown(run), stem)
+    with contextlib.suppress(ImportError):
+        plot(run, stem.with_suffix(".png"))

@@ -5,6 +5,7 @@ import json
 import pathlib
 import shutil
 import tempfile
+from collections.abc import Iterator
 
 import torch
 from safetensors.torch import save_file
@@ -19,7 +20,7 @@ BYTES = {"base": 1.2e9, "large": 2.3e9}
 
 
 @contextlib.contextmanager
-def random_checkpoint(size, seed=0):
+def random_checkpoint(size: str, seed: int = 0) -> Iterator[pathlib.Path]:
     """Lend a temporary folder with config.json and random float32 weights of ERNIE-M `size` ("base" or "large").
 
     Every parameter is random, biases and layer norms too, so that outputs can only agree where each of them is used.
@@ -45,7 +46,7 @@ def random_checkpoint(size, seed=0):
         yield pathlib.Path(folder)
 
 
-def read_config(folder):
+def read_config(folder: pathlib.Path | str) -> dict:
     """The config of the ERNIE-M checkpoint in `folder`.
 
     Raises:

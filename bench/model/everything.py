@@ -6,13 +6,17 @@ it ends, and Ctrl-C keeps what was measured until then.
 
 import argparse
 import dataclasses
+import pathlib
 import sys
 import time
+from collections.abc import Sequence
 
 from bench.model import breakdown
 from bench.model.jobs import Spec
+from bench.model.options import add_run_options, checkpoint
 from bench.model.rivals import rivals
-from bench.model.throughput import TOKENIZER, add_run_options, checkpoint, run_and_save, text_encoder
+from bench.model.run import INTERRUPTED, run_and_save
+from bench.parser import make_parser
 
 HEADLINE = Spec(32, "text", rows=64, rounds=7)
 INFERENCE = (
@@ -32,12 +36,11 @@ PARTS = (
     ("ablation", "itself", (Spec(32, "text", rows=32, rounds=3),)),
 )
 LONG_PARTS = (*PARTS, ("ablation-training", "itself", TRAINING))
-INTERRUPTED = 130
 
 
-def main(argv=None):
+def main(argv: list[str] | None = None) -> int:
     """Run all parts; returns the exit code: 0, 1 where a peer died or was refused, 130 after Ctrl-C."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser("everything", __doc__)
     parser.add_argument(
         "--long",
         action="store_true",
@@ -49,13 +52,13 @@ def main(argv=None):
         with checkpoint(arguments) as model:
             return run_parts(arguments, model)
     except (ValueError, OSError) as error:
-        sys.exit(f"everything.py: {error}")
+        sys.exit(f"python -m bench everything: {error}")
     except KeyboardInterrupt:
         return INTERRUPTED
 
 
-def run_parts(arguments, model):
-    """Run and save one part after another, until one is interrupted."""
+def run_parts(arguments: argparse.Namespace, model: pathlib.Path) -> int:
+    """Run and save one part after another, until one is interrupted; returns the worst exit code."""
     parts = LONG_PARTS if arguments.long else PARTS
     worst, count = 0, len(parts) + (arguments.device == "cpu")
     for number, (name, against, specs) in enumerate(parts, start=1):
@@ -67,11 +70,11 @@ def run_parts(arguments, model):
         worst = max(worst, code)
     if arguments.device == "cpu":
         _announce(count, count, "breakdown")
-        breakdown.run_and_save(arguments, model, text_encoder(arguments.model or TOKENIZER, breakdown.MAX_LENGTH))
+        breakdown.run_and_save(arguments, model)
     return worst
 
 
-def lengthen(specs):
+def lengthen(specs: Sequence[Spec]) -> list[Spec]:
     """The jobs of a long run."""
     more = (LARGE_BATCH,) if specs is INFERENCE else ()
     return [dataclasses.replace(spec, rounds=HEADLINE.rounds) for spec in (*specs, *more)]
@@ -79,7 +82,3 @@ def lengthen(specs):
 
 def _announce(number, count, name):
     print(f"\npart {number} of {count}, {time.strftime('%H:%M:%S')}: {name}", file=sys.stderr)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

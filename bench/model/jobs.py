@@ -1,16 +1,12 @@
 """What is measured: batches of real text or of random tokens, padded to their longest row."""
 
-import csv
 import dataclasses
-import pathlib
 import random
+from collections.abc import Callable, Sequence
 
-PARALLEL = pathlib.Path(__file__).parents[1] / "data" / "parallel.tsv"
-# The file is full of menu labels ("Log out"), which leave a batch of 32 only 28 % full and would flatter whoever skips
-# padding. Translations of ten English words or more are sentences, and fill it to 45 % on average over seeds (standard
-# deviation over two batches: 4.5 %). The first two batches of this seed are as full as that average.
-SENTENCE_WORDS = 10
-SEED = 10
+from bench.model.text import read_sentences
+
+SEED = 10  # see text.SENTENCE_WORDS
 MOST_BATCHES = 16  # in one turn; batches of one row would else take as long as all others together
 SPECIAL_TOKENS = 4  # ids below are [CLS], [PAD], [SEP] and [UNK]
 PAD = 1
@@ -48,35 +44,36 @@ class Job:
     batches: list[dict[str, list[list[int]]]]
 
     @property
-    def name(self):
+    def name(self) -> str:
         return f"{self.spec.batch_size} x {self.spec.lengths}{', training' if self.spec.train else ''}"
 
     @property
-    def rows(self):
+    def rows(self) -> int:
         """Rows of all batches."""
         return sum(len(batch["input_ids"]) for batch in self.batches)
 
     @property
-    def tokens(self):
+    def tokens(self) -> int:
         """Real tokens of all batches."""
         return sum(sum(map(sum, batch["attention_mask"])) for batch in self.batches)
 
     @property
-    def positions(self):
+    def positions(self) -> int:
         """Positions of all batches, padding included."""
         return sum(len(row) for batch in self.batches for row in batch["input_ids"])
 
     @property
-    def fill(self):
+    def fill(self) -> float:
         """Share of the positions that are real tokens."""
         return self.tokens / self.positions
 
 
-def make_jobs(specs, encode, vocab_size, max_length):
+def make_jobs(
+    specs: Sequence[Spec], encode: Callable[[list[str]], list[list[int]]] | None, vocab_size: int, max_length: int
+) -> list[Job]:
     """One job for each of `specs`.
 
     Args:
-        specs: of class Spec.
         encode: turns texts into lists of token ids, cut at the maximum, special tokens included; only for text.
         vocab_size, max_length: of the model, in tokens.
 
@@ -95,7 +92,7 @@ def make_jobs(specs, encode, vocab_size, max_length):
     return jobs
 
 
-def pad(rows):
+def pad(rows: list[list[int]]) -> dict[str, list[list[int]]]:
     """A batch of rows of token ids, padded on the right to the longest."""
     longest = max(map(len, rows))
     return {
@@ -125,10 +122,3 @@ def _sorted_rows(count, size, encode):
     rows = sorted(_rows("text", MOST_BATCHES * size, encode, None, None), key=len)
     chosen = [int((i + 0.5) * MOST_BATCHES / count) for i in range(count)]
     return [row for batch in chosen for row in rows[batch * size : (batch + 1) * size]]
-
-
-def read_sentences():
-    """The translations in parallel.tsv whose English has SENTENCE_WORDS words or more."""
-    with PARALLEL.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [row["translation"] for row in rows if len(row["english"].split()) >= SENTENCE_WORDS]

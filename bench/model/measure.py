@@ -5,9 +5,12 @@ import pathlib
 import tempfile
 
 import numpy as np
+import torch
+from torch import Tensor
 
+from bench.difference import difference
 from bench.model.jobs import Job
-from bench.model.workers import WorkerError
+from bench.model.workers import Worker, WorkerError
 
 # Largest difference of a hidden state between two peers, in units of the reference's root mean square. Right peers were
 # seen to differ by 5e-6, 0.1 and 0.012, and by 0.29 where weights and activations are rounded to 8 bits (base size,
@@ -37,7 +40,7 @@ class Measurement:
     problem: str | None = None
 
 
-def measure(job, workers, dtype, measurements, bar):
+def measure(job: Job, workers: list[Worker], dtype: str, measurements: list[Measurement], bar) -> None:
     """Measure every worker in one job.
 
     Args:
@@ -80,7 +83,7 @@ def _check(entries, tolerance, output, bar):
             )
 
 
-def _run(worker, entry, output):
+def _run(worker, entry, output) -> Tensor | None:
     """The worker's hidden states of all real tokens, or None where it is dead."""
     if worker.dead:
         entry.problem = f"{worker.name} not measured: it died in an earlier job"
@@ -91,14 +94,7 @@ def _run(worker, entry, output):
         entry.problem = f"{worker.name} {error}"
         return None
     worker.first_seconds = worker.first_seconds or reply["first_seconds"]
-    return np.load(output)
-
-
-def difference(output, reference):
-    """Largest difference over the root mean square of `reference`; infinite where shapes differ."""
-    if output.shape != reference.shape:
-        return float("inf")
-    return float(np.abs(output - reference).max() / np.sqrt(np.mean(np.square(reference, dtype=np.float64))))
+    return torch.from_numpy(np.load(output))
 
 
 def _take_turn(worker, entry):

@@ -1,7 +1,9 @@
-"""Who runs: erniem_fast, and all that could be used in its place."""
+"""The peers: erniem_fast, and all that could be used in its place."""
 
+import dataclasses
 import pathlib
 import sys
+from collections.abc import Iterator
 
 import torch
 
@@ -10,38 +12,43 @@ from bench.model.workers import Peer
 from erniem_fast import flags, ops
 from erniem_fast.ops.implementation import choose
 
-SCRIPTS = ROOT / "bench/peers"
+OURS_PYTHON = pathlib.Path(sys.executable)
 # Two releases of transformers do not fit into one environment. What each holds is pinned in bench/peers.
 TRANSFORMERS4 = ROOT / ".venv-peers/bin/python"
 RIVALS = ROOT / ".venv-rivals/bin/python"
 
-OURS = Peer("erniem_fast", SCRIPTS / "ours.py", pathlib.Path(sys.executable), trains=True)
-OURS_INT8 = Peer(f"{OURS.name} int8", OURS.script, OURS.python, ("int8",), int8=True)
-ORIGINAL = Peer("transformers 4.57.6", SCRIPTS / "transformers4.py", TRANSFORMERS4, trains=True)
+
+def _peer(name, python, module, *arguments, **options):
+    return Peer(name, ("-m", f"bench.peers.{module}", *arguments), python, **options)
+
+
+OURS = _peer("erniem_fast", OURS_PYTHON, "ours", trains=True)
+OURS_INT8 = _peer(f"{OURS.name} int8", OURS_PYTHON, "ours", "int8", int8=True)
+ORIGINAL = _peer("transformers 4.57.6", TRANSFORMERS4, "transformers4", trains=True)
 # In the order in which they get memory, where there is not enough for all.
 ALL = (
     OURS,
     ORIGINAL,
-    Peer("XLM-R SDPA", SCRIPTS / "transformers5.py", RIVALS, ("sdpa",), trains=True),
-    Peer("CTranslate2", SCRIPTS / "ctranslate2_peer.py", RIVALS, ("float32",)),
-    Peer("OpenVINO", SCRIPTS / "openvino_peer.py", RIVALS),
-    Peer("ONNX Runtime", SCRIPTS / "onnxruntime_peer.py", RIVALS, ("onnx",)),
-    Peer("transformers 4, compiled", SCRIPTS / "transformers4.py", TRANSFORMERS4, ("compile",), trains=True),
-    Peer("XLM-R eager", SCRIPTS / "transformers5.py", RIVALS, ("eager",), trains=True),
+    _peer("XLM-R SDPA", RIVALS, "transformers5", "sdpa", trains=True),
+    _peer("CTranslate2", RIVALS, "ctranslate2_peer", "float32"),
+    _peer("OpenVINO", RIVALS, "openvino_peer"),
+    _peer("ONNX Runtime", RIVALS, "onnxruntime_peer", "onnx"),
+    _peer("transformers 4, compiled", TRANSFORMERS4, "transformers4", "compile", trains=True),
+    _peer("XLM-R eager", RIVALS, "transformers5", "eager", trains=True),
     OURS_INT8,
-    Peer("CTranslate2 int8", SCRIPTS / "ctranslate2_peer.py", RIVALS, ("int8",), int8=True),
-    Peer("ONNX Runtime int8", SCRIPTS / "onnxruntime_peer.py", RIVALS, ("onnx-int8",), int8=True),
+    _peer("CTranslate2 int8", RIVALS, "ctranslate2_peer", "int8", int8=True),
+    _peer("ONNX Runtime int8", RIVALS, "onnxruntime_peer", "onnx-int8", int8=True),
 )
 # On a GPU packed PyTorch takes the place of the CPU's runtimes.
 ON_CUDA = (
     *(peer for peer in ALL if peer.trains),
-    Peer("packed, varlen_attn", SCRIPTS / "packed.py", RIVALS, ("varlen",)),
-    Peer("packed, varlen_attn, compiled", SCRIPTS / "packed.py", RIVALS, ("compile",)),
-    Peer("packed, flash-attn", SCRIPTS / "packed.py", RIVALS, ("flash",)),
+    _peer("packed, varlen_attn", RIVALS, "packed", "varlen"),
+    _peer("packed, varlen_attn, compiled", RIVALS, "packed", "compile"),
+    _peer("packed, flash-attn", RIVALS, "packed", "flash"),
 )
 
 
-def rivals(against, device, dtype):
+def rivals(against: str, device: str, dtype: str) -> tuple[Peer, ...]:
     """The peers of a run, ours first.
 
     Args:
@@ -55,7 +62,7 @@ def rivals(against, device, dtype):
     return ON_CUDA if torch.device(device).type == "cuda" else ALL
 
 
-def _ablations(device, dtype):
+def _ablations(device: torch.device, dtype: torch.dtype) -> Iterator[Peer]:
     """Erniem_fast without any kernel, without packing, without each kernel that runs here, and with it alone."""
     chosen = {op: choose(op, device, dtype) for op in ops.IMPLEMENTATIONS}
     kernels = {op: name for op, name in chosen.items() if name not in ("torch", "reference")}
@@ -70,4 +77,4 @@ def _ablations(device, dtype):
 
 
 def _variant(name, environment):
-    return Peer(name, OURS.script, OURS.python, environment=environment, trains=True)
+    return dataclasses.replace(OURS, name=name, environment=environment)

@@ -1,4 +1,4 @@
-"""The benchmark's half of the protocol of peers/serve.py: workers are started, asked and buried here."""
+"""The benchmark's half of the protocol of peers/serve.py: workers are started, asked and ended here."""
 
 import dataclasses
 import json
@@ -8,27 +8,27 @@ import subprocess
 import tempfile
 import time
 
+from bench import ROOT
+
 STDERR_LINES = 12
 
 
 @dataclasses.dataclass(frozen=True)
 class Peer:
-    """Somebody who runs the model.
+    """A way to run the model.
 
     Attributes:
         name: what the report calls it.
-        script: its worker, a file of peers/.
+        command: what Python gets to start its worker, a module of bench.peers.
         python: the Python of the environment that the worker runs in.
-        arguments: what the worker gets on its command line.
         environment: environment variables for it, beside our own.
         trains: whether it can train.
         int8: whether it rounds to 8 bits, and is held to a tolerance of its own.
     """
 
     name: str
-    script: pathlib.Path
+    command: tuple[str, ...]
     python: pathlib.Path
-    arguments: tuple[str, ...] = ()
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     trains: bool = False
     int8: bool = False
@@ -68,12 +68,12 @@ class Worker:
         # A file takes any amount of stderr without ever blocking the worker.
         self.stderr = tempfile.TemporaryFile()  # noqa: SIM115
         self.process = subprocess.Popen(
-            [peer.python, peer.script, *peer.arguments],
+            [peer.python, *peer.command],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self.stderr,
             encoding="utf-8",
-            env={**os.environ, "HF_HUB_OFFLINE": "1", **peer.environment},
+            env={**os.environ, **_module_path(), "HF_HUB_OFFLINE": "1", **peer.environment},
             start_new_session=True,  # Ctrl-C is for the benchmark alone, which then ends its workers
         )
         try:
@@ -85,10 +85,10 @@ class Worker:
         self.load_seconds = time.perf_counter() - start - export_seconds
 
     @property
-    def dead(self):
+    def dead(self) -> bool:
         return self.process.poll() is not None
 
-    def request(self, op, **arguments):
+    def request(self, op: str, **arguments) -> dict:
         """Ask for one thing and wait for the reply.
 
         Raises:
@@ -115,3 +115,9 @@ class Worker:
         self.process.kill()
         self.process.communicate()
         self.stderr.close()
+
+
+def _module_path():
+    """Environment variables with which Python finds the package `bench` and its workers, from whatever folder."""
+    others = os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": os.pathsep.join([str(ROOT), *([others] if others else [])])}

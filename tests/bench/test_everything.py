@@ -1,28 +1,32 @@
 """The rest of the benchmark: the rivals' weights, the breakdown, all parts in one command, and the README's table."""
 
+import dataclasses
 import itertools
 import json
 import pathlib
-import sys
 import types
 
 import pytest
 import torch
 import torch.nn.functional as F
 
-from bench import ROOT
+from bench import ROOT, roofline
+from bench.machine import Machine
+from bench.model import breakdown, everything, rivals
+from bench.model.figures import Breakdown, JobFigures, LoadedPeer, ModelRun, PeerFigures
+from bench.model.jobs import Spec, pad
+from bench.model.work import count_work
+from bench.peers import exports, packed, xlm_roberta
+from bench.record import Settings, read
+from bench.report import readme
+from bench.report.bars import plot_panels
+from bench.report.curves import plot_curves
+from bench.report.model import losses, overview
+from bench.roofline import Rates, Work
+from bench.timing import Quartiles
+from erniem_fast import ErnieMConfig, ErnieMModel
 
 TINY = ROOT / "tests/golden/tiny"
-sys.path.append(str(ROOT / "bench/peers"))
-
-from bench.model import breakdown, everything, rivals, throughput  # noqa: E402
-from bench.model.jobs import Spec, pad  # noqa: E402
-from bench.peers import exports, packed, xlm_roberta  # noqa: E402
-from bench.report import readme  # noqa: E402
-from bench.report.curves import plot_curves, plot_panels  # noqa: E402
-from bench.report.model import losses, overview  # noqa: E402
-from erniem_fast import ErnieMConfig, ErnieMModel  # noqa: E402
-
 RAGGED = {name: torch.tensor(rows) for name, rows in pad([[5] * 9, [7, 8, 9], [6]]).items()}
 REAL = RAGGED["attention_mask"].bool()
 
@@ -71,14 +75,14 @@ def test_an_export_is_made_once(tmp_path, monkeypatch):
     calls = []
 
     def make(command):
-        calls.append(command[2:])
+        calls.append(command[1:])
         pathlib.Path(command[-1], "model.onnx").touch()
         return types.SimpleNamespace(returncode=0)
 
     monkeypatch.setattr(exports.subprocess, "run", make)
     for _ in range(2):
         assert (exports.exported("onnx", "model", tmp_path) / "model.onnx").exists()
-    assert calls == [["onnx", "model", tmp_path / "onnx.unfinished"]]
+    assert calls == [["-m", "bench.peers.exports", "onnx", "model", tmp_path / "onnx.unfinished"]]
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
 
 
@@ -110,23 +114,23 @@ def test_the_work_of_an_op_is_counted_by_hand():
         vocab_size=50, hidden_size=8, num_hidden_layers=3, num_attention_heads=2, intermediate_size=16
     )
     model = ErnieMModel(config)
-    work = breakdown.count(model, [2, 3], training=False)
+    work = count_work(model, [2, 3], training=False)
     # Five tokens and 13 pairs; four products of 8 x 8 and two of 8 x 16, two operations for each weight.
-    assert work["matrix products"].operations == 3 * 5 * 2 * (4 * 64 + 2 * 128)
-    assert work["attention"].operations == 3 * 13 * 2 * 2 * 8
+    assert work["matrix products"].flops == 3 * 5 * 2 * (4 * 64 + 2 * 128)
+    assert work["attention"].flops == 3 * 13 * 2 * 2 * 8
     assert work["bias_gelu_dropout"].bytes == 3 * 2 * 5 * 16 * 4
     assert work["add_layernorm"].bytes == 3 * 2 * 3 * 5 * 8 * 4
     assert "AdamW" not in work
-    work = breakdown.count(model, [2, 3], training=True)
-    assert work["matrix products"].operations == 3 * 3 * 5 * 2 * (4 * 64 + 2 * 128)
+    work = count_work(model, [2, 3], training=True)
+    assert work["matrix products"].flops == 3 * 3 * 5 * 2 * (4 * 64 + 2 * 128)
     assert work["embeddings"].bytes == 6 * 5 * 8 * 4
     assert work["AdamW"].bytes == 4 * (7 * sum(parameter.numel() for parameter in model.parameters()) - 50 * 8)
 
 
 def test_a_floor_is_the_longer_of_computing_and_copying():
-    rates = {"operations_per_second": 10.0, "bytes_per_second": 2.0}
-    assert breakdown.floor(breakdown.Work(operations=50.0, bytes=4.0), rates) == 5.0
-    assert breakdown.floor(breakdown.Work(operations=50.0, bytes=14.0), rates) == 7.0
+    rates = Rates(flops_per_second=10.0, bytes_per_second=2.0)
+    assert Work(flops=50.0, bytes=4.0).floor(rates) == 5.0
+    assert Work(flops=50.0, bytes=14.0).floor(rates) == 7.0
 
 
 def test_time_inside_an_op_is_that_op_s_alone():
@@ -149,22 +153,22 @@ def arguments(tmp_path):
 
 
 def test_the_breakdown_accounts_for_every_moment(arguments, capsys, monkeypatch):
-    monkeypatch.setattr(breakdown, "MATRIX", 64)
+    monkeypatch.setitem(roofline.MATRIX, "cpu", 64)
     monkeypatch.setattr(breakdown, "SPEC", Spec(4, "text", 4, rounds=1))
     attention = breakdown.ops.attention
-    breakdown.run_and_save(arguments, TINY, throughput.text_encoder(TINY, 64))
+    breakdown.run_and_save(arguments, TINY)
     assert breakdown.ops.attention is attention
-    run = json.loads((arguments.output / "breakdown-tiny-float32.json").read_text())
+    run = read(Breakdown, arguments.output / "breakdown-tiny-float32.json")
     named = {"embeddings", "attention", "add_layernorm", "bias_gelu_dropout", "matrix products", "everything else"}
     for name, ops in {"forward": named, "training": named | {"AdamW"}}.items():
-        *rows, total = run[name]
-        assert {row["op"] for row in rows} == ops
-        assert min(row["seconds"] for row in rows) > 0
-        assert total["seconds"] == pytest.approx(sum(row["seconds"] for row in rows))
-        assert total["ratio"] == pytest.approx(total["seconds"] / total["floor"])
-        reached = run["reached"][name]
-        assert 0 < reached["seconds"] < 2 * total["seconds"]
-        assert reached["share"] > 0
+        *rows, total = getattr(run, name)
+        assert {row.op for row in rows} == ops
+        assert min(row.seconds for row in rows) > 0
+        assert total.seconds == pytest.approx(sum(row.seconds for row in rows))
+        assert total.ratio == pytest.approx(total.seconds / total.floor)
+        reached = run.reached[name]
+        assert 0 < reached.seconds < 2 * total.seconds
+        assert reached.share > 0
     assert (arguments.output / "breakdown-tiny-float32.png").read_bytes().startswith(b"\x89PNG")
     assert "GFLOP/s" in capsys.readouterr().out
 
@@ -200,44 +204,63 @@ def test_a_long_run_adds_batches_of_128():
     assert training == Spec(32, "text", rows=64, rounds=7, train=True)
 
 
-HEAD = {
-    "date": "2026-11-23T10:00:00+00:00",
-    "settings": {"model": "base, random weights", "dtype": "float32", "threads": 2},
-    "machine": {"cpu": "A CPU", "gpu": None, "instructions": "AVX2"},
-    "peers": [{"versions": {"python": "3.11", "transformers": "5"}}, {"versions": {"openvino": "1"}}],
-}
+def run_of(*jobs):
+    """A run of the base model, as read from its file."""
+    peers = [
+        LoadedPeer("erniem_fast", {"python": "3.11", "transformers": "5"}, 1.0, 0.5),
+        LoadedPeer("old", {"openvino": "1"}, 1.0, 0.5),
+    ]
+    return ModelRun(
+        name="rivals",
+        date="2026-11-23T10:00:00+00:00",
+        machine=Machine("A CPU", 2, "AVX2", 24, None, "Linux"),
+        settings=Settings("base, random weights", "float32", "cpu", 2),
+        peers=peers,
+        absent=[],
+        interrupted=False,
+        jobs=list(jobs),
+    )
 
 
 def job(name, **ratios):
-    rate = {"q1": 900.0, "median": 1000.0, "q3": 1100.0}
-    ours = {"peer": "erniem_fast", "rounds": [[1.0]], "speedup": None, "tokens_per_second": rate}
-    others = [
-        {
-            "peer": peer,
-            "rounds": [[1.0]] if ratio else [],
-            "speedup": ratio and {"median": ratio},
-            "tokens_per_second": rate if ratio else None,
-        }
-        for peer, ratio in ratios.items()
+    """A job of erniem_fast and others that are slower by these ratios; None for one that was not measured."""
+    peers = [
+        peer("erniem_fast", None),
+        *(peer(name, ratio, measured=ratio is not None) for name, ratio in ratios.items()),
     ]
     size, _, lengths = name.partition(" x ")
-    spec = {"batch_size": int(size), "lengths": lengths, "train": False}
-    return {"name": name, "fill": 0.45, "peers": [ours, *others], **spec}
+    return JobFigures(name, int(size), lengths, False, 1, int(size), 900, 2000, 0.45, peers)
+
+
+def peer(name, ratio, measured=True):
+    rate = Quartiles(900.0, 1000.0, 1100.0) if measured else None
+    return PeerFigures(
+        peer=name,
+        tokens_per_second=rate,
+        rows_per_second=None,
+        batch_seconds=None,
+        speedup=ratio and Quartiles(ratio, ratio, ratio),
+        peak_memory=None,
+        memory_ratio=None,
+        output_difference=None,
+        problem=None,
+        rounds=[[1.0]] if measured else [],
+    )
 
 
 def test_overview_has_a_row_for_every_peer_and_a_dash_for_what_was_not_measured():
-    run = {"jobs": [job("32 x text", old=2.123, dead=None), job("1 x text", new=0.9)]}
-    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in overview(run).splitlines()[2:]] == [
+    jobs = [job("32 x text", old=2.123, dead=None), job("1 x text", new=0.9)]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in overview(jobs).splitlines()[2:]] == [
         ["erniem_fast", "1,000 tokens/s", "1,000 tokens/s"],
         ["old", "2.12x", "-"],
         ["dead", "-", "-"],
         ["new", "-", "0.90x"],
     ]
-    assert losses(run) == ["**erniem_fast is slower** in 1 x text against new (0.90x)."]
+    assert losses(jobs) == ["**erniem_fast is slower** in 1 x text against new (0.90x)."]
 
 
 def test_pictures_leave_out_what_was_not_measured(tmp_path):
-    run = {**HEAD, "jobs": [job(name, old=2.0, dead=None) for name in ("32 x text", "1 x text", "32 x fixed:9")]}
+    run = run_of(*(job(name, old=2.0, dead=None) for name in ("32 x text", "1 x text", "32 x fixed:9")))
     for draw in (plot_panels, plot_curves):
         draw(run, tmp_path / "picture.png")
         assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
@@ -249,7 +272,7 @@ def test_the_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
     monkeypatch.setattr(readme, "README", tmp_path / "README.md")
     readme.README.write_text(text, encoding="utf-8")
     for name, jobs in ((readme.RIVALS, [job("32 x text", old=2.5)]), (readme.TRAINING, [job("4 x fixed:9", old=0.8)])):
-        (tmp_path / name).write_text(json.dumps({**HEAD, "jobs": jobs}))
+        (tmp_path / name).write_text(json.dumps(dataclasses.asdict(run_of(*jobs))))
     readme.main([str(tmp_path)])
     new = readme.README.read_text(encoding="utf-8")
     before, rest = new.split(readme.BEGIN)

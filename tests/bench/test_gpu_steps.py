@@ -9,9 +9,8 @@ import sys
 import pytest
 import torch
 
-from bench import ROOT
-from bench.gpu import compile_ahead, environment
-from bench.gpu import steps as gpu
+from bench import ROOT, __main__
+from bench.gpu import compile_ahead, environment, steps
 from bench.gpu.steps import Step
 
 
@@ -36,37 +35,37 @@ def test_the_environment_says_what_is_missing(tmp_path, monkeypatch, capsys):
 
 
 def test_steps_go_on_after_one_that_fails(capfd):
-    steps = [
+    commands = [
         python("first", "raise SystemExit(3)"),
         python("second", "print('second ran')", needs=("json", "package_of_the_future")),
         python("third", "import time; time.sleep(60)", limit=0.5),
         python("fourth", "print('fourth ran')", needs=("json",)),
     ]
-    assert gpu.run_all(steps) == 1
+    assert steps.run_all(commands) == 1
     out = capfd.readouterr().out
     assert "first: failed with exit code 3" in out
     assert "second: left out, for want of package_of_the_future (`pip install package_of_the_future`)" in out
     assert "third: ended after 0 s" in out
     assert "fourth ran" in out
     assert "second ran" not in out
-    assert gpu.run_all(steps[3:]) == 0
+    assert steps.run_all(commands[3:]) == 0
 
 
 def test_the_last_step_keeps_its_time(monkeypatch, capfd):
-    monkeypatch.setattr(gpu, "BUDGET", gpu.RESERVED)
-    assert gpu.run_all([python("first", ""), python("last", "print('last ran')")]) == 1
+    monkeypatch.setattr(steps, "BUDGET", steps.RESERVED)
+    assert steps.run_all([python("first", ""), python("last", "print('last ran')")]) == 1
     out = capfd.readouterr().out
     assert "first: left out, for want of time" in out
     assert "last ran" in out
 
 
 def test_every_step_is_there():
-    for step in gpu.steps(pathlib.Path("results")):
-        if step.command[0] == "-m":
-            assert importlib.util.find_spec(step.command[1])
-        else:
-            assert (ROOT / step.command[0]).exists()
-            assert step.command[-2:] == ["--output", "results"] or step.command[1:] == ["cuda"]
+    for step in steps.steps(pathlib.Path("results")):
+        option, module, *arguments = step.command
+        assert (option, importlib.util.find_spec(module) is None) == ("-m", False)
+        if module == "bench":
+            assert arguments[0] in __main__.COMMANDS
+            assert arguments[-2:] == ["--output", "results"]
 
 
 def test_every_check_is_in_one_share_and_failures_are_left_to_verify(monkeypatch):
@@ -89,4 +88,4 @@ def test_every_check_is_in_one_share_and_failures_are_left_to_verify(monkeypatch
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_without_a_gpu_it_says_so():
     with pytest.raises(SystemExit, match="torch finds no CUDA device, so there is nothing to run"):
-        gpu.main([])
+        steps.main([])

@@ -10,20 +10,26 @@ import sys
 import types
 
 import numpy as np
+import psutil
 import pytest
+import torch
 
 from bench import ROOT
+from bench.difference import difference
+from bench.machine import Machine
+from bench.model import throughput
+from bench.model.figures import Latency, LoadedPeer, ModelRun
+from bench.model.jobs import Job, Spec, make_jobs, pad
+from bench.model.measure import Measurement
+from bench.model.rivals import OURS, OURS_INT8
+from bench.model.summary import summarise
+from bench.model.text import text_encoder
+from bench.model.workers import Peer, Worker, WorkerError
+from bench.record import Settings, read
+from bench.report.model import markdown
+from bench.timing import Quartiles, quartiles
 
 TINY = ROOT / "tests/golden/tiny"
-
-from bench.model import throughput  # noqa: E402
-from bench.model.jobs import Job, Spec, make_jobs, pad  # noqa: E402
-from bench.model.measure import Measurement, difference  # noqa: E402
-from bench.model.rivals import OURS, OURS_INT8  # noqa: E402
-from bench.model.summary import quartiles, summarise  # noqa: E402
-from bench.model.workers import Peer, Worker, WorkerError  # noqa: E402
-from bench.report.model import markdown  # noqa: E402
-
 OURS_NAMES = (OURS.name, OURS_INT8.name)
 
 # A worker with no model in it: every hidden state is VALUE and every batch takes SECONDS, whatever the clock says.
@@ -60,7 +66,7 @@ def fake(tmp_path):
             text = text.replace(word, str(replacement))
         script = tmp_path / f"{name}.py"
         script.write_text(text)
-        return Peer(name, script, pathlib.Path(sys.executable))
+        return Peer(name, (str(script),), pathlib.Path(sys.executable))
 
     return make
 
@@ -73,7 +79,7 @@ def bench(tmp_path):
         output = tmp_path / "results"
         code = throughput.main([*options, "--model", str(TINY), "--threads", "1", "--output", str(output)], peers)
         path = output / f"{'training' if '--train' in options else 'throughput'}-tiny-float32.json"
-        return code, json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+        return code, read(ModelRun, path) if path.exists() else None
 
     return run
 
@@ -85,7 +91,7 @@ def measured(peer, rounds, peak_memory=100, int8=False):
 
 
 def test_quartiles_interpolate_as_numpy_does():
-    assert quartiles([4.0, 1.0, 2.0, 3.0]) == {"q1": 1.75, "median": 2.5, "q3": 3.25}
+    assert quartiles([4.0, 1.0, 2.0, 3.0]) == Quartiles(1.75, 2.5, 3.25)
 
 
 def test_ratio_is_paired_round_by_round():
@@ -93,25 +99,25 @@ def test_ratio_is_paired_round_by_round():
     ours = measured("erniem_fast", [[1.0, 1.0], [10.0, 10.0], [1.0, 1.0]])
     theirs = measured("old", [[2.0, 2.0], [20.0, 20.0], [1.0, 3.0]], peak_memory=80)
     (job,) = summarise([ours, theirs], OURS_NAMES)
-    assert (job["tokens"], job["positions"], job["fill"]) == (30, 36, 30 / 36)
-    assert job["peers"][0]["tokens_per_second"] == {"q1": 8.25, "median": 15.0, "q3": 15.0}
-    assert job["peers"][0]["speedup"] is None
-    assert job["peers"][1]["speedup"] == {"q1": 2.0, "median": 2.0, "q3": 2.0}
-    assert job["peers"][1]["memory_ratio"] == 1.25
+    assert (job.tokens, job.positions, job.fill) == (30, 36, 30 / 36)
+    assert job.peers[0].tokens_per_second == Quartiles(8.25, 15.0, 15.0)
+    assert job.peers[0].speedup is None
+    assert job.peers[1].speedup == Quartiles(2.0, 2.0, 2.0)
+    assert job.peers[1].memory_ratio == 1.25
 
 
 def test_ratio_uses_the_rounds_that_both_have():
     (job,) = summarise([measured("erniem_fast", [[1.0], [1.0]]), measured("old", [[3.0]])], OURS_NAMES)
-    assert job["peers"][1]["speedup"]["median"] == 3.0
+    assert job.peers[1].speedup.median == 3.0
 
 
 def test_8_bits_are_compared_with_8_bits():
     names = {"erniem_fast": 4.0, "old": 6.0, "erniem_fast int8": 2.0, "old int8": 1.0}
     measurements = [measured(name, [[seconds]], int8="int8" in name) for name, seconds in names.items()]
-    ratios = [peer["speedup"] and peer["speedup"]["median"] for peer in summarise(measurements, OURS_NAMES)[0]["peers"]]
+    ratios = [peer.speedup and peer.speedup.median for peer in summarise(measurements, OURS_NAMES)[0].peers]
     assert ratios == [None, 1.5, None, 0.5]
     (job,) = summarise(measurements[:2] + measurements[3:], OURS_NAMES)
-    assert job["peers"][2]["speedup"]["median"] == 0.25
+    assert job.peers[2].speedup.median == 0.25
 
 
 def test_table_shows_rates_ratios_and_losses():
@@ -133,9 +139,9 @@ def test_a_ratio_that_rounds_to_one_is_no_loss():
 
 def test_a_batch_s_time_is_that_of_all_rounds():
     (job,) = summarise([measured("erniem_fast", [[0.1, 0.2], [0.3, 0.9]])], OURS_NAMES)
-    assert job["peers"][0]["batch_seconds"] == {"median": 0.25, "p99": pytest.approx(0.882)}
+    assert job.peers[0].batch_seconds == Latency(0.25, pytest.approx(0.882))
     # Four rows, in 0.3 and in 1.2 seconds.
-    assert job["peers"][0]["rows_per_second"] == pytest.approx((4 / 0.3 + 4 / 1.2) / 2)
+    assert job.peers[0].rows_per_second == pytest.approx((4 / 0.3 + 4 / 1.2) / 2)
 
 
 def test_a_busy_machine_is_told():
@@ -145,15 +151,16 @@ def test_a_busy_machine_is_told():
 
 
 def fake_run(jobs):
-    return {
-        "date": "2026-11-23T10:00:00+00:00",
-        "settings": {"model": "base", "dtype": "float32", "threads": 2},
-        "machine": {"cpu": "A CPU", "gpu": None, "instructions": "AVX2"},
-        "peers": [{"name": "old", "versions": {"python": "3"}, "load_seconds": 1.0, "first_seconds": 0.5}],
-        "absent": [],
-        "interrupted": False,
-        "jobs": jobs,
-    }
+    return ModelRun(
+        name="throughput",
+        date="2026-11-23T10:00:00+00:00",
+        machine=Machine("A CPU", 2, "AVX2", 24, None, "Linux"),
+        settings=Settings("base", "float32", "cpu", 2),
+        peers=[LoadedPeer("old", {"python": "3"}, 1.0, 0.5)],
+        absent=[],
+        interrupted=False,
+        jobs=jobs,
+    )
 
 
 def test_jobs_hold_the_same_rows_for_every_batch_size():
@@ -182,13 +189,13 @@ def test_rows_are_padded_to_the_longest():
 
 
 def test_real_text_fills_a_batch_of_32_to_about_45_percent():
-    encode = throughput.text_encoder(TINY, max_length=512)
+    encode = text_encoder(TINY, max_length=512)
     (job,) = make_jobs([Spec(32, "text", 64, 1)], encode, vocab_size=2300, max_length=512)
     assert job.fill == pytest.approx(0.45, abs=0.005)
 
 
 def test_sorted_text_stands_for_many_batches_and_is_nearly_full():
-    encode = throughput.text_encoder(TINY, max_length=512)
+    encode = text_encoder(TINY, max_length=512)
     (job,) = make_jobs([Spec(32, "sorted", 64, 1)], encode, vocab_size=2300, max_length=512)
     lengths = [sum(row) for batch in job.batches for row in batch["attention_mask"]]
     assert len(lengths) == 64
@@ -197,60 +204,58 @@ def test_sorted_text_stands_for_many_batches_and_is_nearly_full():
 
 
 def test_real_text_is_cut_at_the_maximum():
-    assert [len(row) for row in throughput.text_encoder(TINY, max_length=6)(["one " * 20])] == [6]
+    assert [len(row) for row in text_encoder(TINY, max_length=6)(["one " * 20])] == [6]
 
 
 def test_difference_is_relative_to_the_root_mean_square():
-    reference = np.array([[3.0, -4.0]], dtype=np.float32)
-    assert difference(np.array([[3.0, -3.0]], dtype=np.float32), reference) == pytest.approx(1 / np.sqrt(12.5))
+    reference = torch.tensor([[3.0, -4.0]])
+    assert difference(torch.tensor([[3.0, -3.0]]), reference) == pytest.approx(1 / np.sqrt(12.5))
     assert difference(reference[:, :1], reference) == float("inf")
 
 
 def test_two_peers_end_to_end(bench, fake, capsys):
     code, run = bench(fake("erniem_fast", seconds=0.5), fake("old", seconds=1.25, memory=2**29))
-    ours, old = run["jobs"][0]["peers"]
+    ours, old = run.jobs[0].peers
     assert code == 0
-    assert ours["rounds"] == [[0.5, 0.5]] * 3
-    assert ours["tokens_per_second"]["median"] == run["jobs"][0]["tokens"]
-    assert (old["speedup"]["median"], old["memory_ratio"], old["output_difference"]) == (2.5, 2.0, 0.0)
+    assert ours.rounds == [[0.5, 0.5]] * 3
+    assert ours.tokens_per_second.median == run.jobs[0].tokens
+    assert (old.speedup.median, old.memory_ratio, old.output_difference) == (2.5, 2.0, 0.0)
     assert "2.50x (2.50-2.50)" in capsys.readouterr().out
-    assert json.dumps(run).count(str(pathlib.Path.home())) == 0
+    assert json.dumps(dataclasses.asdict(run)).count(str(pathlib.Path.home())) == 0
 
 
 def test_a_wrong_output_is_refused_with_its_figure(bench, fake):
     code, run = bench(fake("erniem_fast"), fake("wrong", value=1.001), fake("old"))
-    _, wrong, old = run["jobs"][0]["peers"]
+    _, wrong, old = run.jobs[0].peers
     assert code == 1
-    assert wrong["output_difference"] == pytest.approx(1e-3, rel=1e-4)
-    assert wrong["problem"].startswith("wrong refused: its output differs from that of erniem_fast by 0.001 ")
-    assert (wrong["rounds"], wrong["speedup"]) == ([], None)
-    assert old["speedup"]["median"] == 1.0
+    assert wrong.output_difference == pytest.approx(1e-3, rel=1e-4)
+    assert wrong.problem.startswith("wrong refused: its output differs from that of erniem_fast by 0.001 ")
+    assert (wrong.rounds, wrong.speedup) == ([], None)
+    assert old.speedup.median == 1.0
 
 
 def test_an_output_of_nan_is_refused(bench, fake):
     _, run = bench(fake("erniem_fast"), fake("wrong", value="np.nan"))
-    assert "refused: its output differs from that of erniem_fast by nan " in run["jobs"][0]["peers"][1]["problem"]
+    assert "refused: its output differs from that of erniem_fast by nan " in run.jobs[0].peers[1].problem
 
 
 def test_a_worker_that_dies_is_reported_and_the_run_goes_on(bench, fake, capsys):
     options = ("--batch-size", "4", "1", "--lengths", "fixed:3", "--sentences", "8", "--rounds", "4")
     code, run = bench(fake("erniem_fast"), fake("mortal", on_turn=DIE), fake("old"), options=options)
-    first, second = ({peer["peer"]: peer for peer in job["peers"]} for job in run["jobs"])
+    first, second = ({peer.peer: peer for peer in job.peers} for job in run.jobs)
     assert code == 1
-    assert [len(first[name]["rounds"]) for name in ("erniem_fast", "mortal", "old")] == [4, 1, 4]
-    assert first["mortal"]["problem"] == (
-        "mortal ended with exit code 1 in 'time'; the end of its stderr:\nout of luck"
-    )
-    assert second["mortal"]["problem"] == "mortal not measured: it died in an earlier job"
-    assert [len(second[name]["rounds"]) for name in ("erniem_fast", "mortal", "old")] == [4, 0, 4]
+    assert [len(first[name].rounds) for name in ("erniem_fast", "mortal", "old")] == [4, 1, 4]
+    assert first["mortal"].problem == ("mortal ended with exit code 1 in 'time'; the end of its stderr:\nout of luck")
+    assert second["mortal"].problem == "mortal not measured: it died in an earlier job"
+    assert [len(second[name].rounds) for name in ("erniem_fast", "mortal", "old")] == [4, 0, 4]
     assert "out of luck" in capsys.readouterr().out
 
 
 def test_the_run_goes_on_without_ours(bench, fake):
     code, run = bench(fake("erniem_fast", on_turn=DIE), fake("old"))
-    ours, old = run["jobs"][0]["peers"]
+    ours, old = run.jobs[0].peers
     assert code == 1
-    assert (len(ours["rounds"]), len(old["rounds"])) == (1, 3)
+    assert (len(ours.rounds), len(old.rounds)) == (1, 3)
 
 
 def test_a_worker_that_was_killed_between_two_requests_is_told_from_one_that_failed(fake):
@@ -264,10 +269,8 @@ def test_a_worker_that_was_killed_between_two_requests_is_told_from_one_that_fai
 
 
 SERVED = """
-import sys
 import numpy as np
-sys.path.insert(0, PEERS)
-from serve import Peer, serve
+from bench.peers.serve import Peer, serve
 class Talkative(Peer):
     def load(self, model, device, dtype, threads):
         np.ones(2**25).sum()  # 256 MiB, freed at once
@@ -283,9 +286,9 @@ serve(Talkative())
 
 def test_the_server_saves_real_tokens_only_and_forgets_the_memory_of_loading(tmp_path):
     script = tmp_path / "talkative.py"
-    script.write_text(SERVED.replace("PEERS", repr(str(ROOT / "bench/peers"))))
+    script.write_text(SERVED)
     settings = {"device": "cpu", "dtype": "float32", "threads": 3}
-    peer = Peer("talkative", script, pathlib.Path(sys.executable))
+    peer = Peer("talkative", (str(script),), pathlib.Path(sys.executable))
     with contextlib.closing(Worker(peer, "m", "e", **settings)) as worker:
         assert {name: worker.versions[name] for name in settings} == settings
         assert worker.versions["model"] == "m"
@@ -315,48 +318,48 @@ def listen_to_ctrl_c():
 @pytest.mark.usefixtures("listen_to_ctrl_c")
 def test_ctrl_c_keeps_what_was_measured(bench, fake, capsys):
     code, run = bench(fake("erniem_fast"), fake("old", on_turn=INTERRUPT))
-    ours, old = run["jobs"][0]["peers"]
+    ours, old = run.jobs[0].peers
     assert code == 130
-    assert run["interrupted"]
+    assert run.interrupted
     # The first round is whole; in the second, the other had the first turn.
-    assert (len(ours["rounds"]), len(old["rounds"])) == (1, 1)
-    assert old["speedup"]["median"] == 1.0
+    assert (len(ours.rounds), len(old.rounds)) == (1, 1)
+    assert old.speedup.median == 1.0
     assert "**Interrupted**" in capsys.readouterr().out
 
 
 def test_a_peer_without_its_environment_is_absent_with_the_reason(bench, fake):
-    absent = Peer("homeless", ROOT / "bench/peers/ours.py", ROOT / ".venv-nowhere/bin/python")
+    absent = Peer("homeless", OURS.command, ROOT / ".venv-nowhere/bin/python")
     code, run = bench(fake("erniem_fast"), absent)
     assert code == 0
     reason = "its environment is missing: no .venv-nowhere; `make bench-all` makes it"
-    assert run["absent"] == [f"homeless: {reason}"]
-    assert [peer["peer"] for peer in run["jobs"][0]["peers"]] == ["erniem_fast"]
+    assert run.absent == [f"homeless: {reason}"]
+    assert [peer.peer for peer in run.jobs[0].peers] == ["erniem_fast"]
 
 
 def test_who_finds_no_memory_is_absent_with_the_reason(bench, fake, monkeypatch):
     weights = sum(path.stat().st_size for path in TINY.iterdir())
     memory = types.SimpleNamespace(total=2**35, available=2 * (1.3 * weights + 4e8) + 1)
-    monkeypatch.setattr(throughput.psutil, "virtual_memory", lambda: memory)
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     code, run = bench(fake("erniem_fast"), fake("old"), fake("late"))
     assert code == 0
-    assert [peer["peer"] for peer in run["jobs"][0]["peers"]] == ["erniem_fast", "old"]
-    (reason,) = run["absent"]
+    assert [peer.peer for peer in run.jobs[0].peers] == ["erniem_fast", "old"]
+    (reason,) = run.absent
     assert reason.startswith("late: all peers stay in memory, it needs about 0.4 GB and the others leave 0.0 GB")
 
 
 def test_training_is_for_those_who_can_and_is_checked_by_what_was_learnt(bench, fake):
     options = ("--train", "--batch-size", "4", "--lengths", "fixed:5", "--sentences", "8", "--rounds", "1")
-    learner = Peer("learner", OURS.script, OURS.python, trains=True)
+    learner = dataclasses.replace(OURS, name="learner")
     pupil = dataclasses.replace(fake("pupil", value=0.0), trains=True)
     code, run = bench(OURS, fake("runtime"), learner, pupil, options=options)
     assert code == 1
-    assert run["absent"] == ["runtime: it cannot train"]
-    (job,) = run["jobs"]
-    assert job["name"] == "4 x fixed:5, training"
-    ours, learner, pupil = job["peers"]
-    assert learner["output_difference"] < 1e-5
-    assert min(ours["rounds"][0] + learner["rounds"][0]) > 0
-    assert (pupil["rounds"], pupil["problem"][:13]) == ([], "pupil refused")
+    assert run.absent == ["runtime: it cannot train"]
+    (job,) = run.jobs
+    assert job.name == "4 x fixed:5, training"
+    ours, learner, pupil = job.peers
+    assert learner.output_difference < 1e-5
+    assert min(ours.rounds[0] + learner.rounds[0]) > 0
+    assert (pupil.rounds, pupil.problem[:13]) == ([], "pupil refused")
 
 
 def test_our_real_worker_end_to_end(bench, tmp_path):
@@ -364,13 +367,13 @@ def test_our_real_worker_end_to_end(bench, tmp_path):
         OURS, options=("--batch-size", "4", "1", "--lengths", "text", "--sentences", "8", "--rounds", "2")
     )
     assert code == 0
-    for job in run["jobs"]:
-        (ours,) = job["peers"]
-        assert [len(seconds) for seconds in ours["rounds"]] == [job["batches"]] * 2
-        assert min(min(seconds) for seconds in ours["rounds"]) > 0
-        assert 50 * 2**20 < ours["peak_memory"] < 4 * 2**30
-    assert run["jobs"][0]["tokens"] == run["jobs"][1]["tokens"]
-    assert run["jobs"][0]["fill"] < 1 == run["jobs"][1]["fill"]
+    for job in run.jobs:
+        (ours,) = job.peers
+        assert [len(seconds) for seconds in ours.rounds] == [job.batches] * 2
+        assert min(min(seconds) for seconds in ours.rounds) > 0
+        assert 50 * 2**20 < ours.peak_memory < 4 * 2**30
+    assert run.jobs[0].tokens == run.jobs[1].tokens
+    assert run.jobs[0].fill < 1 == run.jobs[1].fill
     assert (tmp_path / "results/throughput-tiny-float32.png").read_bytes().startswith(b"\x89PNG")
 
 

@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 
-from bench import roofline, timing
+from bench import timing
 from bench.kernels import jobs, speed
 from bench.kernels.figures import KernelRun
 from bench.record import read
@@ -33,19 +33,6 @@ def clock(monkeypatch):
 
 def job_of(op, lengths="8", tokens=16):
     return jobs.make_job(op, "base", lengths, tokens, torch.float32, CPU, compiled=False)
-
-
-def test_calls_take_turns_in_alternating_order(clock):
-    called = []
-    calls = [lambda: called.append("a") or 1.0, lambda: called.append("b") or 2.0]
-    assert timing.take_turns(calls, 2, CPU) == [[1.0, 1.0], [2.0, 2.0]]
-    assert "".join(called) == "ba" + "ab" + "ba" + "ab" + "ba"
-
-
-def test_rates_count_what_is_read_and_written(monkeypatch):
-    monkeypatch.setattr(roofline, "take_turns", lambda calls, rounds, device, warm_up: [[0.5], [0.25]])
-    rates = roofline.measure_rates(CPU, torch.float32)
-    assert rates == Rates(bytes_per_second=2 * 2**26 / 0.5, flops_per_second=2 * 2048**3 / 0.25)
 
 
 @pytest.mark.parametrize(

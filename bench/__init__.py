@@ -4,3 +4,4 @@ import pathlib
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "bench/results"
+INTERRUPTED = 130  # the exit code after Ctrl-C

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from bench import RESULTS
+from bench import INTERRUPTED, RESULTS
 from bench.difference import difference
 from bench.kernels.figures import KernelRun, KernelSettings, StepFigures
 from bench.kernels.jobs import MAKERS, OURS, Contender, Job, P, make_job
@@ -82,9 +82,9 @@ def main(argv: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         run.interrupted = True
     if not run.results:
-        return 130
+        return INTERRUPTED
     save(run, arguments.output or RESULTS / run.machine.slug)
-    return 130 if run.interrupted else int(any(result.problem for result in run.results))
+    return INTERRUPTED if run.interrupted else int(any(result.problem for result in run.results))
 
 
 def jobs_of(arguments: argparse.Namespace) -> Iterator[tuple[str, str, str]]:

@@ -18,6 +18,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 from tqdm import tqdm
 
+from bench import INTERRUPTED
 from bench.model.figures import Breakdown, OpTime, Reached
 from bench.model.jobs import Spec, make_jobs
 from bench.model.options import add_run_options, checkpoint
@@ -49,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
     except (ValueError, OSError) as error:
         sys.exit(f"python -m bench breakdown: {error}")
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return 0
 
 

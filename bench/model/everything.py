@@ -11,11 +11,12 @@ import sys
 import time
 from collections.abc import Sequence
 
+from bench import INTERRUPTED
 from bench.model import breakdown
 from bench.model.jobs import Spec
 from bench.model.options import add_run_options, checkpoint
 from bench.model.rivals import rivals
-from bench.model.run import INTERRUPTED, run_and_save
+from bench.model.run import run_and_save
 from bench.parser import make_parser
 
 HEADLINE = Spec(32, "text", rows=64, rounds=7)

@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
 
+from bench import INTERRUPTED
 from bench.machine import available_cores, available_memory
 from bench.model.checkpoint import read_config
 from bench.model.figures import LoadedPeer, ModelRun
@@ -23,7 +24,6 @@ from bench.report.bars import plot_bars, plot_panels
 from bench.report.curves import plot_curves
 from bench.report.model import markdown
 
-INTERRUPTED = 130
 MANY = 6  # peers in one group of bars
 
 

@@ -13,7 +13,7 @@ test: $(VENV)/installed
 
 # The tests again as on a machine with AVX2 alone, and on one without: PyTorch's kernels and the native library are then
 # those of that capability. Left out are files whose subject runs in Triton's interpreter, in a compiler or in the bench.
-LEFT_OUT := 'tests/test_kernels_*' 'tests/test_mutants*' 'tests/test_bench*' tests/test_sanitizers.py tests/test_verification.py
+LEFT_OUT := 'tests/test_kernels_*' 'tests/test_mutants*' 'tests/bench/*' tests/test_sanitizers.py tests/test_verification.py
 test-portable: $(VENV)/installed
 	for capability in avx2 default; do \
 	    ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/python -m pytest $(LEFT_OUT:%=--ignore-glob=%) || exit 1; done
@@ -21,21 +21,21 @@ test-portable: $(VENV)/installed
 # Where the native libraries cannot be built, what is measured is PyTorch alone, and `status` says why.
 bench: $(VENV)/installed $(PEERS)/installed
 	-$(VENV)/bin/python -m erniem_fast build
-	$(VENV)/bin/python bench/throughput.py $(ARGS)
+	$(VENV)/bin/python -m bench throughput $(ARGS)
 
 # On a machine with a GPU and, perhaps, without a network: made from what $(PYTHON) has installed.
 gpu:
-	$(PYTHON) bench/environment.py $(GPU)
-	$(GPU)/bin/python bench/gpu.py $(if $(RESULTS),--results '$(RESULTS)')
+	$(PYTHON) -m bench.gpu.environment $(GPU)
+	$(GPU)/bin/python -m bench gpu $(if $(RESULTS),--results '$(RESULTS)')
 
 # Every rival, training, the kernels one by one, and where the time goes.
 bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed
 	-$(VENV)/bin/python -m erniem_fast build
-	$(VENV)/bin/python bench/everything.py $(ARGS)
+	$(VENV)/bin/python -m bench everything $(ARGS)
 
 # The README's table, from the latest results of this machine.
 readme: $(VENV)/installed
-	$(VENV)/bin/python bench/readme.py
+	$(VENV)/bin/python -m bench readme
 
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .

@@ -1,5 +1,6 @@
-"""What the figures were measured on; no name of the machine or its user."""
+"""The machine that figures are measured on, without its name or its user's."""
 
+import dataclasses
 import os
 import pathlib
 import platform
@@ -9,33 +10,55 @@ import psutil
 import torch
 
 
-def describe(device):
-    """Names and sizes of what matters for speed, ready for JSON.
+@dataclasses.dataclass(frozen=True)
+class Machine:
+    """What matters for speed.
 
-    Args:
-        device: the torch device that is measured.
+    Attributes:
+        cpu: its model.
+        cores: physical cores that this process may use.
+        instructions: the widest vector instructions that PyTorch uses, as "AVX2".
+        memory_gib: main memory.
+        gpu: its model; None where a CPU is measured.
+        system: as "Linux".
     """
+
+    cpu: str
+    cores: int
+    instructions: str
+    memory_gib: int
+    gpu: str | None
+    system: str
+
+    @property
+    def slug(self) -> str:
+        """A folder name, as in "intel-xeon-processor-2-cores"."""
+        name = self.gpu or f"{self.cpu} {self.cores} cores"
+        return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
+
+
+def describe(device: torch.device | str) -> Machine:
+    """This machine, to be measured on `device`."""
     device = torch.device(device)
-    return {
-        "cpu": _cpu_name(),
-        "cores": available_cores(),
-        "instructions": torch.backends.cpu.get_cpu_capability(),
-        "memory_gib": round(psutil.virtual_memory().total / 2**30),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "system": platform.system(),
-    }
+    return Machine(
+        cpu=_cpu_name(),
+        cores=available_cores(),
+        instructions=torch.backends.cpu.get_cpu_capability(),
+        memory_gib=round(psutil.virtual_memory().total / 2**30),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        system=platform.system(),
+    )
 
 
-def slug(machine):
-    """A folder name for this machine, as in "intel-xeon-processor-2-cores"."""
-    name = machine["gpu"] or f"{machine['cpu']} {machine['cores']} cores"
-    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)", "", name.lower())).strip("-")
-
-
-def available_cores():
+def available_cores() -> int:
     """Physical cores that this process may use."""
     physical = psutil.cpu_count(logical=False) or os.cpu_count()
     return min(physical, len(os.sched_getaffinity(0))) if hasattr(os, "sched_getaffinity") else physical
+
+
+def available_memory() -> int:
+    """Bytes of main memory that can be had without swapping."""
+    return psutil.virtual_memory().available
 
 
 def _cpu_name():

@@ -1,9 +1,11 @@
-"""Seconds of single calls on one device, and the rates that no call can beat."""
+"""Seconds of calls on one device, taken in turn, and their quartiles."""
 
+import dataclasses
 import time
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
-from summary import quartiles
 
 WARM_UP = 3
 # More than any cache holds. Writing it before a call empties the caches, and takes a GPU long enough for the host to
@@ -11,28 +13,44 @@ WARM_UP = 3
 FLUSH_BYTES = 512 * 2**20
 
 
-def take_turns(calls, rounds, device, bar=None):
+@dataclasses.dataclass(frozen=True)
+class Quartiles:
+    q1: float
+    median: float
+    q3: float
+
+
+def quartiles(values: Sequence[float]) -> Quartiles:
+    """First quartile, median and third quartile, interpolated as NumPy does."""
+    return Quartiles(*map(float, np.percentile(values, [25, 50, 75])))
+
+
+def take_turns(
+    calls: Sequence[Callable[[], object]], rounds: int, device: torch.device, bar=None, warm_up: int = WARM_UP
+) -> list[list[float]]:
     """Seconds of each of the calls, `rounds` of them, taken in turn so that what disturbs the machine disturbs all.
 
     Args:
         calls: functions without arguments.
-        rounds: timed rounds, after some that warm up.
+        rounds: timed rounds.
         device: where the calls run.
         bar: tqdm's bar, which moves by one per round.
+        warm_up: rounds before, which are not timed.
     """
     flush = torch.empty(FLUSH_BYTES if device.type == "cuda" else 0, dtype=torch.uint8, device=device)
     seconds = [[] for _ in calls]
-    for turn in range(WARM_UP + rounds):
+    for turn in range(warm_up + rounds):
         for index in range(len(calls)) if turn % 2 else reversed(range(len(calls))):
-            taken = _seconds(calls[index], device, flush)
-            if turn >= WARM_UP:
+            taken = seconds_of(calls[index], device, flush)
+            if turn >= warm_up:
                 seconds[index].append(taken)
         if bar is not None:
             bar.update()
     return seconds
 
 
-def _seconds(call, device, flush):
+def seconds_of(call: Callable[[], object], device: torch.device, flush: torch.Tensor | None = None) -> float:
+    """Seconds that one call takes; on a GPU `flush` is written before, see FLUSH_BYTES."""
     if device.type == "cpu":
         start = time.perf_counter()
         call()
@@ -45,17 +63,3 @@ def _seconds(call, device, flush):
     end.record()
     end.synchronize()
     return start.elapsed_time(end) / 1e3
-
-
-def measured_rates(device, dtype, rounds=10):
-    """What the device reaches: bytes read and written a second by a copy, and FLOP a second by a matrix product."""
-    large = device.type == "cuda"
-    source = torch.ones(2**30 if large else 2**26, dtype=torch.uint8, device=device)
-    target = torch.empty_like(source)
-    size = 8192 if large else 512
-    left, right = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    copy, product = take_turns([lambda: target.copy_(source), lambda: left @ right], rounds, device)
-    return {
-        "bytes_per_second": 2 * source.numel() / quartiles(copy)["median"],
-        "flops_per_second": 2 * size**3 / quartiles(product)["median"],
-    }

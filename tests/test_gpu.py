@@ -19,7 +19,7 @@ from triton import knobs
 from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
-from erniem_fast.kernels import bias_gelu, layernorm
+from erniem_fast.kernels import layernorm
 from erniem_fast.native.build import build
 
 EPS = 1e-5

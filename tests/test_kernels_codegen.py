@@ -10,8 +10,8 @@ ROOT = Path(__file__).parents[1]
 
 
 def in_process_of_its_own(code):
-    """The JSON that `code` prints, which finds `bench/codegen.py` as `codegen`."""
-    environment = {**os.environ, "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'bench'}"}
+    """The JSON that `code` prints."""
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     return json.loads(done.stdout)
@@ -19,7 +19,8 @@ def in_process_of_its_own(code):
 
 def test_the_table_is_of_these_kernels_and_breaks_no_rule():
     code = """
-import codegen, json
+import json
+from bench.kernels import codegen
 rows = codegen.read_table()
 introduction = codegen.TABLE.read_text().split("|")[0]
 print(json.dumps({
@@ -32,7 +33,7 @@ print(json.dumps({
 }))
 """
     found = in_process_of_its_own(code)
-    assert found["up to date"], "the kernels have changed; run `python bench/codegen.py`"
+    assert found["up to date"], "the kernels have changed; run `python -m bench codegen`"
     assert found["broken"] == []
     assert found["archs"] == found["all archs"]
     assert found["kernels"] == [
@@ -52,8 +53,9 @@ print(json.dumps({
 
 def test_the_rules_for_amd():
     code = """
-import codegen, json
+import json
 from dataclasses import replace
+from bench.kernels import codegen
 row = codegen.Row("attention", "forward", "bfloat16", 64, "yes", "gfx942", 8, 256, 0, 65536, "v_mfma", 16, 8)
 print(json.dumps([each.broken_rules() for each in (
     row,
@@ -80,7 +82,9 @@ def test_what_compiles_here_keeps_the_rules_and_is_in_the_table():
     What compiles for sm_89 is what compiles for sm_86, and for gfx90a nearly what does for gfx942.
     """
     code = """
-import codegen, json, triton
+import json
+from bench.kernels import codegen
+import triton
 rows = codegen.on_architectures(codegen.tabled_rows, codegen.ARCHITECTURES.keys() - {"sm_89", "gfx90a"})
 same_triton = f"Triton {triton.__version__} " in codegen.TABLE.read_text()
 print(json.dumps({
@@ -99,13 +103,15 @@ print(json.dumps({
 
 def test_token_counts_and_lengths_compile_nothing_new():
     code = """
-import codegen, json, torch
+import json
+from bench.kernels import codegen, launches
+import torch
 seed = torch.ones(1, dtype=torch.int64)
 counts = {}
 for launch, size, varied in (
-    (codegen.launch_layernorm, 768, (1, 2, 15, 16, 17, 1000, 5000)),
-    (codegen.launch_bias_gelu, 3072, (1, 2, 15, 16, 17, 1000, 5000)),
-    (codegen.launch_attention, 64, (65, 100, 128, 129, 512)),
+    (launches.launch_layernorm, 768, (1, 2, 15, 16, 17, 1000, 5000)),
+    (launches.launch_bias_gelu, 3072, (1, 2, 15, 16, 17, 1000, 5000)),
+    (launches.launch_attention, 64, (65, 100, 128, 129, 512)),
 ):
     case = ("sm_90", launch, torch.float16, size, seed)
     compiled = [kernel for each in varied for kernel in codegen.compiled(*case, each)]
@@ -122,7 +128,9 @@ print(json.dumps(counts))
 def test_no_size_is_compiled_anew():
     """Whatever the tokens, lengths and sequences: one compilation of a kernel, two where short sequences have tiles."""
     code = """
-import codegen, json, torch
+import json
+from bench.kernels import codegen, launches
+import torch
 from itertools import accumulate
 from erniem_fast.batch import TokenBatch
 from erniem_fast.kernels import attention
@@ -152,8 +160,8 @@ def count(*launch):
     return {name: [len(hashes), len({*hashes})] for name, hashes in sorted(kernels.items())}
 
 print(json.dumps([
-    count(launch_rows, codegen.launch_layernorm, 768),
-    count(launch_rows, codegen.launch_bias_gelu, 3072),
+    count(launch_rows, launches.launch_layernorm, 768),
+    count(launch_rows, launches.launch_bias_gelu, 3072),
     count(launch_attention),
 ]))
 """

@@ -10,7 +10,6 @@ from erniem_fast import ops, reference
 from erniem_fast.batch import TokenBatch
 from erniem_fast.dropout import keep_mask
 from erniem_fast.flags import use_kernels
-from erniem_fast.kernels import add_norm
 from erniem_fast.kernels.device import Device
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")

@@ -9,7 +9,6 @@ import torch
 from equivalence import DEVICE, run
 
 from erniem_fast import verification
-from erniem_fast.flags import use_kernels
 
 # By op and case of the battery, which together take every kernel: the error of each result over the error that rounding
 # the exact result makes, as measured. What exceeds 1 cannot be helped: attention rounds its probabilities and the

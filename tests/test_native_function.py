@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from erniem_fast import ErnieMConfig, ErnieMModel, ops, use_kernels
+from erniem_fast import ErnieMConfig, ErnieMModel, ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.native import attention, compiler, function, library, linear
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from erniem_fast import ErnieMConfig, ErnieMModel, use_kernels
+from erniem_fast import ErnieMConfig, ErnieMModel
 from erniem_fast.native import layer as native_layer
 from erniem_fast.native import library
 

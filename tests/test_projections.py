@@ -10,8 +10,8 @@ from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
 from erniem_fast import projections
-from erniem_fast.native import library
 from erniem_fast.linears import Scratch, project, project_side_by_side, scratch_for
+from erniem_fast.native import library
 
 SIZES = (24, 24, 24)
 TOKENS, FEATURES = 7, 32

@@ -9,9 +9,7 @@ import contextlib
 import copy
 import gc
 import json
-import pathlib
 import shutil
-import sys
 import threading
 import weakref
 
@@ -59,6 +57,7 @@ from transformers import (
 )
 from transformers.activations import ACT2FN
 
+from bench.peers import xlm_roberta
 from erniem_fast import (
     ErnieMConfig,
     ErnieMForInformationExtraction,
@@ -70,9 +69,6 @@ from erniem_fast import (
     ErnieMPreTrainedModel,
     ErnieMTokenizer,
 )
-
-sys.path.append(str(pathlib.Path(__file__).parent.parent / "bench" / "peers"))
-import xlm_roberta
 
 IDS, MASK, REAL = make_ids(RIGHT), RIGHT, RIGHT.bool()
 ROWS, COLUMNS = MASK.shape

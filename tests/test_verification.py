@@ -9,7 +9,6 @@ from test_main import run
 
 from erniem_fast import __main__, verification
 from erniem_fast.verify.equivalence import Comparison, compare, draw
-from erniem_fast.kernels import add_norm
 
 CPU = torch.device("cpu")
 FORWARD = layernorm.forward

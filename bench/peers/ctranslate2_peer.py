@@ -7,8 +7,9 @@ import sys
 
 import ctranslate2
 import numpy as np
-from exports import exported
-from serve import Peer, only_float32_on_cpu, serve
+
+from bench.peers.exports import exported
+from bench.peers.serve import Peer, only_float32_on_cpu, serve
 
 
 class CTranslate2(Peer):

@@ -1,6 +1,6 @@
 """The checkpoint in the formats of other runtimes. Each is made once in a run and shared by the workers that read it.
 
-    python exports.py FORMAT MODEL TARGET
+    python -m bench.peers.exports FORMAT MODEL TARGET
 
 What is exported is XLM-RoBERTa with the same weights, which these tools know best. Of the ways to do it the fastest
 for the rival was taken. Seconds for a batch of 32 at 54 % (base size, two cores with AVX-512): ONNX Runtime takes 1.69
@@ -23,7 +23,7 @@ def exported(file_format, model, exports):
     if not target.exists():
         unfinished = target.with_suffix(".unfinished")
         unfinished.mkdir(parents=True, exist_ok=True)
-        if subprocess.run([sys.executable, __file__, file_format, model, unfinished]).returncode:
+        if subprocess.run([sys.executable, "-m", "bench.peers.exports", file_format, model, unfinished]).returncode:
             sys.exit(f"the checkpoint could not be exported as {file_format}")
         unfinished.rename(target)
     return target
@@ -107,7 +107,8 @@ FORMATS = {"onnx": onnx, "onnx-int8": onnx_int8, "openvino": openvino, "ctransla
 def _xlm_roberta(model, attention):
     """The module, ready to be traced, and inputs to trace it with: a batch with padding."""
     import torch
-    import xlm_roberta
+
+    from bench.peers import xlm_roberta
 
     ids = torch.tensor([[4, 5, 6], [7, xlm_roberta.PAD, xlm_roberta.PAD]])
     inputs = {"input_ids": ids, "attention_mask": (ids != xlm_roberta.PAD).long()}

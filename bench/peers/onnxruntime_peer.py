@@ -4,8 +4,9 @@ import sys
 
 import numpy as np
 import onnxruntime
-from exports import exported
-from serve import Peer, only_float32_on_cpu, serve
+
+from bench.peers.exports import exported
+from bench.peers.serve import Peer, only_float32_on_cpu, serve
 
 
 class OnnxRuntime(Peer):

@@ -2,8 +2,9 @@
 
 import numpy as np
 import openvino
-from exports import exported
-from serve import Peer, only_float32_on_cpu, serve
+
+from bench.peers.exports import exported
+from bench.peers.serve import Peer, only_float32_on_cpu, serve
 
 
 class OpenVino(Peer):

@@ -5,10 +5,10 @@ import warnings
 
 import torch
 import transformers
-from serve import serve
-from torch_peer import TorchPeer
 
 import erniem_fast
+from bench.peers.serve import serve
+from bench.peers.torch_peer import TorchPeer
 
 
 class ErnieMFast(TorchPeer):

@@ -1,6 +1,6 @@
-"""Worker: packed ERNIE-M in plain PyTorch on a GPU: what somebody would write who knows of variable-length attention.
+"""Worker: packed ERNIE-M in plain PyTorch on a GPU, as it is written with variable-length attention.
 
-    python packed.py varlen | flash | compile
+    python -m bench.peers.packed varlen | flash | compile
 
 varlen: torch's own `varlen_attn`; flash: that of the package flash-attn; compile: varlen, compiled. Inference only:
 varlen_attn has no dropout.
@@ -10,10 +10,11 @@ import sys
 
 import torch
 import torch.nn.functional as F
-import xlm_roberta
-from serve import serve
 from torch import nn
-from torch_peer import TorchPeer
+
+from bench.peers import xlm_roberta
+from bench.peers.serve import serve
+from bench.peers.torch_peer import TorchPeer
 
 
 def varlen(q, k, v, cu_seqlens, longest):

@@ -19,8 +19,9 @@ import platform
 import sys
 import time
 
-import memory
 import numpy as np
+
+from bench.peers import memory
 
 
 class Peer:

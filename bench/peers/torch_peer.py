@@ -4,7 +4,8 @@ import functools
 
 import torch
 import torch.nn.functional as F
-from serve import Peer
+
+from bench.peers.serve import Peer
 
 RATE = 0.01  # of `learn`: at base size it moves the hidden states by 0.4 of their root mean square
 

@@ -4,8 +4,9 @@ import sys
 
 import torch
 import transformers
-from serve import serve
-from torch_peer import TorchPeer
+
+from bench.peers.serve import serve
+from bench.peers.torch_peer import TorchPeer
 
 
 def cast_mask(encoder, args, kwargs):

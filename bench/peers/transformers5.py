@@ -3,9 +3,10 @@
 import sys
 
 import transformers
-import xlm_roberta
-from serve import serve
-from torch_peer import TorchPeer
+
+from bench.peers import xlm_roberta
+from bench.peers.serve import serve
+from bench.peers.torch_peer import TorchPeer
 
 
 class Transformers5(TorchPeer):

@@ -1,0 +1,38 @@
+"""The benchmarks of erniem_fast; `python -m bench COMMAND --help` lists the options of one."""
+
+import argparse
+import importlib
+import sys
+
+# A command's module is imported when the command runs: some set the environment before they import Triton.
+COMMANDS = {
+    "throughput": (
+        "bench.model.throughput",
+        "tokens per second and memory of the model, beside its rivals (make bench)",
+    ),
+    "everything": ("bench.model.everything", "every rival, training, ablations and the breakdown (make bench-all)"),
+    "breakdown": ("bench.model.breakdown", "where the time of a forward and of a training step goes, op by op"),
+    "kernels": ("bench.kernels.speed", "each op beside PyTorch's ways to do the same work, and beside its floor"),
+    "codegen": ("bench.kernels.codegen", "what the Triton kernels compile to for every architecture, without a GPU"),
+    "gpu": ("bench.gpu.steps", "all that needs a GPU: verification, tests, kernels, throughput (make gpu)"),
+    "readme": ("bench.report.readme", "rewrites the README's table from the results of this machine (make readme)"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command that `argv` names; returns its exit code."""
+    lines = [f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()]
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        epilog="\n".join(["commands:", *lines]),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("command", choices=COMMANDS, metavar="COMMAND")
+    parser.add_argument("options", nargs=argparse.REMAINDER, metavar="...")
+    arguments = parser.parse_args(argv or sys.argv[1:] or ["--help"])
+    return importlib.import_module(COMMANDS[arguments.command][0]).main(arguments.options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

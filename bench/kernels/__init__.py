@@ -1,0 +1,1 @@
+"""The ops one by one: how fast they are, and what the Triton kernels compile to."""

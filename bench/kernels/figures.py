@@ -1,0 +1,69 @@
+"""What the benchmark of the ops finds: the fields of its JSON file."""
+
+import dataclasses
+
+from bench.machine import Machine
+from bench.roofline import Rates
+from bench.timing import Quartiles
+
+
+@dataclasses.dataclass(frozen=True)
+class KernelSettings:
+    """What was asked for, the version of torch, and what each step means."""
+
+    dtype: str
+    rounds: int
+    torch: str
+    steps: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class StepFigures:
+    """One contender in one step of an op at one size.
+
+    Attributes:
+        op, size, lengths, tokens: as in `jobs.Job`.
+        step: "inference", "forward" or "backward".
+        contender: its name.
+        bytes, flops, floor: the least work of the step, and the seconds that it takes at the least.
+        seconds: by round; None where the contender was refused.
+        speedup: its seconds over ours, paired round by round.
+        difference: largest difference of its results from ours; None where it failed.
+        problem: why it was refused.
+        rounds: seconds of each round.
+    """
+
+    op: str
+    size: str
+    lengths: str
+    tokens: int
+    step: str
+    contender: str
+    bytes: int
+    flops: int
+    floor: float
+    seconds: Quartiles | None
+    speedup: Quartiles | None
+    difference: float | None
+    problem: str | None
+    rounds: list[float]
+
+
+@dataclasses.dataclass
+class KernelRun:
+    """Contenders in turn on several jobs.
+
+    Attributes:
+        implementations: of erniem_fast, by op.
+        left_out: names of jobs for which there was no time.
+        interrupted: by Ctrl-C.
+    """
+
+    date: str
+    machine: Machine
+    settings: KernelSettings
+    implementations: dict[str, str]
+    rates: Rates
+    results: list[StepFigures]
+    left_out: list[str]
+    interrupted: bool

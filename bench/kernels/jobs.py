@@ -1,0 +1,257 @@
+"""What the benchmark of the ops measures: each op on real sizes, beside what PyTorch has for the same work."""
+
+import dataclasses
+import functools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from bench.model.checkpoint import SIZES
+from bench.model.jobs import Spec, make_jobs
+from bench.roofline import Work
+from erniem_fast import ops
+from erniem_fast.batch import TokenBatch
+from erniem_fast.dropout import Dropout
+from erniem_fast.ops import Product
+from erniem_fast.ops.choose import choose
+from erniem_fast.reference import Norm
+
+P, EPS, PADDING = 0.1, 1e-12, 1
+OURS = "erniem_fast"
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """One way to compute an op.
+
+    Attributes:
+        name: what the report calls it.
+        forward: the op with a rate of dropout, on tensors that it holds.
+        leaves: the tensors that it differentiates by; the gradient of the first one is compared.
+        grad: the gradient of the result.
+        real: takes the real tokens out of the result and of the first leaf's gradient.
+        steps: those that it takes part in.
+    """
+
+    name: str
+    forward: Callable[[float], Tensor]
+    leaves: tuple[Tensor, ...]
+    grad: Tensor
+    real: Callable[[Tensor], Tensor] = lambda rows: rows
+    steps: tuple[str, ...] = ("inference", "forward", "backward")
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """An op at one size.
+
+    Attributes:
+        op, size, lengths: names; `lengths` is that of all sequences, or "ragged".
+        tokens: real tokens.
+        work: the least work of each step.
+        contenders: ours first.
+    """
+
+    op: str
+    size: str
+    lengths: str
+    tokens: int
+    work: dict[str, Work]
+    contenders: list[Contender]
+
+    @property
+    def name(self) -> str:
+        return f"{self.op}, {self.size}, {self.lengths}"
+
+
+def make_job(
+    op: str, size: str, lengths: str, tokens: int, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> Job:
+    """The job of an op: one of "embeddings", "attention", "bias_gelu" and "add_norm".
+
+    Args:
+        op, size, lengths: as in `Job`; size is a key of `SIZES`.
+        tokens: how many, about.
+        dtype, device: of the tensors.
+        compiled: whether torch.compile takes part, which takes seconds to start.
+    """
+    torch.manual_seed(0)
+    torch.compiler.reset()
+    settings = SIZES[size]
+    batch = _batch(lengths, tokens, device)
+    work, contenders = MAKERS[op](settings, batch, dtype)
+    if compiled:
+        eager = next(each for each in contenders if each.name == "torch eager")
+        fast = torch.compile(eager.forward, dynamic=False)
+        contenders.append(dataclasses.replace(eager, name="torch.compile", forward=fast))
+    return Job(op, size, lengths, batch.tokens, work, contenders)
+
+
+def _batch(lengths, tokens, device):
+    if lengths == "ragged":
+        rows = max(1, tokens // 256)
+        spec = Spec(rows, "modernbert", rows=rows, rounds=1)
+        (job,) = make_jobs([spec], None, vocab_size=100, max_length=512)
+        mask = torch.tensor(job.batches[0]["attention_mask"], dtype=torch.bool, device=device)
+    else:
+        length = min(int(lengths), tokens)
+        mask = torch.ones(tokens // length, length, dtype=torch.bool, device=device)
+    return TokenBatch.from_mask(mask, keep_first=False)
+
+
+def _random(device, dtype):
+    return lambda *shape: torch.randn(shape, device=device).to(dtype)
+
+
+def _dropout(batch: TokenBatch, p: float) -> Dropout | None:
+    return batch.dropout(p, torch.tensor([42], device=batch.columns.device)) if p else None
+
+
+def _attention(settings, batch, dtype):
+    heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
+    head_dim = hidden // heads
+    device, (rows, columns) = batch.columns.device, batch.grid
+    random = _random(device, dtype)
+    qkv, grad = random(batch.tokens, 3 * hidden), random(batch.tokens, hidden)
+    padded, padded_grad = batch.unpack(qkv).contiguous(), batch.unpack(grad).contiguous()
+    full = batch.tokens == rows * columns
+    mask = None if full else batch.unpack(torch.ones_like(batch.columns, dtype=torch.bool))[:, None, None, :]
+
+    def ours(p):
+        return ops.attention(qkv, batch, heads, head_dim**-0.5, _dropout(batch, p))
+
+    def heads_of_grid():
+        return padded.view(rows, columns, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
+
+    def eager(p):
+        query, key, value = heads_of_grid()
+        scores = query @ key.transpose(-1, -2) * head_dim**-0.5
+        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(dtype).min)
+        return (F.dropout(scores.softmax(-1), p) @ value).transpose(1, 2).flatten(2)
+
+    def sdpa(p):
+        out = F.scaled_dot_product_attention(*heads_of_grid(), attn_mask=mask, dropout_p=p)
+        return out.transpose(1, 2).flatten(2)
+
+    contenders = [
+        Contender(OURS, ours, (qkv,), grad),
+        Contender("torch eager", eager, (padded,), padded_grad, batch.pack),
+        Contender("torch SDPA", sdpa, (padded,), padded_grad, batch.pack),
+        *_varlen(qkv, grad, batch, heads, head_dim),
+        *_designs_of_the_backward(qkv, grad, batch, heads, head_dim),
+    ]
+    row = batch.tokens * hidden * dtype.itemsize
+    product = 2 * batch.sequences.cu_seqlens.diff().long().square().sum().item() * hidden
+    forward = Work(4 * row, 2 * product)
+    return {"inference": forward, "forward": forward, "backward": Work(8 * row, 5 * product)}, contenders
+
+
+def _varlen(qkv, grad, batch, heads, head_dim):
+    """PyTorch's attention of packed sequences, where it has it: on CUDA, in halves. It knows no dropout."""
+    try:
+        from torch.nn.attention.varlen import varlen_attn
+    except ImportError:
+        return
+    if qkv.device.type == "cuda" and qkv.dtype in (torch.float16, torch.bfloat16):
+        cu_seqlens, max_seqlen, *_ = batch.sequences
+        where = (cu_seqlens, cu_seqlens, max_seqlen, max_seqlen)
+
+        def varlen(_):
+            return varlen_attn(*qkv.view(-1, 3, heads, head_dim).unbind(1), *where).flatten(1)
+
+        yield Contender("varlen_attn (no dropout)", varlen, (qkv,), grad)
+
+
+def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
+    """Triton's kernels, with each design of the backward; which one the op takes is a choice of its own."""
+    if choose("attention", qkv.device, qkv.dtype) != "triton":
+        return
+    from erniem_fast.kernels import attention
+    from erniem_fast.kernels.device import describe
+
+    class Attention(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, qkv, p, one_pass):
+            ctx.case, ctx.one_pass = (batch.sequences, heads, head_dim**-0.5, _dropout(batch, p)), one_pass
+            out, statistics = attention.forward(qkv, *ctx.case)
+            ctx.save_for_backward(out, statistics, qkv)
+            return out
+
+        @staticmethod
+        def backward(ctx, grad):
+            return attention.backward(grad, *ctx.saved_tensors, *ctx.case, one_pass=ctx.one_pass), None, None
+
+    designs = [(False, "two passes")]
+    arch, max_seqlen = describe(qkv.device).arch, batch.sequences.max_seqlen
+    if attention.one_pass_config(arch, qkv.dtype, head_dim, max_seqlen) is not None:
+        designs.append((True, "one pass"))
+    for one_pass, name in designs:
+        forward = functools.partial(lambda p, one_pass: Attention.apply(qkv, p, one_pass), one_pass=one_pass)
+        yield Contender(f"erniem_fast, backward in {name}", forward, (qkv,), grad, steps=("backward",))
+
+
+def _bias_gelu(settings, batch, dtype):
+    random = _random(batch.columns.device, dtype)
+    features = settings["intermediate_size"]
+    x, bias, grad = random(batch.tokens, features), random(features), random(batch.tokens, features)
+
+    def ours(p):
+        return ops.bias_gelu(Product(x, bias), "gelu", _dropout(batch, p))
+
+    def eager(p):
+        return F.dropout(F.gelu(x + bias), p)
+
+    contenders = [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), ("torch eager", eager))]
+    row = batch.tokens * features * dtype.itemsize
+    return {"inference": Work(2 * row), "forward": Work(2 * row), "backward": Work(3 * row)}, contenders
+
+
+def _add_norm(settings, batch, dtype):
+    random = _random(batch.columns.device, dtype)
+    hidden = settings["hidden_size"]
+    residual, x, grad = (random(batch.tokens, hidden) for _ in range(3))
+    bias, weight, norm_bias = (random(hidden) for _ in range(3))
+
+    def ours(p):
+        return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), _dropout(batch, p))
+
+    def eager(p):
+        return F.layer_norm(residual + F.dropout(x + bias, p), (hidden,), weight, norm_bias, EPS)
+
+    leaves = (x, residual, bias, weight, norm_bias)
+    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
+    row = batch.tokens * hidden * dtype.itemsize
+    return {"inference": Work(3 * row), "forward": Work(4 * row), "backward": Work(4 * row)}, contenders
+
+
+def _embeddings(settings, batch, dtype, words=250_002, max_positions=514):
+    """The word table's gradient is sparse: a dense one costs as much as writing the table, in any implementation."""
+    device, hidden = batch.columns.device, settings["hidden_size"]
+    random = _random(device, dtype)
+    word_table, position_table = random(words, hidden), random(max_positions, hidden)
+    weight, norm_bias, grad = random(hidden), random(hidden), random(batch.tokens, hidden)
+    ids, positions = torch.randint(3, words, (batch.tokens,), device=device), batch.columns + 2
+
+    def ours(p):
+        norm, tables = Norm(weight, norm_bias, EPS), (word_table, position_table)
+        return ops.embeddings(ids, positions, *tables, norm, PADDING, _dropout(batch, p), sparse=True)
+
+    def eager(p):
+        words = F.embedding(ids, word_table, PADDING, sparse=True)
+        rows = words + F.embedding(positions, position_table, PADDING)
+        return F.dropout(F.layer_norm(rows, (hidden,), weight, norm_bias, EPS), p)
+
+    leaves = (weight, norm_bias, position_table, word_table)
+    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
+    row = batch.tokens * hidden * dtype.itemsize
+    return {"inference": Work(2 * row), "forward": Work(3 * row), "backward": Work(3 * row)}, contenders
+
+
+MAKERS = {
+    "embeddings": _embeddings,
+    "attention": _attention,
+    "bias_gelu": _bias_gelu,
+    "add_norm": _add_norm,
+}

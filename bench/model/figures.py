@@ -1,0 +1,114 @@
+"""What the benchmarks of the model find: the fields of their JSON files."""
+
+import dataclasses
+
+from bench.record import Run
+from bench.roofline import Rates
+from bench.timing import Quartiles
+
+
+@dataclasses.dataclass(frozen=True)
+class Latency:
+    """Seconds that one batch takes, over all batches of all rounds."""
+
+    median: float
+    p99: float
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerFigures:
+    """What one peer did in one job; None where it was not measured.
+
+    Attributes:
+        peer: its name.
+        tokens_per_second: real tokens, by round; padding earns nothing.
+        rows_per_second: median over the rounds.
+        speedup: our rate over the peer's, paired round by round.
+        peak_memory: bytes.
+        memory_ratio: our peak over the peer's.
+        output_difference: largest difference of its output from ours (see measure.TOLERANCE).
+        problem: why it was not measured, or not to the end.
+        rounds: seconds of each batch, per round.
+    """
+
+    peer: str
+    tokens_per_second: Quartiles | None
+    rows_per_second: float | None
+    batch_seconds: Latency | None
+    speedup: Quartiles | None
+    peak_memory: int | None
+    memory_ratio: float | None
+    output_difference: float | None
+    problem: str | None
+    rounds: list[list[float]]
+
+
+@dataclasses.dataclass(frozen=True)
+class JobFigures:
+    """A job, with the attributes of `jobs.Job` and `jobs.Spec`, and what its peers did, ours first."""
+
+    name: str
+    batch_size: int
+    lengths: str
+    train: bool
+    batches: int
+    rows: int
+    tokens: int
+    positions: int
+    fill: float
+    peers: list[PeerFigures]
+
+
+@dataclasses.dataclass
+class LoadedPeer:
+    """A peer that takes part; `workers.Worker` says what its figures are."""
+
+    name: str
+    versions: dict[str, str]
+    load_seconds: float
+    first_seconds: float | None = None
+
+
+@dataclasses.dataclass
+class ModelRun(Run):
+    """Peers in turn on several jobs.
+
+    Attributes:
+        absent: why the other peers take no part.
+        interrupted: by Ctrl-C.
+    """
+
+    peers: list[LoadedPeer]
+    absent: list[str]
+    interrupted: bool
+    jobs: list[JobFigures]
+
+
+@dataclasses.dataclass(frozen=True)
+class OpTime:
+    """Seconds of an op in one step, and of its floor, where it has one."""
+
+    op: str
+    seconds: float
+    floor: float | None
+    ratio: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class Reached:
+    """Seconds of one step without a profiler, and the share of the product's rate that its operations reach."""
+
+    seconds: float
+    share: float
+
+
+@dataclasses.dataclass
+class Breakdown(Run):
+    """Where the time goes in a forward and in a step of training: in each by op, the total last."""
+
+    tokens: int
+    fill: float
+    rates: Rates
+    reached: dict[str, Reached]
+    forward: list[OpTime]
+    training: list[OpTime]

@@ -1,0 +1,80 @@
+"""The peers: erniem_fast, and all that could be used in its place."""
+
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Iterator
+
+import torch
+
+from bench import ROOT
+from bench.model.workers import Peer
+from erniem_fast import flags, ops
+from erniem_fast.ops.choose import choose
+
+OURS_PYTHON = pathlib.Path(sys.executable)
+# Two releases of transformers do not fit into one environment. What each holds is pinned in bench/peers.
+TRANSFORMERS4 = ROOT / ".venv-peers/bin/python"
+RIVALS = ROOT / ".venv-rivals/bin/python"
+
+
+def _peer(name, python, module, *arguments, **options):
+    return Peer(name, ("-m", f"bench.peers.{module}", *arguments), python, **options)
+
+
+OURS = _peer("erniem_fast", OURS_PYTHON, "ours", trains=True)
+OURS_INT8 = _peer(f"{OURS.name} int8", OURS_PYTHON, "ours", "int8", int8=True)
+ORIGINAL = _peer("transformers 4.57.6", TRANSFORMERS4, "transformers4", trains=True)
+# In the order in which they get memory, where there is not enough for all.
+ALL = (
+    OURS,
+    ORIGINAL,
+    _peer("XLM-R SDPA", RIVALS, "transformers5", "sdpa", trains=True),
+    _peer("CTranslate2", RIVALS, "ctranslate2_peer", "float32"),
+    _peer("OpenVINO", RIVALS, "openvino_peer"),
+    _peer("ONNX Runtime", RIVALS, "onnxruntime_peer", "onnx"),
+    _peer("transformers 4, compiled", TRANSFORMERS4, "transformers4", "compile", trains=True),
+    _peer("XLM-R eager", RIVALS, "transformers5", "eager", trains=True),
+    OURS_INT8,
+    _peer("CTranslate2 int8", RIVALS, "ctranslate2_peer", "int8", int8=True),
+    _peer("ONNX Runtime int8", RIVALS, "onnxruntime_peer", "onnx-int8", int8=True),
+)
+# On a GPU packed PyTorch takes the place of the CPU's runtimes.
+ON_CUDA = (
+    *(peer for peer in ALL if peer.trains),
+    _peer("packed, varlen_attn", RIVALS, "packed", "varlen"),
+    _peer("packed, varlen_attn, compiled", RIVALS, "packed", "compile"),
+    _peer("packed, flash-attn", RIVALS, "packed", "flash"),
+)
+
+
+def rivals(against: str, device: str, dtype: str) -> tuple[Peer, ...]:
+    """The peers of a run, ours first.
+
+    Args:
+        against: "original", "all", or "itself": erniem_fast with its kernels and its packing switched off.
+        device, dtype: names of what is measured; they decide which kernels there are to switch off.
+    """
+    if against == "itself":
+        return OURS, *_ablations(torch.device(device), getattr(torch, dtype))
+    if against == "original":
+        return OURS, ORIGINAL
+    return ON_CUDA if torch.device(device).type == "cuda" else ALL
+
+
+def _ablations(device: torch.device, dtype: torch.dtype) -> Iterator[Peer]:
+    """Erniem_fast without any kernel, without packing, without each kernel that runs here, and with it alone."""
+    chosen = {op: choose(op, device, dtype) for op in ops.IMPLEMENTATIONS}
+    kernels = {op: name for op, name in chosen.items() if name not in ("torch", "reference")}
+    off, padded = {flags.KERNELS.name: "off"}, {flags.PACKING.name: "0"}
+    yield _variant("no kernels", off)
+    yield _variant("no packing", padded)
+    yield _variant("no kernels, no packing", {**off, **padded})
+    for op, name in kernels.items():
+        yield _variant(f"{op} not by {name}", {flags.OPS[op].name: "torch"})
+    for op, name in kernels.items() if len(kernels) > 1 else ():
+        yield _variant(f"{op} by {name} alone", {**off, flags.OPS[op].name: name})
+
+
+def _variant(name, environment):
+    return dataclasses.replace(OURS, name=name, environment=environment)

@@ -1,0 +1,1 @@
+"""From results to Markdown, pictures and the README."""

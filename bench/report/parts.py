@@ -1,0 +1,21 @@
+"""What several reports share: a run's title, tables in Markdown, and colours."""
+
+from bench.record import Run
+
+# Okabe and Ito's: safe for the colour-blind.
+COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999"]
+INT8 = " int8"  # how the name of a peer ends that rounds to 8 bits
+
+
+def title(run: Run) -> str:
+    """A run of the model, and the machine that it ran on."""
+    settings, machine = run.settings, run.machine
+    where = machine.gpu or f"{machine.cpu}, {machine.instructions}, {settings.threads} threads"
+    return f"ERNIE-M {settings.model}, {settings.dtype}, on {where}"
+
+
+def table(header: list[str], rows: list[list[str]]) -> str:
+    """Markdown, in columns."""
+    widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
+    lines = [header, ["-" * width for width in widths], *rows]
+    return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)

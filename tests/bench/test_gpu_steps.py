@@ -1,0 +1,91 @@
+"""`make gpu` as far as it goes without one: its environment, its steps, and what it says when something is missing."""
+
+import importlib.util
+import os
+import pathlib
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from bench import ROOT, __main__
+from bench.gpu import compile_ahead, environment, steps
+from bench.gpu.steps import Step
+
+
+def python(name, code, **options):
+    return Step(name, ["-c", code], **options)
+
+
+def test_the_environment_needs_no_network_and_holds_this_package(tmp_path):
+    folder = tmp_path / "venv"
+    no_network = {**os.environ, "PIP_NO_INDEX": "1", "PYTHONPATH": ""}
+    command = [sys.executable, "-m", "bench.gpu.environment", str(folder)]
+    subprocess.run(command, env=no_network, cwd=ROOT, check=True, timeout=120)
+    code = "import erniem_fast, sys, torch; print(sys.prefix, erniem_fast.__file__, torch.__version__, sep='\\n')"
+    out = subprocess.check_output([folder / "bin/python", "-c", code], env=no_network, cwd=tmp_path, text=True)
+    assert out.splitlines() == [str(folder), str(ROOT / "erniem_fast/__init__.py"), torch.__version__]
+
+
+def test_the_environment_says_what_is_missing(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(environment, "NEEDED", ("torch", "package_of_the_future"))
+    assert environment.main(tmp_path / "venv") == 1
+    assert "-m pip install package_of_the_future`" in capsys.readouterr().err
+
+
+def test_steps_go_on_after_one_that_fails(capfd):
+    commands = [
+        python("first", "raise SystemExit(3)"),
+        python("second", "print('second ran')", needs=("json", "package_of_the_future")),
+        python("third", "import time; time.sleep(60)", limit=0.5),
+        python("fourth", "print('fourth ran')", needs=("json",)),
+    ]
+    assert steps.run_all(commands) == 1
+    out = capfd.readouterr().out
+    assert "first: failed with exit code 3" in out
+    assert "second: left out, for want of package_of_the_future (`pip install package_of_the_future`)" in out
+    assert "third: ended after 0 s" in out
+    assert "fourth ran" in out
+    assert "second ran" not in out
+    assert steps.run_all(commands[3:]) == 0
+
+
+def test_the_last_step_keeps_its_time(monkeypatch, capfd):
+    monkeypatch.setattr(steps, "BUDGET", steps.RESERVED)
+    assert steps.run_all([python("first", ""), python("last", "print('last ran')")]) == 1
+    out = capfd.readouterr().out
+    assert "first: left out, for want of time" in out
+    assert "last ran" in out
+
+
+def test_every_step_is_there():
+    for step in steps.steps(pathlib.Path("results")):
+        option, module, *arguments = step.command
+        assert (option, importlib.util.find_spec(module) is None) == ("-m", False)
+        if module == "bench":
+            assert arguments[0] in __main__.COMMANDS
+            assert arguments[-2:] == ["--output", "results"]
+
+
+def test_every_check_is_in_one_share_and_failures_are_left_to_verify(monkeypatch):
+    ran = []
+
+    class Check:
+        def __init__(self, number):
+            self.number = number
+
+        def run(self):
+            ran.append(self.number)
+            raise RuntimeError
+
+    monkeypatch.setattr(compile_ahead, "battery", lambda device: [Check(number) for number in range(7)])
+    for index in range(3):
+        compile_ahead.run_share("cpu", index, 3)
+    assert sorted(ran) == list(range(7))
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_it_says_so():
+    with pytest.raises(SystemExit, match="torch finds no CUDA device, so there is nothing to run"):
+        steps.main([])

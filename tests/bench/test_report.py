@@ -1,0 +1,78 @@
+"""What reports, pictures and the README say of a run."""
+
+import dataclasses
+import json
+
+import pytest
+from runs import OURS_NAMES, job, measured, run_of
+
+from bench import ROOT
+from bench.model.summary import summarise
+from bench.report import readme
+from bench.report.bars import plot_panels
+from bench.report.curves import plot_curves
+from bench.report.model import losses, markdown, overview
+
+
+def test_table_shows_rates_ratios_and_losses():
+    measurements = [measured("erniem_fast", [[1.0, 1.0]] * 3, 2**30), measured("old", [[0.75, 0.75]] * 3, 2**31)]
+    text = markdown(run_of(*summarise(measurements, OURS_NAMES)))
+    assert "Medians and quartiles of 3 rounds of up to 4 rows" in text
+    assert "| 2 x text, 83% full | erniem_fast | 15 (15-15) " in text
+    assert (
+        "| old         | 20 (20-20)                | 2.7    | 750 (750)                   | 0.75x (0.75-0.75)" in text
+    )
+    assert "| 2,048 MiB   | 0.50x " in text
+    assert "**erniem_fast is slower** in 2 x text against old (0.75x)." in text
+
+
+def test_a_ratio_that_rounds_to_one_is_no_loss():
+    measurements = [measured("erniem_fast", [[1.004]] * 3), measured("old", [[1.0]] * 3)]
+    assert "slower" not in markdown(run_of(*summarise(measurements, OURS_NAMES)))
+
+
+def test_a_busy_machine_is_told():
+    steady, unsteady = measured("erniem_fast", [[1.0], [1.0], [1.1]]), measured("old", [[1.0], [1.0], [1.4]])
+    text = markdown(run_of(*summarise([steady, unsteady], OURS_NAMES)))
+    assert "**Unsteady**: the quartiles lie more than 10% of the median apart in 2 x text of old." in text
+
+
+def test_overview_has_a_row_for_every_peer_and_a_dash_for_what_was_not_measured():
+    jobs = [job("32 x text", old=2.123, dead=None), job("1 x text", new=0.9)]
+    assert [[cell.strip() for cell in line.split("|")[1:-1]] for line in overview(jobs).splitlines()[2:]] == [
+        ["erniem_fast", "1,000 tokens/s", "1,000 tokens/s"],
+        ["old", "2.12x", "-"],
+        ["dead", "-", "-"],
+        ["new", "-", "0.90x"],
+    ]
+    assert losses(jobs) == ["**erniem_fast is slower** in 1 x text against new (0.90x)."]
+
+
+def test_pictures_leave_out_what_was_not_measured(tmp_path):
+    run = run_of(*(job(name, old=2.0, dead=None) for name in ("32 x text", "1 x text", "32 x fixed:9")))
+    for draw in (plot_panels, plot_curves):
+        draw(run, tmp_path / "picture.png")
+        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
+        (tmp_path / "picture.png").unlink()
+
+
+def test_the_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
+    readme.README.write_text(text, encoding="utf-8")
+    for name, jobs in ((readme.RIVALS, [job("32 x text", old=2.5)]), (readme.TRAINING, [job("4 x fixed:9", old=0.8)])):
+        (tmp_path / name).write_text(json.dumps(dataclasses.asdict(run_of(*jobs))))
+    readme.main([str(tmp_path)])
+    new = readme.README.read_text(encoding="utf-8")
+    before, rest = new.split(readme.BEGIN)
+    section, after = rest.split(readme.END)
+    assert (before, after) == (text.split(readme.BEGIN)[0], text.split(readme.END)[1])
+    assert "| old         | 2.50x               | 0.80x                 |" in section
+    assert "openvino 1, python 3.11; 2026-11-23" in section
+    assert "**erniem_fast is slower** in 4 x fixed:9 against old (0.80x)." in section
+    assert str(tmp_path) not in section
+
+
+def test_a_readme_without_results_is_left_alone(tmp_path):
+    with pytest.raises(SystemExit, match=r"holds no rivals-base-float32\.json and no training-base-float32\.json"):
+        readme.main([str(tmp_path)])

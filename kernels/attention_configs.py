@@ -106,10 +106,10 @@ def _rdna_backward_config(dtype: torch.dtype, head_dim: int) -> Config:
 def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:
     """Which design of the backward has less to do, of so many pairs of a sequence and a head.
 
-    This is counted, not timed; `python -m bench kernels` times both on a GPU. One pass takes 5 matrix products a tile and
-    draws dropout's mask once; two take 7 and draw it twice. Where a block holds all keys of a sequence, one pass is the
-    lesser in everything. Beyond, its sums go to memory and back, which costs about what the two products do, and a pair
-    is one program's: so there have to be a mask to save, and enough pairs to fill the device more than once.
+    This is counted, not timed; `python -m bench kernels` times both on a GPU. One pass takes 5 matrix products a tile
+    and draws dropout's mask once; two take 7 and draw it twice. Where a block holds all keys of a sequence, one pass is
+    the lesser in everything. Beyond, its sums go to memory and back, which costs about what the two products do, and a
+    pair is one program's: so there have to be a mask to save, and enough pairs to fill the device more than once.
     """
     if config is None:
         return False

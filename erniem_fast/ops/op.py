@@ -288,8 +288,8 @@ def _unpacked(outputs: tuple[Tensor, ...]) -> Tensors:
 def _refuse_second_derivatives(op: str) -> Callable[..., None]:
     def refuse(ctx, *grads):
         raise RuntimeError(
-            f"erniem_fast::{op}_backward cannot be differentiated: backward(create_graph=True) gives no second derivatives; "
-            f"torch.func gives them, as torch.func.grad of a function that takes a torch.func.grad."
+            f"erniem_fast::{op}_backward cannot be differentiated: backward(create_graph=True) gives no second "
+            f"derivatives; torch.func gives them, as torch.func.grad of a function that takes a torch.func.grad."
         )
 
     return refuse

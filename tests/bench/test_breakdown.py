@@ -23,8 +23,8 @@ def test_the_work_of_an_op_is_counted_by_hand():
     # Five tokens and 13 pairs; four products of 8 x 8 and two of 8 x 16, two operations for each weight.
     assert work["matrix products"].flops == 3 * 5 * 2 * (4 * 64 + 2 * 128)
     assert work["attention"].flops == 3 * 13 * 2 * 2 * 8
-    assert work["bias_gelu_dropout"].bytes == 3 * 2 * 5 * 16 * 4
-    assert work["add_layernorm"].bytes == 3 * 2 * 3 * 5 * 8 * 4
+    assert work["bias_gelu"].bytes == 3 * 2 * 5 * 16 * 4
+    assert work["add_norm"].bytes == 3 * 2 * 3 * 5 * 8 * 4
     assert "AdamW" not in work
     work = count_work(model, [2, 3], training=True)
     assert work["matrix products"].flops == 3 * 3 * 5 * 2 * (4 * 64 + 2 * 128)
@@ -51,7 +51,7 @@ def test_the_breakdown_accounts_for_every_moment(arguments, capsys, monkeypatch)
     breakdown.run_and_save(arguments, TINY)
     assert breakdown.ops.attention is attention
     run = read(Breakdown, arguments.output / "breakdown-tiny-float32.json")
-    named = {"embeddings", "attention", "add_layernorm", "bias_gelu_dropout", "matrix products", "everything else"}
+    named = {"embeddings", "attention", "add_norm", "bias_gelu", "matrix products", "everything else"}
     for name, ops in {"forward": named, "training": named | {"AdamW"}}.items():
         *rows, total = getattr(run, name)
         assert {row.op for row in rows} == ops

@@ -41,7 +41,7 @@ def job_of(op, lengths="8", tokens=16):
         ("attention", "inference", 16 * 4 * 768 * 4, 4 * 2 * 8 * 8 * 768),
         ("attention", "backward", 16 * 8 * 768 * 4, 10 * 2 * 8 * 8 * 768),
         ("bias_gelu", "backward", 16 * 3 * 3072 * 4, 0),
-        ("layernorm", "forward", 16 * 4 * 768 * 4, 0),
+        ("add_norm", "forward", 16 * 4 * 768 * 4, 0),
         ("embeddings", "inference", 16 * 2 * 768 * 4, 0),
     ],
 )
@@ -67,7 +67,7 @@ def test_contenders_agree(op):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
-@pytest.mark.parametrize("op", ["attention", "bias_gelu", "layernorm"])
+@pytest.mark.parametrize("op", ["attention", "bias_gelu", "add_norm"])
 def test_the_kernels_themselves_agree(op):
     """In the interpreter, which is not chosen on a CPU unless a flag asks for it."""
     with use_kernels(attention="triton", bias_gelu="triton", layernorm="triton"):
@@ -81,7 +81,7 @@ def broken(contender, **changes):
 
 
 def test_wrong_and_failing_contenders_are_refused_and_the_rest_is_measured(clock):
-    job = job_of("layernorm")
+    job = job_of("add_norm")
     ours, eager = job.contenders
 
     def fails(p):
@@ -91,7 +91,7 @@ def test_wrong_and_failing_contenders_are_refused_and_the_rest_is_measured(clock
     wrong_gradient = broken(eager, forward=lambda p: eager.forward(p).detach() + 0 * eager.forward(p))
     job = dataclasses.replace(job, contenders=[broken(ours, forward=fails), ours, wrong, wrong_gradient, eager])
     problems = [problem for _, _, problem in speed.check(job, 1e-3)]
-    assert problems[0] == "layernorm, base, 8: broken failed: out of luck"
+    assert problems[0] == "add_norm, base, 8: broken failed: out of luck"
     assert "broken refused: it differs from erniem_fast by 0.0" in problems[2]
     assert "broken refused: it differs from erniem_fast by" in problems[3]
     assert (problems[1], problems[4]) == (None, None)
@@ -131,7 +131,7 @@ def test_a_whole_run(tmp_path, capsys):
 def test_what_the_budget_leaves_out_is_told(tmp_path, monkeypatch):
     moments = iter([0.0, 1.0, 11.0])
     monkeypatch.setattr(speed, "seconds_now", lambda: next(moments))
-    code, saved = run(tmp_path, "--ops", "layernorm", "--tokens", "8", "--no-compile", "--budget", "10")
+    code, saved = run(tmp_path, "--ops", "add_norm", "--tokens", "8", "--no-compile", "--budget", "10")
     assert code == 0
-    assert saved.left_out == ["layernorm, large, 512"]
-    assert "**Left out** for lack of time: layernorm, large, 512." in markdown(saved)
+    assert saved.left_out == ["add_norm, large, 512"]
+    assert "**Left out** for lack of time: add_norm, large, 512." in markdown(saved)

@@ -6,7 +6,7 @@ from bench.model import rivals
 
 
 def test_an_ablation_switches_off_each_kernel_that_runs_here(monkeypatch):
-    chosen = {"embeddings": "native", "attention": "triton", "bias_gelu": "torch", "layernorm": "reference"}
+    chosen = {"embeddings": "native", "attention": "triton", "bias_gelu": "torch", "add_norm": "reference"}
     monkeypatch.setattr(rivals, "choose", lambda op, device, dtype: chosen[op])
     ours, *variants = rivals.rivals("itself", "cpu", "float32")
     assert ours is rivals.OURS

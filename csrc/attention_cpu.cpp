@@ -13,19 +13,6 @@
 #include "functions.h"
 #include "product.h"
 
-struct AttentionBackward {
-  const void* grad;              // (tokens, hidden) elements
-  const void* qkv;               // (tokens, 3 * hidden) elements, as in the forward
-  const int64_t* longest_first;  // (sequences,)
-  const int32_t* cu_seqlens;     // (sequences + 1,)
-  const bool* key_mask;          // (tokens,) or null
-  const int64_t* columns;        // (tokens,) or null
-  const int64_t* seed;           // (1,) or null
-  void* grad_qkv;                // (tokens, 3 * hidden) elements
-  int64_t tokens, sequences, hidden, heads, threads, threshold;
-  double scale, rescale;
-};
-
 namespace {
 
 constexpr int TILE = TILE_ROWS<4>;
@@ -82,10 +69,10 @@ void convert(const T* from, int64_t size, float* to) {
 enum Part { QUERY, KEY, VALUE };
 
 // The tasks of a thread, and the arrays that they use one after another.
-template <typename T, typename Op>
+template <typename T>
 class Task {
  public:
-  explicit Task(const Op& op)
+  explicit Task(const Attention& op)
       : op(op), head_dim(op.hidden / op.heads), width(3 * op.hidden), features(round_up(head_dim, WIDTH)) {}
 
   // Heads [first, end) of a sequence.
@@ -98,7 +85,7 @@ class Task {
     head = first;
     fetch(end - first);
     for (; head < end; ++head) {
-      if constexpr (std::is_same_v<Op, AttentionForward>) {
+      if (op.grad == nullptr) {
         forward();
       } else {
         backward();
@@ -271,7 +258,7 @@ class Task {
     return picked;
   }
 
-  const Op& op;
+  const Attention& op;
   const int64_t head_dim, width;
   const int64_t features;  // head_dim in whole vectors
   int64_t sequence, head, start, length, keys;
@@ -283,14 +270,12 @@ class Task {
 
 // Whether the bounds cut all tokens into sequences. Inside a graph nobody has checked them, and others would make a task
 // write into memory that is not the result's.
-template <typename Op>
-bool cut_all_tokens(const Op& op) {
+bool cut_all_tokens(const Attention& op) {
   const int32_t *begin = op.cu_seqlens, *end = begin + op.sequences + 1;
   return *begin == 0 && end[-1] == op.tokens && std::is_sorted(begin, end);
 }
 
-template <typename Op>
-const char* attend(const Op& op, int dtype, ParallelFor run) {
+const char* attend(const Attention& op, int dtype, ParallelFor run) {
   if (op.heads < 1 || op.hidden % op.heads != 0) return "heads must divide hidden";
   if (!cut_all_tokens(op)) return "cu_seqlens must rise from 0 to the number of tokens, by one step a sequence";
   return with_dtype(dtype, [&](auto element) {
@@ -301,7 +286,7 @@ const char* attend(const Op& op, int dtype, ParallelFor run) {
     const int64_t groups = (op.heads + heads - 1) / heads, tasks = op.sequences * groups;
     const int64_t mean = tasks == 0 ? 0 : op.tokens / op.sequences;
     return parallel(run, tasks, heads * mean * (mean + op.hidden / op.heads), [&](int64_t, int64_t) {
-      Task<decltype(element), Op> task(op);
+      Task<decltype(element)> task(op);
       for (int64_t i; (i = next++) < tasks;) {
         const int64_t first = i % groups * heads;
         task.run(op.longest_first[i / groups], first, std::min(first + heads, op.heads));
@@ -312,10 +297,10 @@ const char* attend(const Op& op, int dtype, ParallelFor run) {
 
 }  // namespace
 
-extern "C" const char* attention_forward(const AttentionForward* op, int dtype, ParallelFor run) {
+extern "C" const char* attention_forward(const Attention* op, int dtype, ParallelFor run) {
   return attend(*op, dtype, run);
 }
 
-extern "C" const char* attention_backward(const AttentionBackward* op, int dtype, ParallelFor run) {
+extern "C" const char* attention_backward(const Attention* op, int dtype, ParallelFor run) {
   return attend(*op, dtype, run);
 }

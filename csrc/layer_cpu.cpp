@@ -25,7 +25,7 @@ const char* project(const LayerForward& op, const float* x, int64_t in_features,
 }
 
 const char* attend(const LayerForward& op, const float* qkv, float* out, ParallelFor run) {
-  AttentionForward attention = {};
+  Attention attention = {};
   attention.qkv = qkv;
   attention.longest_first = op.longest_first;
   attention.cu_seqlens = op.cu_seqlens;

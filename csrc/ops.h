@@ -5,19 +5,22 @@
 
 #include "parallel.h"
 
-struct AttentionForward {
+// Without `grad` the forward runs, which writes `out`; with it the backward, which writes `grad_qkv`.
+struct Attention {
   const void* qkv;               // (tokens, 3 * hidden) elements: all queries, then all keys, then all values of a token
   const int64_t* longest_first;  // (sequences,)
   const int32_t* cu_seqlens;     // (sequences + 1,)
   const bool* key_mask;          // (tokens,) or null
   const int64_t* columns;        // (tokens,) or null
   const int64_t* seed;           // (1,) or null
-  void* out;                     // (tokens, hidden) elements
+  const void* grad;              // (tokens, hidden) elements, or null in the forward
+  void* out;                     // (tokens, hidden) elements, or null in the backward
+  void* grad_qkv;                // (tokens, 3 * hidden) elements, or null in the forward
   int64_t tokens, sequences, hidden, heads, threads, threshold;
   double scale, rescale;
 };
 
-extern "C" const char* attention_forward(const AttentionForward* op, int dtype, ParallelFor run);
+extern "C" const char* attention_forward(const Attention* op, int dtype, ParallelFor run);
 
 struct AddNormForward {
   const void* residual;      // (tokens, hidden) elements

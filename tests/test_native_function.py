@@ -214,6 +214,8 @@ def test_a_contradiction_says_what_was_expected_and_why():
             longest_first=batch.longest_first,
             cu_seqlens=batch.cu_seqlens,
             key_mask=None,
+            grad=None,
+            grad_qkv=None,
             heads=3,
             threads=1,
             scale=1.0,

@@ -1,35 +1,31 @@
 """`attention` on the CPU."""
 
+from dataclasses import replace
+
 import torch
 
 from .function import DROPOUT, ELEMENT, INT, Function, dropout_values
 
-_INPUTS = {
-    "qkv": (ELEMENT, "tokens", "3 * hidden"),
-    "longest_first": (INT, "sequences"),
-    "cu_seqlens": (torch.int32, "sequences + 1"),
-    "key_mask": (torch.bool, "tokens"),
-    "columns": DROPOUT["columns"],
-    "seed": DROPOUT["seed"],
-}
-_NUMBERS = {"sizes": "tokens sequences hidden heads threads threshold", "factors": "scale rescale"}
-_OPTIONAL = ("key_mask", "columns", "seed")
-
+# Both directions have one structure, without the tensors that are the other's.
 _FORWARD = Function(
     "attention_forward",
-    {**_INPUTS, "out": (ELEMENT, "tokens", "hidden")},
-    written=("out",),
-    optional=_OPTIONAL,
-    **_NUMBERS,
+    {
+        "qkv": (ELEMENT, "tokens", "3 * hidden"),
+        "longest_first": (INT, "sequences"),
+        "cu_seqlens": (torch.int32, "sequences + 1"),
+        "key_mask": (torch.bool, "tokens"),
+        "columns": DROPOUT["columns"],
+        "seed": DROPOUT["seed"],
+        "grad": (ELEMENT, "tokens", "hidden"),
+        "out": (ELEMENT, "tokens", "hidden"),
+        "grad_qkv": (ELEMENT, "tokens", "3 * hidden"),
+    },
+    written=("out", "grad_qkv"),
+    sizes="tokens sequences hidden heads threads threshold",
+    factors="scale rescale",
+    optional=("key_mask", "columns", "seed", "grad", "grad_qkv"),
 )
-
-_BACKWARD = Function(
-    "attention_backward",
-    {"grad": (ELEMENT, "tokens", "hidden"), **_INPUTS, "grad_qkv": (ELEMENT, "tokens", "3 * hidden")},
-    written=("grad_qkv",),
-    optional=_OPTIONAL,
-    **_NUMBERS,
-)
+_BACKWARD = replace(_FORWARD, name="attention_backward", optional=("key_mask", "columns", "seed", "out"))
 
 
 def forward(
@@ -43,7 +39,9 @@ def forward(
         longest_first=longest_first,
         cu_seqlens=cu_seqlens,
         key_mask=key_mask,
+        grad=None,
         out=out,
+        grad_qkv=None,
         heads=heads,
         threads=torch.get_num_threads(),
         scale=scale,
@@ -73,11 +71,12 @@ def backward(
     _BACKWARD(
         qkv.device,
         qkv.dtype,
-        grad=grad,
         qkv=qkv,
         longest_first=longest_first,
         cu_seqlens=cu_seqlens,
         key_mask=key_mask,
+        grad=grad,
+        out=None,
         grad_qkv=grad_qkv,
         heads=heads,
         threads=torch.get_num_threads(),

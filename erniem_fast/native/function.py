@@ -121,9 +121,10 @@ class Function:
         tensor, (_, *dimensions) = values[name], self.tensors[name]
         wanted = ", ".join(str(values.get(each, each)) for each in dimensions) + ("," if len(dimensions) == 1 else "")
         texts = [each for each in dimensions if isinstance(each, str)]
+        given = [other for other in self.tensors if values[other] is not None]
         reasons = []
         for each in dict.fromkeys([*texts, *re.findall("[a-z_]+", " ".join(texts))]):
-            source = next((other for other in self.tensors if each in self.tensors[other]), None)
+            source = next((other for other in given if each in self.tensors[other]), None)
             if each in values and source != name:
                 reason = f", as {source} has shape {tuple(values[source].shape)}" if source else ""
                 reasons.append(f"{each} is {values[each]}{reason}")

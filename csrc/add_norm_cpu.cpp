@@ -1,6 +1,10 @@
 // The `add_norm` op on a CPU, forward and backward.
+#include "boundary.h"
 #include "dropout.h"
 #include "ops.h"
+#include "rows_cpu.h"
+
+namespace erniem_fast {
 
 struct AddNormBackward {
   const void* grad;          // (tokens, hidden) elements
@@ -79,24 +83,30 @@ void backward_row(const AddNormBackward& op, int64_t token, Piece<N>* scratch) {
 }  // namespace
 
 extern "C" const char* add_norm_forward(const AddNormForward* op, int dtype, ParallelFor run) {
-  return with_dtype(dtype, [&](auto element) {
-    return parallel_rows(run, op->tokens, op->hidden, op->hidden, 1, [&](int64_t token, auto* row) {
-      forward_row<decltype(element)>(*op, token, row);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      parallel_rows(run, op->tokens, op->hidden, op->hidden, 1, [&](int64_t token, auto* row) {
+        forward_row<decltype(element)>(*op, token, row);
+      });
     });
   });
 }
 
 extern "C" const char* add_norm_backward(const AddNormBackward* op, int dtype, ParallelFor run) {
   const int64_t work = op->tokens_per_chunk * op->hidden;
-  return with_dtype(dtype, [&](auto element) {
-    return parallel_rows(run, chunks_of(*op), work, op->hidden, 5, [&](int64_t chunk, auto* scratch) {
-      const int pieces = pieces_of(op->hidden, N);
-      for_chunk(*op, chunk, scratch + 2 * pieces, 3 * pieces, [&](int64_t token) {
-        backward_row<decltype(element)>(*op, token, scratch);
+  const int pieces = pieces_of(op->hidden, N);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      parallel_rows(run, chunks_of(*op), work, op->hidden, 5, [&](int64_t chunk, auto* scratch) {
+        for_chunk(*op, chunk, scratch + 2 * pieces, 3 * pieces, [&](int64_t token) {
+          backward_row<decltype(element)>(*op, token, scratch);
+        });
+        for (int sum = 0; sum < 3; ++sum) {
+          store_row(scratch + (2 + sum) * pieces, op->sums + (chunk * 3 + sum) * op->hidden, op->hidden);
+        }
       });
-      for (int sum = 0; sum < 3; ++sum) {
-        store_row(scratch + (2 + sum) * pieces, op->sums + (chunk * 3 + sum) * op->hidden, op->hidden);
-      }
     });
   });
 }
+
+}  // namespace erniem_fast

@@ -5,13 +5,18 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
+#include "boundary.h"
 #include "dropout.h"
-#include "ops.h"
 #include "functions.h"
+#include "ops.h"
 #include "product.h"
+#include "transpose.h"
+
+namespace erniem_fast {
 
 namespace {
 
@@ -248,7 +253,7 @@ class Task {
     const float rescale = float(op.rescale);
     float* all = room(drawn, last_column + 1 - first_column + DRAWN + WIDTH);
     for (int64_t column = first_column; column <= last_column; column += DRAWN) {
-      const auto words = ::draw<DRAWN>(seed, uint32_t(column / 4), query_column, uint32_t(sequence), uint32_t(head));
+      const auto words = erniem_fast::draw<DRAWN>(seed, uint32_t(column / 4), query_column, uint32_t(sequence), uint32_t(head));
       float* to = all + column - first_column;
       for (int k = 0; k < DRAWN; ++k) to[k] = words.w[k] >= threshold ? rescale : 0.0f;
     }
@@ -275,17 +280,19 @@ bool cut_all_tokens(const Attention& op) {
   return *begin == 0 && end[-1] == op.tokens && std::is_sorted(begin, end);
 }
 
-const char* attend(const Attention& op, int dtype, ParallelFor run) {
-  if (op.heads < 1 || op.hidden % op.heads != 0) return "heads must divide hidden";
-  if (!cut_all_tokens(op)) return "cu_seqlens must rise from 0 to the number of tokens, by one step a sequence";
-  return with_dtype(dtype, [&](auto element) {
-    // Tasks differ in size, so whoever is free takes the next one.
+void attend(const Attention& op, int dtype, ParallelFor run) {
+  if (op.heads < 1 || op.hidden % op.heads != 0) throw std::invalid_argument("heads must divide hidden");
+  if (!cut_all_tokens(op)) {
+    throw std::invalid_argument("cu_seqlens must rise from 0 to the number of tokens, by one step a sequence");
+  }
+  with_dtype(dtype, [&](auto element) {
+    // Tasks differ in size, so each thread takes the next one when it is free.
     std::atomic<int64_t> next(0);
     const int64_t enough = op.sequences * op.heads / (4 * op.threads);  // heads a task that leave work to share
     const int64_t heads = std::min(std::max<int64_t>(1, enough), op.heads);
     const int64_t groups = (op.heads + heads - 1) / heads, tasks = op.sequences * groups;
     const int64_t mean = tasks == 0 ? 0 : op.tokens / op.sequences;
-    return parallel(run, tasks, heads * mean * (mean + op.hidden / op.heads), [&](int64_t, int64_t) {
+    parallel(run, tasks, heads * mean * (mean + op.hidden / op.heads), [&](int64_t, int64_t) {
       Task<decltype(element)> task(op);
       for (int64_t i; (i = next++) < tasks;) {
         const int64_t first = i % groups * heads;
@@ -298,9 +305,11 @@ const char* attend(const Attention& op, int dtype, ParallelFor run) {
 }  // namespace
 
 extern "C" const char* attention_forward(const Attention* op, int dtype, ParallelFor run) {
-  return attend(*op, dtype, run);
+  return error_of([&] { attend(*op, dtype, run); });
 }
 
 extern "C" const char* attention_backward(const Attention* op, int dtype, ParallelFor run) {
-  return attend(*op, dtype, run);
+  return error_of([&] { attend(*op, dtype, run); });
 }
+
+}  // namespace erniem_fast

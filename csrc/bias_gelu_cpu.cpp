@@ -1,7 +1,11 @@
 // The `bias_gelu_dropout` op on a CPU, forward and backward.
+#include "boundary.h"
 #include "dropout.h"
-#include "ops.h"
 #include "functions.h"
+#include "ops.h"
+#include "rows_cpu.h"
+
+namespace erniem_fast {
 
 struct BiasGeluBackward {
   const void* grad;          // (tokens, features) elements
@@ -102,10 +106,12 @@ void backward_row(const BiasGeluBackward& op, int64_t token, Piece<N>* grad_bias
 }  // namespace
 
 extern "C" const char* bias_gelu_forward(const BiasGeluForward* op, int dtype, ParallelFor run) {
-  return with_dtype(dtype, [&](auto element) {
-    return with_activation(op->activation, [&](auto function) {
-      return parallel_rows(run, op->tokens, op->features, 0, 0, [&](int64_t token, auto*) {
-        forward_row<decltype(element), decltype(function)>(*op, token);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      with_activation(op->activation, [&](auto function) {
+        parallel_rows(run, op->tokens, op->features, 0, 0, [&](int64_t token, auto*) {
+          forward_row<decltype(element), decltype(function)>(*op, token);
+        });
       });
     });
   });
@@ -113,14 +119,19 @@ extern "C" const char* bias_gelu_forward(const BiasGeluForward* op, int dtype, P
 
 extern "C" const char* bias_gelu_backward(const BiasGeluBackward* op, int dtype, ParallelFor run) {
   const int64_t work = op->tokens_per_chunk * op->features;
-  return with_dtype(dtype, [&](auto element) {
-    return with_activation(op->activation, [&](auto function) {
-      return parallel_rows(run, chunks_of(*op), work, op->features, 1, [&](int64_t chunk, auto* grad_bias) {
-        for_chunk(*op, chunk, grad_bias, pieces_of(op->features, N), [&](int64_t token) {
-          backward_row<decltype(element), decltype(function)>(*op, token, grad_bias);
+  const int pieces = pieces_of(op->features, N);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      with_activation(op->activation, [&](auto function) {
+        parallel_rows(run, chunks_of(*op), work, op->features, 1, [&](int64_t chunk, auto* grad_bias) {
+          for_chunk(*op, chunk, grad_bias, pieces, [&](int64_t token) {
+            backward_row<decltype(element), decltype(function)>(*op, token, grad_bias);
+          });
+          if (op->grad_bias != nullptr) store_row(grad_bias, op->grad_bias + chunk * op->features, op->features);
         });
-        if (op->grad_bias != nullptr) store_row(grad_bias, op->grad_bias + chunk * op->features, op->features);
       });
     });
   });
 }
+
+}  // namespace erniem_fast

@@ -10,6 +10,8 @@
 #define VECTORS_OF_WORDS
 #endif
 
+namespace erniem_fast {
+
 // ---- Words of the generator, in the low halves of 64-bit lanes. What the high halves hold nobody reads, so that both
 // halves of a product can stay where it leaves them. Where a CPU's vectors have such products the lanes are a vector's,
 // elsewhere it is one.
@@ -105,3 +107,5 @@ HOST_DEVICE void drop(const Op& op, int64_t token, int piece, Piece<N>& values) 
   const float rescale = float(op.rescale);
   for (int i = 0; i < N; ++i) values.x[i] = words.w[i] >= threshold ? values.x[i] * rescale : 0.0f;
 }
+
+}  // namespace erniem_fast

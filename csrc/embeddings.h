@@ -3,6 +3,8 @@
 
 #include "dropout.h"
 
+namespace erniem_fast {
+
 // ---- What Python passes: addresses of contiguous tensors, then sizes, then factors. erniem_fast/native/ mirrors
 // these structures field by field. "Elements" are of the dtype that the call names.
 
@@ -149,3 +151,5 @@ HOST_DEVICE void embeddings_scatter_run(const Lanes& lanes, const EmbeddingsScat
     store<Lanes>(to + piece * N, sum, count);
   });
 }
+
+}  // namespace erniem_fast

@@ -5,8 +5,12 @@
 #include <cuda_runtime.h>
 
 #include <initializer_list>
+#include <stdexcept>
 
+#include "boundary.h"
 #include "embeddings.h"
+
+namespace erniem_fast {
 
 extern __shared__ float4 shared[];
 
@@ -73,18 +77,21 @@ bool is_aligned(int64_t hidden, int piece, std::initializer_list<const void*> po
 
 // Calls `body` with the dtype's element and with the lanes that its rows allow.
 template <typename Body>
-const char* with_lanes(int dtype, int64_t hidden, std::initializer_list<const void*> pointers, const Body& body) {
-  return with_dtype(dtype, [&](auto element) {
+void with_lanes(int dtype, int64_t hidden, std::initializer_list<const void*> pointers, const Body& body) {
+  with_dtype(dtype, [&](auto element) {
     constexpr int N = PIECE<decltype(element)>;
-    if (is_aligned(hidden, N, pointers)) return body(element, Lanes<N, true>());
-    return body(element, Lanes<N, false>());
+    if (is_aligned(hidden, N, pointers)) {
+      body(element, Lanes<N, true>());
+    } else {
+      body(element, Lanes<N, false>());
+    }
   });
 }
 
-// Launches `depth` warps for each of `items`, with `rows` rows of scratch each; returns null, or what went wrong.
+// Launches `depth` warps for each of `items`, with `rows` rows of scratch each.
 template <typename L, typename Op>
-const char* launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, int rows, cudaStream_t stream) {
-  if (items == 0) return nullptr;
+void launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, int rows, cudaStream_t stream) {
+  if (items == 0) return;
   const size_t bytes = size_t(rows) * pieces_of(op.hidden, L::piece) * sizeof(Piece<L::piece>);
   int warps = MAX_WARPS;
   while (warps > 1 && warps * bytes > FREE_SHARED) warps /= 2;
@@ -97,36 +104,42 @@ const char* launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, i
   config.dynamicSmemBytes = warps * bytes;
   config.stream = stream;
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, op);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // takes the error back, so that nobody else trips over it
-  return cudaGetErrorString(error);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears the error, which the next caller of CUDA's runtime would get otherwise
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 }  // namespace
 
-// Each returns null, or what went wrong.
-
 extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype, cudaStream_t stream) {
   const std::initializer_list<const void*> pointers = {op->word_table, op->position_table, op->weight,
                                                        op->norm_bias,  op->out,            op->z};
-  return with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
-    using L = decltype(lanes);
-    return launch<L>(forward_kernel<decltype(element), L>, *op, op->tokens, 1, 1, stream);
+  return error_of([&] {
+    with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
+      using L = decltype(lanes);
+      launch<L>(forward_kernel<decltype(element), L>, *op, op->tokens, 1, 1, stream);
+    });
   });
 }
 
 extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dtype, cudaStream_t stream) {
   const std::initializer_list<const void*> pointers = {op->grad, op->z, op->weight, op->grad_z, op->grad_norm};
-  return with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
-    using L = decltype(lanes);
-    return launch<L>(backward_kernel<decltype(element), L>, *op, chunks_of(*op), 1, 4, stream);
+  return error_of([&] {
+    with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
+      using L = decltype(lanes);
+      launch<L>(backward_kernel<decltype(element), L>, *op, chunks_of(*op), 1, 4, stream);
+    });
   });
 }
 
 extern "C" const char* embeddings_scatter(const EmbeddingsScatter* op, int dtype, cudaStream_t stream) {
-  return with_lanes(dtype, op->hidden, {op->rows, op->table}, [&](auto element, auto lanes) {
-    using L = decltype(lanes);
-    const int depth = (pieces_of(op->hidden, L::piece) + WARP - 1) / WARP;
-    return launch<L>(scatter_kernel<decltype(element), L>, *op, op->tokens, depth, 0, stream);
+  return error_of([&] {
+    with_lanes(dtype, op->hidden, {op->rows, op->table}, [&](auto element, auto lanes) {
+      using L = decltype(lanes);
+      const int depth = (pieces_of(op->hidden, L::piece) + WARP - 1) / WARP;
+      launch<L>(scatter_kernel<decltype(element), L>, *op, op->tokens, depth, 0, stream);
+    });
   });
 }
+
+}  // namespace erniem_fast

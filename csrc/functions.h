@@ -2,7 +2,11 @@
 // instructions; the library's own functions it can only call for one value at a time.
 #pragma once
 
-#include "rows.h"
+#include <cmath>
+
+#include "elements.h"
+
+namespace erniem_fast {
 
 // e^x for x <= 0, within 2e-7 of its value; exactly 0 below -87, near the smallest normal number.
 inline float exponential(float x) {
@@ -45,3 +49,5 @@ inline Normal normal(float x) {
   const float power = exponential(-0.5f * size * size);
   return {power * 0.39894228f, power * t * ratio};
 }
+
+}  // namespace erniem_fast

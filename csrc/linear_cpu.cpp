@@ -2,8 +2,13 @@
 #include "linear.h"
 
 #include <memory>
+#include <vector>
 
+#include "boundary.h"
 #include "product.h"
+#include "transpose.h"
+
+namespace erniem_fast {
 
 struct LinearForward {
   const float* x;       // (tokens, in_features)
@@ -99,20 +104,19 @@ void multiply_tile_of(const Operand& x, const Product& product, int64_t tile) {
 }
 
 template <int VECTORS>
-const char* multiply(const Operand& x, const Product* products, int count, ParallelFor run) {
+void multiply(const Operand& x, const Product* products, int count, ParallelFor run) {
   constexpr int ROWS = TILE_ROWS<VECTORS>, LANES = VECTORS * WIDTH;
   const int64_t depth = x.in_features;
   const std::unique_ptr<float[]> transposed(new float[depth * LANES]);
   const Operand operand = {x.x, transposed.get(), x.tokens, std::min<int64_t>(LANES, x.tokens), depth};
-  const char* error = parallel(run, round_up(depth, WIDTH) / WIDTH, LANES * WIDTH, [&](int64_t begin, int64_t end) {
+  parallel(run, round_up(depth, WIDTH) / WIDTH, LANES * WIDTH, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * WIDTH, features = std::min(end * WIDTH, depth) - first;
     transpose(x.x + first, operand.lanes, depth, features, transposed.get() + first * LANES, LANES);
   });
   const auto tiles_of = [](const Product& product) { return Tiles<ROWS>(product).whole + Tiles<ROWS>(product).rest; };
   int64_t tiles = 0;
   for (int i = 0; i < count; ++i) tiles += tiles_of(products[i]);
-  if (error != nullptr) return error;
-  return parallel(run, tiles, ROWS * depth, [&](int64_t begin, int64_t end) {
+  parallel(run, tiles, ROWS * depth, [&](int64_t begin, int64_t end) {
     int64_t first = 0;  // tile of a product
     for (int i = 0; i < count; ++i) {
       const int64_t beyond = first + tiles_of(products[i]);
@@ -126,16 +130,15 @@ const char* multiply(const Operand& x, const Product* products, int count, Paral
 
 }  // namespace
 
-const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
+void multiply_few_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
                          ParallelFor run) {
   // A vector that would be three quarters empty is not worth it: its tokens are multiplied without being transposed.
   constexpr int64_t MOST = 4 * WIDTH, FEW = WIDTH / 4;
   if (tokens > MOST + FEW) {
     std::vector<Product> rest(products, products + count);
     for (Product& product : rest) product.out += MOST * product.out_stride;
-    const char* error = multiply_few(x, MOST, in_features, products, count, run);
-    if (error != nullptr) return error;
-    return multiply_few(x + MOST * in_features, tokens - MOST, in_features, rest.data(), count, run);
+    multiply_few_tokens(x, MOST, in_features, products, count, run);
+    return multiply_few_tokens(x + MOST * in_features, tokens - MOST, in_features, rest.data(), count, run);
   }
   const Operand operand = {x, nullptr, tokens, 0, in_features};
   switch ((tokens + WIDTH - 1 - FEW) / WIDTH) {
@@ -153,5 +156,7 @@ const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, co
 
 extern "C" const char* linear_forward(const LinearForward* op, int, ParallelFor run) {
   const Product product = {op->weight, op->bias, op->out, op->out_features, op->out_stride};
-  return multiply_few(op->x, op->tokens, op->in_features, &product, 1, run);
+  return error_of([&] { multiply_few_tokens(op->x, op->tokens, op->in_features, &product, 1, run); });
 }
+
+}  // namespace erniem_fast

@@ -1,9 +1,12 @@
 // What Python passes to the ops inside a layer, and what a whole layer passes to them: addresses of contiguous tensors,
 // then sizes, then factors, as in erniem_fast/native/. "Elements" are of the dtype that the call names.
-// Each function returns null, or what went wrong.
+// Each function returns null, or an error message.
 #pragma once
 
+#include "elements.h"
 #include "parallel.h"
+
+namespace erniem_fast {
 
 // Without `grad` the forward runs, which writes `out`; with it the backward, which writes `grad_qkv`.
 struct Attention {
@@ -53,3 +56,5 @@ struct BiasGeluForward {
 };
 
 extern "C" const char* bias_gelu_forward(const BiasGeluForward* op, int dtype, ParallelFor run);
+
+}  // namespace erniem_fast

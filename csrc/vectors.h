@@ -4,6 +4,8 @@
 #include <cstring>
 #include <utility>
 
+namespace erniem_fast {
+
 #ifdef __AVX512F__
 constexpr int WIDTH = 16;
 #else
@@ -49,3 +51,5 @@ inline float largest(Vector x) {
   const auto larger = [](Vector a, Vector b) { return a > b ? a : b; };
   return reduce(x, larger, std::make_integer_sequence<int, WIDTH>());
 }
+
+}  // namespace erniem_fast

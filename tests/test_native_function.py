@@ -321,7 +321,7 @@ def test_a_function_without_memory_raises():
 def test_a_functions_own_objection_is_raised():
     batch, x = TokenBatch.padded((2, 5), torch.device("cpu")), torch.zeros(10, HIDDEN)
     numbers = {"heads": 5, "threads": 1, "scale": 1.0, "threshold": 0, "rescale": 1.0}
-    with pytest.raises(RuntimeError, match="^attention_forward failed on cpu: heads must divide hidden$"):
+    with pytest.raises(RuntimeError, match=r"^attention_forward failed on cpu: heads must divide hidden$"):
         attention._FORWARD(
             x.device,
             x.dtype,

@@ -7,15 +7,15 @@
 namespace erniem_fast {
 
 struct AddNormBackward {
-  const void* grad;          // (tokens, hidden) elements
-  const void* z;             // (tokens, hidden) elements
-  const float* weight;       // (hidden,)
-  const int64_t* columns;  // (tokens,) or null
+  const void* grad;             // (tokens, hidden) elements
+  const void* z;                // (tokens, hidden) elements
+  const float* weight;          // (hidden,)
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  void* grad_residual;         // (tokens, hidden) elements
-  void* grad_x;                // (tokens, hidden) elements, or null where it equals `grad_residual`
-  float* sums;               // (chunks, 3, hidden), each chunk's share of the gradients of weight, norm_bias and bias
+  const int64_t* seed;          // (1,) or null
+  void* grad_residual;          // (tokens, hidden) elements
+  void* grad_x;                 // (tokens, hidden) elements, or null where it equals `grad_residual`
+  float* sums;  // (chunks, 3, hidden), each chunk's share of the gradients of weight, norm_bias and bias
   int64_t tokens, tokens_per_chunk, hidden, threshold;
   double eps, rescale;
 };
@@ -85,9 +85,8 @@ void backward_row(const AddNormBackward& op, int64_t token, Piece<N>* scratch) {
 extern "C" const char* add_norm_forward(const AddNormForward* op, int dtype, ParallelFor run) {
   return error_of([&] {
     with_dtype(dtype, [&](auto element) {
-      parallel_rows(run, op->tokens, op->hidden, op->hidden, 1, [&](int64_t token, auto* row) {
-        forward_row<decltype(element)>(*op, token, row);
-      });
+      parallel_rows(run, op->tokens, op->hidden, op->hidden, 1,
+                    [&](int64_t token, auto* row) { forward_row<decltype(element)>(*op, token, row); });
     });
   });
 }
@@ -98,9 +97,8 @@ extern "C" const char* add_norm_backward(const AddNormBackward* op, int dtype, P
   return error_of([&] {
     with_dtype(dtype, [&](auto element) {
       parallel_rows(run, chunks_of(*op), work, op->hidden, 5, [&](int64_t chunk, auto* scratch) {
-        for_chunk(*op, chunk, scratch + 2 * pieces, 3 * pieces, [&](int64_t token) {
-          backward_row<decltype(element)>(*op, token, scratch);
-        });
+        for_chunk(*op, chunk, scratch + 2 * pieces, 3 * pieces,
+                  [&](int64_t token) { backward_row<decltype(element)>(*op, token, scratch); });
         for (int sum = 0; sum < 3; ++sum) {
           store_row(scratch + (2 + sum) * pieces, op->sums + (chunk * 3 + sum) * op->hidden, op->hidden);
         }

@@ -22,7 +22,7 @@ namespace {
 
 constexpr int TILE = TILE_ROWS<4>;
 constexpr int BLOCK = 4 * TILE;      // queries whose scores a forward has at hand at once
-constexpr int DRAWN = 2 * WIDTH;      // elements of a row that dropout draws for at once
+constexpr int DRAWN = 2 * WIDTH;     // elements of a row that dropout draws for at once
 constexpr int64_t CACHED = 3 << 19;  // bytes of q, k and v that a core's cache keeps beside what a task works with
 
 // c = a b, where a has whole tiles of rows, and b and c `columns`, whole vectors.
@@ -253,7 +253,8 @@ class Task {
     const float rescale = float(op.rescale);
     float* all = room(drawn, last_column + 1 - first_column + DRAWN + WIDTH);
     for (int64_t column = first_column; column <= last_column; column += DRAWN) {
-      const auto words = erniem_fast::draw<DRAWN>(seed, uint32_t(column / 4), query_column, uint32_t(sequence), uint32_t(head));
+      const auto words =
+          erniem_fast::draw<DRAWN>(seed, uint32_t(column / 4), query_column, uint32_t(sequence), uint32_t(head));
       float* to = all + column - first_column;
       for (int k = 0; k < DRAWN; ++k) to[k] = words.w[k] >= threshold ? rescale : 0.0f;
     }
@@ -273,8 +274,8 @@ class Task {
   Array query, key, value, grad, scores, grad_scores, dropped, turned, result, drawn, factors;
 };
 
-// Whether the bounds cut all tokens into sequences. Inside a graph nobody has checked them, and others would make a task
-// write into memory that is not the result's.
+// Whether the bounds cut all tokens into sequences. Inside a graph nobody has checked them, and others would make a
+// task write into memory that is not the result's.
 bool cut_all_tokens(const Attention& op) {
   const int32_t *begin = op.cu_seqlens, *end = begin + op.sequences + 1;
   return *begin == 0 && end[-1] == op.tokens && std::is_sorted(begin, end);

@@ -8,14 +8,14 @@
 namespace erniem_fast {
 
 struct BiasGeluBackward {
-  const void* grad;          // (tokens, features) elements
-  const void* x;             // (tokens, features) elements
-  const float* bias;         // (features,) or null
-  const int64_t* columns;  // (tokens,) or null
+  const void* grad;             // (tokens, features) elements
+  const void* x;                // (tokens, features) elements
+  const float* bias;            // (features,) or null
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  void* grad_x;                // (tokens, features) elements
-  float* grad_bias;            // (chunks, features), each chunk's share, or null
+  const int64_t* seed;          // (1,) or null
+  void* grad_x;                 // (tokens, features) elements
+  float* grad_bias;             // (chunks, features), each chunk's share, or null
   int64_t tokens, tokens_per_chunk, features, activation, threshold;
   double rescale;
 };
@@ -109,9 +109,8 @@ extern "C" const char* bias_gelu_forward(const BiasGeluForward* op, int dtype, P
   return error_of([&] {
     with_dtype(dtype, [&](auto element) {
       with_activation(op->activation, [&](auto function) {
-        parallel_rows(run, op->tokens, op->features, 0, 0, [&](int64_t token, auto*) {
-          forward_row<decltype(element), decltype(function)>(*op, token);
-        });
+        parallel_rows(run, op->tokens, op->features, 0, 0,
+                      [&](int64_t token, auto*) { forward_row<decltype(element), decltype(function)>(*op, token); });
       });
     });
   });
@@ -124,9 +123,8 @@ extern "C" const char* bias_gelu_backward(const BiasGeluBackward* op, int dtype,
     with_dtype(dtype, [&](auto element) {
       with_activation(op->activation, [&](auto function) {
         parallel_rows(run, chunks_of(*op), work, op->features, 1, [&](int64_t chunk, auto* grad_bias) {
-          for_chunk(*op, chunk, grad_bias, pieces, [&](int64_t token) {
-            backward_row<decltype(element), decltype(function)>(*op, token, grad_bias);
-          });
+          for_chunk(*op, chunk, grad_bias, pieces,
+                    [&](int64_t token) { backward_row<decltype(element), decltype(function)>(*op, token, grad_bias); });
           if (op->grad_bias != nullptr) store_row(grad_bias, op->grad_bias + chunk * op->features, op->features);
         });
       });

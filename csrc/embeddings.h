@@ -12,30 +12,30 @@ namespace erniem_fast {
 // is at most 2^32 - 1; where p = 1 asks for more, `rescale` = 0 does the rest.
 
 struct EmbeddingsForward {
-  const int64_t* ids;          // (tokens,)
-  const int64_t* positions;    // (tokens,)
-  const void* word_table;      // (words, hidden) elements
-  const void* position_table;  // (max_positions, hidden) elements
-  const float* weight;         // (hidden,)
-  const float* norm_bias;      // (hidden,)
-  const int64_t* columns;  // (tokens,) or null
+  const int64_t* ids;           // (tokens,)
+  const int64_t* positions;     // (tokens,)
+  const void* word_table;       // (words, hidden) elements
+  const void* position_table;   // (max_positions, hidden) elements
+  const float* weight;          // (hidden,)
+  const float* norm_bias;       // (hidden,)
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;         // (1,) or null
-  void* out;                   // (tokens, hidden) elements
-  void* z;                     // (tokens, hidden) elements, the layer norm's input for the backward, or null
+  const int64_t* seed;          // (1,) or null
+  void* out;                    // (tokens, hidden) elements
+  void* z;                      // (tokens, hidden) elements, the layer norm's input for the backward, or null
   int64_t tokens, words, max_positions, hidden, threshold;
   double eps, rescale;
 };
 
 struct EmbeddingsBackward {
-  const void* grad;          // (tokens, hidden) elements
-  const void* z;             // (tokens, hidden) elements
-  const float* weight;       // (hidden,)
-  const int64_t* columns;  // (tokens,) or null
+  const void* grad;             // (tokens, hidden) elements
+  const void* z;                // (tokens, hidden) elements
+  const float* weight;          // (hidden,)
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  float* grad_z;               // (tokens, hidden)
-  float* grad_norm;            // (chunks, 2, hidden), each chunk's share of the gradients of weight and norm_bias
+  const int64_t* seed;          // (1,) or null
+  float* grad_z;                // (tokens, hidden)
+  float* grad_norm;             // (chunks, 2, hidden), each chunk's share of the gradients of weight and norm_bias
   int64_t tokens, tokens_per_chunk, hidden, threshold;
   double eps, rescale;
 };
@@ -60,7 +60,8 @@ HOST_DEVICE const T* table_row(const void* table, int64_t row, int64_t rows, int
 // out[token] = dropout(LN(word_table[id] + position_table[position])). A token whose id or position is outside of its
 // table gets NaN: nothing is read there, and nobody takes the result for an embedding. `row` holds a row of pieces.
 template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token, Piece<Lanes::piece>* row) {
+HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token,
+                                        Piece<Lanes::piece>* row) {
   constexpr int N = Lanes::piece;
   const T* word = table_row<T>(op.word_table, op.ids[token], op.words, op.hidden);
   const T* position = table_row<T>(op.position_table, op.positions[token], op.max_positions, op.hidden);
@@ -93,9 +94,9 @@ HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForw
 
 // The gradient of a token's z; adds the token's share to those of weight and norm_bias. `row` and `grad_y` hold a row.
 template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token, Piece<Lanes::piece>* row,
-                              Piece<Lanes::piece>* grad_y, Piece<Lanes::piece>* grad_weight,
-                              Piece<Lanes::piece>* grad_norm_bias) {
+HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token,
+                                         Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,
+                                         Piece<Lanes::piece>* grad_weight, Piece<Lanes::piece>* grad_norm_bias) {
   constexpr int N = Lanes::piece;
   const T* z = static_cast<const T*>(op.z) + token * op.hidden;
   const T* grad = static_cast<const T*>(op.grad) + token * op.hidden;
@@ -113,7 +114,8 @@ HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBac
 
 // The backward of a chunk's tokens, one after another. `scratch` holds four rows of pieces.
 template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk, Piece<Lanes::piece>* scratch) {
+HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk,
+                                           Piece<Lanes::piece>* scratch) {
   constexpr int N = Lanes::piece;
   const int pieces = pieces_of(op.hidden, N);
   Piece<N>* grad_weight = scratch + 2 * pieces;

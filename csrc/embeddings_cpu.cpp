@@ -29,9 +29,8 @@ extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dty
 extern "C" const char* embeddings_scatter(const EmbeddingsScatter* op, int dtype, ParallelFor run) {
   return error_of([&] {
     with_dtype(dtype, [&](auto element) {
-      parallel_rows(run, op->tokens, op->hidden, op->hidden, 0, [&](int64_t first, auto*) {
-        embeddings_scatter_run<decltype(element)>(Thread(), *op, first);
-      });
+      parallel_rows(run, op->tokens, op->hidden, op->hidden, 0,
+                    [&](int64_t first, auto*) { embeddings_scatter_run<decltype(element)>(Thread(), *op, first); });
     });
   });
 }

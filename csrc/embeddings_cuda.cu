@@ -17,7 +17,7 @@ extern __shared__ float4 shared[];
 namespace {
 
 constexpr int WARP = 32;
-constexpr int MAX_WARPS = 4;              // of a block; small blocks leave less idle at the end of a launch
+constexpr int MAX_WARPS = 4;               // of a block; small blocks leave less idle at the end of a launch
 constexpr size_t FREE_SHARED = 48 * 1024;  // bytes that every device gives a block without being asked
 
 // `ALIGNED`: every row starts at a multiple of 16 bytes and has a whole number of pieces of N elements.
@@ -96,7 +96,9 @@ void launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, int rows
   int warps = MAX_WARPS;
   while (warps > 1 && warps * bytes > FREE_SHARED) warps /= 2;
   cudaError_t error = cudaSuccess;
-  if (bytes > FREE_SHARED) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (bytes > FREE_SHARED) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  }
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned((items + warps - 1) / warps), unsigned(depth));
@@ -112,8 +114,8 @@ void launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, int rows
 }  // namespace
 
 extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype, cudaStream_t stream) {
-  const std::initializer_list<const void*> pointers = {op->word_table, op->position_table, op->weight,
-                                                       op->norm_bias,  op->out,            op->z};
+  const std::initializer_list<const void*> pointers = {
+      op->word_table, op->position_table, op->weight, op->norm_bias, op->out, op->z};
   return error_of([&] {
     with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
       using L = decltype(lanes);

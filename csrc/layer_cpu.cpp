@@ -22,7 +22,7 @@ struct LayerForward {
 namespace {
 
 void project(const LayerForward& op, const float* x, int64_t in_features, const float* weight, const float* bias,
-                    float* out, int64_t out_features, ParallelFor run) {
+             float* out, int64_t out_features, ParallelFor run) {
   const Product product = {weight, bias, out, out_features, out_features};
   multiply_few_tokens(x, op.tokens, in_features, &product, 1, run);
 }
@@ -44,7 +44,7 @@ void attend(const LayerForward& op, const float* qkv, float* out, ParallelFor ru
 }
 
 void add_norm(const LayerForward& op, const float* residual, const float* x, const float* weight, const float* bias,
-                     double eps, float* out, ParallelFor run) {
+              double eps, float* out, ParallelFor run) {
   AddNormForward norm = {};
   norm.residual = residual;
   norm.x = x;

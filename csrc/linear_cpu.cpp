@@ -1,10 +1,9 @@
 // The weight streams through the caches once, as it lies in memory; x, transposed, stays in them.
-#include "linear.h"
-
 #include <memory>
 #include <vector>
 
 #include "boundary.h"
+#include "linear.h"
 #include "product.h"
 #include "transpose.h"
 

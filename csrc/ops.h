@@ -10,7 +10,7 @@ namespace erniem_fast {
 
 // Without `grad` the forward runs, which writes `out`; with it the backward, which writes `grad_qkv`.
 struct Attention {
-  const void* qkv;               // (tokens, 3 * hidden) elements: all queries, then all keys, then all values of a token
+  const void* qkv;  // (tokens, 3 * hidden) elements: all queries, then all keys, then all values of a token
   const int64_t* longest_first;  // (sequences,)
   const int32_t* cu_seqlens;     // (sequences + 1,)
   const bool* key_mask;          // (tokens,) or null
@@ -26,16 +26,16 @@ struct Attention {
 extern "C" const char* attention_forward(const Attention* op, int dtype, ParallelFor run);
 
 struct AddNormForward {
-  const void* residual;      // (tokens, hidden) elements
-  const void* x;             // (tokens, hidden) elements
-  const float* bias;         // (hidden,) or null
-  const float* weight;       // (hidden,)
-  const float* norm_bias;    // (hidden,)
-  const int64_t* columns;  // (tokens,) or null
+  const void* residual;         // (tokens, hidden) elements
+  const void* x;                // (tokens, hidden) elements
+  const float* bias;            // (hidden,) or null
+  const float* weight;          // (hidden,)
+  const float* norm_bias;       // (hidden,)
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  void* out;                 // (tokens, hidden) elements
-  void* z;                   // (tokens, hidden) elements, the layer norm's input for the backward, or null
+  const int64_t* seed;          // (1,) or null
+  void* out;                    // (tokens, hidden) elements
+  void* z;                      // (tokens, hidden) elements, the layer norm's input for the backward, or null
   int64_t tokens, hidden, threshold;
   double eps, rescale;
 };
@@ -45,12 +45,12 @@ extern "C" const char* add_norm_forward(const AddNormForward* op, int dtype, Par
 enum Activation { GELU, GELU_TANH, RELU };
 
 struct BiasGeluForward {
-  const void* x;             // (tokens, features) elements
-  const float* bias;         // (features,) or null
-  const int64_t* columns;  // (tokens,) or null
+  const void* x;                // (tokens, features) elements
+  const float* bias;            // (features,) or null
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  void* out;                 // (tokens, features) elements
+  const int64_t* seed;          // (1,) or null
+  void* out;                    // (tokens, features) elements
   int64_t tokens, features, activation, threshold;
   double rescale;
 };

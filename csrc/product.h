@@ -11,8 +11,14 @@ inline int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) /
 
 // The most rows of a tile with `VECTORS` vectors a row whose sums stay in registers: of 32 with AVX-512, else of 16.
 template <int VECTORS>
-constexpr int TILE_ROWS = WIDTH == 16 ? (VECTORS == 1 ? 8 : VECTORS == 2 ? 12 : VECTORS == 3 ? 8 : 6)
-                                      : (VECTORS == 1 ? 8 : VECTORS == 2 ? 6 : VECTORS == 3 ? 3 : 2);
+constexpr int TILE_ROWS = WIDTH == 16 ? (VECTORS == 1   ? 8
+                                         : VECTORS == 2 ? 12
+                                         : VECTORS == 3 ? 8
+                                                        : 6)
+                                      : (VECTORS == 1   ? 8
+                                         : VECTORS == 2 ? 6
+                                         : VECTORS == 3 ? 3
+                                                        : 2);
 
 // c = a b, where a has ROWS rows and `depth` columns, b `depth` rows and VECTORS * WIDTH columns. `ahead` is called
 // once for every step of the depth.

@@ -30,7 +30,7 @@ class Call:
 
     def tensors(self, written: bool) -> dict[str, Tensor]:
         names = [name for name in self.function.tensors if (name in self.function.written) == written]
-        return {name: self.values[name] for name in names if self.values[name] is not None}
+        return {name: self.values[name] for name in names if self.values.get(name) is not None}
 
     def __call__(self, **changes: Tensor | None) -> dict[str, Tensor]:
         """What the function writes."""
@@ -214,8 +214,6 @@ def test_a_contradiction_says_what_was_expected_and_why():
             longest_first=batch.longest_first,
             cu_seqlens=batch.cu_seqlens,
             key_mask=None,
-            grad=None,
-            grad_qkv=None,
             heads=3,
             threads=1,
             scale=1.0,
@@ -281,11 +279,10 @@ CPU, THREADS = torch.device("cpu"), 2
 def attend(length):
     '''The backward, whose tasks need memory on the threads that run them: two sequences, one a thread.'''
     batch, x = TokenBatch.padded((2, length), CPU), torch.zeros(2 * length, 1)
-    tensors = {"qkv": torch.zeros(2 * length, 3), "grad": x, "out": None, "grad_qkv": torch.empty(2 * length, 3)}
-    places = {"longest_first": batch.longest_first, "cu_seqlens": batch.cu_seqlens, "key_mask": None}
-    dropout = {"columns": None, "seed": None, "threshold": 0, "rescale": 1.0}
-    numbers = {"heads": 1, "threads": THREADS, "scale": 1.0}
-    return lambda: attention._BACKWARD(CPU, torch.float32, **tensors, **places, **dropout, **numbers)
+    tensors = {"qkv": torch.zeros(2 * length, 3), "grad": x, "grad_qkv": torch.empty(2 * length, 3)}
+    places = {"longest_first": batch.longest_first, "cu_seqlens": batch.cu_seqlens}
+    numbers = {"heads": 1, "threads": THREADS, "scale": 1.0, "threshold": 0, "rescale": 1.0}
+    return lambda: attention._BACKWARD(CPU, torch.float32, **tensors, **places, **numbers)
 
 def multiply(features):
     '''The product, which needs memory for x transposed on the thread that calls.'''
@@ -329,11 +326,7 @@ def test_a_functions_own_objection_is_raised():
             longest_first=batch.longest_first,
             cu_seqlens=batch.cu_seqlens,
             key_mask=None,
-            columns=None,
-            seed=None,
-            grad=None,
             out=x,
-            grad_qkv=None,
             **numbers,
         )
 

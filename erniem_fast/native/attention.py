@@ -6,7 +6,7 @@ import torch
 
 from .function import DROPOUT, ELEMENT, INT, Function, dropout_values
 
-# Both directions have one structure, without the tensors that are the other's.
+# Both directions have the same structure, and each leaves out the tensors of the other one.
 _FORWARD = Function(
     "attention_forward",
     {
@@ -39,9 +39,7 @@ def forward(
         longest_first=longest_first,
         cu_seqlens=cu_seqlens,
         key_mask=key_mask,
-        grad=None,
         out=out,
-        grad_qkv=None,
         heads=heads,
         threads=torch.get_num_threads(),
         scale=scale,
@@ -71,12 +69,11 @@ def backward(
     _BACKWARD(
         qkv.device,
         qkv.dtype,
+        grad=grad,
         qkv=qkv,
         longest_first=longest_first,
         cu_seqlens=cu_seqlens,
         key_mask=key_mask,
-        grad=grad,
-        out=None,
         grad_qkv=grad_qkv,
         heads=heads,
         threads=torch.get_num_threads(),

@@ -24,7 +24,7 @@ namespace {
 
 constexpr int N = Thread::piece;
 
-// `row` holds a row of pieces.
+// `row` is scratch for one row.
 template <typename T>
 void forward_row(const AddNormForward& op, int64_t token, Piece<N>* row) {
   const int64_t start = token * op.hidden;
@@ -49,13 +49,13 @@ void forward_row(const AddNormForward& op, int64_t token, Piece<N>* row) {
   });
 }
 
-// Work on a row takes longer than the processor sees ahead, so it is told what the next one needs.
+// Prefetches the next row: work on a row takes so long that the processor does not fetch the next one by itself.
 template <typename T>
 void prefetch_piece(const T* from) {
   for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
-// `scratch` holds two rows of pieces, and the sums of weight, norm_bias and bias behind them.
+// `scratch` holds two rows, followed by the sums for weight, norm_bias and bias.
 template <typename T>
 void backward_row(const AddNormBackward& op, int64_t token, Piece<N>* scratch) {
   const int64_t start = token * op.hidden;

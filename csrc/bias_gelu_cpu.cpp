@@ -1,4 +1,4 @@
-// The `bias_gelu_dropout` op on a CPU, forward and backward.
+// The `bias_gelu` op on a CPU, forward and backward.
 #include "boundary.h"
 #include "dropout.h"
 #include "functions.h"
@@ -25,7 +25,8 @@ namespace {
 constexpr int N = Thread::piece;
 
 // An activation's value and slope. The GELU is x times the normal distribution's probability below x (Hendrycks &
-// Gimpel, arXiv 1606.08415); written as the positive part of x less |x| times the tail, it loses no digits on the left.
+// Gimpel, arXiv 1606.08415); written as the positive part of x minus |x| times the tail, it loses no digits for
+// negative x.
 struct Gelu {
   static float value(float x) {
     const float size = fabsf(x);
@@ -37,7 +38,7 @@ struct Gelu {
   }
 };
 
-// The approximation x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), written likewise.
+// The approximation x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), written in the same way.
 struct GeluTanh {
   static float power(float x) { return exponential(-1.59576912f * fabsf(x + 0.044715f * x * x * x)); }
   static float value(float x) {
@@ -88,7 +89,7 @@ void forward_row(const BiasGeluForward& op, int64_t token) {
   });
 }
 
-// Adds to `grad_bias`, a row of pieces.
+// Adds the token's share to `grad_bias`, one row.
 template <typename T, typename Function>
 void backward_row(const BiasGeluBackward& op, int64_t token, Piece<N>* grad_bias) {
   for_pieces(Thread(), op.features, [&](int piece, auto count) {

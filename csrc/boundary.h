@@ -8,14 +8,14 @@
 
 namespace erniem_fast {
 
-// A message that is valid until the thread's next error.
-inline const char* keep(const char* message) {
-  static thread_local char kept[512];
-  snprintf(kept, sizeof kept, "%s", message);
-  return kept;
+// Copies a message; the copy is valid until the thread's next error.
+inline const char* copy_of(const char* message) {
+  static thread_local char copy[512];
+  snprintf(copy, sizeof copy, "%s", message);
+  return copy;
 }
 
-// Runs `body`; returns null, or the message of what it threw.
+// Runs `body`; returns null, or the message of the exception that it threw.
 template <typename Body>
 const char* error_of(const Body& body) noexcept {
   try {
@@ -24,13 +24,13 @@ const char* error_of(const Body& body) noexcept {
   } catch (const std::bad_alloc&) {
     return "there is not enough memory for intermediate results";
   } catch (const std::exception& error) {
-    return keep(error.what());
+    return copy_of(error.what());
   } catch (...) {
     return "unknown error";
   }
 }
 
-// For a function of the C interface that calls another.
+// Used when a function of the C interface calls another one.
 inline void throw_if(const char* error) {
   if (error != nullptr) throw std::runtime_error(error);
 }

@@ -1,4 +1,4 @@
-// The elements of tensors, one source for host and device: their dtypes, and what they are in float32.
+// The elements of tensors, one source for host and device: their dtypes, and conversion to and from float32.
 #pragma once
 
 #include <cstdint>
@@ -55,7 +55,7 @@ HOST_DEVICE float to_float(Half x) {
 
 HOST_DEVICE void from_float(float x, float& to) { to = x; }
 
-// Both round to nearest, ties to even.
+// The conversions to 16 bits round to nearest, ties to even.
 HOST_DEVICE void from_float(float x, BFloat16& to) {
   const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;

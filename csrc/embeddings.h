@@ -5,11 +5,11 @@
 
 namespace erniem_fast {
 
-// ---- What Python passes: addresses of contiguous tensors, then sizes, then factors. erniem_fast/native/ mirrors
-// these structures field by field. "Elements" are of the dtype that the call names.
+// ---- The arguments from Python: addresses of contiguous tensors, then sizes, then factors. The tables of
+// erniem_fast/native/embeddings.py have the same fields in the same order. "Elements" have the dtype of the call.
 
-// Dropout is off where `seed` is null. An element is dropped when its word of the generator is below `threshold`, which
-// is at most 2^32 - 1; where p = 1 asks for more, `rescale` = 0 does the rest.
+// There is no dropout if `seed` is null. An element is dropped if its word of the generator is below `threshold`, which
+// is at most 2^32 - 1; p = 1 would need 2^32, so there `rescale` = 0 drops the rest.
 
 struct EmbeddingsForward {
   const int64_t* ids;           // (tokens,)
@@ -40,8 +40,8 @@ struct EmbeddingsBackward {
   double eps, rescale;
 };
 
-// Adds the rows of a gradient up by table row. Tokens come sorted by table row, so that each run of equal ones is the
-// work of one group of lanes, in a fixed order: the sum is the same at every run and needs no atomics.
+// Sums the rows of a gradient that belong to the same table row. Tokens come sorted by table row, and one group of
+// lanes sums each run of equal table rows in a fixed order. So the sum is deterministic and needs no atomics.
 struct EmbeddingsScatter {
   const float* rows;      // (tokens, hidden)
   const int64_t* sorted;  // (tokens,), the table rows in ascending order
@@ -58,7 +58,7 @@ HOST_DEVICE const T* table_row(const void* table, int64_t row, int64_t rows, int
 }
 
 // out[token] = dropout(LN(word_table[id] + position_table[position])). A token whose id or position is outside of its
-// table gets NaN: nothing is read there, and nobody takes the result for an embedding. `row` holds a row of pieces.
+// table gets NaN, so that nothing is read outside and the error shows. `row` is scratch for one row.
 template <typename T, typename Lanes>
 HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token,
                                         Piece<Lanes::piece>* row) {
@@ -92,7 +92,8 @@ HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForw
   });
 }
 
-// The gradient of a token's z; adds the token's share to those of weight and norm_bias. `row` and `grad_y` hold a row.
+// The gradient of a token's z; adds the token's share to the gradients of weight and norm_bias. `row` and `grad_y` are
+// scratch for one row each.
 template <typename T, typename Lanes>
 HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token,
                                          Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,
@@ -112,7 +113,7 @@ HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBac
   });
 }
 
-// The backward of a chunk's tokens, one after another. `scratch` holds four rows of pieces.
+// The backward of a chunk's tokens, one after another. `scratch` holds four rows.
 template <typename T, typename Lanes>
 HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk,
                                            Piece<Lanes::piece>* scratch) {
@@ -133,7 +134,8 @@ HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsB
   });
 }
 
-// Sums the run of equal table rows that starts at `first`; does nothing where none starts, or none that counts.
+// Sums the run of equal table rows that starts at `first`. Does nothing if no run starts there, or if its row is the
+// padding's or outside of the table.
 template <typename T, typename Lanes>
 HOST_DEVICE void embeddings_scatter_run(const Lanes& lanes, const EmbeddingsScatter& op, int64_t first) {
   constexpr int N = Lanes::piece;

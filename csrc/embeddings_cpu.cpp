@@ -1,4 +1,4 @@
-// The `embeddings` op on a CPU: rows in parallel on torch's threads, vector instructions from the compiler.
+// The `embeddings` op on a CPU: rows run in parallel on torch's threads, and the compiler vectorises their loops.
 #include "boundary.h"
 #include "embeddings.h"
 #include "rows_cpu.h"

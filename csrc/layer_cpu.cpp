@@ -1,4 +1,4 @@
-// A whole layer for so few tokens that coming back to Python between its ops takes as long as some of them do.
+// A whole layer in one call, for so few tokens that returning to Python between its ops would take as long as some ops.
 #include "boundary.h"
 #include "linear.h"
 #include "ops.h"

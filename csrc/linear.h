@@ -5,7 +5,7 @@
 
 namespace erniem_fast {
 
-// One of the products of the same x.
+// One of several products with the same x.
 struct Product {
   const float* weight;  // (out_features, in_features)
   const float* bias;    // (out_features,) or null
@@ -13,7 +13,7 @@ struct Product {
   int64_t out_features, out_stride;
 };
 
-// The products of x, (tokens, in_features).
+// Computes products of x, (tokens, in_features).
 void multiply_few_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
                          ParallelFor run);
 

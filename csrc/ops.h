@@ -1,6 +1,6 @@
-// What Python passes to the ops inside a layer, and what a whole layer passes to them: addresses of contiguous tensors,
-// then sizes, then factors, as in erniem_fast/native/. "Elements" are of the dtype that the call names.
-// Each function returns null, or an error message.
+// The forwards of the ops inside a layer, which Python calls, and a whole layer too. Their arguments are addresses of
+// contiguous tensors, then sizes, then factors; the tables of erniem_fast/native/ have the same fields in the same
+// order. "Elements" have the dtype of the call. Each function returns null, or an error message.
 #pragma once
 
 #include "elements.h"
@@ -8,7 +8,7 @@
 
 namespace erniem_fast {
 
-// Without `grad` the forward runs, which writes `out`; with it the backward, which writes `grad_qkv`.
+// Both directions of attention: the forward, without `grad`, writes `out`; the backward writes `grad_qkv`.
 struct Attention {
   const void* qkv;  // (tokens, 3 * hidden) elements: all queries, then all keys, then all values of a token
   const int64_t* longest_first;  // (sequences,)

@@ -8,16 +8,16 @@
 
 namespace erniem_fast {
 
-// `torch_parallel_for` of torch's stable ABI. It comes as an argument, so that this file needs no part of torch to be
-// built and one build serves every version that has the function.
+// `torch_parallel_for` of torch's stable ABI. Callers pass it as an argument, so that the library is built without
+// torch and one build serves every version of torch that has the function.
 using Range = void (*)(int64_t begin, int64_t end, void* context);
 using ParallelFor = int32_t (*)(int64_t begin, int64_t end, int64_t grain, Range range, void* context);
 
-// The smallest work that is worth waking a thread, in elements: that of torch's own pointwise kernels.
+// The least work that is worth waking a thread, in elements: the value of torch's own pointwise kernels.
 constexpr int64_t GRAIN = 32768;
 
-// What the parts of a loop have in common. An exception must not cross torch's frames, which are C: the first one is
-// kept, to be thrown again on the thread that called.
+// The state that the parts of a loop share. An exception must not cross torch's frames, because they are C's: the first
+// one is kept, and `parallel` throws it again on its caller's thread.
 template <typename Body>
 struct Loop {
   const Body& range;

@@ -1,4 +1,4 @@
-// The inner loops of a float32 matrix product on a CPU, for operands that lie in the caches.
+// The inner loops of a float32 matrix product on a CPU, for operands in the caches.
 #pragma once
 
 #include <cstdint>
@@ -9,7 +9,7 @@ namespace erniem_fast {
 
 inline int64_t round_up(int64_t size, int64_t unit) { return (size + unit - 1) / unit * unit; }
 
-// The most rows of a tile with `VECTORS` vectors a row whose sums stay in registers: of 32 with AVX-512, else of 16.
+// The largest number of rows of VECTORS vectors whose sums stay in registers: AVX-512 has 32 registers, AVX2 has 16.
 template <int VECTORS>
 constexpr int TILE_ROWS = WIDTH == 16 ? (VECTORS == 1   ? 8
                                          : VECTORS == 2 ? 12
@@ -20,7 +20,7 @@ constexpr int TILE_ROWS = WIDTH == 16 ? (VECTORS == 1   ? 8
                                          : VECTORS == 3 ? 3
                                                         : 2);
 
-// c = a b, where a has ROWS rows and `depth` columns, b `depth` rows and VECTORS * WIDTH columns. `ahead` is called
+// c = a b, where a has ROWS rows and `depth` columns, and b has `depth` rows and VECTORS * WIDTH columns. Calls `ahead`
 // once for every step of the depth.
 template <int ROWS, int VECTORS, typename Ahead>
 inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int64_t b_stride, float* c,
@@ -45,7 +45,8 @@ inline void multiply_tile(const float* a, int64_t a_stride, const float* b, int6
   }
 }
 
-// c[token, i] = the product of rows i of a and token of b, each `depth` long; for tokens too few to fill vectors.
+// c[token, i] = the dot product of row i of a and row `token` of b, each `depth` long; for tokens too few to fill
+// vectors.
 template <int ROWS, int TOKENS>
 inline void multiply_dots(const float* a, int64_t a_stride, const float* b, int64_t depth, float* c, int64_t c_stride) {
   Vector sums[TOKENS][ROWS] = {};

@@ -1,8 +1,8 @@
 // Rows of elements, one source for host and device: access, sums over chunks of tokens, and the layer norm.
 //
 // A row is the work of `lanes.count` lanes; each takes every count-th piece of `Lanes::piece` neighbouring elements.
-// On a GPU the lanes are the threads of a warp and a piece is what one or two 16-byte accesses move. On a CPU a single
-// lane has long pieces, whose loops the compiler turns into vector instructions. Arithmetic is in float32.
+// On a GPU the lanes are the threads of a warp, and one or two accesses of 16 bytes move a piece. On a CPU there is one
+// lane with long pieces, so that the compiler vectorises the loops over them. Arithmetic is in float32.
 #pragma once
 
 #include <cmath>
@@ -23,7 +23,7 @@ struct alignas(16) Packed {
   T x[N];
 };
 
-// A number of elements that the compiler knows.
+// The number of elements of a whole piece, as a constant.
 template <int N>
 struct Whole {
   HOST_DEVICE constexpr operator int() const { return N; }
@@ -56,7 +56,7 @@ HOST_DEVICE void store(T* to, const Piece<Lanes::piece>& piece, Count count) {
 
 HOST_DEVICE int pieces_of(int64_t hidden, int piece) { return int((hidden + piece - 1) / piece); }
 
-// Calls `body(piece, count)` for each of the lane's pieces; only the last of a row can have fewer elements than N.
+// Calls `body(piece, count)` for each of the lane's pieces; only the last piece of a row can have less than N elements.
 template <typename Lanes, typename Body>
 HOST_DEVICE void for_pieces(const Lanes& lanes, int64_t hidden, const Body& body) {
   constexpr int N = Lanes::piece;
@@ -82,7 +82,7 @@ HOST_DEVICE float row_sum(const Lanes& lanes, int64_t hidden, const Term& term) 
   return lanes.sum(sums.x[0]);
 }
 
-// ---- Chunks of tokens, whose sums are apart
+// ---- Chunks of tokens: each has its own sums over its tokens
 
 template <typename Op>
 HOST_DEVICE int64_t chunks_of(const Op& op) {
@@ -91,8 +91,8 @@ HOST_DEVICE int64_t chunks_of(const Op& op) {
 
 // ---- Layer norm
 
-// What subtracting the mean leaves of a row, in place, and 1 / its standard deviation. The mean is taken off twice, as
-// in `normalise` of erniem_fast/reference.py: rounding the first one leaves all elements off by the same few units.
+// Subtracts the mean from a row in place; returns 1 / the standard deviation. The mean is subtracted twice, as in
+// `normalise` of erniem_fast/reference.py, because rounding the first one leaves the same small error in all elements.
 template <typename Lanes>
 HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<Lanes::piece>* row) {
   const float mean = row_sum(lanes, hidden, [&](int piece, int i) { return row[piece].x[i]; }) / float(hidden);
@@ -104,8 +104,8 @@ HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<L
   return 1.0f / sqrtf(squares / float(hidden) + float(eps));
 }
 
-// The gradient of a row, in place of that of its layer norm, `grad_y`; adds the row's share to those of weight and
-// norm_bias. `row` holds the row and is left normalised.
+// Turns `grad_y`, the gradient of a row's layer norm, into the gradient of the row; adds the row's share to the
+// gradients of weight and norm_bias. `row` holds the row and is normalised in place.
 template <typename Lanes>
 HOST_DEVICE void layer_norm_backward(const Lanes& lanes, int64_t hidden, const float* norm_weight, double eps,
                                      Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,

@@ -1,4 +1,4 @@
-// Rows on a CPU: each is the work of one thread, and the rows are shared out among torch's threads.
+// Rows on a CPU: one thread computes a row, and torch's threads share the rows.
 #pragma once
 
 #include <vector>
@@ -8,7 +8,7 @@
 
 namespace erniem_fast {
 
-// A single lane; 64 elements are four vectors of AVX-512, so that their additions overlap.
+// One lane. A piece of 64 elements is four vectors of AVX-512, so that their additions overlap.
 struct Thread {
   static constexpr int piece = 64;
   static constexpr bool aligned = false;
@@ -19,7 +19,8 @@ struct Thread {
 
 using Row = std::vector<Piece<Thread::piece>>;
 
-// Calls `body(i, scratch)` for i in [0, size), where each costs `elements`; a thread has `rows` rows of scratch.
+// Calls `body(i, scratch)` for i in [0, size), where each call costs as much as `elements` pointwise operations;
+// `scratch` is `rows` rows of the thread's own.
 template <typename Body>
 void parallel_rows(ParallelFor run, int64_t size, int64_t elements, int64_t hidden, int rows, const Body& body) {
   parallel(run, size, elements, [&](int64_t begin, int64_t end) {
@@ -28,7 +29,7 @@ void parallel_rows(ParallelFor run, int64_t size, int64_t elements, int64_t hidd
   });
 }
 
-// Calls `body(token)` for a chunk's tokens, one after another, with `pieces` sums that begin at zero.
+// Sets `pieces` sums to zero, then calls `body(token)` for a chunk's tokens, one after another.
 template <typename Op, typename Body>
 void for_chunk(const Op& op, int64_t chunk, Piece<Thread::piece>* sums, int pieces, const Body& body) {
   for (int piece = 0; piece < pieces; ++piece) sums[piece] = {};

@@ -8,7 +8,7 @@
 
 namespace erniem_fast {
 
-// Exchanges the lanes of `a` that have the bit STEP in their index with those of `b` that have it not.
+// Exchanges the lanes of `a` whose index has the bit STEP set with the lanes of `b` whose index does not.
 template <int STEP, int... I>
 inline void exchange(Vector& a, Vector& b, std::integer_sequence<int, I...>) {
   const Vector upper = pick(a, b, std::integer_sequence<int, (I & STEP ? WIDTH + I - STEP : I)...>());
@@ -26,7 +26,7 @@ inline void transpose_square(Vector* rows) {
   if constexpr (STEP > 1) transpose_square<STEP / 2>(rows);
 }
 
-// to[j, i] = from[i, j]. Rows of `to` are whole vectors, with zeros behind the `rows` elements.
+// to[j, i] = from[i, j]. Rows of `to` are whole vectors: zeros follow the `rows` elements.
 inline void transpose(const float* from, int64_t rows, int64_t from_stride, int64_t columns, float* to,
                       int64_t to_stride) {
   for (int64_t j = 0; j < columns; j += WIDTH) {

@@ -37,13 +37,16 @@ bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed
 readme: $(VENV)/installed
 	$(VENV)/bin/python -m bench readme
 
+CPP := $(wildcard csrc/* tests/cuda_on_host/*)
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
+	$(VENV)/bin/clang-format --dry-run --Werror $(CPP)
 
 format: $(VENV)/installed
 	$(VENV)/bin/ruff format .
 	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/clang-format -i $(CPP)
 
 goldens: $(PEERS)/installed
 	$(PEERS)/bin/python tests/golden/make.py

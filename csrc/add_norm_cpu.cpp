@@ -1,17 +1,21 @@
 // The `add_norm` op on a CPU, forward and backward.
+#include "boundary.h"
 #include "dropout.h"
 #include "ops.h"
+#include "rows_cpu.h"
+
+namespace erniem_fast {
 
 struct AddNormBackward {
-  const void* grad;          // (tokens, hidden) elements
-  const void* z;             // (tokens, hidden) elements
-  const float* weight;       // (hidden,)
-  const int64_t* columns;  // (tokens,) or null
+  const void* grad;             // (tokens, hidden) elements
+  const void* z;                // (tokens, hidden) elements
+  const float* weight;          // (hidden,)
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  void* grad_residual;         // (tokens, hidden) elements
-  void* grad_x;                // (tokens, hidden) elements, or null where it equals `grad_residual`
-  float* sums;               // (chunks, 3, hidden), each chunk's share of the gradients of weight, norm_bias and bias
+  const int64_t* seed;          // (1,) or null
+  void* grad_residual;          // (tokens, hidden) elements
+  void* grad_x;                 // (tokens, hidden) elements, or null where it equals `grad_residual`
+  float* sums;  // (chunks, 3, hidden), each chunk's share of the gradients of weight, norm_bias and bias
   int64_t tokens, tokens_per_chunk, hidden, threshold;
   double eps, rescale;
 };
@@ -20,7 +24,7 @@ namespace {
 
 constexpr int N = Thread::piece;
 
-// `row` holds a row of pieces.
+// `row` is scratch for one row.
 template <typename T>
 void forward_row(const AddNormForward& op, int64_t token, Piece<N>* row) {
   const int64_t start = token * op.hidden;
@@ -45,13 +49,13 @@ void forward_row(const AddNormForward& op, int64_t token, Piece<N>* row) {
   });
 }
 
-// Work on a row takes longer than the processor sees ahead, so it is told what the next one needs.
+// Prefetches the next row: work on a row takes so long that the processor does not fetch the next one by itself.
 template <typename T>
 void prefetch_piece(const T* from) {
   for (int i = 0; i < N; i += 64 / sizeof(T)) __builtin_prefetch(from + i);
 }
 
-// `scratch` holds two rows of pieces, and the sums of weight, norm_bias and bias behind them.
+// `scratch` holds two rows, followed by the sums for weight, norm_bias and bias.
 template <typename T>
 void backward_row(const AddNormBackward& op, int64_t token, Piece<N>* scratch) {
   const int64_t start = token * op.hidden;
@@ -79,24 +83,28 @@ void backward_row(const AddNormBackward& op, int64_t token, Piece<N>* scratch) {
 }  // namespace
 
 extern "C" const char* add_norm_forward(const AddNormForward* op, int dtype, ParallelFor run) {
-  return with_dtype(dtype, [&](auto element) {
-    return parallel_rows(run, op->tokens, op->hidden, op->hidden, 1, [&](int64_t token, auto* row) {
-      forward_row<decltype(element)>(*op, token, row);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      parallel_rows(run, op->tokens, op->hidden, op->hidden, 1,
+                    [&](int64_t token, auto* row) { forward_row<decltype(element)>(*op, token, row); });
     });
   });
 }
 
 extern "C" const char* add_norm_backward(const AddNormBackward* op, int dtype, ParallelFor run) {
   const int64_t work = op->tokens_per_chunk * op->hidden;
-  return with_dtype(dtype, [&](auto element) {
-    return parallel_rows(run, chunks_of(*op), work, op->hidden, 5, [&](int64_t chunk, auto* scratch) {
-      const int pieces = pieces_of(op->hidden, N);
-      for_chunk(*op, chunk, scratch + 2 * pieces, 3 * pieces, [&](int64_t token) {
-        backward_row<decltype(element)>(*op, token, scratch);
+  const int pieces = pieces_of(op->hidden, N);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      parallel_rows(run, chunks_of(*op), work, op->hidden, 5, [&](int64_t chunk, auto* scratch) {
+        for_chunk(*op, chunk, scratch + 2 * pieces, 3 * pieces,
+                  [&](int64_t token) { backward_row<decltype(element)>(*op, token, scratch); });
+        for (int sum = 0; sum < 3; ++sum) {
+          store_row(scratch + (2 + sum) * pieces, op->sums + (chunk * 3 + sum) * op->hidden, op->hidden);
+        }
       });
-      for (int sum = 0; sum < 3; ++sum) {
-        store_row(scratch + (2 + sum) * pieces, op->sums + (chunk * 3 + sum) * op->hidden, op->hidden);
-      }
     });
   });
 }
+
+}  // namespace erniem_fast

@@ -1,39 +1,32 @@
-// The `attention` op on a CPU, forward and backward: a task is some heads of a sequence, the long ones first.
+// The `attention` op on a CPU, forward and backward: a task is some heads of a sequence, long sequences first.
 //
-// A task copies what it reads into float32 arrays of whole tiles of rows of whole vectors, so that the products read
-// neighbouring elements and need no tails; what they make of the elements beyond, nobody reads.
+// A task copies its inputs into float32 arrays whose rows are padded to whole vectors and whose row counts are padded
+// to whole tiles. So the products read neighbouring elements and need no code for remainders. Results in the padding
+// are never read.
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <stdexcept>
 #include <type_traits>
 #include <vector>
 
+#include "boundary.h"
 #include "dropout.h"
-#include "ops.h"
 #include "functions.h"
+#include "ops.h"
 #include "product.h"
+#include "transpose.h"
 
-struct AttentionBackward {
-  const void* grad;              // (tokens, hidden) elements
-  const void* qkv;               // (tokens, 3 * hidden) elements, as in the forward
-  const int64_t* longest_first;  // (sequences,)
-  const int32_t* cu_seqlens;     // (sequences + 1,)
-  const bool* key_mask;          // (tokens,) or null
-  const int64_t* columns;        // (tokens,) or null
-  const int64_t* seed;           // (1,) or null
-  void* grad_qkv;                // (tokens, 3 * hidden) elements
-  int64_t tokens, sequences, hidden, heads, threads, threshold;
-  double scale, rescale;
-};
+namespace erniem_fast {
 
 namespace {
 
 constexpr int TILE = TILE_ROWS<4>;
-constexpr int BLOCK = 4 * TILE;      // queries whose scores a forward has at hand at once
-constexpr int DRAWN = 2 * WIDTH;      // elements of a row that dropout draws for at once
-constexpr int64_t CACHED = 3 << 19;  // bytes of q, k and v that a core's cache keeps beside what a task works with
+constexpr int BLOCK = 4 * TILE;      // queries whose scores the forward computes at once
+constexpr int DRAWN = 2 * WIDTH;     // elements of a row whose random words are drawn at once
+constexpr int64_t CACHED = 3 << 19;  // bytes of q, k and v that fit a core's cache beside a task's arrays
 
-// c = a b, where a has whole tiles of rows, and b and c `columns`, whole vectors.
+// c = a b, where a has whole tiles of rows, and b and c have `columns` columns, whole vectors.
 void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, float* c, int64_t rows,
               int64_t depth) {
   const auto nothing = [](int64_t) {};
@@ -59,17 +52,17 @@ void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns,
   }
 }
 
-// Floats at addresses where a vector does not reach over two lines of the cache.
+// Floats aligned so that no vector crosses a boundary between cache lines.
 using Array = std::vector<Vector>;
 
-// Memory for `size` floats, which keep what they held.
-float* room(Array& array, int64_t size) {
+// Memory for `size` floats; grows the array if needed and keeps its values.
+float* reserve(Array& array, int64_t size) {
   const size_t vectors = round_up(size, WIDTH) / WIDTH;
   if (array.size() < vectors) array.resize(vectors);
   return reinterpret_cast<float*>(array.data());
 }
 
-// The elements of a row in float32.
+// Converts a row to float32.
 template <typename T>
 void convert(const T* from, int64_t size, float* to) {
   if constexpr (std::is_same_v<T, float>) {
@@ -81,14 +74,14 @@ void convert(const T* from, int64_t size, float* to) {
 
 enum Part { QUERY, KEY, VALUE };
 
-// The tasks of a thread, and the arrays that they use one after another.
-template <typename T, typename Op>
+// The tasks of one thread, one after another, which share their arrays.
+template <typename T>
 class Task {
  public:
-  explicit Task(const Op& op)
+  explicit Task(const Attention& op)
       : op(op), head_dim(op.hidden / op.heads), width(3 * op.hidden), features(round_up(head_dim, WIDTH)) {}
 
-  // Heads [first, end) of a sequence.
+  // Computes heads [first, end) of a sequence.
   void run(int64_t its_sequence, int64_t first, int64_t end) {
     sequence = its_sequence;
     start = op.cu_seqlens[sequence];
@@ -98,7 +91,7 @@ class Task {
     head = first;
     fetch(end - first);
     for (; head < end; ++head) {
-      if constexpr (std::is_same_v<Op, AttentionForward>) {
+      if (op.grad == nullptr) {
         forward();
       } else {
         backward();
@@ -108,15 +101,15 @@ class Task {
 
  private:
   void forward() {
-    float *left = room(query, BLOCK * features), *row = room(scores, BLOCK * keys);
-    float* out = room(result, BLOCK * features);
+    float *left = reserve(query, BLOCK * features), *row = reserve(scores, BLOCK * keys);
+    float* out = reserve(result, BLOCK * features);
     const float *right = load_transposed(KEY, key), *values = load(VALUE, 0, length, value);
     for (int64_t first = 0; first < length; first += BLOCK) {
       const int64_t count = std::min<int64_t>(BLOCK, length - first), rows = round_up(count, TILE);
       load(QUERY, first, count, query);
       multiply(left, features, right, keys, row, rows, head_dim);
       for (int64_t i = 0; i < count; ++i) {
-        // Softmax divides what it sums up to; here that is left to the result, which has fewer elements.
+        // Softmax divides by the sum of a row; here the result is divided, because it has fewer elements.
         shares[i] = exponentials(row + i * keys);
         if (const float* factors = draw(first + i)) {
           for (int64_t j = 0; j < length; ++j) row[i * keys + j] *= factors[j];
@@ -134,12 +127,13 @@ class Task {
   void backward() {
     const int64_t rows = round_up(length, TILE);
     const float *queries = load(QUERY, 0, length, query), *grad_out = load_grad();
-    float *p = room(scores, rows * keys), *ds = room(grad_scores, rows * keys), *pd = room(dropped, rows * keys);
+    float *p = reserve(scores, rows * keys), *ds = reserve(grad_scores, rows * keys),
+          *pd = reserve(dropped, rows * keys);
     multiply(queries, features, load_transposed(KEY, key), keys, p, rows, head_dim);
     multiply(grad_out, features, load_transposed(VALUE, value), keys, ds, rows, head_dim);
     for (int64_t i = 0; i < length; ++i) backward_row(i, p + i * keys, ds + i * keys, pd + i * keys);
 
-    float *across = room(turned, rows * keys), *out = room(result, rows * features);
+    float *across = reserve(turned, rows * keys), *out = reserve(result, rows * features);
     transpose(pd, length, keys, length, across, keys);
     multiply(across, keys, grad_out, features, out, rows, length);
     store_gradient(out, 1.0f, VALUE);
@@ -152,7 +146,8 @@ class Task {
     store_gradient(out, float(op.scale), QUERY);
   }
 
-  // From a query's scores and its dropped probabilities' gradient to those probabilities and the scores' gradient.
+  // Row i: `row` holds scores and becomes probabilities, `grad_row` holds the gradient of the dropped probabilities and
+  // becomes that of the scores, and `to` becomes the dropped probabilities.
   void backward_row(int64_t i, float* row, float* grad_row, float* to) {
     const float share = exponentials(row);
     for (int64_t j = 0; j < keys; ++j) row[j] *= share;
@@ -174,7 +169,8 @@ class Task {
     return static_cast<const T*>(op.qkv) + (start + i) * width + which * op.hidden + head * head_dim;
   }
 
-  // Reads what a task's heads will read in pieces of a head, far apart, which the processor would not fetch ahead.
+  // Brings the rows of all the task's heads into the cache. Each head reads short pieces that lie far apart, which the
+  // processor would not prefetch.
   void fetch(int64_t heads) const {
     const int64_t bytes = heads * head_dim * sizeof(T);
     if (3 * length * bytes > CACHED) return;
@@ -186,15 +182,15 @@ class Task {
     }
   }
 
-  // Tokens [first, first + count), at the beginning of whole tiles of rows.
+  // Copies tokens [first, first + count); returns the first row of memory for whole tiles.
   const float* load(Part which, int64_t first, int64_t count, Array& to) const {
-    float* rows = room(to, round_up(count, TILE) * features);
+    float* rows = reserve(to, round_up(count, TILE) * features);
     for (int64_t i = 0; i < count; ++i) convert(part(which, first + i), head_dim, rows + i * features);
     return rows;
   }
 
   const float* load_transposed(Part which, Array& to) {
-    float* columns = room(to, head_dim * keys);
+    float* columns = reserve(to, head_dim * keys);
     if constexpr (std::is_same_v<T, float>) {
       transpose(part(which, 0), length, width, head_dim, columns, keys);
     } else {
@@ -204,13 +200,13 @@ class Task {
   }
 
   const float* load_grad() {
-    float* rows = room(grad, round_up(length, TILE) * features);
+    float* rows = reserve(grad, round_up(length, TILE) * features);
     const T* from = static_cast<const T*>(op.grad) + start * op.hidden + head * head_dim;
     for (int64_t i = 0; i < length; ++i) convert(from + i * op.hidden, head_dim, rows + i * features);
     return rows;
   }
 
-  // `to` is a token's row, of which the head has a part.
+  // Writes the head's part of `to`, a token's row.
   void store_row(const float* row, float factor, T* to) const {
     for (int64_t d = 0; d < head_dim; ++d) from_float(row[d] * factor, to[head * head_dim + d]);
   }
@@ -220,7 +216,7 @@ class Task {
     for (int64_t i = 0; i < length; ++i) store_row(rows + i * features, factor, to + i * width);
   }
 
-  // Where the keys stand.
+  // Finds the range of the keys' columns, and whether they follow one another.
   void survey() {
     const int64_t* columns = op.columns + start;
     const auto [least, most] = std::minmax_element(columns, columns + length);
@@ -230,9 +226,9 @@ class Task {
     for (int64_t j = 0; j < length; ++j) neighbours = neighbours && columns[j] == columns[0] + j;
   }
 
-  // Turns a row of scores into e^(scale (score - largest)), zeros for keys that are not kept and behind the last;
-  // returns the reciprocal of their sum, 0 where no key is kept. The scale comes after the largest is taken off and so
-  // costs the fewest digits.
+  // Turns a row of scores into e^(scale (score - largest)), with zeros for masked keys and in the padding; returns the
+  // reciprocal of their sum, or 0 if every key is masked. Scaling after the largest is subtracted loses the fewest
+  // digits.
   float exponentials(float* row) const {
     for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;
     if (op.key_mask != nullptr) {
@@ -251,57 +247,58 @@ class Task {
     return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 
-  // What dropout multiplies a query's probabilities with, by the columns that its keys stand in; null where there is
-  // none.
+  // The factors of dropout for a query's probabilities, 0 or `rescale` for each key; null without dropout.
   const float* draw(int64_t i) {
     if (op.seed == nullptr) return nullptr;
     const int64_t* columns = op.columns + start;
     const uint64_t seed = uint64_t(*op.seed);
     const uint32_t query_column = uint32_t(columns[i]), threshold = uint32_t(op.threshold);
     const float rescale = float(op.rescale);
-    float* all = room(drawn, last_column + 1 - first_column + DRAWN + WIDTH);
+    float* all = reserve(drawn, last_column + 1 - first_column + DRAWN + WIDTH);
     for (int64_t column = first_column; column <= last_column; column += DRAWN) {
-      const auto words = ::draw<DRAWN>(seed, uint32_t(column / 4), query_column, uint32_t(sequence), uint32_t(head));
+      const auto words =
+          erniem_fast::draw<DRAWN>(seed, uint32_t(column / 4), query_column, uint32_t(sequence), uint32_t(head));
       float* to = all + column - first_column;
       for (int k = 0; k < DRAWN; ++k) to[k] = words.w[k] >= threshold ? rescale : 0.0f;
     }
     if (neighbours) return all + columns[0] - first_column;
-    float* picked = room(factors, keys);
+    float* picked = reserve(factors, keys);
     for (int64_t j = 0; j < length; ++j) picked[j] = all[columns[j] - first_column];
     return picked;
   }
 
-  const Op& op;
+  const Attention& op;
   const int64_t head_dim, width;
-  const int64_t features;  // head_dim in whole vectors
+  const int64_t features;  // head_dim rounded up to whole vectors
   int64_t sequence, head, start, length, keys;
-  int64_t first_column, last_column;  // of the keys, the first rounded down to a group of the generator
-  bool neighbours;                    // whether the keys stand in columns one after the other
+  int64_t first_column, last_column;  // of the keys; the first is rounded down to a group of the generator
+  bool neighbours;                    // whether each key's column follows the previous one's
   float shares[BLOCK];
   Array query, key, value, grad, scores, grad_scores, dropped, turned, result, drawn, factors;
 };
 
-// Whether the bounds cut all tokens into sequences. Inside a graph nobody has checked them, and others would make a task
-// write into memory that is not the result's.
-template <typename Op>
-bool cut_all_tokens(const Op& op) {
+// Whether the bounds cut all tokens into sequences. They are unchecked inside a graph, and other bounds would make a
+// task write outside of the result.
+bool cut_all_tokens(const Attention& op) {
   const int32_t *begin = op.cu_seqlens, *end = begin + op.sequences + 1;
   return *begin == 0 && end[-1] == op.tokens && std::is_sorted(begin, end);
 }
 
-template <typename Op>
-const char* attend(const Op& op, int dtype, ParallelFor run) {
-  if (op.heads < 1 || op.hidden % op.heads != 0) return "heads must divide hidden";
-  if (!cut_all_tokens(op)) return "cu_seqlens must rise from 0 to the number of tokens, by one step a sequence";
-  return with_dtype(dtype, [&](auto element) {
-    // Tasks differ in size, so whoever is free takes the next one.
+void attend(const Attention& op, int dtype, ParallelFor run) {
+  if (op.heads < 1 || op.hidden % op.heads != 0) throw std::invalid_argument("heads must divide hidden");
+  if (!cut_all_tokens(op)) {
+    throw std::invalid_argument("cu_seqlens must rise from 0 to the number of tokens");
+  }
+  with_dtype(dtype, [&](auto element) {
+    // Tasks differ in size, so each thread takes the next one when it is free.
     std::atomic<int64_t> next(0);
-    const int64_t enough = op.sequences * op.heads / (4 * op.threads);  // heads a task that leave work to share
+    const int64_t enough =
+        op.sequences * op.heads / (4 * op.threads);  // heads per task that still leave four tasks per thread
     const int64_t heads = std::min(std::max<int64_t>(1, enough), op.heads);
     const int64_t groups = (op.heads + heads - 1) / heads, tasks = op.sequences * groups;
     const int64_t mean = tasks == 0 ? 0 : op.tokens / op.sequences;
-    return parallel(run, tasks, heads * mean * (mean + op.hidden / op.heads), [&](int64_t, int64_t) {
-      Task<decltype(element), Op> task(op);
+    parallel(run, tasks, heads * mean * (mean + op.hidden / op.heads), [&](int64_t, int64_t) {
+      Task<decltype(element)> task(op);
       for (int64_t i; (i = next++) < tasks;) {
         const int64_t first = i % groups * heads;
         task.run(op.longest_first[i / groups], first, std::min(first + heads, op.heads));
@@ -312,10 +309,12 @@ const char* attend(const Op& op, int dtype, ParallelFor run) {
 
 }  // namespace
 
-extern "C" const char* attention_forward(const AttentionForward* op, int dtype, ParallelFor run) {
-  return attend(*op, dtype, run);
+extern "C" const char* attention_forward(const Attention* op, int dtype, ParallelFor run) {
+  return error_of([&] { attend(*op, dtype, run); });
 }
 
-extern "C" const char* attention_backward(const AttentionBackward* op, int dtype, ParallelFor run) {
-  return attend(*op, dtype, run);
+extern "C" const char* attention_backward(const Attention* op, int dtype, ParallelFor run) {
+  return error_of([&] { attend(*op, dtype, run); });
 }
+
+}  // namespace erniem_fast

@@ -1,17 +1,21 @@
-// The `bias_gelu_dropout` op on a CPU, forward and backward.
+// The `bias_gelu` op on a CPU, forward and backward.
+#include "boundary.h"
 #include "dropout.h"
-#include "ops.h"
 #include "functions.h"
+#include "ops.h"
+#include "rows_cpu.h"
+
+namespace erniem_fast {
 
 struct BiasGeluBackward {
-  const void* grad;          // (tokens, features) elements
-  const void* x;             // (tokens, features) elements
-  const float* bias;         // (features,) or null
-  const int64_t* columns;  // (tokens,) or null
+  const void* grad;             // (tokens, features) elements
+  const void* x;                // (tokens, features) elements
+  const float* bias;            // (features,) or null
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  void* grad_x;                // (tokens, features) elements
-  float* grad_bias;            // (chunks, features), each chunk's share, or null
+  const int64_t* seed;          // (1,) or null
+  void* grad_x;                 // (tokens, features) elements
+  float* grad_bias;             // (chunks, features), each chunk's share, or null
   int64_t tokens, tokens_per_chunk, features, activation, threshold;
   double rescale;
 };
@@ -21,7 +25,8 @@ namespace {
 constexpr int N = Thread::piece;
 
 // An activation's value and slope. The GELU is x times the normal distribution's probability below x (Hendrycks &
-// Gimpel, arXiv 1606.08415); written as the positive part of x less |x| times the tail, it loses no digits on the left.
+// Gimpel, arXiv 1606.08415); written as the positive part of x minus |x| times the tail, it loses no digits for
+// negative x.
 struct Gelu {
   static float value(float x) {
     const float size = fabsf(x);
@@ -33,7 +38,7 @@ struct Gelu {
   }
 };
 
-// The approximation x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), written likewise.
+// The approximation x / (1 + e^(-2u)) with u = sqrt(2 / pi) (x + 0.044715 x^3), written in the same way.
 struct GeluTanh {
   static float power(float x) { return exponential(-1.59576912f * fabsf(x + 0.044715f * x * x * x)); }
   static float value(float x) {
@@ -84,7 +89,7 @@ void forward_row(const BiasGeluForward& op, int64_t token) {
   });
 }
 
-// Adds to `grad_bias`, a row of pieces.
+// Adds the token's share to `grad_bias`, one row.
 template <typename T, typename Function>
 void backward_row(const BiasGeluBackward& op, int64_t token, Piece<N>* grad_bias) {
   for_pieces(Thread(), op.features, [&](int piece, auto count) {
@@ -102,10 +107,11 @@ void backward_row(const BiasGeluBackward& op, int64_t token, Piece<N>* grad_bias
 }  // namespace
 
 extern "C" const char* bias_gelu_forward(const BiasGeluForward* op, int dtype, ParallelFor run) {
-  return with_dtype(dtype, [&](auto element) {
-    return with_activation(op->activation, [&](auto function) {
-      return parallel_rows(run, op->tokens, op->features, 0, 0, [&](int64_t token, auto*) {
-        forward_row<decltype(element), decltype(function)>(*op, token);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      with_activation(op->activation, [&](auto function) {
+        parallel_rows(run, op->tokens, op->features, 0, 0,
+                      [&](int64_t token, auto*) { forward_row<decltype(element), decltype(function)>(*op, token); });
       });
     });
   });
@@ -113,14 +119,18 @@ extern "C" const char* bias_gelu_forward(const BiasGeluForward* op, int dtype, P
 
 extern "C" const char* bias_gelu_backward(const BiasGeluBackward* op, int dtype, ParallelFor run) {
   const int64_t work = op->tokens_per_chunk * op->features;
-  return with_dtype(dtype, [&](auto element) {
-    return with_activation(op->activation, [&](auto function) {
-      return parallel_rows(run, chunks_of(*op), work, op->features, 1, [&](int64_t chunk, auto* grad_bias) {
-        for_chunk(*op, chunk, grad_bias, pieces_of(op->features, N), [&](int64_t token) {
-          backward_row<decltype(element), decltype(function)>(*op, token, grad_bias);
+  const int pieces = pieces_of(op->features, N);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      with_activation(op->activation, [&](auto function) {
+        parallel_rows(run, chunks_of(*op), work, op->features, 1, [&](int64_t chunk, auto* grad_bias) {
+          for_chunk(*op, chunk, grad_bias, pieces,
+                    [&](int64_t token) { backward_row<decltype(element), decltype(function)>(*op, token, grad_bias); });
+          if (op->grad_bias != nullptr) store_row(grad_bias, op->grad_bias + chunk * op->features, op->features);
         });
-        if (op->grad_bias != nullptr) store_row(grad_bias, op->grad_bias + chunk * op->features, op->features);
       });
     });
   });
 }
+
+}  // namespace erniem_fast

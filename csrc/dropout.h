@@ -10,9 +10,10 @@
 #define VECTORS_OF_WORDS
 #endif
 
-// ---- Words of the generator, in the low halves of 64-bit lanes. What the high halves hold nobody reads, so that both
-// halves of a product can stay where it leaves them. Where a CPU's vectors have such products the lanes are a vector's,
-// elsewhere it is one.
+namespace erniem_fast {
+
+// ---- Words of the generator, in the low halves of 64-bit lanes. The high halves are never read, so that a product of
+// 64 bits needs no masking. With AVX2 or AVX-512 the lanes are those of a vector; otherwise there is one lane.
 
 #ifdef VECTORS_OF_WORDS
 
@@ -31,7 +32,7 @@ inline Wide count_from(uint32_t first, std::integer_sequence<int, I...>) {
   return Wide{I...} + first;
 }
 
-// Words 0 to 3 of the first lane, then those of the next one, and so on.
+// Stores words 0 to 3 of the first lane, then those of the next lane, and so on.
 template <int... I>
 inline void store_lanes(const Wide* words, uint32_t* to, std::integer_sequence<int, I...>) {
   const std::integer_sequence<int, (I % 2 == 0 ? I : WIDTH + I - 1)...> low_halves;
@@ -65,7 +66,7 @@ HOST_DEVICE void store_lanes(const Wide* words, uint32_t* to) {
 
 // ---- The generator
 
-// Philox4x32 with 7 rounds: turns the four words of each lane's counter into random ones.
+// Philox4x32 with 7 rounds: turns the four words of each lane's counter into four random words.
 HOST_DEVICE void philox(uint64_t seed, Wide* c) {
   uint64_t k0 = seed, k1 = seed >> 32;
   for (int round = 0; round < 7; ++round) {
@@ -82,7 +83,7 @@ struct Words {
   uint32_t w[N];
 };
 
-// The words of N neighbouring elements, of which the first one's last coordinate is 4 * group.
+// The words of N neighbouring elements; the last coordinate of the first one is 4 * group.
 template <int N>
 HOST_DEVICE Words<N> draw(uint64_t seed, uint32_t group, uint32_t column, uint32_t sequence, uint32_t head) {
   constexpr int LANES = sizeof(Wide) / sizeof(uint64_t);
@@ -95,7 +96,7 @@ HOST_DEVICE Words<N> draw(uint64_t seed, uint32_t group, uint32_t column, uint32
   return words;
 }
 
-// Zeroes what is dropped of a piece of a token's row and rescales what is kept.
+// Applies dropout to a piece of a token's row: zeroes the dropped elements and rescales the others.
 template <typename Op, int N>
 HOST_DEVICE void drop(const Op& op, int64_t token, int piece, Piece<N>& values) {
   if (op.seed == nullptr) return;
@@ -105,3 +106,5 @@ HOST_DEVICE void drop(const Op& op, int64_t token, int piece, Piece<N>& values) 
   const float rescale = float(op.rescale);
   for (int i = 0; i < N; ++i) values.x[i] = words.w[i] >= threshold ? values.x[i] * rescale : 0.0f;
 }
+
+}  // namespace erniem_fast

@@ -3,43 +3,45 @@
 
 #include "dropout.h"
 
-// ---- What Python passes: addresses of contiguous tensors, then sizes, then factors. erniem_fast/native/ mirrors
-// these structures field by field. "Elements" are of the dtype that the call names.
+namespace erniem_fast {
 
-// Dropout is off where `seed` is null. An element is dropped when its word of the generator is below `threshold`, which
-// is at most 2^32 - 1; where p = 1 asks for more, `rescale` = 0 does the rest.
+// ---- The arguments from Python: addresses of contiguous tensors, then sizes, then factors. The tables of
+// erniem_fast/native/embeddings.py have the same fields in the same order. "Elements" have the dtype of the call.
+
+// There is no dropout if `seed` is null. An element is dropped if its word of the generator is below `threshold`, which
+// is at most 2^32 - 1; p = 1 would need 2^32, so there `rescale` = 0 drops the rest.
 
 struct EmbeddingsForward {
-  const int64_t* ids;          // (tokens,)
-  const int64_t* positions;    // (tokens,)
-  const void* word_table;      // (words, hidden) elements
-  const void* position_table;  // (max_positions, hidden) elements
-  const float* weight;         // (hidden,)
-  const float* norm_bias;      // (hidden,)
-  const int64_t* columns;  // (tokens,) or null
+  const int64_t* ids;           // (tokens,)
+  const int64_t* positions;     // (tokens,)
+  const void* word_table;       // (words, hidden) elements
+  const void* position_table;   // (max_positions, hidden) elements
+  const float* weight;          // (hidden,)
+  const float* norm_bias;       // (hidden,)
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;         // (1,) or null
-  void* out;                   // (tokens, hidden) elements
-  void* z;                     // (tokens, hidden) elements, the layer norm's input for the backward, or null
+  const int64_t* seed;          // (1,) or null
+  void* out;                    // (tokens, hidden) elements
+  void* z;                      // (tokens, hidden) elements, the layer norm's input for the backward, or null
   int64_t tokens, words, max_positions, hidden, threshold;
   double eps, rescale;
 };
 
 struct EmbeddingsBackward {
-  const void* grad;          // (tokens, hidden) elements
-  const void* z;             // (tokens, hidden) elements
-  const float* weight;       // (hidden,)
-  const int64_t* columns;  // (tokens,) or null
+  const void* grad;             // (tokens, hidden) elements
+  const void* z;                // (tokens, hidden) elements
+  const float* weight;          // (hidden,)
+  const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
-  const int64_t* seed;       // (1,) or null
-  float* grad_z;               // (tokens, hidden)
-  float* grad_norm;            // (chunks, 2, hidden), each chunk's share of the gradients of weight and norm_bias
+  const int64_t* seed;          // (1,) or null
+  float* grad_z;                // (tokens, hidden)
+  float* grad_norm;             // (chunks, 2, hidden), each chunk's share of the gradients of weight and norm_bias
   int64_t tokens, tokens_per_chunk, hidden, threshold;
   double eps, rescale;
 };
 
-// Adds the rows of a gradient up by table row. Tokens come sorted by table row, so that each run of equal ones is the
-// work of one group of lanes, in a fixed order: the sum is the same at every run and needs no atomics.
+// Sums the rows of a gradient that belong to the same table row. Tokens come sorted by table row, and one group of
+// lanes sums each run of equal table rows in a fixed order. So the sum is deterministic and needs no atomics.
 struct EmbeddingsScatter {
   const float* rows;      // (tokens, hidden)
   const int64_t* sorted;  // (tokens,), the table rows in ascending order
@@ -56,9 +58,10 @@ HOST_DEVICE const T* table_row(const void* table, int64_t row, int64_t rows, int
 }
 
 // out[token] = dropout(LN(word_table[id] + position_table[position])). A token whose id or position is outside of its
-// table gets NaN: nothing is read there, and nobody takes the result for an embedding. `row` holds a row of pieces.
+// table gets NaN, so that nothing is read outside and the error shows. `row` is scratch for one row.
 template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token, Piece<Lanes::piece>* row) {
+HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token,
+                                        Piece<Lanes::piece>* row) {
   constexpr int N = Lanes::piece;
   const T* word = table_row<T>(op.word_table, op.ids[token], op.words, op.hidden);
   const T* position = table_row<T>(op.position_table, op.positions[token], op.max_positions, op.hidden);
@@ -89,11 +92,12 @@ HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForw
   });
 }
 
-// The gradient of a token's z; adds the token's share to those of weight and norm_bias. `row` and `grad_y` hold a row.
+// The gradient of a token's z; adds the token's share to the gradients of weight and norm_bias. `row` and `grad_y` are
+// scratch for one row each.
 template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token, Piece<Lanes::piece>* row,
-                              Piece<Lanes::piece>* grad_y, Piece<Lanes::piece>* grad_weight,
-                              Piece<Lanes::piece>* grad_norm_bias) {
+HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token,
+                                         Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,
+                                         Piece<Lanes::piece>* grad_weight, Piece<Lanes::piece>* grad_norm_bias) {
   constexpr int N = Lanes::piece;
   const T* z = static_cast<const T*>(op.z) + token * op.hidden;
   const T* grad = static_cast<const T*>(op.grad) + token * op.hidden;
@@ -109,9 +113,10 @@ HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBac
   });
 }
 
-// The backward of a chunk's tokens, one after another. `scratch` holds four rows of pieces.
+// The backward of a chunk's tokens, one after another. `scratch` holds four rows.
 template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk, Piece<Lanes::piece>* scratch) {
+HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk,
+                                           Piece<Lanes::piece>* scratch) {
   constexpr int N = Lanes::piece;
   const int pieces = pieces_of(op.hidden, N);
   Piece<N>* grad_weight = scratch + 2 * pieces;
@@ -129,7 +134,8 @@ HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsB
   });
 }
 
-// Sums the run of equal table rows that starts at `first`; does nothing where none starts, or none that counts.
+// Sums the run of equal table rows that starts at `first`. Does nothing if no run starts there, or if its row is the
+// padding's or outside of the table.
 template <typename T, typename Lanes>
 HOST_DEVICE void embeddings_scatter_run(const Lanes& lanes, const EmbeddingsScatter& op, int64_t first) {
   constexpr int N = Lanes::piece;
@@ -149,3 +155,5 @@ HOST_DEVICE void embeddings_scatter_run(const Lanes& lanes, const EmbeddingsScat
     store<Lanes>(to + piece * N, sum, count);
   });
 }
+
+}  // namespace erniem_fast

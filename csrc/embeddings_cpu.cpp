@@ -1,29 +1,38 @@
-// The `embeddings` op on a CPU: rows in parallel on torch's threads, vector instructions from the compiler.
+// The `embeddings` op on a CPU: rows run in parallel on torch's threads, and the compiler vectorises their loops.
+#include "boundary.h"
 #include "embeddings.h"
-#include "parallel.h"
+#include "rows_cpu.h"
 
-// Each returns null, or what went wrong.
+namespace erniem_fast {
 
 extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype, ParallelFor run) {
-  return with_dtype(dtype, [&](auto element) {
-    return parallel_rows(run, op->tokens, op->hidden, op->hidden, 1, [&](int64_t token, auto* scratch) {
-      embeddings_forward_row<decltype(element)>(Thread(), *op, token, scratch);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      parallel_rows(run, op->tokens, op->hidden, op->hidden, 1, [&](int64_t token, auto* scratch) {
+        embeddings_forward_row<decltype(element)>(Thread(), *op, token, scratch);
+      });
     });
   });
 }
 
 extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dtype, ParallelFor run) {
-  return with_dtype(dtype, [&](auto element) {
-    return parallel_rows(run, chunks_of(*op), op->tokens_per_chunk * op->hidden, op->hidden, 4, [&](int64_t chunk, auto* scratch) {
-      embeddings_backward_chunk<decltype(element)>(Thread(), *op, chunk, scratch);
+  const int64_t work = op->tokens_per_chunk * op->hidden;
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      parallel_rows(run, chunks_of(*op), work, op->hidden, 4, [&](int64_t chunk, auto* scratch) {
+        embeddings_backward_chunk<decltype(element)>(Thread(), *op, chunk, scratch);
+      });
     });
   });
 }
 
 extern "C" const char* embeddings_scatter(const EmbeddingsScatter* op, int dtype, ParallelFor run) {
-  return with_dtype(dtype, [&](auto element) {
-    return parallel_rows(run, op->tokens, op->hidden, op->hidden, 0, [&](int64_t first, auto*) {
-      embeddings_scatter_run<decltype(element)>(Thread(), *op, first);
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      parallel_rows(run, op->tokens, op->hidden, op->hidden, 0,
+                    [&](int64_t first, auto*) { embeddings_scatter_run<decltype(element)>(Thread(), *op, first); });
     });
   });
 }
+
+}  // namespace erniem_fast

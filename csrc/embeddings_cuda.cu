@@ -1,20 +1,24 @@
-// The `embeddings` op on CUDA devices: a warp a row, all of its arithmetic from embeddings.h.
+// The `embeddings` op on CUDA devices: a warp computes a row, with the arithmetic of embeddings.h.
 //
-// Nothing is launched with a stream of its own and nothing waits for the device. A row is kept in shared memory between
-// its passes, each lane reading back only what it wrote itself, so that no barrier is needed either.
+// Kernels run on the caller's stream, and the host never waits for the device. A row is kept in shared memory between
+// its passes. Each lane reads back only the elements that it wrote itself, so that no barrier is needed.
 #include <cuda_runtime.h>
 
 #include <initializer_list>
+#include <stdexcept>
 
+#include "boundary.h"
 #include "embeddings.h"
+
+namespace erniem_fast {
 
 extern __shared__ float4 shared[];
 
 namespace {
 
 constexpr int WARP = 32;
-constexpr int MAX_WARPS = 4;              // of a block; small blocks leave less idle at the end of a launch
-constexpr size_t FREE_SHARED = 48 * 1024;  // bytes that every device gives a block without being asked
+constexpr int MAX_WARPS = 4;  // per block; with small blocks less of the device is idle at the end of a launch
+constexpr size_t FREE_SHARED = 48 * 1024;  // bytes of a block that need no cudaFuncSetAttribute on any device
 
 // `ALIGNED`: every row starts at a multiple of 16 bytes and has a whole number of pieces of N elements.
 template <int N, bool ALIGNED>
@@ -23,14 +27,14 @@ struct Lanes {
   static constexpr bool aligned = ALIGNED;
   int lane, count;
 
-  // Over the lanes of a warp; all of them must take part.
+  // The sum over the lanes of a warp, all of which must call this.
   __device__ float sum(float x) const {
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;
   }
 };
 
-// 16 bytes of elements; four at least, as many as one evaluation of the generator serves.
+// 16 bytes of elements: at least four, which share one evaluation of the generator.
 template <typename T>
 constexpr int PIECE = 16 / sizeof(T);
 
@@ -40,7 +44,7 @@ __device__ Piece<L::piece>* warp_scratch(int64_t hidden, int rows) {
   return reinterpret_cast<Piece<L::piece>*>(shared) + size_t(warp) * rows * pieces_of(hidden, L::piece);
 }
 
-// The row, chunk or token that a warp works on.
+// The index of the warp's row, chunk or token.
 __device__ int64_t warp_index() { return int64_t(blockIdx.x) * (blockDim.x / WARP) + threadIdx.x / WARP; }
 
 template <typename T, typename L>
@@ -57,7 +61,7 @@ __global__ void backward_kernel(const EmbeddingsBackward op) {
   embeddings_backward_chunk<T>(lanes, op, warp_index(), warp_scratch<L>(op.hidden, 4));
 }
 
-// A frequent word makes a long run. Its row is spread over the second dimension of the grid, a piece a lane.
+// A frequent word makes a long run, so the pieces of its row are spread over the lanes of the grid's second dimension.
 template <typename T, typename L>
 __global__ void scatter_kernel(const EmbeddingsScatter op) {
   if (warp_index() >= op.tokens) return;
@@ -71,25 +75,30 @@ bool is_aligned(int64_t hidden, int piece, std::initializer_list<const void*> po
   return aligned;
 }
 
-// Calls `body` with the dtype's element and with the lanes that its rows allow.
+// Calls `body` with an element of the dtype and with lanes that are aligned if the rows are.
 template <typename Body>
-const char* with_lanes(int dtype, int64_t hidden, std::initializer_list<const void*> pointers, const Body& body) {
-  return with_dtype(dtype, [&](auto element) {
+void with_lanes(int dtype, int64_t hidden, std::initializer_list<const void*> pointers, const Body& body) {
+  with_dtype(dtype, [&](auto element) {
     constexpr int N = PIECE<decltype(element)>;
-    if (is_aligned(hidden, N, pointers)) return body(element, Lanes<N, true>());
-    return body(element, Lanes<N, false>());
+    if (is_aligned(hidden, N, pointers)) {
+      body(element, Lanes<N, true>());
+    } else {
+      body(element, Lanes<N, false>());
+    }
   });
 }
 
-// Launches `depth` warps for each of `items`, with `rows` rows of scratch each; returns null, or what went wrong.
+// Launches `depth` warps for each of `items`; each warp has `rows` rows of scratch.
 template <typename L, typename Op>
-const char* launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, int rows, cudaStream_t stream) {
-  if (items == 0) return nullptr;
+void launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, int rows, cudaStream_t stream) {
+  if (items == 0) return;
   const size_t bytes = size_t(rows) * pieces_of(op.hidden, L::piece) * sizeof(Piece<L::piece>);
   int warps = MAX_WARPS;
   while (warps > 1 && warps * bytes > FREE_SHARED) warps /= 2;
   cudaError_t error = cudaSuccess;
-  if (bytes > FREE_SHARED) error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  if (bytes > FREE_SHARED) {
+    error = cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, int(bytes));
+  }
 
   cudaLaunchConfig_t config = {};
   config.gridDim = dim3(unsigned((items + warps - 1) / warps), unsigned(depth));
@@ -97,36 +106,42 @@ const char* launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, i
   config.dynamicSmemBytes = warps * bytes;
   config.stream = stream;
   if (error == cudaSuccess) error = cudaLaunchKernelEx(&config, kernel, op);
-  if (error == cudaSuccess) return nullptr;
-  cudaGetLastError();  // takes the error back, so that nobody else trips over it
-  return cudaGetErrorString(error);
+  if (error == cudaSuccess) return;
+  cudaGetLastError();  // clears the error, which the next caller of CUDA's runtime would get otherwise
+  throw std::runtime_error(cudaGetErrorString(error));
 }
 
 }  // namespace
 
-// Each returns null, or what went wrong.
-
 extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype, cudaStream_t stream) {
-  const std::initializer_list<const void*> pointers = {op->word_table, op->position_table, op->weight,
-                                                       op->norm_bias,  op->out,            op->z};
-  return with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
-    using L = decltype(lanes);
-    return launch<L>(forward_kernel<decltype(element), L>, *op, op->tokens, 1, 1, stream);
+  const std::initializer_list<const void*> pointers = {
+      op->word_table, op->position_table, op->weight, op->norm_bias, op->out, op->z};
+  return error_of([&] {
+    with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
+      using L = decltype(lanes);
+      launch<L>(forward_kernel<decltype(element), L>, *op, op->tokens, 1, 1, stream);
+    });
   });
 }
 
 extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dtype, cudaStream_t stream) {
   const std::initializer_list<const void*> pointers = {op->grad, op->z, op->weight, op->grad_z, op->grad_norm};
-  return with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
-    using L = decltype(lanes);
-    return launch<L>(backward_kernel<decltype(element), L>, *op, chunks_of(*op), 1, 4, stream);
+  return error_of([&] {
+    with_lanes(dtype, op->hidden, pointers, [&](auto element, auto lanes) {
+      using L = decltype(lanes);
+      launch<L>(backward_kernel<decltype(element), L>, *op, chunks_of(*op), 1, 4, stream);
+    });
   });
 }
 
 extern "C" const char* embeddings_scatter(const EmbeddingsScatter* op, int dtype, cudaStream_t stream) {
-  return with_lanes(dtype, op->hidden, {op->rows, op->table}, [&](auto element, auto lanes) {
-    using L = decltype(lanes);
-    const int depth = (pieces_of(op->hidden, L::piece) + WARP - 1) / WARP;
-    return launch<L>(scatter_kernel<decltype(element), L>, *op, op->tokens, depth, 0, stream);
+  return error_of([&] {
+    with_lanes(dtype, op->hidden, {op->rows, op->table}, [&](auto element, auto lanes) {
+      using L = decltype(lanes);
+      const int depth = (pieces_of(op->hidden, L::piece) + WARP - 1) / WARP;
+      launch<L>(scatter_kernel<decltype(element), L>, *op, op->tokens, depth, 0, stream);
+    });
   });
 }
+
+}  // namespace erniem_fast

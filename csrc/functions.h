@@ -1,18 +1,22 @@
-// exp and the normal distribution in float32, without branches, so that the compiler turns loops over them into vector
-// instructions; the library's own functions it can only call for one value at a time.
+// exp and the normal distribution in float32, without branches, so that the compiler vectorises loops that call them.
+// It cannot do that with the standard library's functions.
 #pragma once
 
-#include "rows.h"
+#include <cmath>
+
+#include "elements.h"
+
+namespace erniem_fast {
 
 // e^x for x <= 0, within 2e-7 of its value; exactly 0 below -87, near the smallest normal number.
 inline float exponential(float x) {
   const float bounded = x < -87.0f ? -87.0f : x;
-  const float magic = 12582912.0f;  // 1.5 * 2^23: what is added to it is rounded to a whole number, in its last bits
+  const float magic = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number, which its last bits hold
   const float shifted = bounded * 1.44269504f + magic;
   const float whole = shifted - magic;
-  // ln(2) in two parts, of which the first has few digits: its product is exact.
+  // ln(2) in two parts; the first has so few digits that its product is exact.
   const float rest = bounded - whole * 0.693359375f - whole * -2.12194440e-4f;
-  float power = 1.0f / 5040.0f;  // Taylor's series on [-0.35, 0.35], whose next term is below 6e-9
+  float power = 1.0f / 5040.0f;  // Taylor's series on [-0.35, 0.35]; the next term is below 6e-9
   power = power * rest + 1.0f / 720.0f;
   power = power * rest + 1.0f / 120.0f;
   power = power * rest + 1.0f / 24.0f;
@@ -45,3 +49,5 @@ inline Normal normal(float x) {
   const float power = exponential(-0.5f * size * size);
   return {power * 0.39894228f, power * t * ratio};
 }
+
+}  // namespace erniem_fast

@@ -1,6 +1,9 @@
-// A whole layer for so few tokens that coming back to Python between its ops takes as long as some of them do.
-#include "ops.h"
+// A whole layer in one call, for so few tokens that returning to Python between its ops would take as long as some ops.
+#include "boundary.h"
 #include "linear.h"
+#include "ops.h"
+
+namespace erniem_fast {
 
 struct LayerForward {
   const float* x;  // (tokens, hidden)
@@ -18,14 +21,14 @@ struct LayerForward {
 
 namespace {
 
-const char* project(const LayerForward& op, const float* x, int64_t in_features, const float* weight, const float* bias,
-                    float* out, int64_t out_features, ParallelFor run) {
+void project(const LayerForward& op, const float* x, int64_t in_features, const float* weight, const float* bias,
+             float* out, int64_t out_features, ParallelFor run) {
   const Product product = {weight, bias, out, out_features, out_features};
-  return multiply_few(x, op.tokens, in_features, &product, 1, run);
+  multiply_few_tokens(x, op.tokens, in_features, &product, 1, run);
 }
 
-const char* attend(const LayerForward& op, const float* qkv, float* out, ParallelFor run) {
-  AttentionForward attention = {};
+void attend(const LayerForward& op, const float* qkv, float* out, ParallelFor run) {
+  Attention attention = {};
   attention.qkv = qkv;
   attention.longest_first = op.longest_first;
   attention.cu_seqlens = op.cu_seqlens;
@@ -37,11 +40,11 @@ const char* attend(const LayerForward& op, const float* qkv, float* out, Paralle
   attention.heads = op.heads;
   attention.threads = op.threads;
   attention.scale = op.scale;
-  return attention_forward(&attention, FLOAT32, run);
+  throw_if(attention_forward(&attention, FLOAT32, run));
 }
 
-const char* add_norm(const LayerForward& op, const float* residual, const float* x, const float* weight, const float* bias,
-                     double eps, float* out, ParallelFor run) {
+void add_norm(const LayerForward& op, const float* residual, const float* x, const float* weight, const float* bias,
+              double eps, float* out, ParallelFor run) {
   AddNormForward norm = {};
   norm.residual = residual;
   norm.x = x;
@@ -51,22 +54,19 @@ const char* add_norm(const LayerForward& op, const float* residual, const float*
   norm.tokens = op.tokens;
   norm.hidden = op.hidden;
   norm.eps = eps;
-  return add_norm_forward(&norm, FLOAT32, run);
+  throw_if(add_norm_forward(&norm, FLOAT32, run));
 }
 
-const char* activate(const LayerForward& op, float* x, ParallelFor run) {
+void activate(const LayerForward& op, float* x, ParallelFor run) {
   BiasGeluForward gelu = {};
   gelu.x = gelu.out = x;
   gelu.tokens = op.tokens;
   gelu.features = op.intermediate;
   gelu.activation = op.activation;
-  return bias_gelu_forward(&gelu, FLOAT32, run);
+  throw_if(bias_gelu_forward(&gelu, FLOAT32, run));
 }
 
-}  // namespace
-
-extern "C" const char* layer_forward(const LayerForward* layer, int, ParallelFor run) {
-  const LayerForward& op = *layer;
+void run_layer(const LayerForward& op, ParallelFor run) {
   const int64_t width = 3 * op.projected, hidden = op.hidden, inner = op.intermediate;
   float *qkv = op.scratch, *context = qkv + op.tokens * width, *x = context + op.tokens * op.projected;
   float *attended = x + op.tokens * hidden, *activations = attended + op.tokens * hidden;
@@ -74,13 +74,20 @@ extern "C" const char* layer_forward(const LayerForward* layer, int, ParallelFor
                                  {op.k_weight, op.k_bias, qkv + op.projected, op.projected, width},
                                  {op.v_weight, op.v_bias, qkv + 2 * op.projected, op.projected, width}};
 
-  const char* error = multiply_few(op.x, op.tokens, hidden, projections, 3, run);
-  if (!error) error = attend(op, qkv, context, run);
-  if (!error) error = project(op, context, op.projected, op.out_weight, op.out_bias, x, hidden, run);
-  if (!error) error = add_norm(op, op.x, x, op.norm1_weight, op.norm1_bias, op.norm1_eps, attended, run);
-  if (!error) error = project(op, attended, hidden, op.up_weight, op.up_bias, activations, inner, run);
-  if (!error) error = activate(op, activations, run);
-  if (!error) error = project(op, activations, inner, op.down_weight, op.down_bias, x, hidden, run);
-  if (!error) error = add_norm(op, attended, x, op.norm2_weight, op.norm2_bias, op.norm2_eps, op.out, run);
-  return error;
+  multiply_few_tokens(op.x, op.tokens, hidden, projections, 3, run);
+  attend(op, qkv, context, run);
+  project(op, context, op.projected, op.out_weight, op.out_bias, x, hidden, run);
+  add_norm(op, op.x, x, op.norm1_weight, op.norm1_bias, op.norm1_eps, attended, run);
+  project(op, attended, hidden, op.up_weight, op.up_bias, activations, inner, run);
+  activate(op, activations, run);
+  project(op, activations, inner, op.down_weight, op.down_bias, x, hidden, run);
+  add_norm(op, attended, x, op.norm2_weight, op.norm2_bias, op.norm2_eps, op.out, run);
 }
+
+}  // namespace
+
+extern "C" const char* layer_forward(const LayerForward* op, int, ParallelFor run) {
+  return error_of([&] { run_layer(*op, run); });
+}
+
+}  // namespace erniem_fast

@@ -3,7 +3,9 @@
 
 #include "parallel.h"
 
-// One of the products of the same x.
+namespace erniem_fast {
+
+// One of several products with the same x.
 struct Product {
   const float* weight;  // (out_features, in_features)
   const float* bias;    // (out_features,) or null
@@ -11,6 +13,8 @@ struct Product {
   int64_t out_features, out_stride;
 };
 
-// The products of x, (tokens, in_features). Returns null, or what went wrong.
-const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
+// Computes products of x, (tokens, in_features).
+void multiply_few_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
                          ParallelFor run);
+
+}  // namespace erniem_fast

@@ -1,9 +1,14 @@
-// The weight streams through the caches once, as it lies in memory; x, transposed, stays in them.
-#include "linear.h"
-
+// The product of few tokens on a CPU, in float32. The weight is read once, in the order of its memory; x is transposed
+// and stays in the caches.
 #include <memory>
+#include <vector>
 
+#include "boundary.h"
+#include "linear.h"
 #include "product.h"
+#include "transpose.h"
+
+namespace erniem_fast {
 
 struct LinearForward {
   const float* x;       // (tokens, in_features)
@@ -15,13 +20,13 @@ struct LinearForward {
 
 namespace {
 
-constexpr int64_t LINE = 64 / sizeof(float);  // elements of a line of the cache
+constexpr int64_t LINE = 64 / sizeof(float);  // elements of a cache line
 constexpr int64_t PAGE = 4096 / sizeof(float);
 
 struct Operand {
   const float* x;           // (tokens, in_features)
   const float* transposed;  // (in_features, LANES), of the first tokens
-  int64_t tokens, lanes;    // how many there are, and how many of them are transposed
+  int64_t tokens, lanes;    // their number, and how many of them are transposed
   int64_t in_features;
 };
 
@@ -29,8 +34,8 @@ void store(const Product& product, int64_t token, int64_t column, float sum) {
   product.out[token * product.out_stride + column] = sum + (product.bias == nullptr ? 0.0f : product.bias[column]);
 }
 
-// Columns `column`, `column + stride` and so on of the result, which come from as many rows of the weight, for the
-// tokens that are transposed.
+// Columns `column`, `column + stride` and so on of the result for the transposed tokens, from the rows of the weight
+// with the same indices.
 template <int ROWS, int VECTORS, typename Ahead>
 void multiply_lanes(const Operand& x, const Product& product, int64_t column, int64_t stride, const Ahead& ahead) {
   constexpr int LANES = VECTORS * WIDTH;
@@ -43,7 +48,7 @@ void multiply_lanes(const Operand& x, const Product& product, int64_t column, in
   }
 }
 
-// The same for TOKENS of the others, from `token` on.
+// The same columns for TOKENS tokens from `token` on, which are not transposed.
 template <int ROWS, int TOKENS>
 void multiply_others(const Operand& x, const Product& product, int64_t column, int64_t stride, int64_t token) {
   constexpr int PART = ROWS % 4 == 0 ? 4 : ROWS % 3 == 0 ? 3 : ROWS;  // rows whose sums stay in registers
@@ -58,7 +63,7 @@ void multiply_others(const Operand& x, const Product& product, int64_t column, i
   }
 }
 
-// The same for all tokens: those that are transposed first, then the others, while the rows are in the cache.
+// The same columns for all tokens: first the transposed ones, then the others, while the rows are in the cache.
 template <int ROWS, int VECTORS, typename Ahead>
 void multiply_rows(const Operand& x, const Product& product, int64_t column, int64_t stride, const Ahead& ahead) {
   multiply_lanes<ROWS, VECTORS>(x, product, column, stride, ahead);
@@ -67,14 +72,14 @@ void multiply_rows(const Operand& x, const Product& product, int64_t column, int
   for (; token < x.tokens; ++token) multiply_others<ROWS, 1>(x, product, column, stride, token);
 }
 
-// The weight's rows in tiles, and what is left over one by one.
+// The number of whole tiles of the weight's rows, and of the rows left over, which are done one by one.
 template <int ROWS>
 struct Tiles {
   explicit Tiles(const Product& product) : whole(product.out_features / ROWS), rest(product.out_features % ROWS) {}
   int64_t whole, rest;
 };
 
-// Rows of a page or more the processor fetches ahead by itself; at shorter ones it would start anew too often.
+// The processor prefetches rows of a page or more by itself, but with shorter rows it would have to restart too often.
 template <int VECTORS>
 void multiply_tile_of(const Operand& x, const Product& product, int64_t tile) {
   constexpr int ROWS = TILE_ROWS<VECTORS>;
@@ -85,11 +90,11 @@ void multiply_tile_of(const Operand& x, const Product& product, int64_t tile) {
   } else if (x.in_features >= PAGE) {
     multiply_rows<ROWS, VECTORS>(x, product, tile * ROWS, 1, nothing);
   } else if (VECTORS == 1) {
-    // Rows far apart, of which the next tile takes the next ones: so each belongs to a long stream. (Where a result has
-    // more lanes, to scatter them costs more than that saves.)
+    // A tile takes rows that are far apart, and the next tile takes the next row after each of them: so the processor
+    // sees ROWS long streams. (With more than one vector, scattering the results costs more than that saves.)
     multiply_rows<ROWS, VECTORS>(x, product, tile, tiles.whole, nothing);
   } else {
-    // The next tile is fetched meanwhile: ROWS lines for every LINE steps, which is how fast a tile is consumed.
+    // Prefetches the next tile: ROWS cache lines for every LINE steps, as fast as a tile is read.
     const float* next = product.weight + (tile + 1) * ROWS * x.in_features;
     const auto fetch = [&](int64_t k) {
       if (k % LINE < ROWS) __builtin_prefetch(next + (k / LINE * ROWS + k % LINE) * LINE, 0, 2);
@@ -99,21 +104,20 @@ void multiply_tile_of(const Operand& x, const Product& product, int64_t tile) {
 }
 
 template <int VECTORS>
-const char* multiply(const Operand& x, const Product* products, int count, ParallelFor run) {
+void multiply(const Operand& x, const Product* products, int count, ParallelFor run) {
   constexpr int ROWS = TILE_ROWS<VECTORS>, LANES = VECTORS * WIDTH;
   const int64_t depth = x.in_features;
   const std::unique_ptr<float[]> transposed(new float[depth * LANES]);
   const Operand operand = {x.x, transposed.get(), x.tokens, std::min<int64_t>(LANES, x.tokens), depth};
-  const char* error = parallel(run, round_up(depth, WIDTH) / WIDTH, LANES * WIDTH, [&](int64_t begin, int64_t end) {
+  parallel(run, round_up(depth, WIDTH) / WIDTH, LANES * WIDTH, [&](int64_t begin, int64_t end) {
     const int64_t first = begin * WIDTH, features = std::min(end * WIDTH, depth) - first;
     transpose(x.x + first, operand.lanes, depth, features, transposed.get() + first * LANES, LANES);
   });
   const auto tiles_of = [](const Product& product) { return Tiles<ROWS>(product).whole + Tiles<ROWS>(product).rest; };
   int64_t tiles = 0;
   for (int i = 0; i < count; ++i) tiles += tiles_of(products[i]);
-  if (error != nullptr) return error;
-  return parallel(run, tiles, ROWS * depth, [&](int64_t begin, int64_t end) {
-    int64_t first = 0;  // tile of a product
+  parallel(run, tiles, ROWS * depth, [&](int64_t begin, int64_t end) {
+    int64_t first = 0;  // index of the product's first tile
     for (int i = 0; i < count; ++i) {
       const int64_t beyond = first + tiles_of(products[i]);
       for (int64_t tile = std::max(begin, first); tile < std::min(end, beyond); ++tile) {
@@ -126,16 +130,15 @@ const char* multiply(const Operand& x, const Product* products, int count, Paral
 
 }  // namespace
 
-const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
+void multiply_few_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
                          ParallelFor run) {
-  // A vector that would be three quarters empty is not worth it: its tokens are multiplied without being transposed.
+  // A vector that would be three quarters empty costs more than it saves: its tokens are not transposed.
   constexpr int64_t MOST = 4 * WIDTH, FEW = WIDTH / 4;
   if (tokens > MOST + FEW) {
     std::vector<Product> rest(products, products + count);
     for (Product& product : rest) product.out += MOST * product.out_stride;
-    const char* error = multiply_few(x, MOST, in_features, products, count, run);
-    if (error != nullptr) return error;
-    return multiply_few(x + MOST * in_features, tokens - MOST, in_features, rest.data(), count, run);
+    multiply_few_tokens(x, MOST, in_features, products, count, run);
+    return multiply_few_tokens(x + MOST * in_features, tokens - MOST, in_features, rest.data(), count, run);
   }
   const Operand operand = {x, nullptr, tokens, 0, in_features};
   switch ((tokens + WIDTH - 1 - FEW) / WIDTH) {
@@ -153,5 +156,7 @@ const char* multiply_few(const float* x, int64_t tokens, int64_t in_features, co
 
 extern "C" const char* linear_forward(const LinearForward* op, int, ParallelFor run) {
   const Product product = {op->weight, op->bias, op->out, op->out_features, op->out_stride};
-  return multiply_few(op->x, op->tokens, op->in_features, &product, 1, run);
+  return error_of([&] { multiply_few_tokens(op->x, op->tokens, op->in_features, &product, 1, run); });
 }
+
+}  // namespace erniem_fast

@@ -1,97 +1,15 @@
-// Rows of elements, one source for host and device: dtypes, access and the layer norm's statistics.
+// Rows of elements, one source for host and device: access, sums over chunks of tokens, and the layer norm.
 //
 // A row is the work of `lanes.count` lanes; each takes every count-th piece of `Lanes::piece` neighbouring elements.
-// On a GPU the lanes are the threads of a warp and a piece is what one or two 16-byte accesses move. On a CPU a single
-// lane has long pieces, whose loops the compiler turns into vector instructions. Arithmetic is in float32.
+// On a GPU the lanes are the threads of a warp, and one or two accesses of 16 bytes move a piece. On a CPU there is one
+// lane with long pieces, so that the compiler vectorises the loops over them. Arithmetic is in float32.
 #pragma once
 
 #include <cmath>
-#include <cstdint>
-#include <cstring>
 
-#ifdef __CUDACC__
-#include <cuda_bf16.h>
-#include <cuda_fp16.h>
-#define HOST_DEVICE __host__ __device__ __forceinline__
-#else
-#define HOST_DEVICE inline
-#endif
+#include "elements.h"
 
-// ---- Elements
-
-enum Dtype { FLOAT32, FLOAT16, BFLOAT16 };
-
-struct Half {
-  uint16_t bits;
-};
-
-struct BFloat16 {
-  uint16_t bits;
-};
-
-HOST_DEVICE uint32_t as_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
-
-HOST_DEVICE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
-
-HOST_DEVICE float to_float(float x) { return x; }
-
-HOST_DEVICE float to_float(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
-
-HOST_DEVICE float to_float(Half x) {
-#ifdef __CUDA_ARCH__
-  return __half2float(__ushort_as_half(x.bits));
-#else
-  const uint32_t magnitude = x.bits & 0x7fff;
-  const float normal = as_float((magnitude << 13) + (112u << 23));  // the exponents' biases differ by 112
-  const float subnormal = float(int32_t(magnitude)) * 0x1p-24f;
-  const float special = as_float((magnitude << 13) | 0x7f800000);
-  const float absolute = magnitude < 0x400 ? subnormal : magnitude < 0x7c00 ? normal : special;
-  return as_float(as_bits(absolute) | uint32_t(x.bits & 0x8000) << 16);
-#endif
-}
-
-HOST_DEVICE void from_float(float x, float& to) { to = x; }
-
-// Both round to nearest, ties to even.
-HOST_DEVICE void from_float(float x, BFloat16& to) {
-  const uint32_t bits = as_bits(x);
-  const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
-  to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
-}
-
-HOST_DEVICE void from_float(float x, Half& to) {
-#ifdef __CUDA_ARCH__
-  to.bits = __half_as_ushort(__float2half_rn(x));
-#else
-  const uint32_t magnitude = as_bits(x) & 0x7fffffff;
-  const uint32_t normal = (magnitude + 0xfff + ((magnitude >> 13) & 1) - (112u << 23)) >> 13;
-  const uint32_t subnormal = as_bits(as_float(magnitude) + 0.5f) - as_bits(0.5f);  // units of 0.5 are those of halves
-  const uint32_t special = magnitude > 0x7f800000 ? 0x7e00 : 0x7c00;
-  const uint32_t bits = magnitude < 0x38800000 ? subnormal : magnitude < 0x47800000 ? normal : special;
-  to.bits = uint16_t(bits | (as_bits(x) >> 16 & 0x8000));
-#endif
-}
-
-// Calls `body` with an element of the dtype's type.
-template <typename Body>
-auto with_dtype(int dtype, const Body& body) {
-  switch (dtype) {
-    case FLOAT16:
-      return body(Half());
-    case BFLOAT16:
-      return body(BFloat16());
-    default:
-      return body(float());
-  }
-}
+namespace erniem_fast {
 
 // ---- Pieces of a row
 
@@ -105,7 +23,7 @@ struct alignas(16) Packed {
   T x[N];
 };
 
-// A number of elements that the compiler knows.
+// The number of elements of a whole piece, as a constant.
 template <int N>
 struct Whole {
   HOST_DEVICE constexpr operator int() const { return N; }
@@ -138,7 +56,7 @@ HOST_DEVICE void store(T* to, const Piece<Lanes::piece>& piece, Count count) {
 
 HOST_DEVICE int pieces_of(int64_t hidden, int piece) { return int((hidden + piece - 1) / piece); }
 
-// Calls `body(piece, count)` for each of the lane's pieces; only the last of a row can have fewer elements than N.
+// Calls `body(piece, count)` for each of the lane's pieces; only the last piece of a row can have less than N elements.
 template <typename Lanes, typename Body>
 HOST_DEVICE void for_pieces(const Lanes& lanes, int64_t hidden, const Body& body) {
   constexpr int N = Lanes::piece;
@@ -164,7 +82,7 @@ HOST_DEVICE float row_sum(const Lanes& lanes, int64_t hidden, const Term& term) 
   return lanes.sum(sums.x[0]);
 }
 
-// ---- Chunks of tokens, whose sums are apart
+// ---- Chunks of tokens: each has its own sums over its tokens
 
 template <typename Op>
 HOST_DEVICE int64_t chunks_of(const Op& op) {
@@ -173,8 +91,8 @@ HOST_DEVICE int64_t chunks_of(const Op& op) {
 
 // ---- Layer norm
 
-// What subtracting the mean leaves of a row, in place, and 1 / its standard deviation. The mean is taken off twice, as
-// in `normalise` of erniem_fast/reference.py: rounding the first one leaves all elements off by the same few units.
+// Subtracts the mean from a row in place; returns 1 / the standard deviation. The mean is subtracted twice, as in
+// `normalise` of erniem_fast/reference.py, because rounding the first one leaves the same small error in all elements.
 template <typename Lanes>
 HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<Lanes::piece>* row) {
   const float mean = row_sum(lanes, hidden, [&](int piece, int i) { return row[piece].x[i]; }) / float(hidden);
@@ -186,8 +104,8 @@ HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<L
   return 1.0f / sqrtf(squares / float(hidden) + float(eps));
 }
 
-// The gradient of a row, in place of that of its layer norm, `grad_y`; adds the row's share to those of weight and
-// norm_bias. `row` holds the row and is left normalised.
+// Turns `grad_y`, the gradient of a row's layer norm, into the gradient of the row; adds the row's share to the
+// gradients of weight and norm_bias. `row` holds the row and is normalised in place.
 template <typename Lanes>
 HOST_DEVICE void layer_norm_backward(const Lanes& lanes, int64_t hidden, const float* norm_weight, double eps,
                                      Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,
@@ -210,3 +128,5 @@ HOST_DEVICE void layer_norm_backward(const Lanes& lanes, int64_t hidden, const f
     for (int i = 0; i < N; ++i) grad_y[piece].x[i] = rstd * (grad_y[piece].x[i] - mean - row[piece].x[i] * slope);
   });
 }
+
+}  // namespace erniem_fast

@@ -1,8 +1,10 @@
-// Vectors of as many float32 lanes as the CPU's instructions take at once.
+// Vectors of as many float32 lanes as the CPU's registers hold.
 #pragma once
 
 #include <cstring>
 #include <utility>
+
+namespace erniem_fast {
 
 #ifdef __AVX512F__
 constexpr int WIDTH = 16;
@@ -18,7 +20,7 @@ inline Vector load_vector(const float* from) {
   return x;
 }
 
-// Lanes I... of a and b, one after the other.
+// Lanes I... of the concatenation of a and b.
 template <int... I>
 inline Vector pick(Vector a, Vector b, std::integer_sequence<int, I...>) {
 #ifdef __clang__
@@ -29,7 +31,7 @@ inline Vector pick(Vector a, Vector b, std::integer_sequence<int, I...>) {
 #endif
 }
 
-// What `combine` makes of all lanes, two by two: of the lower half and the upper half, then of the halves of that.
+// Combines all lanes into one: the lower half with the upper half, then the halves of the result, and so on.
 template <typename Combine, int STEP = WIDTH / 2, int... I>
 inline float reduce(Vector x, const Combine& combine, std::integer_sequence<int, I...> lanes) {
   x = combine(x, pick(x, x, std::integer_sequence<int, (I ^ STEP)...>()));
@@ -49,3 +51,5 @@ inline float largest(Vector x) {
   const auto larger = [](Vector a, Vector b) { return a > b ? a : b; };
   return reduce(x, larger, std::make_integer_sequence<int, WIDTH>());
 }
+
+}  // namespace erniem_fast

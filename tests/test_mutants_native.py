@@ -145,11 +145,13 @@ LINEAR = {
         ("token + j, column", "token, column"),
     ],
 }
-ROWS = {
+ELEMENTS = {
     "": [
         ("(magnitude << 13) + (112u << 23)", "(magnitude << 13) + (113u << 23)"),
         ("(112u << 23)) >> 13", "(113u << 23)) >> 13"),
     ],
+}
+ROWS = {
     "load": [("i < count", "i < count - 1")],
     "store": [("i < count", "i < count - 1")],
     "for_pieces": [
@@ -195,7 +197,7 @@ DROPOUT = {
         ("values.x[i] * rescale", "values.x[i]"),
     ],
 }
-PARALLEL = {
+ROWS_CPU = {
     "parallel_rows": [("i < end", "i < end - 1")],
     "for_chunk": [
         ("sums[piece] = {};", ";"),
@@ -222,10 +224,11 @@ MUTANTS = (
     ("bias_gelu", "bias_gelu_cpu.cpp", BIAS_GELU),
     ("layernorm", "add_norm_cpu.cpp", ADD_NORM),
     ("product", "linear_cpu.cpp", LINEAR),
+    ("layernorm", "elements.h", ELEMENTS),
     ("layernorm", "rows.h", ROWS),
     ("layernorm", "dropout.h", DROPOUT),
     ("attention", "dropout.h", {"draw": [("Wide() + head", "Wide()")]}),
-    ("bias_gelu", "parallel.h", PARALLEL),
+    ("bias_gelu", "rows_cpu.h", ROWS_CPU),
     ("bias_gelu", "functions.h", FUNCTIONS),
 )
 

@@ -30,7 +30,7 @@ class Call:
 
     def tensors(self, written: bool) -> dict[str, Tensor]:
         names = [name for name in self.function.tensors if (name in self.function.written) == written]
-        return {name: self.values[name] for name in names if self.values[name] is not None}
+        return {name: self.values[name] for name in names if self.values.get(name) is not None}
 
     def __call__(self, **changes: Tensor | None) -> dict[str, Tensor]:
         """What the function writes."""
@@ -266,3 +266,78 @@ print(failures)
 def test_first_calls_from_several_threads():
     result = subprocess.run([sys.executable, "-c", THREADS], capture_output=True, text=True)
     assert result.stdout == "[]\n", result.stdout + result.stderr
+
+
+OUT_OF_MEMORY = """
+import resource
+import torch
+from erniem_fast.batch import TokenBatch
+from erniem_fast.native import attention, linear
+
+CPU, THREADS = torch.device("cpu"), 2
+
+def attend(length):
+    '''The backward, whose tasks need memory on the threads that run them: two sequences, one a thread.'''
+    batch, x = TokenBatch.padded((2, length), CPU), torch.zeros(2 * length, 1)
+    tensors = {"qkv": torch.zeros(2 * length, 3), "grad": x, "grad_qkv": torch.empty(2 * length, 3)}
+    places = {"longest_first": batch.longest_first, "cu_seqlens": batch.cu_seqlens}
+    numbers = {"heads": 1, "threads": THREADS, "scale": 1.0, "threshold": 0, "rescale": 1.0}
+    return lambda: attention._BACKWARD(CPU, torch.float32, **tensors, **places, **numbers)
+
+def multiply(features):
+    '''The product, which needs memory for x transposed on the thread that calls.'''
+    x, weight, out = torch.empty(64, features), torch.zeros(1, features), torch.empty(64, 1)
+    return lambda: linear.forward(out, x, weight, None)
+
+torch.set_num_threads(THREADS)
+attend(256)(), multiply(256)()  # starts the threads, which need memory of their own
+calls = [attend(3000), multiply(1 << 20)]
+with open("/proc/self/statm") as statm:
+    used = int(statm.read().split()[0]) * resource.getpagesize()
+soft, hard = resource.getrlimit(resource.RLIMIT_AS)
+resource.setrlimit(resource.RLIMIT_AS, (used + (32 << 20), hard))
+for call in calls:
+    try:
+        call()
+    except RuntimeError as error:
+        print(error)
+resource.setrlimit(resource.RLIMIT_AS, (soft, hard))
+attend(256)()
+print("goes on")
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits a process's memory as Linux does")
+def test_a_function_without_memory_raises():
+    result = subprocess.run([sys.executable, "-c", OUT_OF_MEMORY], capture_output=True, text=True)
+    reason = "failed on cpu: there is not enough memory for intermediate results"
+    expected = [f"attention_backward {reason}", f"linear_forward {reason}", "goes on"]
+    assert result.stdout.splitlines() == expected, result.stdout + result.stderr
+
+
+def test_a_functions_own_objection_is_raised():
+    batch, x = TokenBatch.padded((2, 5), torch.device("cpu")), torch.zeros(10, HIDDEN)
+    numbers = {"heads": 5, "threads": 1, "scale": 1.0, "threshold": 0, "rescale": 1.0}
+    with pytest.raises(RuntimeError, match=r"^attention_forward failed on cpu: heads must divide hidden$"):
+        attention._FORWARD(
+            x.device,
+            x.dtype,
+            qkv=torch.cat([x, x, x], dim=1),
+            longest_first=batch.longest_first,
+            cu_seqlens=batch.cu_seqlens,
+            key_mask=None,
+            out=x,
+            **numbers,
+        )
+
+
+def test_no_exception_leaves_the_c_interface():
+    """Every function of it is one call of `error_of`, with nothing before it that could throw."""
+    for source in (*compiler.SOURCES.glob("*.cpp"), *compiler.SOURCES.glob("*.cu")):
+        text = source.read_text()
+        bodies = re.findall(r'^extern "C" const char\* \w+\([^{]*\) \{\n(.*?)^\}', text, re.MULTILINE | re.DOTALL)
+        assert len(bodies) == text.count('extern "C"') > 0, source.name
+        for body in bodies:
+            before, _, _ = body.partition("  return error_of([&] {")
+            assert re.fullmatch(r"(  const [\w:<>* ]+ \w+ = [^;]+;\n)*", before), f"{source.name}: {body}"
+            assert body.count("return") == 1

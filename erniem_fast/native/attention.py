@@ -1,5 +1,7 @@
 """`attention` on the CPU."""
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
@@ -7,32 +9,26 @@ from ..batch import Sequences
 from ..dropout import Dropout
 from .function import DROPOUT, ELEMENT, INT, Function, dropout_values
 
-_INPUTS = {
-    "qkv": (ELEMENT, "tokens", "3 * hidden"),
-    "longest_first": (INT, "sequences"),
-    "cu_seqlens": (torch.int32, "sequences + 1"),
-    "key_mask": (torch.bool, "tokens"),
-    "columns": DROPOUT["columns"],
-    "seed": DROPOUT["seed"],
-}
-_NUMBERS = {"sizes": "tokens sequences hidden heads threads threshold", "factors": "scale rescale"}
-_OPTIONAL = ("key_mask", "columns", "seed")
-
+# Both directions have the same structure, and each leaves out the tensors of the other one.
 _FORWARD = Function(
     "attention_forward",
-    {**_INPUTS, "out": (ELEMENT, "tokens", "hidden")},
-    written=("out",),
-    optional=_OPTIONAL,
-    **_NUMBERS,
+    {
+        "qkv": (ELEMENT, "tokens", "3 * hidden"),
+        "longest_first": (INT, "sequences"),
+        "cu_seqlens": (torch.int32, "sequences + 1"),
+        "key_mask": (torch.bool, "tokens"),
+        "columns": DROPOUT["columns"],
+        "seed": DROPOUT["seed"],
+        "grad": (ELEMENT, "tokens", "hidden"),
+        "out": (ELEMENT, "tokens", "hidden"),
+        "grad_qkv": (ELEMENT, "tokens", "3 * hidden"),
+    },
+    written=("out", "grad_qkv"),
+    sizes="tokens sequences hidden heads threads threshold",
+    factors="scale rescale",
+    optional=("key_mask", "columns", "seed", "grad", "grad_qkv"),
 )
-
-_BACKWARD = Function(
-    "attention_backward",
-    {"grad": (ELEMENT, "tokens", "hidden"), **_INPUTS, "grad_qkv": (ELEMENT, "tokens", "3 * hidden")},
-    written=("grad_qkv",),
-    optional=_OPTIONAL,
-    **_NUMBERS,
-)
+_BACKWARD = replace(_FORWARD, name="attention_backward", optional=("key_mask", "columns", "seed", "out"))
 
 
 def forward(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None) -> Tensor:

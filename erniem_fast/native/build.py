@@ -22,7 +22,7 @@ _REQUIREMENTS = (
 
 
 def build(devices: Sequence[str] | None = None) -> dict[str, Path]:
-    """Compiles what is not in the cache yet; a failure for one device does not keep the other from being built.
+    """Compiles the libraries that are not in the cache yet; one that fails does not keep the other from being built.
 
     Args:
         devices: of `cpu` and `cuda`; all that are present where it is None.
@@ -44,7 +44,7 @@ def build(devices: Sequence[str] | None = None) -> dict[str, Path]:
 
 
 def compile_libraries(commands: dict[Path, list[str]]) -> None:
-    """Runs the compilers side by side, each told by `-o` where to write, and moves what they made to the paths.
+    """Runs the compilers side by side, each with an `-o` that says where to write, and moves the results to the paths.
 
     Args:
         commands: the compiler's command line for each path, without the output.

@@ -17,7 +17,7 @@ from ..dropout import Dropout, rescale, threshold
 from ..reference import Norm
 from . import library
 
-# The dtypes of elements, as csrc/rows.h numbers them.
+# The dtypes of elements, as `Dtype` of csrc/elements.h numbers them.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Fixed, so that the sums over tokens do not depend on the number of threads.
@@ -50,10 +50,11 @@ def norm_values(norm: Norm) -> dict[str, object]:
 
 
 def chunks_of(tokens: int) -> int:
-    """The number of chunks of `TOKENS_PER_CHUNK`, each of which has a row of its own in the sums over tokens."""
+    """The number of chunks of `TOKENS_PER_CHUNK` tokens; each chunk has its own row in the sums over tokens."""
     return -(-tokens // TOKENS_PER_CHUNK)
 
 
+# The same as a dimension.
 CHUNKS = "-(-tokens // tokens_per_chunk)"
 
 
@@ -61,16 +62,16 @@ CHUNKS = "-(-tokens // tokens_per_chunk)"
 class Function:
     """A function of the libraries, and its structure of csrc/.
 
-    A dimension is a number, a name or an expression in names. The first tensor with a dimension decides its size, all
-    others must agree, and an expression must have its value. So callers pass only the integers that no tensor's shape
-    says.
+    A dimension is a number, a name, or an expression in names. The first tensor with a name decides its size and all
+    others must agree; an expression must have the value that the names give it. So callers pass only those integers
+    that are not in the shape of a tensor.
 
     Attributes:
         name: of the function.
         tensors: dtype, `ELEMENT` for that of the call, and dimensions of each tensor.
         written: the tensors that the function writes to.
         sizes, factors: names of the integers and of the floating-point numbers.
-        optional: the tensors that may be None.
+        optional: the tensors that may be None, or left out of a call.
         strided: the tensors whose rows need not follow one another in memory.
     """
 
@@ -95,7 +96,7 @@ class Function:
         addresses, kept = [], []  # converted tensors must live until the function has run
         values.update(self._constants)
         for name, kind, dimensions in self._described:
-            tensor = values[name]
+            tensor = values.get(name)
             if tensor is None:
                 addresses.append(self._absent(name, values))
                 continue
@@ -118,18 +119,19 @@ class Function:
             raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
 
     def _absent(self, name: str, values: dict[str, object]) -> None:
-        """The address of a tensor that is None: it may be, or the tensor that it is read with is None too."""
-        if name not in self.optional or values[_READ_WITH.get(name, name)] is not None:
+        """The address of a tensor that is None or not given; an error if the function needs the tensor."""
+        if name not in self.optional or values.get(_READ_WITH.get(name, name)) is not None:
             raise ValueError(f"{self.name}: {name} is None, but the function needs it; pass a tensor.")
 
     def _contradiction(self, name: str, values: dict[str, object], device: torch.device) -> ValueError:
-        """The error that says what a tensor is, what it must be, and which tensors say so."""
+        """The error for a tensor that contradicts others: names it, the shape it needs, and the tensors that say so."""
         tensor, (_, *dimensions) = values[name], self.tensors[name]
         wanted = ", ".join(str(values.get(each, each)) for each in dimensions) + ("," if len(dimensions) == 1 else "")
         texts = [each for each in dimensions if isinstance(each, str)]
+        given = [other for other in self.tensors if values.get(other) is not None]
         reasons = []
         for each in dict.fromkeys([*texts, *re.findall("[a-z_]+", " ".join(texts))]):
-            source = next((other for other in self.tensors if each in self.tensors[other]), None)
+            source = next((other for other in given if each in self.tensors[other]), None)
             if each in values and source != name:
                 reason = f", as {source} has shape {tuple(values[source].shape)}" if source else ""
                 reasons.append(f"{each} is {values[each]}{reason}")

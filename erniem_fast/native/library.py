@@ -1,6 +1,6 @@
 """The built libraries in the cache: where they are, whether they can be trusted, and loading them.
 
-A library is cached under a name that says what it depends on: the sources, the compiler's flags and the machine.
+A library's name in the cache has a digest of all that it depends on: the sources, the compiler's flags and the machine.
 Loading it runs code, so neither the library nor its folder may be another user's or writable by others.
 """
 

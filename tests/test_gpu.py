@@ -51,7 +51,9 @@ def attention(batch, heads, p, seed, qkv):
 
 def attention_reference(batch, heads, p, seed, qkv):
     scale = (qkv.shape[1] // (3 * heads)) ** -0.5
-    return reference.attention(qkv, batch.sequences.cu_seqlens, batch.columns, batch.sequences.key_mask, heads, scale, p, seed)
+    return reference.attention(
+        qkv, batch.sequences.cu_seqlens, batch.columns, batch.sequences.key_mask, heads, scale, p, seed
+    )
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])

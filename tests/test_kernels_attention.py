@@ -58,7 +58,9 @@ def kernel(batch, heads, p, seed, qkv):
 
 def oracle(batch, heads, p, seed, qkv):
     scale = (qkv.shape[1] // (3 * heads)) ** -0.5
-    return reference.attention(qkv, batch.sequences.cu_seqlens, batch.columns, batch.sequences.key_mask, heads, scale, p, seed)
+    return reference.attention(
+        qkv, batch.sequences.cu_seqlens, batch.columns, batch.sequences.key_mask, heads, scale, p, seed
+    )
 
 
 def check(batch, heads, head_dim, dtype, p=0.1, seed=SEED):
@@ -132,7 +134,12 @@ def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, design
     out, of_qkv = run(partial(kernel, batch, heads, 0.25, SEED), [qkv.flatten(1)], torch.eye(67, 128, device=DEVICE))
 
     keep = keep_mask(
-        SEED, 0.25, length, batch.columns[3:, None], batch.sequences.sequence_ids[3:, None], torch.arange(heads, device=DEVICE)
+        SEED,
+        0.25,
+        length,
+        batch.columns[3:, None],
+        batch.sequences.sequence_ids[3:, None],
+        torch.arange(heads, device=DEVICE),
     )
     exact = keep / (length * 0.75)
     torch.testing.assert_close(out[3:].unflatten(1, (heads, length)), exact, rtol=1e-6, atol=0)

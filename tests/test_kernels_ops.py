@@ -78,7 +78,15 @@ def test_custom_ops_are_well_behaved(batch, seed):
     dropout = (batch.columns, batch.sequences.sequence_ids, 0.1, seed)
     residual, x, bias, weight, norm_bias = layernorm_inputs(batch)
     qkv = torch.randn(batch.tokens, 96, device=DEVICE, requires_grad=True)
-    where = (batch.sequences.longest_first, True, batch.sequences.cu_seqlens, 5, batch.columns, batch.sequences.sequence_ids, None)
+    where = (
+        batch.sequences.longest_first,
+        True,
+        batch.sequences.cu_seqlens,
+        5,
+        batch.columns,
+        batch.sequences.sequence_ids,
+        None,
+    )
     erniem_fast = torch.ops.erniem_fast
     for op, inputs in (
         (erniem_fast.add_layernorm, (residual, x, bias, weight, norm_bias, 1e-5, *dropout, True, "triton")),

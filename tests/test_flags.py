@@ -94,7 +94,7 @@ def test_use_kernels_wins_over_the_environment_and_leaves_the_rest_alone(monkeyp
 
 @pytest.mark.parametrize("op", flags.OPS)
 def test_use_kernels_sets_the_op_that_it_names(op):
-    """By the flags' names, of which `layernorm` is the older name of an op; `use_implementations` takes the ops' own."""
+    """By the flags' names, of which one is not its op's; `use_implementations` takes the ops' own."""
     keyword = flags.OPS[op].name.removeprefix(flags.PREFIX).lower()
     for use in (use_kernels(**{keyword: "reference"}), use_implementations(**{op: "reference"})):
         with use:

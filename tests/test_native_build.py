@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from erniem_fast.ops.choose import choose
 
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
@@ -19,6 +18,7 @@ from erniem_fast.native import library
 from erniem_fast.native.build import build
 from erniem_fast.native.library import BuildError
 from erniem_fast.ops import embeddings
+from erniem_fast.ops.choose import choose
 
 CPU = torch.device("cpu")
 

@@ -4,14 +4,15 @@ import pytest
 import torch
 from torch import nn
 
-from erniem_fast import ErnieMConfig, ErnieMModel, use_kernels
+from erniem_fast import ErnieMConfig, ErnieMModel
+from erniem_fast.flags import use_implementations
 from erniem_fast.native import layer as native_layer
 from erniem_fast.native import library
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 LAYERS, HEADS, HIDDEN = 3, 3, 24
-NATIVE = {"attention": "native", "bias_gelu": "native", "layernorm": "native"}
+NATIVE = {"attention": "native", "bias_gelu": "native", "add_norm": "native"}
 
 
 def make_model(**changes) -> ErnieMModel:

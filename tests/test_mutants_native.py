@@ -20,7 +20,7 @@ FILE_OF_OP = {
     "embeddings": "embeddings_cpu.cpp",
     "attention": "attention_cpu.cpp",
     "bias_gelu": "bias_gelu_cpu.cpp",
-    "layernorm": "add_norm_cpu.cpp",
+    "add_norm": "add_norm_cpu.cpp",
     "product": "linear_cpu.cpp",
 }
 
@@ -220,10 +220,10 @@ MUTANTS = (
     ("embeddings", "embeddings.h", EMBEDDINGS),
     ("attention", "attention_cpu.cpp", ATTENTION),
     ("bias_gelu", "bias_gelu_cpu.cpp", BIAS_GELU),
-    ("layernorm", "add_norm_cpu.cpp", ADD_NORM),
+    ("add_norm", "add_norm_cpu.cpp", ADD_NORM),
     ("product", "linear_cpu.cpp", LINEAR),
-    ("layernorm", "rows.h", ROWS),
-    ("layernorm", "dropout.h", DROPOUT),
+    ("add_norm", "rows.h", ROWS),
+    ("add_norm", "dropout.h", DROPOUT),
     ("attention", "dropout.h", {"draw": [("Wide() + head", "Wide()")]}),
     ("bias_gelu", "parallel.h", PARALLEL),
     ("bias_gelu", "functions.h", FUNCTIONS),

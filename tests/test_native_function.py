@@ -223,7 +223,7 @@ def test_a_contradiction_says_what_was_expected_and_why():
             heads=3,
             threads=1,
             scale=1.0,
-            **function.dropout_values(batch.columns, batch.sequences.sequence_ids, 0.0, None),
+            **function.dropout_values(None),
         )
 
 

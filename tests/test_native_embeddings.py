@@ -256,7 +256,7 @@ def test_rows_out_of_range_are_named_on_the_cpu(device, name, value):
     case = Case(batch, 96)
     getattr(case, name)[2:] = value
     size = 50 if name == "ids" else 40
-    with pytest.raises(IndexError, match=f"{name} has {value} at row 1, column 1, but its table has {size} rows"):
+    with pytest.raises(IndexError, match=f"{name} has {value} at token 2, but its table has {size} rows"):
         case.run("native")
 
 

@@ -5,9 +5,16 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from erniem_fast.batch import TokenBatch
+from erniem_fast.dropout import Dropout
 from erniem_fast.verify.equivalence import compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def dropout_of(batch: TokenBatch, p: float, seed: Tensor | None) -> Dropout | None:
+    """The batch's dropout; none without a seed."""
+    return None if seed is None else batch.dropout(p, seed)
 
 
 def run(op: Callable[..., Tensor], inputs: Sequence[Tensor], grad: Tensor | None = None) -> list[Tensor]:

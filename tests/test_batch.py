@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import PaddingMask, TokenBatch, read
 
 ROWS = {
     "full": ["11111", "11111"],
@@ -32,7 +32,7 @@ every_case = pytest.mark.parametrize(("name", "keep_first"), CASES)
 
 
 def batch_of(name, keep_first):
-    return TokenBatch.from_mask(MASKS[name], keep_first=keep_first)[0]
+    return TokenBatch.from_mask(MASKS[name], keep_first=keep_first)
 
 
 def computed(name, keep_first):
@@ -62,14 +62,13 @@ def assert_order(batch, lengths):
 @every_case
 def test_from_mask(name, keep_first):
     mask = MASKS[name].clone()
-    batch, probed = TokenBatch.from_mask(mask, keep_first=keep_first)
+    batch = TokenBatch.from_mask(mask, keep_first=keep_first)
     rows, columns = mask.shape
     tokens = computed(name, keep_first)
     lengths = [sum(row == each for row, _ in tokens) for each in range(rows)]
     assert torch.equal(mask, MASKS[name]), "the caller's mask was written to"
-    assert probed == []
     assert batch.tokens == len(tokens)
-    assert batch.sequences.tolist() == [row for row, _ in tokens]
+    assert batch.sequences.sequence_ids.tolist() == [row for row, _ in tokens]
     assert batch.columns.tolist() == [column for _, column in tokens]
     assert batch.sequences.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
     assert max(lengths, default=0) <= batch.sequences.max_seqlen <= columns
@@ -77,9 +76,10 @@ def test_from_mask(name, keep_first):
     assert batch.packed
     assert_order(batch, lengths)
     assert batch.sequences.cu_seqlens.dtype == torch.int32
-    assert batch.columns.dtype == batch.sequences.dtype == torch.int64
+    assert batch.columns.dtype == batch.sequences.sequence_ids.dtype == torch.int64
     attended = [bool(mask[cell]) for cell in tokens]
-    assert (None if batch.sequences.key_mask is None else batch.sequences.key_mask.tolist()) == (None if all(attended) else attended)
+    key_mask = batch.sequences.key_mask
+    assert (None if key_mask is None else key_mask.tolist()) == (None if all(attended) else attended)
     places = range(len(tokens)) if batch.indices is None else batch.indices.tolist()
     assert list(places) == [row * columns + column for row, column in tokens]
 
@@ -91,17 +91,22 @@ def test_from_mask_takes_views(view):
         "expanded": MASKS["left"][:1].expand(3, 5),
         "strided": MASKS["holes"].repeat_interleave(2, dim=1)[:, ::2],
     }[view]
-    ours, _ = TokenBatch.from_mask(mask, keep_first=True)
-    contiguous, _ = TokenBatch.from_mask(mask.contiguous(), keep_first=True)
-    for field in ("cu_seqlens", "columns", "sequences", "key_mask", "indices"):
-        assert torch.equal(getattr(ours, field), getattr(contiguous, field)), field
+    ours = TokenBatch.from_mask(mask, keep_first=True)
+    contiguous = TokenBatch.from_mask(mask.contiguous(), keep_first=True)
+    for field in ("columns", "indices", "cu_seqlens", "sequence_ids", "key_mask"):
+        here, there = (each if hasattr(each, field) else each.sequences for each in (ours, contiguous))
+        assert torch.equal(getattr(here, field), getattr(there, field)), field
 
 
 @every_case
-def test_probes_ride_along(name, keep_first):
-    probes = (torch.tensor(True), torch.tensor([-7]), torch.tensor(2**40), torch.tensor([[3]], dtype=torch.int32))
-    _, probed = TokenBatch.from_mask(MASKS[name], keep_first=keep_first, probes=probes)
-    assert probed == [1, -7, 2**40, 3]
+def test_sizes_are_read_with_other_values(name, keep_first):
+    padding = PaddingMask(MASKS[name], keep_first)
+    others = {"a": torch.tensor(True), "b": torch.tensor([-7]), "c": torch.tensor([[2**40]])}
+    found = read({**others, **padding.sizes()})
+    assert {each: found.pop(each) for each in others} == {"a": 1, "b": -7, "c": 2**40}
+    assert found["tokens"] == len(computed(name, keep_first))
+    assert found["real_tokens"] == int(MASKS[name].sum())
+    assert padding.pack(**found).tokens == found["tokens"]
 
 
 @every_case
@@ -141,15 +146,15 @@ def test_gradients_of_pack_and_unpack(name, keep_first):
     batch, mask = batch_of(name, keep_first), MASKS[name]
     x = torch.randn(*mask.shape, 2, requires_grad=True)
     tokens = torch.randn(batch.tokens, 2, requires_grad=True)
-    of_packed, of_grid = torch.randn(batch.tokens, 2), torch.randn(*mask.shape, 2)
-    (of_x,) = torch.autograd.grad(batch.pack(x), x, of_packed)
-    (of_tokens,) = torch.autograd.grad(batch.unpack(tokens), tokens, of_grid)
-    expected_of_x, expected_of_tokens = torch.zeros_like(x), torch.zeros_like(tokens)
+    grad_packed, grad_grid = torch.randn(batch.tokens, 2), torch.randn(*mask.shape, 2)
+    (grad_x,) = torch.autograd.grad(batch.pack(x), x, grad_packed)
+    (grad_tokens,) = torch.autograd.grad(batch.unpack(tokens), tokens, grad_grid)
+    expected_grad_x, expected_grad_tokens = torch.zeros_like(x), torch.zeros_like(tokens)
     for token, cell in enumerate(computed(name, keep_first)):
-        expected_of_x[cell] = of_packed[token]
-        expected_of_tokens[token] = of_grid[cell] * mask[cell]
-    assert torch.equal(of_x, expected_of_x)
-    assert torch.equal(of_tokens, expected_of_tokens)
+        expected_grad_x[cell] = grad_packed[token]
+        expected_grad_tokens[token] = grad_grid[cell] * mask[cell]
+    assert torch.equal(grad_x, expected_grad_x)
+    assert torch.equal(grad_tokens, expected_grad_tokens)
 
 
 @every_case
@@ -195,7 +200,8 @@ def test_unpack_attention(name, keep_first, dtype):
 
 def test_gradients_of_unpack_attention():
     batch = batch_of("holes", keep_first=True)
-    probabilities = torch.rand(4, 1, batch.sequences.max_seqlen, batch.sequences.max_seqlen, dtype=torch.float64, requires_grad=True)
+    keys = batch.sequences.max_seqlen
+    probabilities = torch.rand(4, 1, keys, keys, dtype=torch.float64, requires_grad=True)
     assert gradcheck(batch.unpack_attention, probabilities)
 
 
@@ -212,9 +218,10 @@ def test_from_cu_seqlens(lengths, dtype):
     assert batch.tokens == tokens
     assert batch.sequences.cu_seqlens.dtype == torch.int32
     assert batch.sequences.cu_seqlens.tolist() == cu_seqlens.tolist()
-    assert batch.sequences.tolist() == [i for i, length in enumerate(lengths) for _ in range(length)]
+    assert batch.sequences.sequence_ids.tolist() == [i for i, length in enumerate(lengths) for _ in range(length)]
     assert batch.columns.tolist() == [column for length in lengths for column in range(length)]
-    assert (batch.sequences.max_seqlen, batch.grid, batch.sequences.key_mask, batch.packed) == (600, (1, tokens), None, True)
+    assert (batch.sequences.max_seqlen, batch.sequences.key_mask) == (600, None)
+    assert (batch.grid, batch.packed) == ((1, tokens), True)
     assert_order(batch, lengths)
     x = torch.randn(1, tokens, 3)
     assert torch.equal(batch.pack(x), x[0])
@@ -240,12 +247,12 @@ def test_padded(name):
     batch = TokenBatch.padded((rows, columns), mask.device, key_mask=mask)
     assert batch.sequences.cu_seqlens.tolist() == [row * columns for row in range(rows + 1)]
     assert batch.sequences.cu_seqlens.dtype == torch.int32
-    assert batch.sequences.tolist() == [row for row in range(rows) for _ in range(columns)]
+    assert batch.sequences.sequence_ids.tolist() == [row for row in range(rows) for _ in range(columns)]
     assert batch.columns.tolist() == list(range(columns)) * rows
     assert torch.equal(batch.sequences.key_mask, mask.flatten())
     assert (batch.sequences.max_seqlen, batch.grid, batch.packed) == (columns, (rows, columns), False)
     assert_order(batch, [columns] * rows)
-    assert TokenBatch.padded((rows, columns), mask.device).key_mask is None
+    assert TokenBatch.padded((rows, columns), mask.device).sequences.key_mask is None
     x = torch.randn(rows, columns, 3)
     assert torch.equal(batch.unpack(batch.pack(x)), x)
     assert torch.equal(batch.first_tokens(batch.pack(x)), x[:, 0])

@@ -6,7 +6,8 @@ from functools import partial
 import pytest
 import torch
 
-from erniem_fast import ErnieMConfig, ErnieMModel, flags, use_kernels
+from erniem_fast import ErnieMConfig, ErnieMModel, flags
+from erniem_fast.flags import use_implementations
 
 IDS = torch.arange(3, 25).view(2, 11)
 MASK = torch.tensor([[1] * 11, [1] * 5 + [0] * 6])
@@ -39,9 +40,11 @@ def environment(**values: str):
 
 
 SETTINGS = {
-    **{f"{op} by the reference": partial(use_kernels, **{op: "reference"}) for op in flags.OPS},
+    **{f"{op} by the reference": partial(use_implementations, **{op: "reference"}) for op in flags.OPS},
     "kernels off": partial(environment, KERNELS="off"),
-    "all by the reference": partial(environment, **{op.upper(): "reference" for op in flags.OPS}),
+    "all by the reference": partial(
+        environment, **{flag.name.removeprefix(flags.PREFIX): "reference" for flag in flags.OPS.values()}
+    ),
     "recomputed": partial(environment, RECOMPUTE="1"),
     "recomputed, kernels off": partial(environment, RECOMPUTE="1", KERNELS="off"),
     "verified": partial(environment, VERIFY="1"),

@@ -12,6 +12,7 @@ from test_ops import serving
 
 from erniem_fast import dropout, ops, use_kernels
 from erniem_fast.batch import TokenBatch
+from erniem_fast.ops import Product
 
 ONES = 0xFFFFFFFF
 # The digits of pi that Random123 takes for its third case, and a key that is negative as an int64.
@@ -75,18 +76,18 @@ def test_words_are_those_of_integer_arithmetic(seed, rounds):
 @pytest.mark.parametrize("seed", SEEDS)
 @pytest.mark.parametrize("p", [0.1, 0.5, 0.97])
 def test_masks_are_those_of_integer_arithmetic(seed, p):
-    width, columns, sequences = 11, [0, 3, 511], [0, 2, 70_000]
-    column, sequence = torch.tensor(columns), torch.tensor(sequences)
-    features = dropout.keep_mask(torch.tensor([seed]), p, width, column, sequence)
+    width, columns, sequence_ids = 11, [0, 3, 511], [0, 2, 70_000]
+    column, sequence = torch.tensor(columns), torch.tensor(sequence_ids)
+    features = dropout.dropout_mask(torch.tensor([seed]), p, width, column, sequence)
     assert features.dtype == torch.bool
     assert features.tolist() == [
         [kept_of_integers(seed, p, last, c, s, 0) for last in range(width)]
-        for c, s in zip(columns, sequences, strict=True)
+        for c, s in zip(columns, sequence_ids, strict=True)
     ]
     heads = torch.arange(2)[:, None, None]
-    attention = dropout.keep_mask(torch.tensor(seed), p, width, column.int(), sequence.int()[:, None], heads)
+    attention = dropout.dropout_mask(torch.tensor(seed), p, width, column.int(), sequence.int()[:, None], heads)
     assert attention.tolist() == [
-        [[[kept_of_integers(seed, p, last, c, s, h) for last in range(width)] for c in columns] for s in sequences]
+        [[[kept_of_integers(seed, p, last, c, s, h) for last in range(width)] for c in columns] for s in sequence_ids]
         for h in range(2)
     ]
 
@@ -123,7 +124,7 @@ def test_triton_has_the_same_bits(tmp_path):
 @pytest.mark.parametrize("p", [0.001, 0.1, 0.5, 0.9])
 def test_keep_rate(p):
     side = torch.arange(100)
-    keep = dropout.keep_mask(torch.tensor([20_231]), p, 1_000, side, side[:, None])
+    keep = dropout.dropout_mask(torch.tensor([20_231]), p, 1_000, side, side[:, None])
     assert keep.numel() == 10**7
     standard_error = math.sqrt(p * (1 - p) / keep.numel())
     assert keep.double().mean().item() == pytest.approx(1 - p, rel=0, abs=4 * standard_error)
@@ -131,7 +132,7 @@ def test_keep_rate(p):
 
 def test_no_feature_and_no_token_is_favoured():
     side = torch.arange(100)
-    keep = dropout.keep_mask(torch.tensor([20_232]), 0.5, 1_000, side, side[:, None]).double()
+    keep = dropout.dropout_mask(torch.tensor([20_232]), 0.5, 1_000, side, side[:, None]).double()
     for rates, elements in ((keep.mean(dim=(0, 1)), 10**4), (keep.mean(dim=2), 10**3)):
         assert (rates - 0.5).abs().max().item() < 6 * 0.5 / math.sqrt(elements)
 
@@ -143,12 +144,12 @@ def test_probability_to_32_bits():
 
 
 def test_nothing_is_dropped_at_zero_and_everything_at_one():
-    seed, columns, sequences = torch.tensor([5]), torch.arange(200), torch.zeros(200, dtype=torch.long)
+    seed, columns, sequence_ids = torch.tensor([5]), torch.arange(200), torch.zeros(200, dtype=torch.long)
     x = torch.randn(200, 37)
     x[3, 4] = torch.nan
     x[5, 6] = torch.inf
     for p, kept, expected in ((0.0, True, x), (1.0, False, torch.zeros_like(x))):
-        keep = dropout.keep_mask(seed, p, 37, columns, sequences)
+        keep = dropout.dropout_mask(seed, p, 37, columns, sequence_ids)
         assert bool((keep == kept).all())
         torch.testing.assert_close(dropout.apply_mask(x, keep, p), expected, rtol=0, atol=0, equal_nan=True)
 
@@ -169,11 +170,11 @@ def test_kept_values_and_gradients_are_rescaled_exactly(p, implementation):
     x, grad = torch.rand(120, 50).add(0.1).requires_grad_(), torch.randn(120, 50)
     seed = torch.tensor([77])
     with use_kernels(bias_gelu=implementation):
-        out = ops.bias_gelu_dropout(x, None, "relu", batch, p, seed)
-    (of_x,) = torch.autograd.grad(out, x, grad)
-    keep = dropout.keep_mask(seed, p, 50, batch.columns, batch.sequences.sequence_ids)
+        out = ops.bias_gelu(Product(x), "relu", batch.dropout(p, seed))
+    (grad_x,) = torch.autograd.grad(out, x, grad)
+    keep = dropout.dropout_mask(seed, p, 50, batch.columns, batch.sequences.sequence_ids)
     assert 0 < keep.sum().item() < keep.numel()
-    for computed, value in ((out, x), (of_x, grad)):
+    for computed, value in ((out, x), (grad_x, grad)):
         assert torch.equal(computed, torch.where(keep, value * (1 / (1 - p)), 0.0))
 
 
@@ -181,8 +182,8 @@ def masks_of_coordinates():
     """Masks of 256 tokens by 256 features, each with one thing changed in what it is drawn from."""
     column, sequence = torch.arange(16).repeat(16), torch.arange(16).repeat_interleave(16)
 
-    def mask(seed=12, width=256, columns=column, sequences=sequence, head=0):
-        return dropout.keep_mask(torch.tensor([seed]), 0.5, width, columns, sequences, head)
+    def mask(seed=12, width=256, columns=column, sequence_ids=sequence, head=0):
+        return dropout.dropout_mask(torch.tensor([seed]), 0.5, width, columns, sequence_ids, head)
 
     return {
         "itself": mask(),
@@ -190,10 +191,10 @@ def masks_of_coordinates():
         "next but one feature": mask(width=258)[:, 2:],
         "next group of features": mask(width=260)[:, 4:],
         "column beyond": mask(columns=column + 16),
-        "sequence beyond": mask(sequences=sequence + 16),
-        "column for sequence": mask(columns=sequence + 20, sequences=column),
+        "sequence beyond": mask(sequence_ids=sequence + 16),
+        "column for sequence": mask(columns=sequence + 20, sequence_ids=column),
         "next head": mask(head=1),
-        "head for sequence": mask(sequences=torch.zeros_like(sequence), head=sequence + 20),
+        "head for sequence": mask(sequence_ids=torch.zeros_like(sequence), head=sequence + 20),
         "next seed": mask(seed=13),
         "seed with another high half": mask(seed=12 + 2**32),
         "seed with its halves exchanged": mask(seed=12 * 2**32),
@@ -247,7 +248,7 @@ MASK = torch.tensor(
 
 
 def layouts(keep_first):
-    packed, _ = TokenBatch.from_mask(MASK, keep_first=keep_first)
+    packed = TokenBatch.from_mask(MASK, keep_first=keep_first)
     return packed, TokenBatch.padded(tuple(MASK.shape), MASK.device, key_mask=MASK)
 
 
@@ -258,7 +259,7 @@ def test_features_have_the_same_mask_in_both_layouts(implementation, keep_first)
     seed = torch.tensor([8])
     with use_kernels(bias_gelu=implementation):
         masks = [
-            batch.unpack(ops.bias_gelu_dropout(torch.ones(batch.tokens, 50), None, "relu", batch, 0.4, seed))
+            batch.unpack(ops.bias_gelu(Product(torch.ones(batch.tokens, 50)), "relu", batch.dropout(0.4, seed)))
             for batch in (packed, padded)
         ]
     assert torch.equal(masks[0][MASK], masks[1][MASK])
@@ -276,7 +277,7 @@ def test_attention_has_the_same_mask_in_both_layouts(implementation, keep_first)
         values = torch.eye(head_dim)[batch.columns].repeat(1, heads)
         qkv = torch.cat([torch.zeros(batch.tokens, 2 * heads * head_dim), values], dim=1)
         with use_kernels(attention=implementation):
-            out = ops.attention(qkv, batch, heads, 1.0, 0.4, seed)
+            out = ops.attention(qkv, batch, heads, 1.0, batch.dropout(0.4, seed))
         pairs.append(batch.unpack(out)[MASK].unflatten(1, (heads, head_dim))[..., : MASK.shape[1]])
     real = MASK[MASK.nonzero()[:, 0]][:, None, :].expand_as(pairs[0])
     assert torch.equal(pairs[0] != 0, pairs[1] != 0)
@@ -294,9 +295,13 @@ def test_attention_draws_by_sequence_head_query_and_key(implementation):
     values = torch.eye(head_dim)[batch.columns].repeat(1, heads)
     qkv = torch.cat([torch.zeros(batch.tokens, 2 * heads * head_dim), values], dim=1)
     with use_kernels(attention=implementation):
-        out = ops.attention(qkv, batch, heads, 1.0, p, torch.tensor([seed])).unflatten(1, (heads, head_dim))
+        out = ops.attention(qkv, batch, heads, 1.0, batch.dropout(p, torch.tensor([seed]))).unflatten(
+            1, (heads, head_dim)
+        )
     expected = torch.zeros_like(out)
-    for token, (query, sequence) in enumerate(zip(batch.columns.tolist(), batch.sequences.tolist(), strict=True)):
+    for token, (query, sequence) in enumerate(
+        zip(batch.columns.tolist(), batch.sequences.sequence_ids.tolist(), strict=True)
+    ):
         keys = batch.columns[batch.sequences.sequence_ids == sequence].tolist()
         for head, key in itertools.product(range(heads), keys):
             if kept_of_integers(seed, p, key, query, sequence, head):

@@ -134,7 +134,7 @@ def test_layer_norms_without_a_bias_keep_their_kernels():
     drop_norm_biases(model)
     with Calls() as calls:
         model(**make_input([9, 4]))
-    assert {"erniem_fast::embeddings", "erniem_fast::add_layernorm"} <= calls.names
+    assert {"erniem_fast::embeddings", "erniem_fast::add_norm"} <= calls.names
     assert "aten::native_layer_norm" not in calls.names
 
 

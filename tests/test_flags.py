@@ -9,9 +9,10 @@ import threading
 import pytest
 
 from erniem_fast import flags, ops, use_kernels
+from erniem_fast.flags import use_implementations
 
 ATTENTION = flags.OPS["attention"]
-LAYERNORM = flags.OPS["layernorm"]
+LAYERNORM = flags.OPS["add_norm"]
 
 
 @pytest.fixture(autouse=True)
@@ -93,10 +94,13 @@ def test_use_kernels_wins_over_the_environment_and_leaves_the_rest_alone(monkeyp
 
 @pytest.mark.parametrize("op", flags.OPS)
 def test_use_kernels_sets_the_op_that_it_names(op):
-    with use_implementations(**{op: "reference"}):
-        assert {each: flags.read(flag) for each, flag in flags.OPS.items()} == {
-            each: "reference" if each == op else "auto" for each in flags.OPS
-        }
+    """By the flags' names, of which one is not its op's; `use_implementations` takes the ops' own."""
+    keyword = flags.OPS[op].name.removeprefix(flags.PREFIX).lower()
+    for use in (use_kernels(**{keyword: "reference"}), use_implementations(**{op: "reference"})):
+        with use:
+            assert {each: flags.read(flag) for each, flag in flags.OPS.items()} == {
+                each: "reference" if each == op else "auto" for each in flags.OPS
+            }
 
 
 def test_use_kernels_nests():

@@ -13,19 +13,22 @@ from functools import partial
 
 import pytest
 import torch
-from equivalence import assert_equivalent, run
+from equivalence import assert_equivalent, dropout_of, run
 from triton import knobs
 
 from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference
 from erniem_fast.batch import TokenBatch
-from erniem_fast.flags import use_kernels
-from erniem_fast.kernels import layernorm
+from erniem_fast.dropout import Dropout
+from erniem_fast.flags import use_implementations, use_kernels
+from erniem_fast.kernels import add_norm, bias_gelu
 from erniem_fast.native.build import build
+from erniem_fast.ops import Product
+from erniem_fast.reference import Norm
 
 EPS = 1e-5
 HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 257, 512)
 HALF = torch.bfloat16
-KERNELS = {"attention": "triton", "bias_gelu": "triton", "layernorm": "triton"}
+KERNELS = {"attention": "triton", "bias_gelu": "triton", "add_norm": "triton"}
 
 
 @pytest.fixture
@@ -46,12 +49,12 @@ def batch_of(lengths, device):
 
 def attention(batch, heads, p, seed, qkv):
     with use_kernels(attention="triton"):
-        return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, p, seed)
+        return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, dropout_of(batch, p, seed))
 
 
 def attention_reference(batch, heads, p, seed, qkv):
     scale = (qkv.shape[1] // (3 * heads)) ** -0.5
-    return reference.attention(qkv, batch.sequences.cu_seqlens, batch.columns, batch.sequences.key_mask, heads, scale, p, seed)
+    return reference.attention(qkv, batch.sequences, heads, scale, dropout_of(batch, p, seed))
 
 
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
@@ -74,41 +77,42 @@ def test_the_backward_of_attention_finds_the_forward_s_scores(device, head_dim, 
     """
     qkv = (30 * torch.randn(64, 3 * head_dim, device=device)).to(dtype)
     grad = torch.randn(64, head_dim, device=device).to(dtype)
-    _, of_qkv = run(partial(attention, batch_of([1] * 64, device), 1, 0.0, None), [qkv], grad)
+    _, grad_qkv = run(partial(attention, batch_of([1] * 64, device), 1, 0.0, None), [qkv], grad)
     query, key, _ = qkv.double().unflatten(1, (3, head_dim)).unbind(1)
     size = (query * key).abs().sum(1).max() * head_dim**-0.5
     bound = 2 * head_dim * 2.0**-24 * size + torch.finfo(dtype).eps
-    assert (of_qkv[:, 2 * head_dim :] - grad).abs().max() <= bound * grad.abs().max()
+    assert (grad_qkv[:, 2 * head_dim :] - grad).abs().max() <= bound * grad.abs().max()
 
 
 @pytest.mark.parametrize("hidden", [96, 768, 1024])
-def test_add_layernorm_of_many_rows(device, sized, seed, hidden, poisoned_memory):
+def test_add_norm_of_many_rows(device, sized, seed, hidden, poisoned_memory):
     batch = batch_of(sized([512] * 40, [7, 12]), device)
+    dropout = batch.dropout(0.1, seed)
     rows = [torch.randn(batch.tokens, hidden, device=device).to(HALF) for _ in range(2)]
     vectors = [torch.randn(hidden, device=device).to(HALF) for _ in range(3)]
 
     def kernel(residual, x, bias, weight, norm_bias):
         with use_kernels(layernorm="triton"):
-            return ops.add_layernorm(residual, x, bias, weight, norm_bias, EPS, batch, 0.1, seed)
+            return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), dropout)
 
     def oracle(residual, x, bias, weight, norm_bias):
-        where = (batch.columns, batch.sequences.sequence_ids)
-        return reference.add_layernorm(residual, x, bias, weight, norm_bias, EPS, *where, 0.1, seed)
+        return reference.add_norm(residual, x, bias, Norm(weight, norm_bias, EPS), dropout)
 
     assert_equivalent(kernel, oracle, [*rows, *vectors])
 
 
 @pytest.mark.parametrize("features", [96, 3072, 4096])
-def test_bias_gelu_dropout_of_many_rows(device, sized, seed, features, poisoned_memory):
+def test_bias_gelu_of_many_rows(device, sized, seed, features, poisoned_memory):
     batch = batch_of(sized([512] * 40, [7, 12]), device)
+    dropout = batch.dropout(0.1, seed)
     inputs = [torch.randn(shape, device=device).to(HALF) for shape in ((batch.tokens, features), (features,))]
 
     def kernel(x, bias):
         with use_kernels(bias_gelu="triton"):
-            return ops.bias_gelu_dropout(x, bias, "gelu", batch, 0.1, seed)
+            return ops.bias_gelu(Product(x, bias), "gelu", dropout)
 
     def oracle(x, bias):
-        return reference.bias_gelu_dropout(x, bias, "gelu", batch.columns, batch.sequences.sequence_ids, 0.1, seed)
+        return reference.bias_gelu(x, bias, "gelu", dropout)
 
     assert_equivalent(kernel, oracle, inputs)
 
@@ -128,39 +132,40 @@ def huge(sized):
     return sized(2**31, 2**14)
 
 
-def test_add_layernorm_beyond_31_bits_of_index(device, seed, huge):
+def test_add_norm_beyond_31_bits_of_index(device, seed, huge):
     """The last rows come out as they do alone."""
     hidden = 768
     tokens = tokens_beyond(huge, hidden)
     batch = batch_of([tokens // 3, tokens - tokens // 3], device)
     residual, x = (torch.randn(tokens, hidden, device=device, dtype=HALF) for _ in range(2))
-    vectors = [torch.randn(hidden, device=device, dtype=HALF) for _ in range(3)]
+    bias, *norm = (torch.randn(hidden, device=device, dtype=HALF) for _ in range(3))
+    norm = Norm(*norm, EPS)
 
     def rows(of):
-        where = (batch.columns[of], batch.sequences.sequence_ids[of], 0.1, seed)
-        out, z = layernorm.forward(residual[of], x[of], *vectors, EPS, *where, True)
-        of_residual, of_x, _, _, of_norm_bias = layernorm.backward(residual[of], z, vectors[1], EPS, *where)
-        return of_norm_bias, (out, z, of_residual, of_x)
+        dropout = Dropout(0.1, seed, batch.columns[of], batch.sequences.sequence_ids[of])
+        out, z = add_norm.forward(residual[of], x[of], bias, norm, dropout, save=True)
+        grad_residual, grad_x, *_, grad_norm_bias = add_norm.backward(residual[of], z, norm, dropout)
+        return grad_norm_bias, (out, z, grad_residual, grad_x)
 
-    of_norm_bias, whole = rows(slice(None))
+    grad_norm_bias, whole = rows(slice(None))
     _, alone = rows(slice(-TAIL, None))
     assert all(torch.equal(one[-TAIL:], other) for one, other in zip(whole, alone, strict=True))
     exact, size = (
         sum(part.sum(0, dtype=torch.float64) for part in each.split(2**16)) for each in (residual, residual.abs())
     )
-    assert ((of_norm_bias - exact).abs() / size).max() < 1e-6
+    assert ((grad_norm_bias - exact).abs() / size).max() < 1e-6
 
 
-def test_bias_gelu_dropout_beyond_31_bits_of_index(device, seed, huge):
+def test_bias_gelu_beyond_31_bits_of_index(device, seed, huge):
     features = 3072
     tokens = tokens_beyond(huge, features)
     batch = batch_of([tokens // 3, tokens - tokens // 3], device)
     x, bias = (torch.randn(shape, device=device, dtype=HALF) for shape in ((tokens, features), (features,)))
 
     def rows(of):
-        where = (batch.columns[of], batch.sequences.sequence_ids[of], 0.1, seed)
-        out = bias_gelu_dropout.forward(x[of], bias, "gelu", *where)
-        return out, bias_gelu_dropout.backward(x[of], x[of], bias, "gelu", *where)[0]
+        dropout = Dropout(0.1, seed, batch.columns[of], batch.sequences.sequence_ids[of])
+        out = bias_gelu.forward(x[of], bias, "gelu", dropout)
+        return out, bias_gelu.backward(x[of], x[of], bias, "gelu", dropout)[0]
 
     whole, alone = rows(slice(None)), rows(slice(-TAIL, None))
     assert all(torch.equal(one[-TAIL:], other) for one, other in zip(whole, alone, strict=True))
@@ -195,7 +200,7 @@ def train(model, ids, mask, embeddings, kernels=KERNELS):
     """The hidden states of a seeded forward, then the gradients."""
     model.zero_grad()
     torch.manual_seed(0)
-    with use_kernels(embeddings=embeddings, **kernels):
+    with use_implementations(embeddings=embeddings, **kernels):
         hidden = model(ids, attention_mask=mask).last_hidden_state[mask.bool()]
         (hidden * torch.linspace(-1, 1, hidden.numel(), device=ids.device).view_as(hidden)).sum().backward()
     return [hidden.detach(), *(each.grad.clone() for each in model.parameters() if each.grad is not None)]
@@ -286,7 +291,7 @@ def test_bad_ids_are_named_and_do_no_harm(device, packed):
     """The error comes before any table is read, and what runs next runs."""
     model = model_of(device, HALF).eval()
     ids, mask = rows_of((9, 4), device)
-    with use_kernels(embeddings="native", **KERNELS), torch.inference_mode():
+    with use_implementations(embeddings="native", **KERNELS), torch.inference_mode():
         before = model(ids, attention_mask=mask).last_hidden_state
         bad = ids.clone()
         bad[1, 2] = 1000

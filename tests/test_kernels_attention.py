@@ -7,11 +7,11 @@ from functools import partial
 
 import pytest
 import torch
-from equivalence import DEVICE, assert_equivalent, run
+from equivalence import DEVICE, assert_equivalent, dropout_of, run
 
 from erniem_fast import ops, reference
 from erniem_fast.batch import TokenBatch
-from erniem_fast.dropout import keep_mask
+from erniem_fast.dropout import dropout_mask
 from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import attention
 from erniem_fast.kernels.attention_configs import Config
@@ -28,7 +28,7 @@ def design(request, monkeypatch):
     """Of the backward."""
     if request.param and attention.one_pass_config(describe(DEVICE).arch, torch.float16, 64, 64) is None:
         pytest.skip("on this architecture the backward takes two passes")
-    monkeypatch.setattr(attention, "takes_one_pass", lambda *_: request.param)
+    monkeypatch.setattr(attention, "backward", partial(attention.backward, one_pass=request.param))
 
 
 def batch_of(lengths):
@@ -44,7 +44,7 @@ def batch_with_holes(lengths):
         row[len(row) - length :] = True
         row[-1 - length // 2] = row[-1 - length] = length < 2
         row[-length - 1] = length >= 2
-    return TokenBatch.from_mask(mask, keep_first=False)[0]
+    return TokenBatch.from_mask(mask, keep_first=False)
 
 
 def inputs_of(batch, heads, head_dim, dtype):
@@ -53,12 +53,12 @@ def inputs_of(batch, heads, head_dim, dtype):
 
 def kernel(batch, heads, p, seed, qkv):
     with use_kernels(attention="triton"):
-        return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, p, seed)
+        return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, dropout_of(batch, p, seed))
 
 
 def oracle(batch, heads, p, seed, qkv):
     scale = (qkv.shape[1] // (3 * heads)) ** -0.5
-    return reference.attention(qkv, batch.sequences.cu_seqlens, batch.columns, batch.sequences.key_mask, heads, scale, p, seed)
+    return reference.attention(qkv, batch.sequences, heads, scale, dropout_of(batch, p, seed))
 
 
 def check(batch, heads, head_dim, dtype, p=0.1, seed=SEED):
@@ -99,9 +99,9 @@ def test_padded_layout_with_a_key_mask(dtype, seed, design):
     mask[3] = False
     batch = TokenBatch.padded((4, 70), DEVICE, mask)
     check(batch, 2, 32, dtype, seed=seed)
-    out, of_qkv = run(partial(kernel, batch, 2, 0.1, seed), inputs_of(batch, 2, 32, dtype))
+    out, grad_qkv = run(partial(kernel, batch, 2, 0.1, seed), inputs_of(batch, 2, 32, dtype))
     assert torch.equal(out[3 * 70 :], torch.zeros_like(out[3 * 70 :]))
-    assert torch.equal(of_qkv[3 * 70 :], torch.zeros_like(of_qkv[3 * 70 :]))
+    assert torch.equal(grad_qkv[3 * 70 :], torch.zeros_like(grad_qkv[3 * 70 :]))
 
 
 def test_packed_and_padded_give_the_same_tokens_the_same_mask(design):
@@ -109,7 +109,7 @@ def test_packed_and_padded_give_the_same_tokens_the_same_mask(design):
     lengths, columns = [5, 40, 17], 45
     mask = torch.arange(columns, device=DEVICE)[None, :] < torch.tensor(lengths, device=DEVICE)[:, None]
     padded = TokenBatch.padded((3, columns), DEVICE, mask)
-    packed, _ = TokenBatch.from_mask(mask, keep_first=False)
+    packed = TokenBatch.from_mask(mask, keep_first=False)
     qkv = torch.randn(3, columns, 3 * 64, device=DEVICE)
     of_packed = run(partial(kernel, packed, 2, 0.3, SEED), [packed.pack(qkv)])
     grad = mask.view(-1, 1).float().expand(-1, 64)
@@ -126,19 +126,25 @@ def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, design
     for name in ("forward_config", "backward_config", "one_pass_config"):
         monkeypatch.setattr(attention, name, lambda *_: config)
     length, heads = 64, 2
-    batch = replace(batch_of([3, length]), contiguous=contiguous)
+    batch = batch_of([3, length])
+    batch = replace(batch, sequences=batch.sequences._replace(contiguous=contiguous))
     qkv = torch.zeros(batch.tokens, 3, heads, length, device=DEVICE)
     qkv[3:, 2] = torch.eye(length, device=DEVICE)[:, None]
-    out, of_qkv = run(partial(kernel, batch, heads, 0.25, SEED), [qkv.flatten(1)], torch.eye(67, 128, device=DEVICE))
+    out, grad_qkv = run(partial(kernel, batch, heads, 0.25, SEED), [qkv.flatten(1)], torch.eye(67, 128, device=DEVICE))
 
-    keep = keep_mask(
-        SEED, 0.25, length, batch.columns[3:, None], batch.sequences.sequence_ids[3:, None], torch.arange(heads, device=DEVICE)
+    mask = dropout_mask(
+        SEED,
+        0.25,
+        length,
+        batch.columns[3:, None],
+        batch.sequences.sequence_ids[3:, None],
+        torch.arange(heads, device=DEVICE),
     )
-    exact = keep / (length * 0.75)
+    exact = mask / (length * 0.75)
     torch.testing.assert_close(out[3:].unflatten(1, (heads, length)), exact, rtol=1e-6, atol=0)
     # The gradient of a key's value is the sum over queries of what they took of it: query q asked for feature q + 3.
-    of_value = of_qkv[3:].unflatten(1, (3, heads, length))[:, 2, 0, 3:].t()
-    torch.testing.assert_close(of_value, exact[: length - 3, 0], rtol=1e-6, atol=0)
+    grad_value = grad_qkv[3:].unflatten(1, (3, heads, length))[:, 2, 0, 3:].t()
+    torch.testing.assert_close(grad_value, exact[: length - 3, 0], rtol=1e-6, atol=0)
 
 
 def test_large_scores_do_not_overflow(design):
@@ -173,15 +179,15 @@ def test_tying_keys_beside_large_scores(root, layout, dtype, seed, design):
     case = (batch, 1, 0.1, seed)
     grad = torch.randn(batch.tokens, 64, device=DEVICE).to(dtype)
     results, exact = (run(partial(op, *case), [x], grad) for op, x in ((kernel, qkv), (oracle, qkv.double())))
-    of_value, of_exact_value = results[1][:, 128:], exact[1][:, 128:]
-    for result, truth in ((results[0], exact[0]), (of_value, of_exact_value)):
+    grad_value, exact_grad_value = results[1][:, 128:], exact[1][:, 128:]
+    for result, truth in ((results[0], exact[0]), (grad_value, exact_grad_value)):
         assert (result - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
     assert_equivalent(partial(kernel, *case), partial(oracle, *case), [qkv])
 
 
 def test_no_tokens():
-    out, of_qkv = run(partial(kernel, batch_of([0, 0]), 2, 0.1, SEED), [torch.zeros(0, 192, device=DEVICE)])
-    assert (out.shape, of_qkv.shape) == ((0, 64), (0, 192))
+    out, grad_qkv = run(partial(kernel, batch_of([0, 0]), 2, 0.1, SEED), [torch.zeros(0, 192, device=DEVICE)])
+    assert (out.shape, grad_qkv.shape) == ((0, 64), (0, 192))
 
 
 def test_other_sequences_stay_apart(design):
@@ -247,9 +253,9 @@ def test_head_dims_beyond_256_are_refused():
 
 BEYOND_INT32 = """
 import torch
+from erniem_fast.batch import Sequences
+from erniem_fast.dropout import Dropout
 from erniem_fast.kernels import attention
-
-attention.takes_one_pass = lambda *_: {one_pass}
 
 def run(tokens):
     \"\"\"One sequence of 20 at the end of so many tokens, of which no other is ever touched.\"\"\"
@@ -259,11 +265,11 @@ def run(tokens):
     columns = torch.zeros(tokens, dtype=torch.int64)
     columns[-20:] = torch.arange(20).flip(0)
     cu_seqlens = torch.tensor([tokens - 20, tokens], dtype=torch.int32)
-    key_mask = columns != 7
-    case = (torch.zeros(1, dtype=torch.int64), False, cu_seqlens, 20, columns, columns, key_mask, 16, 0.125, 0.1)
-    out, statistics = attention.forward(qkv, *case, torch.tensor([5]))
-    of_qkv = attention.backward(grad, out, statistics, qkv, *case, torch.tensor([5]))
-    return out[-20:], statistics[:, -20:], of_qkv[-20:]
+    sequences = Sequences(cu_seqlens, 20, torch.zeros(1, dtype=torch.int64), False, columns, key_mask=columns != 7)
+    case = (sequences, 16, 0.125, Dropout(0.1, torch.tensor([5]), columns, columns))
+    out, statistics = attention.forward(qkv, *case)
+    grad_qkv = attention.backward(grad, out, statistics, qkv, *case, one_pass={one_pass})
+    return out[-20:], statistics[:, -20:], grad_qkv[-20:]
 
 tokens = 2**31 // (3 * 1024) + 21
 for near, far in zip(run(20), run(tokens), strict=True):

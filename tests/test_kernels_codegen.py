@@ -42,9 +42,9 @@ print(json.dumps({
         ["attention ≤ 16", "backward"],
         *(["attention ≤ 64", kernel] for kernel in ("backward", "forward")),
         ["attention, many", "backward"],
-        *(["bias_gelu_dropout", kernel] for kernel in ("backward", "forward")),
-        *(["layernorm", kernel] for kernel in ("backward", "forward")),
-        *(["layernorm, plain", kernel] for kernel in ("backward", "forward")),
+        *(["bias_gelu", kernel] for kernel in ("backward", "forward")),
+        *(["add_norm", kernel] for kernel in ("backward", "forward")),
+        *(["add_norm, plain", kernel] for kernel in ("backward", "forward")),
     ]
     assert (
         found["launches"] == 28 + 4 * 75 + 2 * 85 + 2 * 75 + 60
@@ -63,7 +63,7 @@ print(json.dumps([each.broken_rules() for each in (
     replace(row, shared=65537),
     replace(row, products="-"),
     replace(row, products="v_wmma", arch="gfx1100", size=256, spills=4),
-    replace(row, op="layernorm", size=768, products="-"),
+    replace(row, op="add_norm", size=768, products="-"),
 )]))
 """
     assert in_process_of_its_own(code) == [
@@ -146,12 +146,10 @@ def launch_attention():
     for lengths in (*short, *long, [129] * 140):
         batch = TokenBatch.from_cu_seqlens(torch.tensor([0, *accumulate(lengths)]), max(lengths), sum(lengths))
         qkv = torch.zeros(batch.tokens, 3 * 128, dtype=torch.float16)
-        order = (batch.sequences.longest_first, batch.sequences.contiguous)
-        where = (batch.sequences.cu_seqlens, batch.sequences.max_seqlen, batch.columns, batch.sequences.sequence_ids, batch.sequences.key_mask)
         for scale, p in ((0.125, 0.1), (0.2, 0.3)):
-            case = (*order, *where, 2, scale, p, seed)
-            out, lse = attention.forward(qkv, *case)
-            attention.backward(out, out, lse, qkv, *case)
+            case = (batch.sequences, 2, scale, batch.dropout(p, seed))
+            out, statistics = attention.forward(qkv, *case)
+            attention.backward(out, out, statistics, qkv, *case)
 
 def count(*launch):
     kernels = {}

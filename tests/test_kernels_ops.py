@@ -2,13 +2,16 @@
 
 import pytest
 import torch
-from equivalence import DEVICE
+from equivalence import DEVICE, dropout_of
 
 from erniem_fast import flags, ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import attention
-from erniem_fast.ops.triton import implementation
+from erniem_fast.ops import Product
+from erniem_fast.ops.choose import arguments_of
+from erniem_fast.ops.triton import triton_implementation
+from erniem_fast.reference import Norm
 
 SEED = torch.tensor([0x123456789ABCDEF], device=DEVICE)
 CPU = torch.device("cpu")
@@ -19,29 +22,30 @@ def batch():
     return TokenBatch.from_cu_seqlens(torch.tensor([0, 2, 7], device=DEVICE), 5, 7)
 
 
-def layernorm_inputs(batch, dtype=torch.float32):
-    rows = [torch.randn(batch.tokens, 96, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2)]
-    vectors = [torch.randn(96, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3)]
-    return [*rows, *vectors]
+def add_norm_inputs(batch, dtype=torch.float32):
+    """The residual, the product and the layer norm."""
+    residual, x = (torch.randn(batch.tokens, 96, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(2))
+    bias, *norm = (torch.randn(96, device=DEVICE, dtype=dtype, requires_grad=True) for _ in range(3))
+    return residual, Product(x, bias), Norm(*norm, 1e-5)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 def test_auto_does_not_take_the_interpreter(batch, monkeypatch):
     launched = []
-    monkeypatch.setattr("erniem_fast.kernels.layernorm.forward", lambda *_: launched.append(1))
-    ops.add_layernorm(*layernorm_inputs(batch), 1e-5, batch)
+    monkeypatch.setattr("erniem_fast.kernels.add_norm.forward", lambda **_: launched.append(1))
+    ops.add_norm(*add_norm_inputs(batch))
     assert launched == []
 
 
 def test_auto_takes_kernels_on_gpus():
-    triton = implementation("layernorm")
+    triton = triton_implementation("add_norm")
     assert triton.automatic(torch.device("cuda"))
     assert not triton.automatic(CPU)
     assert triton.fuses_bias
 
 
 def test_the_processor_is_refused_without_the_interpreter(monkeypatch):
-    triton = implementation("layernorm")
+    triton = triton_implementation("add_norm")
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     assert triton.objection(CPU, torch.float32, 0) is None
     monkeypatch.setenv("TRITON_INTERPRET", "0")
@@ -53,8 +57,8 @@ def test_the_processor_is_refused_without_the_interpreter(monkeypatch):
     [
         ("attention", torch.float16, "8.0"),
         ("attention", torch.float32, "8.0"),
-        ("layernorm", torch.bfloat16, "8.0"),
-        ("layernorm", torch.float16, None),
+        ("add_norm", torch.bfloat16, "8.0"),
+        ("add_norm", torch.float16, None),
         ("bias_gelu", torch.float32, None),
     ],
 )
@@ -70,20 +74,19 @@ def test_float64_is_refused(batch):
         use_kernels(layernorm="triton"),
         pytest.raises(RuntimeError, match="ERNIEM_FAST_LAYERNORM=triton cannot be served: the kernels take float16"),
     ):
-        ops.add_layernorm(*layernorm_inputs(batch, torch.float64), 1e-5, batch)
+        ops.add_norm(*add_norm_inputs(batch, torch.float64))
 
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
 def test_custom_ops_are_well_behaved(batch, seed):
-    dropout = (batch.columns, batch.sequences.sequence_ids, 0.1, seed)
-    residual, x, bias, weight, norm_bias = layernorm_inputs(batch)
+    dropout = dropout_of(batch, 0.1, seed) or [None] * 4
+    residual, (x, bias, _), norm = add_norm_inputs(batch)
     qkv = torch.randn(batch.tokens, 96, device=DEVICE, requires_grad=True)
-    where = (batch.sequences.longest_first, True, batch.sequences.cu_seqlens, 5, batch.columns, batch.sequences.sequence_ids, None)
     erniem_fast = torch.ops.erniem_fast
     for op, inputs in (
-        (erniem_fast.add_layernorm, (residual, x, bias, weight, norm_bias, 1e-5, *dropout, True, "triton")),
-        (erniem_fast.bias_gelu_dropout, (x, bias, "gelu", *dropout, "triton")),
-        (erniem_fast.attention, (qkv, *where, 2, 0.25, 0.1, seed, "triton")),
+        (erniem_fast.add_norm, (residual, x, bias, *norm, *dropout, True, "triton")),
+        (erniem_fast.bias_gelu, (x, bias, "gelu", *dropout, True, "triton")),
+        (erniem_fast.attention, (qkv, *batch.sequences, 2, 0.25, *dropout, True, "triton")),
     ):
         torch.library.opcheck(op.default, inputs)
 
@@ -91,19 +94,24 @@ def test_custom_ops_are_well_behaved(batch, seed):
 def test_verify_passes(batch, monkeypatch):
     """The reference runs beside both directions of every kernel."""
     monkeypatch.setenv(flags.VERIFY.name, "1")
-    qkv = torch.randn(batch.tokens, 3 * 32, device=DEVICE, requires_grad=True)
+    qkv, dropout = torch.randn(batch.tokens, 3 * 32, device=DEVICE, requires_grad=True), batch.dropout(0.1, SEED)
     with use_kernels(attention="triton", layernorm="triton", bias_gelu="triton"):
-        out = ops.attention(qkv, batch, 2, 0.25, 0.1, SEED)
-        out = ops.bias_gelu_dropout(out, out[0].detach(), "gelu", batch, 0.1, SEED)
-        out = ops.add_layernorm(out, out, out[0].detach(), out[0].detach(), out[0].detach(), 1e-5, batch, 0.1, SEED)
+        out = ops.attention(qkv, batch, 2, 0.25, dropout)
+        out = ops.bias_gelu(Product(out, out[0].detach()), "gelu", dropout)
+        row = out[0].detach()
+        out = ops.add_norm(out, Product(out, row), Norm(row, row, 1e-5), dropout)
     out.square().sum().backward()
     assert qkv.grad.abs().max() > 0
 
 
 def test_verify_catches_a_broken_kernel(batch, monkeypatch):
     forward = attention.forward
+
+    def broken(**inputs):
+        return tuple(1.001 * each for each in forward(**arguments_of(forward, inputs)))
+
     monkeypatch.setenv(flags.VERIFY.name, "1")
-    monkeypatch.setattr(attention, "forward", lambda *inputs: tuple(1.001 * each for each in forward(*inputs)))
+    monkeypatch.setattr(attention, "forward", broken)
     qkv = torch.randn(batch.tokens, 3 * 32, device=DEVICE)
     with use_kernels(attention="triton"), pytest.raises(RuntimeError, match=r"attention forward \(triton\) disagrees"):
         ops.attention(qkv, batch, 2, 0.25)

@@ -19,19 +19,19 @@ from erniem_fast import kernels
 from erniem_fast.verify.battery import battery
 
 KERNELS = Path(kernels.__path__[0])
-MODULE_OF_OP = {"attention": "attention", "bias_gelu": "bias_gelu_dropout", "layernorm": "layernorm"}
+OPS = ("attention", "bias_gelu", "add_norm")  # each has the name of its file
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of numbers that overflow in a mutant
 
 # What is replaced, and by what. Of both kernels that make the gradients of keys and values:
 OF_KEYS = [
     ("tl.dot(value, tl.trans(grad)", "tl.dot(key, tl.trans(grad)"),
-    ("tl.where(keep, probabilities, 0.0)", "probabilities"),
-    ("of_value *= rescale", "of_value *= 1.0"),
-    ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
-    ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
-    ("(of_probabilities - delta)", "of_probabilities"),
-    ("of_key * scale", "of_key"),
+    ("tl.where(dropout_mask, probabilities, 0.0)", "probabilities"),
+    ("grad_value *= rescale", "grad_value *= 1.0"),
+    ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "grad_probabilities * rescale"),
+    ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "tl.where(dropout_mask, grad_probabilities, 0.0)"),
+    ("(grad_probabilities - delta)", "grad_probabilities"),
+    ("grad_key * scale", "grad_key"),
 ]
 # And of all kernels, by file and function:
 ATTENTION = {
@@ -43,13 +43,13 @@ ATTENTION = {
         ("row < length", "row < length - 1"),
         ("dim < HEAD_DIM)", "dim < HEAD_DIM - 1)"),
     ],
-    "_kept_keys": [
+    "_key_mask": [
         ("key < length", "key <= length"),
         ("key < length", "key < length - 1"),
-        ("tl.load(key_mask_ptr + start + key, mask=kept, other=0).to(tl.int1)", "kept"),
+        ("tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)", "key_mask"),
         ("key_mask_ptr + start + key", "key_mask_ptr + key"),
     ],
-    "_keep": [
+    "_dropout_mask": [
         ("first_key // 4 + tl", "tl"),
         ("groups, query, sequence, head", "groups, query, 0, head"),
         ("groups, query, sequence, head", "groups, query, sequence, 0"),
@@ -62,12 +62,12 @@ ATTENTION = {
         ("(scores - shift) * (scale * LOG2_E)", "(scores - shift) * scale"),
         ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * LOG2_E"),
         ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * scale"),
-        ('tl.where(kept, scores, float("-inf"))', "scores"),
+        ('tl.where(key_mask, scores, float("-inf"))', "scores"),
         ('tl.where(larger == float("-inf"), 0.0, larger)', "larger"),
         ("tl.where(total == 0.0, 1.0, total)", "total"),
         ("total * shrink + tl.sum", "total + tl.sum"),
         ("acc=out * shrink", "acc=out"),
-        ("tl.where(keep, probabilities, 0.0)", "probabilities"),
+        ("tl.where(dropout_mask, probabilities, 0.0)", "probabilities"),
         ("out *= rescale", "out *= 1.0"),
         ("+ 2 * row, largest, mask=row < length)", "+ 2 * row, largest, mask=row < length - 1)"),
         ("tl.log2(total), mask=row < length)", "tl.log2(total), mask=row < length - 1)"),
@@ -84,16 +84,19 @@ ATTENTION = {
         ("* (scale * LOG2_E)", "* scale"),
         (" - log_total", ""),
         (
-            "tl.where(kept, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)",
+            "tl.where(key_mask, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)",
             "tl.exp2((scores - largest) * (scale * LOG2_E) - log_total)",
         ),
     ],
     "_backward_queries_kernel": [
         ("tl.dot(grad, tl.trans(value)", "tl.dot(query, tl.trans(value)"),
-        ("tl.where(keep, of_probabilities * rescale, 0.0)", "of_probabilities * rescale"),
-        ("tl.where(keep, of_probabilities * rescale, 0.0)", "tl.where(keep, of_probabilities, 0.0)"),
-        ("(of_probabilities - delta)", "of_probabilities"),
-        ("of_query * scale", "of_query"),
+        ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "grad_probabilities * rescale"),
+        (
+            "tl.where(dropout_mask, grad_probabilities * rescale, 0.0)",
+            "tl.where(dropout_mask, grad_probabilities, 0.0)",
+        ),
+        ("(grad_probabilities - delta)", "grad_probabilities"),
+        ("grad_query * scale", "grad_query"),
         ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
         ("delta, mask=row < length", "delta, mask=row < length - 1"),
     ],
@@ -103,7 +106,7 @@ ATTENTION = {
     ],
     "_backward_kernel": [
         *OF_KEYS,
-        ("of_query * scale", "of_query"),
+        ("grad_query * scale", "grad_query"),
         ("if first > 0:", "if first < 0:"),
         ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),
         ("if first + BLOCK >= length:", "if first + BLOCK > length:"),
@@ -133,16 +136,16 @@ BIAS_GELU = {
     ],
     "_backward_kernel": [
         ("x += bias", "x += 0.0"),
-        ("of_x = drop_features(of_x, seed, threshold, rescale, column, sequence, block, BLOCK)", "pass"),
+        ("grad_x = drop_features(grad_x, seed, threshold, rescale, column, sequence, block, BLOCK)", "pass"),
         ("column, sequence, block, BLOCK", "column, sequence, 0, BLOCK"),
-        ("of_x *= _derivative(x, ACTIVATION)", "pass"),
-        ("of_bias += of_x", "of_bias = of_x"),
+        ("grad_x *= _derivative(x, ACTIVATION)", "pass"),
+        ("grad_bias += grad_x", "grad_bias = grad_x"),
         ("(rows < tokens) &", "(rows < tokens - 1) &"),
         ("sums, mask=features < FEATURES", "sums, mask=features < FEATURES - 1"),
         ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
     ],
 }
-LAYERNORM = {
+ADD_NORM = {
     "_load_vector": [("features < HIDDEN", "features < HIDDEN - 1")],
     "_load_rows": [
         ("(rows < tokens)", "(rows < tokens - 1)"),
@@ -176,26 +179,26 @@ LAYERNORM = {
         ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
     ],
     "_backward_kernel": [
-        ("_add(of_weight, _multiply(grad, normal, CHUNKS), CHUNKS)", "_multiply(grad, normal, CHUNKS)"),
+        ("_add(grad_weight, _multiply(grad, normal, CHUNKS), CHUNKS)", "_multiply(grad, normal, CHUNKS)"),
         ("_multiply(grad, normal, CHUNKS)", "grad"),
-        ("_add(of_norm_bias, grad, CHUNKS)", "grad"),
+        ("_add(grad_norm_bias, grad, CHUNKS)", "grad"),
         ("_multiply(grad, weight, CHUNKS)", "grad"),
         (" - mean", ""),
         (" - normal[chunk] * slope", ""),
         (") * rstd", ")"),
-        ("_dropout(of_z, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "of_z"),
-        ("_add(of_bias, of_x, CHUNKS)", "of_x"),
-        ("_add(of_bias, of_z, CHUNKS)", "of_z"),
+        ("_dropout(grad_z, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "grad_z"),
+        ("_add(grad_bias, grad_x, CHUNKS)", "grad_x"),
+        ("_add(grad_bias, grad_z, CHUNKS)", "grad_z"),
         ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
     ],
     "_store_sums": [("features < HIDDEN", "features < HIDDEN - 1")],
 }
 DROPOUT = {
     "launch_arguments": [
-        ("dropout.rescale(p)", "1.0"),
-        ("dropout.threshold(p)", "dropout.threshold(p / 2)"),
+        ("dropout.rescale(of.p)", "1.0"),
+        ("dropout.threshold(of.p)", "dropout.threshold(of.p / 2)"),
     ],
-    "keep_mask": [
+    "dropout_mask": [
         ("tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
         (">= threshold", "< threshold"),
         ("n_rounds=ROUNDS", "n_rounds=10"),
@@ -205,11 +208,11 @@ DROPOUT_OF_FEATURES = {
     "drop_features": [
         ("x * rescale", "x"),
         ("block * (BLOCK // 4)", "block * BLOCK"),
-        ("tl.where(keep_mask(seed, threshold, groups, column, sequence, 0), x * rescale, 0.0)", "x * rescale"),
+        ("tl.where(dropout_mask(seed, threshold, groups, column, sequence, 0), x * rescale, 0.0)", "x * rescale"),
     ],
 }
 DROPOUT_OF_COLUMNS = {
-    "keep_column_mask": [
+    "dropout_mask_of_columns": [
         ("last // 4", "last"),
         ("last % 4 == 1", "last % 4 == 3"),
         ("n_rounds=ROUNDS", "n_rounds=10"),
@@ -219,10 +222,10 @@ DROPOUT_OF_COLUMNS = {
 
 MUTANTS = (
     ("attention", "attention", ATTENTION),
-    ("bias_gelu", "bias_gelu_dropout", BIAS_GELU),
-    ("layernorm", "layernorm", LAYERNORM),
-    *((op, "dropout", DROPOUT) for op in MODULE_OF_OP),
-    *((op, "dropout", DROPOUT_OF_FEATURES) for op in ("bias_gelu", "layernorm")),
+    ("bias_gelu", "bias_gelu", BIAS_GELU),
+    ("add_norm", "add_norm", ADD_NORM),
+    *((op, "dropout", DROPOUT) for op in OPS),
+    *((op, "dropout", DROPOUT_OF_FEATURES) for op in ("bias_gelu", "add_norm")),
     ("attention", "dropout", DROPOUT_OF_COLUMNS),
 )
 
@@ -245,7 +248,7 @@ DIGITS = (
     ),
     (
         "bias_gelu",
-        "bias_gelu_dropout",
+        "bias_gelu",
         {
             "_activate": [
                 (
@@ -260,8 +263,8 @@ DIGITS = (
         },
     ),
     (
-        "layernorm",
-        "layernorm",
+        "add_norm",
+        "add_norm",
         {
             "_normalise": [
                 ("_row_sums(z, CHUNKS) / HIDDEN", "0.0"),
@@ -273,14 +276,17 @@ DIGITS = (
 # In bfloat16 alone: operands of a product that are left in float32,
 CASTS = {
     "_forward_kernel": [("probabilities.to(value.dtype)", "probabilities")],
-    "_backward_queries_kernel": [("of_scores.to(key.dtype)", "of_scores")],
+    "_backward_queries_kernel": [("grad_scores.to(key.dtype)", "grad_scores")],
     "_backward_keys_kernel": [
         ("dropped.to(grad.dtype)", "dropped"),
-        ("of_scores.to(query.dtype)", "of_scores"),
+        ("grad_scores.to(query.dtype)", "grad_scores"),
     ],
     "_backward_kernel": [
         ("dropped.to(grad.dtype)", "dropped"),
-        ("(probabilities * (of_probabilities - delta)).to(query.dtype)", "probabilities * (of_probabilities - delta)"),
+        (
+            "(probabilities * (grad_probabilities - delta)).to(query.dtype)",
+            "probabilities * (grad_probabilities - delta)",
+        ),
     ],
 }
 # and values that are rounded though they need not be.
@@ -298,15 +304,15 @@ ROUNDINGS = (
             ],
             "_backward_queries_kernel": [
                 ("(value), input_precision=PRECISION)", "(value), input_precision=PRECISION).to(key.dtype)"),
-                ("acc=of_query", "acc=of_query.to(key.dtype).to(tl.float32)"),
+                ("acc=grad_query", "acc=grad_query.to(key.dtype).to(tl.float32)"),
             ],
             "_backward_keys_kernel": [
                 ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
-                ("acc=of_key", "acc=of_key.to(key.dtype).to(tl.float32)"),
+                ("acc=grad_key", "acc=grad_key.to(key.dtype).to(tl.float32)"),
             ],
             "_backward_kernel": [
                 ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
-                ("acc=of_value", "acc=of_value.to(key.dtype).to(tl.float32)"),
+                ("acc=grad_value", "acc=grad_value.to(key.dtype).to(tl.float32)"),
             ],
             "forward": [("dtype=torch.float32", "dtype=qkv.dtype")],
             "backward": [("head_dim, dtype=torch.float32", "head_dim, dtype=qkv.dtype")],
@@ -314,13 +320,13 @@ ROUNDINGS = (
     ),
     (
         "bias_gelu",
-        "bias_gelu_dropout",
+        "bias_gelu",
         {
             "_forward_kernel": [("x += bias", "x = (x + bias).to(x_ptr.dtype.element_ty).to(tl.float32)")],
             "backward": [("features, dtype=torch.float32", "features, dtype=x.dtype")],
         },
     ),
-    ("layernorm", "layernorm", {"backward": [("dtype=torch.float32", "dtype=z.dtype")]}),
+    ("add_norm", "add_norm", {"backward": [("dtype=torch.float32", "dtype=z.dtype")]}),
 )
 
 
@@ -362,9 +368,9 @@ def holds(check):
     return all(comparison.holds for comparison in check.run().values())
 
 
-@pytest.mark.parametrize("op", MODULE_OF_OP)
+@pytest.mark.parametrize("op", OPS)
 def test_unchanged_kernels_survive(op, install):
-    for name in ("dropout", MODULE_OF_OP[op]):
+    for name in ("dropout", op):
         install(name, source_of(name))
     assert holds(checks_of(op, torch.float32)[0])
     assert rounds_little(op, next(iter(ERRORS[op])))
@@ -375,7 +381,7 @@ def test_no_mutant_survives(op, file, function, old, new, install):
     """In bfloat16, in which models run on GPUs, and which takes half of float32's time."""
     install(file, mutate(source_of(file), function, old, new))
     if file == "dropout":
-        install(MODULE_OF_OP[op], source_of(MODULE_OF_OP[op]))
+        install(op, source_of(op))
     assert not all(holds(check) for check in checks_of(op, torch.bfloat16))
 
 

@@ -19,6 +19,7 @@ from erniem_fast.native import embeddings as native_embeddings
 from erniem_fast.native.build import build, compile_libraries
 from erniem_fast.native.function import dropout_values
 from erniem_fast.ops import embeddings
+from erniem_fast.reference import Norm
 
 PADDING, EPS = 1, 1e-5
 HIDDEN = [1, 7, 96, 384, 768, 1024, 1031]
@@ -78,6 +79,12 @@ def batch_of(tokens: int, device: torch.device) -> TokenBatch:
     return TokenBatch.from_cu_seqlens(cu_seqlens, tokens, tokens)
 
 
+def arranged(tables: list[Tensor]) -> tuple[Tensor, Tensor, Norm]:
+    """The tables of words and positions, and the layer norm."""
+    words, positions, *norm = tables
+    return words, positions, Norm(*norm, EPS)
+
+
 class Case:
     """Random inputs of the op, many ids repeated and some of them padding."""
 
@@ -89,14 +96,14 @@ class Case:
         shapes = ((words, hidden), (max_positions, hidden), (hidden,), (hidden,))
         self.tables = [torch.randn(shape, device=device).to(dtype) for shape in shapes]
         self.grad = torch.randn(batch.tokens, hidden, device=device).to(dtype)
-        self.batch, self.p = batch, p
-        self.seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device) if p else None
+        seed = torch.randint(-(2**63), 2**63 - 1, (1,), device=device)
+        self.dropout = batch.dropout(p, seed) if p else None
 
     def run(self, implementation: str, dtype: torch.dtype | None = None, **options) -> list[Tensor]:
         """The result and the gradients of the tables, of weight and of norm_bias."""
         leaves = [each.to(dtype or self.dtype).detach().requires_grad_() for each in self.tables]
         with use_kernels(embeddings=implementation):
-            out = embeddings(self.ids, self.positions, *leaves, EPS, PADDING, self.batch, self.p, self.seed, **options)
+            out = embeddings(self.ids, self.positions, *arranged(leaves), PADDING, self.dropout, **options)
         return [out.detach(), *torch.autograd.grad(out, leaves, self.grad.to(out.dtype))]
 
 
@@ -149,7 +156,7 @@ def test_many_tokens(device, hidden, request):
 @pytest.mark.parametrize("keep_first", [False, True])
 def test_every_mask_shape(device, shape, keep_first):
     torch.manual_seed(1)
-    batch, _ = TokenBatch.from_mask(masks(4, 8)[shape].to(device), keep_first=keep_first)
+    batch = TokenBatch.from_mask(masks(4, 8)[shape].to(device), keep_first=keep_first)
     assert_float32(Case(batch, 96, p=0.3))
 
 
@@ -157,13 +164,13 @@ def test_every_mask_shape(device, shape, keep_first):
 @pytest.mark.parametrize("hidden", [1, 7, 96, 1031])
 def test_dropout_has_the_bits_of_every_other_op(device, hidden, p):
     torch.manual_seed(2)
-    batch, _ = TokenBatch.from_mask(masks(3, 7)["holes"].to(device), keep_first=True)
+    batch = TokenBatch.from_mask(masks(3, 7)["holes"].to(device), keep_first=True)
     case = Case(batch, hidden, p=p)
     case.tables[2].zero_()  # weight
     case.tables[3].fill_(1.0)  # norm_bias
     out = case.run("native")[0]
-    keep = dropout.keep_mask(case.seed, p, hidden, batch.columns, batch.sequences.sequence_ids)
-    assert torch.equal(out, keep * torch.tensor(dropout.rescale(p), device=device))
+    mask = dropout.dropout_mask(case.dropout.seed, p, hidden, batch.columns, batch.sequences.sequence_ids)
+    assert torch.equal(out, mask * torch.tensor(dropout.rescale(p), device=device))
 
 
 @pytest.mark.parametrize("dtype", HALVES)
@@ -176,11 +183,9 @@ def test_every_value_of_a_half_is_read_and_rounded_as_by_torch(device, dtype):
         patterns.flatten()[torch.randperm(2**16)].view(256, 256).view(dtype),
     )
     position_table[:8] = 0.0
-    rows, batch, norm = torch.arange(256, device=device), batch_of(256, device), torch.ones(256, device=device)
-    coordinates = (batch.columns, batch.sequences.sequence_ids)
-    _, z = native_embeddings.forward(
-        rows, rows, word_table, position_table, norm, norm, EPS, PADDING, *coordinates, 0.0, None, True
-    )
+    rows, ones = torch.arange(256, device=device), torch.ones(256, device=device)
+    norm = Norm(ones, ones, EPS)
+    _, z = native_embeddings.forward(rows, rows, word_table, position_table, norm, dropout=None, save=True)
     expected = (word_table.float() + position_table.float()).to(dtype)
     torch.testing.assert_close(z, expected, rtol=0, atol=0, equal_nan=True)
 
@@ -247,11 +252,11 @@ def test_rows_out_of_range_are_named_on_the_cpu(device, name, value):
     if device.type != "cpu":
         pytest.skip("a device would have to be waited for")
     mask = torch.tensor([[True, False, True], [False, True, True]])
-    batch, _ = TokenBatch.from_mask(mask, keep_first=False)
+    batch = TokenBatch.from_mask(mask, keep_first=False)
     case = Case(batch, 96)
     getattr(case, name)[2:] = value
     size = 50 if name == "ids" else 40
-    with pytest.raises(IndexError, match=f"{name} has {value} at row 1, column 1, but its table has {size} rows"):
+    with pytest.raises(IndexError, match=f"{name} has {value} at token 2, but its table has {size} rows"):
         case.run("native")
 
 
@@ -275,7 +280,7 @@ def test_rows_out_of_range_are_never_read(device, hidden):
         z=None,
         eps=EPS,
         **good,
-        **dropout_values(case.batch.columns, case.batch.sequences.sequence_ids, 0.0, None),
+        **dropout_values(None),
     )
     assert out[:5].isnan().all()
     assert out[5:].isfinite().all()
@@ -304,9 +309,8 @@ def test_inputs_need_not_be_contiguous_nor_aligned(device):
     unaligned = flat[1:].view_as(case.tables[0])
     assert unaligned.data_ptr() % 16 != 0
     with use_kernels(embeddings="native"):
-        out = embeddings(
-            case.ids, case.positions, unaligned, *case.tables[1:], EPS, PADDING, case.batch, case.p, case.seed
-        )
+        tables = arranged([unaligned, *case.tables[1:]])
+        out = embeddings(case.ids, case.positions, *tables, PADDING, case.dropout)
     torch.testing.assert_close(out, expected[0], rtol=1e-6, atol=1e-6)
     assert all(error(result, truth.double()) < 1e-6 for result, truth in zip(case.run("native"), expected, strict=True))
 
@@ -317,12 +321,12 @@ def test_tables_of_more_than_two_to_the_31_elements(device):
     table = torch.from_numpy(np.zeros((words, hidden), dtype=np.int16)).view(torch.bfloat16)
     table = torch.zeros_like(table, device=device) if device.type == "cuda" else table
     table[-1] = torch.randn(hidden)
-    norm, bias = torch.ones(hidden, device=device), torch.zeros(hidden, device=device)
+    norm = Norm(torch.ones(hidden, device=device), torch.zeros(hidden, device=device), EPS)
     zeros = torch.zeros(2, hidden, dtype=torch.bfloat16, device=device)
     ids, positions = torch.tensor([words - 1, 5], device=device), torch.tensor([0, 1], device=device)
     with use_kernels(embeddings="native"):
-        out = embeddings(ids, positions, table, zeros, norm, bias, EPS, PADDING, batch_of(2, device))
-    exact = reference.layer_norm(table[-1].double(), norm.double(), bias.double(), EPS)
+        out = embeddings(ids, positions, table, zeros, norm, PADDING)
+    exact = reference.layer_norm(table[-1].double(), Norm(norm.weight.double(), norm.bias.double(), EPS))
     assert error(out[0], exact) < 2**-8
     assert out[1].abs().amax() == 0.0
 
@@ -330,6 +334,5 @@ def test_tables_of_more_than_two_to_the_31_elements(device):
 def test_opcheck(device):
     case = Case(batch_of(9, device), 96, p=0.1)
     leaves = [each.requires_grad_() for each in case.tables]
-    coordinates = (case.batch.columns, case.batch.sequences.sequence_ids)
-    inputs = (case.ids, case.positions, *leaves, EPS, PADDING, *coordinates, case.p, case.seed, True, "native", False)
+    inputs = (case.ids, case.positions, *leaves, EPS, PADDING, *case.dropout, False, True, "native")
     torch.library.opcheck(torch.ops.erniem_fast.embeddings.default, inputs)

@@ -11,11 +11,14 @@ from torch import Tensor, nn
 
 from erniem_fast import ErnieMConfig, ErnieMModel, ops
 from erniem_fast.batch import TokenBatch
+from erniem_fast.flags import use_implementations
 from erniem_fast.native import attention, compiler, function, library, linear
+from erniem_fast.ops import Product
+from erniem_fast.reference import Norm
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
-NATIVE = {"embeddings": "native", "attention": "native", "bias_gelu": "native", "layernorm": "native"}
+NATIVE = {"embeddings": "native", "attention": "native", "bias_gelu": "native", "add_norm": "native"}
 HIDDEN = 24
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -63,18 +66,21 @@ def mask() -> Tensor:
 
 def run_ops(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    batch = TokenBatch.from_mask(mask(), keep_first=True)[0]
+    batch = TokenBatch.from_mask(mask(), keep_first=True)
     assert batch.sequences.key_mask is not None
-    ids, dropout = torch.arange(batch.tokens) % 5, (batch, 0.3, torch.tensor([5]))
+    ids, dropout = torch.arange(batch.tokens) % 5, batch.dropout(0.3, torch.tensor([5]))
 
     def leaf(*shape):
         return torch.randn(shape, dtype=dtype).requires_grad_()
 
+    def norm():
+        return Norm(leaf(HIDDEN), leaf(HIDDEN), 1e-5)
+
     with use_implementations(**NATIVE):
-        x = ops.embeddings(ids, ids, leaf(9, HIDDEN), leaf(7, HIDDEN), leaf(HIDDEN), leaf(HIDDEN), 1e-5, 1, *dropout)
-        x = ops.attention(torch.cat([x, x, x], dim=1), batch, 3, 0.3, *dropout[1:])
-        x = ops.add_layernorm(x, leaf(batch.tokens, HIDDEN), leaf(HIDDEN), leaf(HIDDEN), leaf(HIDDEN), 1e-5, *dropout)
-        ops.bias_gelu_dropout(x, leaf(HIDDEN), "gelu", *dropout).sum().backward()
+        x = ops.embeddings(ids, ids, leaf(9, HIDDEN), leaf(7, HIDDEN), norm(), 1, dropout)
+        x = ops.attention(torch.cat([x, x, x], dim=1), batch, 3, 0.3, dropout)
+        x = ops.add_norm(x, Product(leaf(batch.tokens, HIDDEN), leaf(HIDDEN)), norm(), dropout)
+        ops.bias_gelu(Product(x, leaf(HIDDEN)), "gelu", dropout).sum().backward()
 
 
 def run_layer() -> None:
@@ -217,7 +223,7 @@ def test_a_contradiction_says_what_was_expected_and_why():
             heads=3,
             threads=1,
             scale=1.0,
-            **function.dropout_values(batch.columns, batch.sequences.sequence_ids, 0.0, None),
+            **function.dropout_values(None),
         )
 
 

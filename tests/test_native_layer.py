@@ -4,14 +4,14 @@ import pytest
 import torch
 from torch import nn
 
-from erniem_fast import ErnieMConfig, ErnieMModel
-from erniem_fast.native import layer as native_layer
+from erniem_fast import ErnieMConfig, ErnieMModel, encoder
+from erniem_fast.flags import use_implementations
 from erniem_fast.native import library
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 LAYERS, HEADS, HIDDEN = 3, 3, 24
-NATIVE = {"attention": "native", "bias_gelu": "native", "layernorm": "native"}
+NATIVE = {"attention": "native", "bias_gelu": "native", "add_norm": "native"}
 
 
 def make_model(**changes) -> ErnieMModel:
@@ -26,13 +26,13 @@ def make_model(**changes) -> ErnieMModel:
 @pytest.fixture
 def calls(monkeypatch) -> list[int]:
     """The token counts of the layers that were one call."""
-    seen, original = [], native_layer.forward
+    seen, original = [], encoder.native_layer
 
     def forward(x, *rest):
         seen.append(x.shape[0])
         return original(x, *rest)
 
-    monkeypatch.setattr(native_layer, "forward", forward)
+    monkeypatch.setattr(encoder, "native_layer", forward)
     return seen
 
 

@@ -42,7 +42,7 @@ flags = compiler.cpu_flags
 compiler.cpu_flags = lambda capability: [*flags(capability), *{FLAGS}]
 build(["cpu"])
 checks = [check for check in battery(torch.device("cpu")) if check.implementation == "native"]
-assert {{check.op for check in checks}} == {{"embeddings", "attention", "bias_gelu", "layernorm", "product"}}
+assert {{check.op for check in checks}} == {{"embeddings", "attention", "bias_gelu", "add_norm", "product"}}
 for check in checks:
     assert all(comparison.holds for comparison in check.run().values()), check
 tests = {[f"{HERE / file}::{name}" for file, names in TESTS.items() for name in names]}

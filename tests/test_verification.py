@@ -7,11 +7,14 @@ import pytest
 import torch
 from test_main import run
 
-from erniem_fast import __main__, verification
+from erniem_fast import __main__
+from erniem_fast.kernels import add_norm
+from erniem_fast.ops.choose import arguments_of
+from erniem_fast.verify import battery
 from erniem_fast.verify.equivalence import Comparison, compare, draw
 
 CPU = torch.device("cpu")
-FORWARD = layernorm.forward
+FORWARD = add_norm.forward
 
 
 def test_the_battery_passes(tmp_path):
@@ -27,7 +30,7 @@ def test_the_battery_passes(tmp_path):
     assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
     assert {tuple(line.split()[1:4]) for line in lines} == {
         (op, "triton", dtype)
-        for op in ("embeddings", "attention", "bias_gelu", "layernorm")
+        for op in ("embeddings", "attention", "bias_gelu", "add_norm")
         for dtype in ("float32", "float16", "bfloat16")
     }
     for line in lines:
@@ -36,8 +39,8 @@ def test_the_battery_passes(tmp_path):
 
 
 def broken(wrong):
-    def forward(*inputs):
-        out, z = FORWARD(*inputs)
+    def forward(**inputs):
+        out, z = FORWARD(**arguments_of(FORWARD, inputs))
         return wrong(out), z
 
     return forward
@@ -60,18 +63,16 @@ def unlaunchable(out):
 )
 def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
     case = next(
-        case
-        for case in verification._HARD
-        if case.op == "layernorm" and case.shape == "18 tokens x 768, p 0.0, no bias"
+        case for case in battery._HARD if case.op == "add_norm" and case.shape == "18 tokens x 768, p 0.0, no bias"
     )
-    monkeypatch.setattr(verification, "_HARD", (case,))
-    monkeypatch.setattr(verification, "_small", lambda sizes: ())
+    monkeypatch.setattr(battery, "_HARD", (case,))
+    monkeypatch.setattr(battery, "_small", lambda sizes: ())
     assert __main__._verify() == 0
     capsys.readouterr()
-    monkeypatch.setattr(layernorm, "forward", broken(wrong))
+    monkeypatch.setattr(add_norm, "forward", broken(wrong))
     assert __main__._verify() == 1
     *lines, summary = capsys.readouterr().out.splitlines()
-    single, *halves = (each for each in lines if re.search(r"layernorm +triton ", each))
+    single, *halves = (each for each in lines if re.search(r"add_norm +triton ", each))
     assert line in single
     assert [each.endswith("  FAIL") for each in (single, *halves)] == [True] * 3
     assert summary.endswith(" checks, 3 failures")
@@ -79,7 +80,7 @@ def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
 
 def test_nothing_to_check_is_no_success(monkeypatch, capsys):
     monkeypatch.setenv("TRITON_INTERPRET", "0")
-    assert not verification.verify(torch.device("meta"))
+    assert not battery.verify(torch.device("meta"))
     out = capsys.readouterr().out
     assert "attention: triton is not checked: Triton has no kernels for meta" in out
     assert out.endswith("0 checks, 0 failures\n")

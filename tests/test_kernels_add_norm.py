@@ -1,16 +1,19 @@
-"""The Triton kernels of add_layernorm against the reference."""
+"""The Triton kernels of add_norm against the reference."""
 
 from functools import partial
 
 import pytest
 import torch
-from equivalence import DEVICE, assert_equivalent, run
+from equivalence import DEVICE, assert_equivalent, dropout_of, run
 
 from erniem_fast import ops, reference
 from erniem_fast.batch import TokenBatch
-from erniem_fast.dropout import keep_mask
+from erniem_fast.dropout import dropout_mask
 from erniem_fast.flags import use_kernels
+from erniem_fast.kernels import add_norm
 from erniem_fast.kernels.device import Device
+from erniem_fast.ops import Product
+from erniem_fast.reference import Norm
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
 
@@ -35,12 +38,11 @@ def inputs_of(tokens, hidden, residual_dtype, dtype):
 
 def kernel(batch, p, seed, residual, x, bias, weight, norm_bias):
     with use_kernels(layernorm="triton"):
-        return ops.add_layernorm(residual, x, bias, weight, norm_bias, EPS, batch, p, seed)
+        return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), dropout_of(batch, p, seed))
 
 
 def oracle(batch, p, seed, residual, x, bias, weight, norm_bias):
-    coordinates = (batch.columns, batch.sequences.sequence_ids)
-    return reference.add_layernorm(residual, x, bias, weight, norm_bias, EPS, *coordinates, p, seed)
+    return reference.add_norm(residual, x, bias, Norm(weight, norm_bias, EPS), dropout_of(batch, p, seed))
 
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
@@ -90,10 +92,10 @@ def test_dropout_draws_the_bits_of_the_reference(hidden, dtype):
     batch = batch_of(9)
     _, x, bias, weight, norm_bias = inputs_of(9, hidden, dtype, dtype)
     residual = torch.zeros_like(x)
-    *_, of_x, _, _, _ = run(partial(kernel, batch, 0.3, SEED), [residual, x.abs() + 1, bias.abs(), weight, norm_bias])
-    keep = keep_mask(SEED, 0.3, hidden, batch.columns, batch.sequences.sequence_ids)
-    assert 0.6 < keep.float().mean() < 0.8
-    assert torch.equal(of_x != 0, keep)
+    *_, grad_x, _, _, _ = run(partial(kernel, batch, 0.3, SEED), [residual, x.abs() + 1, bias.abs(), weight, norm_bias])
+    mask = dropout_mask(SEED, 0.3, hidden, batch.columns, batch.sequences.sequence_ids)
+    assert 0.6 < mask.float().mean() < 0.8
+    assert torch.equal(grad_x != 0, mask)
 
 
 def test_everything_dropped():
@@ -113,8 +115,8 @@ def test_statistics_survive_a_large_mean():
 @pytest.mark.parametrize("device", [Device("sm_90", 132, 32), Device("gfx942", 304, 64), Device("gfx1100", 96, 32)])
 def test_no_lane_idles(hidden, itemsize, device):
     for config in (
-        layernorm.forward_config(device, hidden, itemsize),
-        layernorm.backward_config(device, hidden, itemsize),
+        add_norm.forward_config(device, hidden, itemsize),
+        add_norm.backward_config(device, hidden, itemsize),
     ):
         assert config.block * config.chunks == hidden
         assert config.block * config.rows * itemsize == 16 * device.lanes * config.warps

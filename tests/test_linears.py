@@ -1,15 +1,18 @@
-"""Projections: the modules' own results, by fewer and cheaper calls where the modules allow it."""
+"""The matrix products: the modules' own results, by fewer and cheaper calls where the modules allow it."""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from test_ops import serving
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.nn.utils import parametrizations, prune
 from torch.overrides import TorchFunctionMode
 
-from erniem_fast import projections
+from erniem_fast import linears as products
+from erniem_fast import ops
+from erniem_fast.flags import use_implementations
 from erniem_fast.linears import Scratch, project, project_side_by_side, scratch_for
 from erniem_fast.native import library
 
@@ -20,6 +23,23 @@ TOKENS, FEATURES = 7, 32
 @pytest.fixture(autouse=True)
 def seeded():
     torch.manual_seed(0)
+
+
+@pytest.fixture(params=["add_norm", None], ids=["into an op", "into none"])
+def into(request):
+    """The op that products go into, by an implementation that adds the bias itself."""
+    if request.param is None:
+        yield None
+        return
+    fusing = [name for name in serving(request.param, interpreted=True) if fuses_bias(request.param, name)]
+    if not fusing:
+        pytest.skip("no implementation here adds the bias itself")
+    with use_implementations(**{request.param: fusing[0]}):
+        yield request.param
+
+
+def fuses_bias(op, name):
+    return ops.IMPLEMENTATIONS[op][name].fuses_bias
 
 
 def make_linears(dtype=torch.float32, device="cpu"):
@@ -61,14 +81,14 @@ class LinearCalls(TorchFunctionMode):
 
 
 class CallsOf:
-    """Counts the calls of a function of `projections`."""
+    """Counts the calls of a function that `erniem_fast.linears` calls."""
 
     def __init__(self, name):
         self.name, self.count = name, 0
 
     def __enter__(self):
-        self.function = getattr(projections, self.name)
-        setattr(projections, self.name, self.counted)
+        self.function = getattr(products, self.name)
+        setattr(products, self.name, self.counted)
         return self
 
     def counted(self, *arguments):
@@ -76,7 +96,7 @@ class CallsOf:
         return self.function(*arguments)
 
     def __exit__(self, *error):
-        setattr(projections, self.name, self.function)
+        setattr(products, self.name, self.function)
 
 
 class Doubling(nn.Linear):
@@ -176,56 +196,65 @@ SPECIAL = {
 every_special = pytest.mark.parametrize("special", SPECIAL.values(), ids=SPECIAL)
 
 
-def test_project_takes_the_bias_apart():
+def test_project_takes_the_bias_apart(into):
+    """Where the op adds it; a gradient may need the product, which therefore stays as it is."""
     linear, x = nn.Linear(FEATURES, 24), make_input()
-    product, bias = project(linear, x, leave_bias=True)
-    assert bias is linear.bias
-    assert_rounded_alike(product, x @ linear.weight.t())
-    whole, none = project(linear, x, leave_bias=False)
-    assert none is None
-    assert torch.equal(whole, linear(x))
-
-
-def test_project_without_a_bias():
-    linear, x = nn.Linear(FEATURES, 24, bias=False), make_input()
-    for leave_bias in (True, False):
-        product, bias = project(linear, x, leave_bias=leave_bias)
+    product, bias, reusable = project(linear, x, into)
+    assert not reusable
+    if into is None:
         assert bias is None
         assert torch.equal(product, linear(x))
+    else:
+        assert bias is linear.bias
+        assert_rounded_alike(product, x @ linear.weight.t())
+
+
+@pytest.mark.parametrize("op", ["add_norm", "bias_gelu"])
+def test_project_leaves_no_bias_to_an_op_that_does_not_add_it_cheaply(op):
+    linear, x = nn.Linear(FEATURES, 24), make_input()
+    with use_implementations(**{op: "torch"}):
+        product, bias, _ = project(linear, x, op)
+    assert bias is None
+    assert torch.equal(product, linear(x))
+
+
+def test_project_without_a_bias(into):
+    linear, x = nn.Linear(FEATURES, 24, bias=False), make_input()
+    product, bias, _ = project(linear, x, into)
+    assert bias is None
+    assert torch.equal(product, linear(x))
 
 
 @every_special
-@pytest.mark.parametrize("leave_bias", [True, False])
-def test_project_calls_a_special_module(special, leave_bias):
+def test_project_calls_a_special_module(special, into):
+    """And lets no op write into what it returns."""
     linear, x = special(nn.Linear(FEATURES, 24)), make_input().requires_grad_()
-    expected = linear(x)
-    product, bias = project(linear, x, leave_bias=leave_bias)
-    out = product if bias is None else product + bias
-    assert_rounded_alike(out, expected)
-    of_x = [torch.autograd.grad(each.sum(), x)[0] for each in (out, expected)]
-    assert_rounded_alike(*of_x)
+    expected, product = linear(x), project(linear, x, into)
+    assert_rounded_alike(product.value, expected)
+    assert_rounded_alike(*(torch.autograd.grad(each.sum(), x)[0] for each in (product.value, expected)))
+    with torch.no_grad():
+        assert not project(linear, x, into).reusable
 
 
 native = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 
 @pytest.mark.parametrize("tokens", [1, 12, 130])
-@pytest.mark.parametrize("leave_bias", [True, False])
-def test_products_take_the_scratch(tokens, leave_bias):
+def test_products_take_the_scratch(tokens, into):
     linear, x = nn.Linear(FEATURES, 24), torch.randn(tokens, FEATURES)
     assert scratch_for(x, 72) is None  # autograd keeps products
     with torch.no_grad():
         scratch = scratch_for(x, 72)
         memory = scratch.memory.fill_(torch.nan)
         assert memory.numel() == 72 * tokens
-        product, bias = project(linear, x, leave_bias, scratch)
-        assert product.data_ptr() == memory.data_ptr()
-        product = product if bias is None else product + bias
-        assert_rounded_alike(product, linear(x))
+        product = project(linear, x, into, scratch)
+        assert product.reusable
+        assert product.x.data_ptr() == memory.data_ptr()
+        assert_rounded_alike(product.value, linear(x))
         joined = project_side_by_side([linear] * 3, x, scratch)
         assert joined.data_ptr() == memory.data_ptr()
         assert_rounded_alike(joined, torch.cat([linear(x)] * 3, dim=1))
-        assert project(LowRank(linear), x, leave_bias, scratch)[0].data_ptr() != memory.data_ptr()
+        assert project(LowRank(linear), x, into, scratch).x.data_ptr() != memory.data_ptr()
         for other in (memory[:-1], memory.double()):  # too small, of another dtype
             assert_rounded_alike(project_side_by_side([linear] * 3, x, Scratch(other)), joined)
 
@@ -238,7 +267,7 @@ def test_a_linear_is_as_large_as_its_weight(tokens, rows):
     linear.weight, linear.bias = (nn.Parameter(each.detach()[rows]) for each in (linear.weight, linear.bias))
     expected = F.linear(x, linear.weight, linear.bias)
     with torch.inference_mode():
-        out, _ = project(linear, x, False, scratch_for(x, 9))
+        out = project(linear, x, scratch=scratch_for(x, 9)).x
     assert_rounded_alike(out, expected)
 
 
@@ -248,11 +277,11 @@ def test_a_linear_is_as_large_as_its_weight(tokens, rows):
 def test_few_tokens_beside_float64(tokens, inputs, outputs, poisoned_memory):
     x, linear = torch.randn(tokens, inputs), nn.Linear(inputs, outputs)
     exact = F.linear(x.double(), linear.weight.double(), linear.bias.double())
-    with torch.no_grad(), CallsOf("few_tokens") as calls:
-        (whole, none), apart = project(linear, x, leave_bias=False), project(linear, x, leave_bias=True)[0]
+    with torch.no_grad(), CallsOf("native_linear") as calls:
+        (whole, *rest), apart = project(linear, x), project(linear, x, into="add_norm").x
         joined = project_side_by_side([linear, linear], x)
     assert calls.count == 4
-    assert none is None
+    assert rest == [None, True]
     # Sums of as many products as there are inputs, each rounded: an error that grows with their root.
     tolerance = {"rtol": 0, "atol": 4 * torch.finfo(torch.float32).eps * max(inputs, 16) ** 0.5}
     torch.testing.assert_close(whole.double(), exact, **tolerance)
@@ -263,18 +292,18 @@ def test_few_tokens_beside_float64(tokens, inputs, outputs, poisoned_memory):
 @native
 def test_few_tokens_is_for_plain_inference_alone(monkeypatch):
     linear, x = nn.Linear(FEATURES, 8), make_input()
-    with CallsOf("few_tokens") as calls:
-        project(linear, x, leave_bias=False)
+    with CallsOf("native_linear") as calls:
+        project(linear, x)
         with torch.no_grad():
-            project(linear.bfloat16(), x.bfloat16(), leave_bias=False)
-            project(linear.float(), x[:3], leave_bias=False)
-            project(linear, torch.randn(129, FEATURES), leave_bias=False)
+            project(linear.bfloat16(), x.bfloat16())
+            project(linear.float(), x[:3])
+            project(linear, torch.randn(129, FEATURES))
             with torch.autocast("cpu", torch.bfloat16):
-                project(linear, x, leave_bias=False)
+                project(linear, x)
             with FakeTensorMode(allow_non_fake_inputs=True):
-                assert project(linear, torch.empty(8, FEATURES), leave_bias=False)[0].shape == (8, 8)
+                assert project(linear, torch.empty(8, FEATURES)).x.shape == (8, 8)
             monkeypatch.setenv("ERNIEM_FAST_KERNELS", "off")
-            project(linear, x, leave_bias=False)
+            project(linear, x)
     assert calls.count == 0
 
 
@@ -346,7 +375,7 @@ def test_hooks_on_all_modules_see_every_linear(register, mode):
     try:
         with mode():
             project_side_by_side(linears, x)
-            project(linears[0], x, leave_bias=True)
+            project(linears[0], x, into="add_norm")
     finally:
         handle.remove()
     assert seen == [*linears, linears[0]]

@@ -1,15 +1,16 @@
-"""The Triton kernels of bias_gelu_dropout against the reference."""
+"""The Triton kernels of bias_gelu against the reference."""
 
 from functools import partial
 
 import pytest
 import torch
-from equivalence import DEVICE, assert_equivalent, run
+from equivalence import DEVICE, assert_equivalent, dropout_of, run
 
 from erniem_fast import ops, reference
 from erniem_fast.batch import TokenBatch
-from erniem_fast.dropout import keep_mask
+from erniem_fast.dropout import dropout_mask
 from erniem_fast.flags import use_kernels
+from erniem_fast.ops import Product
 
 # The sigmoid of a large negative number: exp overflows to infinity, whose reciprocal is the zero that is wanted.
 pytestmark = [
@@ -32,11 +33,11 @@ def inputs_of(tokens, features, dtype):
 
 def kernel(activation, batch, p, seed, x, bias=None):
     with use_kernels(bias_gelu="triton"):
-        return ops.bias_gelu_dropout(x, bias, activation, batch, p, seed)
+        return ops.bias_gelu(Product(x, bias), activation, dropout_of(batch, p, seed))
 
 
 def oracle(activation, batch, p, seed, x, bias=None):
-    return reference.bias_gelu_dropout(x, bias, activation, batch.columns, batch.sequences.sequence_ids, p, seed)
+    return reference.bias_gelu(x, bias, activation, dropout_of(batch, p, seed))
 
 
 @pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
@@ -85,20 +86,20 @@ def test_dropout_draws_the_bits_of_the_reference(features, dtype):
     """Over tiles of 4 to 256 features; a kept element and its gradient are scaled by 1 / (1 - p), exactly."""
     batch = batch_of(200)
     x = torch.full((200, features), 3.0, dtype=dtype, device=DEVICE)
-    out, of_x = run(partial(kernel, "relu", batch, 0.5, SEED), [x])
-    keep = keep_mask(SEED, 0.5, features, batch.columns, batch.sequences.sequence_ids).to(dtype)
-    assert 0.4 < keep.mean() < 0.6
-    assert torch.equal(out, keep * 6)
-    assert torch.equal(of_x, keep * 2)
+    out, grad_x = run(partial(kernel, "relu", batch, 0.5, SEED), [x])
+    mask = dropout_mask(SEED, 0.5, features, batch.columns, batch.sequences.sequence_ids).to(dtype)
+    assert 0.4 < mask.mean() < 0.6
+    assert torch.equal(out, mask * 6)
+    assert torch.equal(grad_x, mask * 2)
 
 
 def test_the_gelu_is_exact():
     """The tanh approximation is off by 4.7e-4 somewhere on this range."""
     x = torch.linspace(-6, 6, 1024, device=DEVICE).view(1, -1)
-    out, of_x = run(partial(kernel, "gelu", batch_of(1), 0.0, None), [x])
-    exact, of_exact = run(partial(oracle, "gelu", batch_of(1), 0.0, None), [x.double()])
+    out, grad_x = run(partial(kernel, "gelu", batch_of(1), 0.0, None), [x])
+    exact, exact_grad_x = run(partial(oracle, "gelu", batch_of(1), 0.0, None), [x.double()])
     assert (out - exact).abs().max() < 1e-6
-    assert (of_x - of_exact).abs().max() < 1e-6
+    assert (grad_x - exact_grad_x).abs().max() < 1e-6
 
 
 def test_backward_is_deterministic():

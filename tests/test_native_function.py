@@ -209,22 +209,26 @@ def test_a_contradiction_says_what_was_expected_and_why():
     message = r"weight has shape (7, 25) on cpu, but needs (7, 24) on cpu: in_features is 24, as x has shape (5, 24)."
     with pytest.raises(ValueError, match=f"^linear_forward: {re.escape(message)}$"):
         linear.forward(torch.empty(5, 7), torch.randn(5, HIDDEN), torch.randn(7, HIDDEN + 1), None)
-    batch = TokenBatch.padded((2, 5), torch.device("cpu"))
     message = r"qkv has shape (10, 71) on cpu, but needs (10, 72) on cpu: hidden is 24, as out has shape (10, 24)."
     with pytest.raises(ValueError, match=f"^attention_forward: {re.escape(message)}$"):
-        attention._FORWARD(
-            torch.device("cpu"),
-            torch.float32,
-            qkv=torch.randn(10, 71),
-            out=torch.empty(10, HIDDEN),
-            longest_first=batch.sequences.longest_first,
-            cu_seqlens=batch.sequences.cu_seqlens,
-            key_mask=None,
-            heads=3,
-            threads=1,
-            scale=1.0,
-            **function.dropout_values(None),
-        )
+        attend(torch.randn(10, 71), heads=3)
+
+
+def attend(qkv: Tensor, heads: int) -> None:
+    """The forward for two sequences of 5 tokens, which writes rows of `HIDDEN` elements."""
+    attention._FORWARD(
+        torch.device("cpu"),
+        torch.float32,
+        qkv=qkv,
+        longest_first=torch.arange(2),
+        cu_seqlens=torch.tensor([0, 5, 10], dtype=torch.int32),
+        out=torch.empty(10, HIDDEN),
+        heads=heads,
+        threads=1,
+        scale=1.0,
+        threshold=0,
+        rescale=1.0,
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float8_e4m3fn, torch.int32, torch.complex64], ids=str)
@@ -277,18 +281,17 @@ def test_first_calls_from_several_threads():
 OUT_OF_MEMORY = """
 import resource
 import torch
-from erniem_fast.batch import TokenBatch
 from erniem_fast.native import attention, linear
 
 CPU, THREADS = torch.device("cpu"), 2
 
 def attend(length):
     '''The backward, whose tasks need memory on the threads that run them: two sequences, one a thread.'''
-    batch, x = TokenBatch.padded((2, length), CPU), torch.zeros(2 * length, 1)
-    tensors = {"qkv": torch.zeros(2 * length, 3), "grad": x, "grad_qkv": torch.empty(2 * length, 3)}
-    places = {"longest_first": batch.longest_first, "cu_seqlens": batch.cu_seqlens}
+    tensors = {"qkv": torch.zeros(2 * length, 3), "grad_qkv": torch.empty(2 * length, 3)}
+    tensors |= {"grad": torch.zeros(2 * length, 1), "longest_first": torch.arange(2)}
+    tensors |= {"cu_seqlens": torch.tensor([0, length, 2 * length], dtype=torch.int32)}
     numbers = {"heads": 1, "threads": THREADS, "scale": 1.0, "threshold": 0, "rescale": 1.0}
-    return lambda: attention._BACKWARD(CPU, torch.float32, **tensors, **places, **numbers)
+    return lambda: attention._BACKWARD(CPU, torch.float32, **tensors, **numbers)
 
 def multiply(features):
     '''The product, which needs memory for x transposed on the thread that calls.'''
@@ -322,19 +325,8 @@ def test_a_function_without_memory_raises():
 
 
 def test_a_functions_own_objection_is_raised():
-    batch, x = TokenBatch.padded((2, 5), torch.device("cpu")), torch.zeros(10, HIDDEN)
-    numbers = {"heads": 5, "threads": 1, "scale": 1.0, "threshold": 0, "rescale": 1.0}
     with pytest.raises(RuntimeError, match=r"^attention_forward failed on cpu: heads must divide hidden$"):
-        attention._FORWARD(
-            x.device,
-            x.dtype,
-            qkv=torch.cat([x, x, x], dim=1),
-            longest_first=batch.longest_first,
-            cu_seqlens=batch.cu_seqlens,
-            key_mask=None,
-            out=x,
-            **numbers,
-        )
+        attend(torch.randn(10, 3 * HIDDEN), heads=5)
 
 
 def test_no_exception_leaves_the_c_interface():

@@ -1,14 +1,13 @@
 """The README's examples run as pasted, and its flag table is the one in the code."""
 
 import os
-import pathlib
 import re
 import subprocess
 import sys
 
 from erniem_fast import flags
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
 
 

@@ -1,7 +1,7 @@
 """bfloat16 in Triton's interpreter, which computes with it as GPUs do only inside `mended_bfloat16`.
 
 The interpreter (seen in Triton 3.9) keeps a bfloat16 as the uint16 of its bits. It multiplies and adds those integers,
-and its conversion from float32 cuts digits off where GPUs round to nearest even. `tests/test_triton_interpreter.py`
+and its conversion from float32 cuts digits off where GPUs round to nearest even. `tests/ops/test_triton_interpreter.py`
 shows both, and fails once Triton has mended them; this module can then go.
 """
 

@@ -11,7 +11,6 @@ from pathlib import Path
 import pytest
 import torch
 
-from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_kernels
 from erniem_fast.native import compiler as compilers
 from erniem_fast.native import library
@@ -19,6 +18,7 @@ from erniem_fast.native.build import build
 from erniem_fast.native.library import BuildError
 from erniem_fast.ops import embeddings
 from erniem_fast.ops.choose import choose
+from erniem_fast.reference import Norm
 
 CPU = torch.device("cpu")
 
@@ -77,8 +77,8 @@ def run_build(folder: Path, wait: bool = True):
 
 def run_embeddings() -> torch.Tensor:
     ids = torch.arange(4)
-    tables = [torch.arange(48.0).view(4, 12).sin(), torch.zeros(4, 12), torch.ones(12), torch.zeros(12)]
-    return embeddings(ids, ids, *tables, 1e-5, 1, TokenBatch.padded((1, 4), CPU))
+    norm = Norm(torch.ones(12), torch.zeros(12), 1e-5)
+    return embeddings(ids, ids, torch.arange(48.0).view(4, 12).sin(), torch.zeros(4, 12), norm, padding_idx=1)
 
 
 def chosen() -> str:

@@ -8,7 +8,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,15 +17,27 @@ PREFIX = "ERNIEM_FAST_"
 
 @dataclass(frozen=True)
 class Flag:
-    """One environment flag; its default is the first of its values."""
+    """One environment flag.
+
+    Attributes:
+        name: the environment variable.
+        choices: its values, the default first.
+        effect: what it does, for the README and for `status`.
+        implementations: those of an op, by name, which are values of its flag too; `Op` fills this table.
+    """
 
     name: str
-    values: tuple[str, ...]
+    choices: tuple[str, ...]
     effect: str
+    implementations: dict[str, object] = field(default_factory=dict, compare=False)
+
+    @property
+    def values(self) -> tuple[str, ...]:
+        return (*self.choices, *self.implementations)
 
     @property
     def default(self) -> str:
-        return self.values[0]
+        return self.choices[0]
 
 
 KERNELS = Flag("ERNIEM_FAST_KERNELS", ("auto", "off"), "`off` runs every op in plain PyTorch")
@@ -37,18 +49,16 @@ RECOMPUTE = Flag(
 )
 VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises where they disagree")
 
-_CHOICES = ("auto", "triton", "native", "torch", "reference")
-
 # By the ops' names.
 OPS = {
     "embeddings": Flag(
         "ERNIEM_FAST_EMBEDDINGS",
-        ("auto", "native", "triton", "torch", "reference"),
+        ("auto",),
         "implementation of the embeddings; `native` is compiled where it is not built yet",
     ),
-    "attention": Flag("ERNIEM_FAST_ATTENTION", _CHOICES, "implementation of attention"),
-    "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", _CHOICES, "implementation of bias-GELU-dropout"),
-    "add_norm": Flag("ERNIEM_FAST_LAYERNORM", _CHOICES, "implementation of add-layernorm"),
+    "attention": Flag("ERNIEM_FAST_ATTENTION", ("auto",), "implementation of attention"),
+    "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", ("auto",), "implementation of bias-GELU-dropout"),
+    "add_norm": Flag("ERNIEM_FAST_LAYERNORM", ("auto",), "implementation of add-layernorm"),
 }
 
 FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE, VERIFY)}

@@ -47,7 +47,8 @@ class Implementation:
 
 
 # The implementations of each op, by the names of `flags.OPS` and their own, the preferred first; every op adds its own.
-IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {}
+# They are the tables of the flags, so that a flag takes the name of every implementation there is.
+IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {op: flag.implementations for op, flag in flags.OPS.items()}
 
 
 @torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph

@@ -58,7 +58,8 @@ class Op:
                 that autograd is to have: custom ops can return neither sparse tensors nor one tensor twice.
         """
         self.name = name
-        self._implementations = IMPLEMENTATIONS[name] = implementations
+        self._implementations = IMPLEMENTATIONS[name]
+        self._implementations.update(implementations)
         self._forward, self._backward, self._finish = forward, backward, finish
         self._arguments = _arguments(forward)
         self._saved = [each for each in _arguments(backward) if each.name != "grad"]

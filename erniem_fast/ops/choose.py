@@ -46,8 +46,8 @@ class Implementation:
         return self.refuses(device, dtype)
 
 
-# By the op's name (a key of `flags.OPS`) and the implementation's, the preferred one first. Each `Op` adds its own to the
-# tables of the flags, so that a flag takes the name of every implementation there is.
+# By the op's name (a key of `flags.OPS`) and the implementation's, the preferred one first. Each `Op` adds its own to
+# the tables of the flags, so that a flag takes the name of every implementation there is.
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {op: flag.implementations for op, flag in flags.OPS.items()}
 
 

@@ -2,24 +2,15 @@
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from types import NoneType
-from typing import NamedTuple, get_args, get_type_hints
+from typing import get_type_hints
 
 import torch
 from torch import Tensor
 
 from .. import flags, modes
-from ..verify.equivalence import Draw, compare, draw
-from .choose import IMPLEMENTATIONS, Implementation, Tensors, arguments_of, parameters
-
-_SCHEMA_TYPES = {
-    Tensor: "Tensor",
-    int: "SymInt",
-    float: "float",
-    bool: "bool",
-    str: "str",
-    torch.Size: "SymInt[]",
-}
+from ..verify.equivalence import check, draw
+from .arguments import by_name, declared, flatten, restore, schema_of
+from .choose import IMPLEMENTATIONS, Implementation, Tensors, arguments_of
 
 
 class Op:
@@ -62,11 +53,16 @@ class Op:
         self._implementations = IMPLEMENTATIONS[name]
         self._implementations.update(implementations)
         self._forward, self._backward, self._finish = forward, backward, finish
-        self._arguments = _arguments(forward)
-        self._saved = [each for each in _arguments(backward) if each.name != "grad"]
+        self._arguments = declared(forward)
+        self._saved = [each for each in declared(backward) if each.name != "grad"]
         self._results = getattr(get_type_hints(forward)["return"], "_fields", ("out",))
         self._gradients = get_type_hints(backward)["return"]
         self._flat_names = [leaf.name for each in self._arguments for leaf in each.leaves()]
+        unknown = set(self._gradients._fields) - set(self._flat_names)
+        if unknown:  # autograd would never see them
+            raise TypeError(
+                f"{name}'s backward returns gradients of {sorted(unknown)}, which its forward does not take."
+            )
         self._forward_op, self._backward_op = self._register_forward(), self._register_backward()
 
     def __call__(self, implementation: str, *inputs: object, overwrite: bool = False) -> Tensor:
@@ -88,28 +84,28 @@ class Op:
             return self._run("reference", "forward", self._named(inputs, save))[0]
         first = inputs[0]
         if save or modes.is_recorded() or type(first) is not Tensor or first.is_meta:
-            return _as_tuple(self._forward_op(*_flatten(self._arguments, inputs), save, implementation))[0]
+            return _as_tuple(self._forward_op(*flatten(self._arguments, inputs), save, implementation))[0]
         # Verification runs the reference on the same inputs, so do not overwrite them.
         overwrite = overwrite and self._implementations[implementation].forward_in_place is not None
         direction = "forward_in_place" if overwrite and flags.read(flags.VERIFY) == "0" else "forward"
         return self._run(implementation, direction, self._named(inputs, save))[0]
 
     def _named(self, inputs: Iterable[object], save: bool) -> dict[str, object]:
-        return {**_by_name(self._arguments, inputs), "save": save}
+        return {**by_name(self._arguments, inputs), "save": save}
 
     # --- The custom ops ---
 
     def _register_forward(self) -> torch.library.CustomOpDef:
         def run(*flat):
             *flat, save, implementation = flat
-            return _unpacked(self._run(implementation, "forward", self._named(_restore(self._arguments, flat), save)))
+            return _unpacked(self._run(implementation, "forward", self._named(restore(self._arguments, flat), save)))
 
         def fake(*flat):
             *flat, save, implementation = flat
-            results = _as_tuple(self._forward(*_restore(self._arguments, flat)))
+            results = _as_tuple(self._forward(*restore(self._arguments, flat)))
             return _unpacked(self._complete(results, save and self._implementations[implementation].saves))
 
-        schema = _schema(self._arguments, "bool save", "str implementation", returns=len(self._results))
+        schema = schema_of(self._arguments, "bool save", "str implementation", returns=len(self._results))
         op = torch.library.custom_op(f"erniem_fast::{self.name}", run, mutates_args=(), schema=schema)
         op.register_fake(fake)
         op.register_autograd(self._differentiate, setup_context=self._keep)
@@ -118,13 +114,13 @@ class Op:
     def _register_backward(self) -> torch.library.CustomOpDef:
         def run(grad, *flat):
             *flat, implementation = flat
-            values = _by_name(self._saved, _restore(self._saved, flat))
+            values = by_name(self._saved, restore(self._saved, flat))
             return _unpacked(self._run(implementation, "backward", {"grad": grad, **values}))
 
         def fake(grad, *flat):
-            return _unpacked(self._backward(grad, *_restore(self._saved, flat[:-1])))
+            return _unpacked(self._backward(grad, *restore(self._saved, flat[:-1])))
 
-        schema = _schema(self._saved, "str implementation", returns=len(self._gradients._fields), first="Tensor grad")
+        schema = schema_of(self._saved, "str implementation", returns=len(self._gradients._fields), first="Tensor grad")
         op = torch.library.custom_op(f"erniem_fast::{self.name}_backward", run, mutates_args=(), schema=schema)
         op.register_fake(fake)
         op.register_autograd(_refuse_second_derivatives(self.name))
@@ -134,28 +130,28 @@ class Op:
         """Saves the values that the backward takes."""
         ctx.set_materialize_grads(False)  # only the result has a gradient; the others need no zeros
         *flat, save, ctx.implementation = inputs
-        values = self._named(_restore(self._arguments, flat), save)
+        values = self._named(restore(self._arguments, flat), save)
         values.update(zip(self._results, _as_tuple(output), strict=True))
         kept = [values[each.name].shape if each.kind is torch.Size else values[each.name] for each in self._saved]
-        ctx.kept = _flatten(self._saved, kept)
+        ctx.kept = flatten(self._saved, kept)
         ctx.save_for_backward(*(each for each in ctx.kept if isinstance(each, Tensor)))
         ctx.kept = [None if isinstance(each, Tensor) else (each,) for each in ctx.kept]
 
     def _differentiate(self, ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: None) -> tuple:
         """The gradients of the custom op's inputs, in their order."""
         tensors = iter(ctx.saved_tensors)
-        kept = _restore(self._saved, [next(tensors) if each is None else each[0] for each in ctx.kept])
+        kept = restore(self._saved, [next(tensors) if each is None else each[0] for each in ctx.kept])
         needed = dict(zip(self._flat_names, ctx.needs_input_grad, strict=False))
         for index, each in enumerate(self._saved):
             if each.kind is torch.Size and each.optional and not needed[each.name]:
                 kept[index] = None
-        flat = _flatten(self._saved, kept)
+        flat = flatten(self._saved, kept)
         grads = self._gradients(*_as_tuple(self._backward_op(grad, *flat, ctx.implementation)))
         if self._finish is not None:
-            values = {"grads": grads, **_by_name(self._saved, kept)}
+            values = {"grads": grads, **by_name(self._saved, kept)}
             grads = self._finish(**arguments_of(self._finish, values))
-        by_name = grads._asdict()
-        input_grads = (by_name.get(name) if needed[name] else None for name in self._flat_names)
+        grads = grads._asdict()
+        input_grads = (grads.get(name) if needed[name] else None for name in self._flat_names)
         return *input_grads, None, None  # none for `save` and `implementation`
 
     # --- Implementations ---
@@ -190,76 +186,7 @@ class Op:
             return self._outputs("reference", direction, dict(zip(values, inputs, strict=True)))
 
         draws = draw(oracle, list(values.values()))
-        _check_equivalence(f"{self.name} {direction} ({name})", outputs, draws)
-
-
-class _Argument(NamedTuple):
-    """One argument of an op.
-
-    Attributes:
-        name: the parameter's; for a field of a NamedTuple, the parameter's name, an underscore and the field's name.
-        kind: a key of `_SCHEMA_TYPES`, or a NamedTuple.
-        optional: whether the value may be None.
-    """
-
-    name: str
-    kind: type
-    optional: bool
-
-    def leaves(self) -> list["_Argument"]:
-        """The arguments that this one is flattened to."""
-        if self.kind in _SCHEMA_TYPES:
-            return [self]
-        fields = (_argument(f"{self.name}_{name}", hint) for name, hint in get_type_hints(self.kind).items())
-        return [each._replace(optional=each.optional or self.optional) for each in fields]
-
-    @property
-    def schema(self) -> str:
-        return f"{_SCHEMA_TYPES[self.kind]}{'?' if self.optional else ''} {self.name}"
-
-
-def _argument(name: str, hint: object) -> _Argument:
-    kinds = [each for each in get_args(hint) if each is not NoneType]
-    return _Argument(name, kinds[0], optional=True) if kinds else _Argument(name, hint, optional=False)
-
-
-def _arguments(function: Callable) -> list[_Argument]:
-    hints = get_type_hints(function)
-    return [_argument(name, hints[name]) for name in parameters(function)]
-
-
-def _schema(arguments: list[_Argument], *rest: str, returns: int, first: str | None = None) -> str:
-    inputs = [*([first] if first else []), *(leaf.schema for each in arguments for leaf in each.leaves()), *rest]
-    outputs = ", ".join(["Tensor"] * returns)
-    return f"({', '.join(inputs)}) -> {outputs if returns == 1 else f'({outputs})'}"
-
-
-def _flatten(arguments: list[_Argument], values: Iterable[object]) -> list[object]:
-    flat = []
-    for argument, value in zip(arguments, values, strict=True):
-        if argument.kind in _SCHEMA_TYPES:
-            flat.append(value)
-        elif value is None:
-            flat.extend([None] * len(argument.kind._fields))
-        else:
-            flat.extend(value)
-    return flat
-
-
-def _restore(arguments: list[_Argument], flat: Iterable[object]) -> list[object]:
-    flat, values = iter(flat), []
-    for argument in arguments:
-        if argument.kind in _SCHEMA_TYPES:
-            values.append(next(flat))
-            continue
-        fields = [next(flat) for _ in argument.kind._fields]
-        absent = argument.optional and all(each is None for each in fields)
-        values.append(None if absent else argument.kind(*fields))
-    return values
-
-
-def _by_name(arguments: list[_Argument], values: Iterable[object]) -> dict[str, object]:
-    return {each.name: value for each, value in zip(arguments, values, strict=True)}
+        check(f"{self.name} {direction} ({name})", outputs, draws)
 
 
 _AS_IT_IS = nullcontext()
@@ -299,26 +226,3 @@ def _refuse_second_derivatives(op: str) -> Callable[..., None]:
         )
 
     return refuse
-
-
-_REMEDY = "Choose another implementation by its flag and report this with the output of `python -m erniem_fast status`."
-
-
-def _check_equivalence(call: str, outputs: tuple[Tensor, ...], draws: list[Draw]) -> None:
-    """Raises an error if a result is not equivalent to the reference's."""
-    for index, output in enumerate(outputs):
-        references = [(reference[index], exact[index]) for reference, exact in draws]
-        expected, _ = references[0]
-        if expected.numel() == 0:
-            continue  # an implementation may save a tensor that the reference does not
-        if output.shape != expected.shape or output.dtype != expected.dtype:
-            raise RuntimeError(
-                f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
-                f"{output.dtype}, not {tuple(expected.shape)} and {expected.dtype}. {_REMEDY}"
-            )
-        comparison = compare(output, *references)
-        if not comparison.holds:
-            raise RuntimeError(
-                f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "
-                f"{output.dtype} is off by {comparison.error:.3e}, the bound is {comparison.bound:.3e}. {_REMEDY}"
-            )

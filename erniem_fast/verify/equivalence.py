@@ -121,3 +121,26 @@ def _deviation(result: Tensor, exact: Tensor) -> Tensor:
 def _bounded(x: Tensor, dtype: torch.finfo) -> Tensor:
     """In float64, with values beyond the dtype's largest number replaced by that number; NaN stays NaN."""
     return x.double().clamp(dtype.min, dtype.max)
+
+
+_REMEDY = "Choose another implementation by its flag and report this with the output of `python -m erniem_fast status`."
+
+
+def check(call: str, outputs: tuple[Tensor, ...], draws: list[Draw]) -> None:
+    """Raises an error if a result is not equivalent to the reference's."""
+    for index, output in enumerate(outputs):
+        references = [(reference[index], exact[index]) for reference, exact in draws]
+        expected, _ = references[0]
+        if expected.numel() == 0:
+            continue  # an implementation may save a tensor that the reference does not
+        if output.shape != expected.shape or output.dtype != expected.dtype:
+            raise RuntimeError(
+                f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
+                f"{output.dtype}, not {tuple(expected.shape)} and {expected.dtype}. {_REMEDY}"
+            )
+        comparison = compare(output, *references)
+        if not comparison.holds:
+            raise RuntimeError(
+                f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "
+                f"{output.dtype} is off by {comparison.error:.3e}, the bound is {comparison.bound:.3e}. {_REMEDY}"
+            )

@@ -1,10 +1,10 @@
-"""LN(residual + dropout(x + bias)), forward and backward: each reads its inputs once and writes its results once.
+"""LN(residual + dropout(x + bias)), forward and backward. Each kernel reads its inputs and writes its results once.
 
-Without x it is the plain layer norm of the residual.
+Without x, the kernels compute the plain layer norm of the residual.
 
-A tile is a few rows. A row is a tuple of `CHUNKS` blocks of a power of two features, so that 768 = 3 · 256 leaves no
-lane idle, and a warp has rows of its own up to 768 features, so that a row's sums need no other warp. Statistics are
-taken in float32, of values in registers, in two passes.
+A tile is a few rows. A row is a tuple of `CHUNKS` chunks of features, each a power of two wide: 768 = 3 · 256 leaves no
+lane idle. Up to 768 features, one warp holds a whole row, so that a row's sums need no other warp. Mean and variance
+are computed in float32, from values in registers, in two passes.
 """
 
 from dataclasses import dataclass
@@ -19,8 +19,8 @@ from ..reference import Norm
 from .device import Device, describe, is_rdna, share
 from .dropout import drop_features, launch_arguments
 
-_FEATURES_PER_LANE = 24  # registers for each row that a kernel holds; the backward holds seven
-_FEATURES_PER_LANE_OF_RDNA = 16  # whose compiler needs more of them for dropout
+_FEATURES_PER_LANE = 24  # the registers that a lane needs for one value of a row; the backward holds seven such values
+_FEATURES_PER_LANE_OF_RDNA = 16  # RDNA's compiler needs more registers for dropout
 _MAX_CHUNKS = 8
 
 
@@ -33,8 +33,8 @@ class Config:
         chunks: chunks of a row.
         rows: rows of a tile, a power of two.
         warps: warps of a program.
-        stages: tiles in flight, of which all but one are being loaded.
-        programs: programs per multiprocessor; each walks over its share of the rows.
+        stages: tiles in flight; all but one of them are still being loaded.
+        programs: programs per multiprocessor; each loops over its share of the rows.
     """
 
     block: int
@@ -46,7 +46,7 @@ class Config:
 
     @classmethod
     def for_rows(cls, device: Device, hidden: int, itemsize: int, warps: int, stages: int, programs: int) -> "Config":
-        """Gives each row as few warps as hold it, with 16-byte loads, and the least padding that 8 chunks allow."""
+        """Gives each row the fewest warps that can hold it, 16-byte loads, and the least padding in up to 8 chunks."""
         features = device.lanes * (_FEATURES_PER_LANE_OF_RDNA if is_rdna(device.arch) else _FEATURES_PER_LANE)
         row_warps = min(warps, triton.next_power_of_2(triton.cdiv(hidden, features)))
         vector = 16 // itemsize
@@ -59,20 +59,20 @@ class Config:
 
 
 def forward_config(device: Device, hidden: int, itemsize: int) -> Config:
-    """Four warps a program and four programs a multiprocessor; chosen by arithmetic, not yet timed on a GPU."""
-    warps = 8 if is_rdna(device.arch) else 4  # of AMD's RDNA, four have not the registers for 4096 features
+    """Four warps per program and four programs per multiprocessor: calculated, not yet timed on a GPU."""
+    warps = 8 if is_rdna(device.arch) else 4  # on AMD's RDNA, four warps lack the registers for 4096 features
     return Config.for_rows(device, hidden, itemsize, warps, stages=2, programs=4)
 
 
 def backward_config(device: Device, hidden: int, itemsize: int) -> Config:
-    """One large program a multiprocessor, so that partial sums of the parameters' gradients are few; not yet timed."""
+    """One large program per multiprocessor, for few partial sums of the parameters' gradients: not yet timed."""
     return Config.for_rows(device, hidden, itemsize, warps=8, stages=2, programs=1)
 
 
 def forward(
     residual: Tensor, x: Tensor | None, bias: Tensor | None, norm: Norm, dropout: Dropout | None, save: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """The result, and the layer norm's input for the backward, None where it is not to be saved."""
+    """The result and, for the backward, the layer norm's input (None unless `save`); both `(tokens, hidden)`."""
     tokens, hidden = residual.shape
     out = torch.empty_like(residual, dtype=torch.promote_types(residual.dtype, (residual if x is None else x).dtype))
     z = torch.empty_like(out) if save else None
@@ -102,7 +102,10 @@ def forward(
 def backward(
     grad: Tensor, z: Tensor, norm: Norm, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of residual, x, bias, and the norm's; that of x is empty where it equals the residual's."""
+    """The gradients of residual, x, bias, and the norm's weight and bias.
+
+    Without dropout, x has the same gradient as the residual, and an empty tensor is returned for it.
+    """
     tokens, hidden = z.shape
     grad_z = torch.empty_like(z)
     grad_x = None if dropout is None else torch.empty_like(z)
@@ -138,9 +141,10 @@ def _features(chunk: tl.constexpr, BLOCK: tl.constexpr):
 
 @triton.jit
 def _load_vector(ptr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """`(HIDDEN,)` as chunks `[ROWS, BLOCK]` of equal rows in float32, zeros beyond the end.
+    """Loads `(HIDDEN,)` as float32 chunks `[ROWS, BLOCK]` with equal rows, and zeros beyond the end.
 
-    Loading every row gives the registers the layout of a tile; one row would be spread over all warps and converted.
+    Loading the vector once per row gives its registers the layout of a tile. A single row would be spread over all
+    warps and then converted.
     """
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
@@ -151,7 +155,7 @@ def _load_vector(ptr, HIDDEN: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.conste
 
 @triton.jit
 def _load_rows(ptr, rows, tokens, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows of `(tokens, HIDDEN)` as chunks `[ROWS, BLOCK]` in float32, zeros beyond the ends."""
+    """Loads rows of `(tokens, HIDDEN)` as float32 chunks `[ROWS, BLOCK]`, with zeros beyond the ends."""
     chunks = ()
     for chunk in tl.static_range(CHUNKS):
         features = _features(chunk, BLOCK)
@@ -187,13 +191,13 @@ def _row_sums(chunks, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _normalise(z, real, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows with mean 0 and variance 1, zeros beyond the ends, and the reciprocal standard deviations.
+    """Rows with mean 0 and variance 1, zeros beyond the ends; and their reciprocal standard deviations, `[ROWS, 1]`.
 
-    The mean is taken off twice, as in the reference: rounding the first one leaves all elements off by the same few
-    units.
+    The mean is subtracted twice, as in the reference, because rounding the first mean leaves all elements of a row off
+    by the same few units in the last place.
     """
     centred = _subtract(z, _row_sums(z, CHUNKS) / HIDDEN, HIDDEN, BLOCK, CHUNKS)
-    # Rounded to nearest, which the other division is not: HIDDEN · x / HIDDEN is x.
+    # Unlike the division above, this one rounds to nearest, so that HIDDEN · x / HIDDEN is exactly x.
     centred = _subtract(centred, tl.div_rn(_row_sums(centred, CHUNKS), HIDDEN * 1.0), HIDDEN, BLOCK, CHUNKS)
     variance = _row_sums(_multiply(centred, centred, CHUNKS), CHUNKS) / HIDDEN
     rstd = tl.where(real, tl.rsqrt(variance + eps), 0.0)
@@ -205,7 +209,7 @@ def _normalise(z, real, eps, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: 
 
 @triton.jit
 def _subtract(z, mean, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Rows less a number each, zeros beyond the end of a row."""
+    """Each row minus its `mean`, `[ROWS, 1]`; zeros beyond the end of a row."""
     centred = ()
     for chunk in tl.static_range(CHUNKS):
         centred += (tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0),)
@@ -220,7 +224,7 @@ def _forward_kernel(
     weight_ptr,  # (HIDDEN,)
     norm_bias_ptr,  # (HIDDEN,)
     eps,
-    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    columns_ptr,  # (tokens,); None without dropout, like the next two
     sequence_ids_ptr,  # (tokens,)
     seed_ptr,  # one element
     threshold,
@@ -269,14 +273,14 @@ def _backward_kernel(
     z_ptr,  # (tokens, HIDDEN)
     weight_ptr,  # (HIDDEN,)
     eps,
-    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    columns_ptr,  # (tokens,); None without dropout, like the next two
     sequence_ids_ptr,  # (tokens,)
     seed_ptr,  # one element
     threshold,
     rescale,
     grad_z_ptr,  # (tokens, HIDDEN)
-    grad_x_ptr,  # (tokens, HIDDEN), or None where it equals grad_z
-    partials_ptr,  # (3, programs, HIDDEN) float32: each program's share of the gradients of bias, weight, norm_bias
+    grad_x_ptr,  # (tokens, HIDDEN); None without dropout, because it would equal grad_z
+    partials_ptr,  # (3, programs, HIDDEN) float32: each program's sums for the gradients of bias, weight, norm_bias
     tokens,
     rows_per_program,
     HIDDEN: tl.constexpr,
@@ -351,7 +355,7 @@ def _zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
 
 @triton.jit
 def _store_sums(ptr, chunks, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """The sum over a tile's rows, `(HIDDEN,)`."""
+    """Stores the sums over a tile's rows, `(HIDDEN,)`."""
     for chunk in tl.static_range(CHUNKS):
         features = chunk * BLOCK + tl.arange(0, BLOCK)
         tl.store(ptr + features, tl.sum(chunks[chunk], axis=0), mask=features < HIDDEN)

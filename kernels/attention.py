@@ -1,18 +1,19 @@
 """softmax(Q Kᵀ · scale) with dropout, times V, within each sequence, forward and backward; packed and padded alike.
 
-One program takes one block of a sequence's queries, or of its keys, and one head, and streams the sequence past it
-(Dao, "FlashAttention-2", arXiv 2307.08691). Queries, keys and values are read where the projection wrote them. Programs
-are ordered by the length of their sequence, longest first, so that no long one starts when the others are done.
+A program owns one head and one block of a sequence's queries or keys, and streams the sequence past that block (Dao,
+"FlashAttention-2", arXiv 2307.08691). Queries, keys and values are read where the projection wrote them. Programs start
+in the order of their sequences' lengths, longest first, so that no long sequence starts when the others have finished.
 
-Softmax takes exp2 of `(score - largest) · scale · log₂ e`. The scale, which has to be positive, comes after the
-difference because scores that tie then differ by exactly 0. If it came before, a compiler that fuses the product with
-the difference would round one of the two scores and not the other, and ties would differ by a rounding of their size.
-For the same reason the backward is given a row's largest score and log₂ of the sum of its exponentials as two numbers:
-added up, they keep few digits of the sum beside a large score.
+Softmax computes exp2 of `(score - largest) · scale · log₂ e`. The scale must be positive. It is applied after the
+subtraction so that scores that tie differ by exactly 0. If it came before, a compiler that fuses the multiplication
+with the subtraction would round one of the two scores and not the other, and ties would differ by a rounding error of
+their size. For the same reason the forward saves a row's largest score and log₂ of the sum of its exponentials as two
+numbers: added up, they would keep few digits of the logarithm beside a large score.
 
-The backward needs no atomics, and so is deterministic, in either of two designs (`takes_one_pass` chooses). In two
-passes every program owns a block of queries, then one of keys, and keeps its sums in registers. In one pass a program
-owns a sequence and a head: each probability is computed once, but the queries' gradients are added up in memory.
+The backward uses no atomics in either of its two designs (`takes_one_pass` chooses), so it is deterministic. With two
+passes, a program owns a block of queries in the first and a block of keys in the second, and keeps its sums in
+registers. With one pass, a program owns a whole sequence and head: each probability is computed once, but the gradients
+of the queries are added up in memory.
 """
 
 from math import e, log2
@@ -34,9 +35,11 @@ LOG2_E = tl.constexpr(log2(e))
 def forward(
     qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """The result `(tokens, heads · head_dim)`, and `statistics` of the scores, float32 `(heads, tokens, 2)`.
+    """Attention as `ops.attention` defines it.
 
-    Those are each row's largest, before the scale, and log₂ of the sum of its exponentials.
+    Returns:
+        The result, `(tokens, heads · head_dim)`; and `statistics`, float32 `(heads, tokens, 2)`: the largest score of
+        each row, before scaling, and log₂ of the sum of the row's exponentials.
     """
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     out = qkv.new_empty(tokens, heads * head_dim)
@@ -70,7 +73,7 @@ def backward(
     dropout: Dropout | None,
     one_pass: bool | None = None,
 ) -> Tensor:
-    """The gradient of `qkv`; `one_pass` says by which design, None for the one that `takes_one_pass` chooses."""
+    """The gradient of `qkv`; `one_pass` is the design, None for the one that `takes_one_pass` chooses."""
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     grad_qkv = torch.empty_like(qkv)
     if not tokens:
@@ -88,7 +91,7 @@ def backward(
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
         _backward_kernel[(pairs,)](grad, out, statistics, sums, *shared, *rest, num_warps=config.warps)
     else:
-        delta = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)  # left by the first pass
+        delta = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)  # for the second pass
         grid = (pairs * blocks,)
         _backward_queries_kernel[grid](grad, out, statistics, delta, *shared, blocks, *rest, num_warps=config.warps)
         _backward_keys_kernel[grid](grad, statistics, delta, *shared, blocks, *rest, num_warps=config.warps)
@@ -112,16 +115,17 @@ def _padded(head_dim: int) -> int:
 
 
 def _precision(arch: str, dtype: torch.dtype) -> str:
-    """Of float32 matrix products, as the user has set it for PyTorch's own; AMD's, but for one, have no TF32."""
+    """The precision of float32 matrix products: PyTorch's setting, except on AMD, where one architecture has TF32."""
     tf32 = dtype == torch.float32 and torch.get_float32_matmul_precision() != "highest" and not is_amd(arch)
     return "tf32" if tf32 else "ieee"
 
 
 @triton.jit
 def _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS: tl.constexpr, BLOCK: tl.constexpr):
-    """What a program does: its sequence, where that starts, its length, the first row of the block, and the head.
+    """A program's sequence, that sequence's first token and length, the first row of the program's block, and its head.
 
-    Programs of the longest sequence come first; those of one block come together, so that they share its cache lines.
+    Programs of the longest sequence come first. All heads of a block follow one another, because they share cache
+    lines.
     """
     program = tl.program_id(0)
     sequence = tl.load(longest_first_ptr + program // HEADS // blocks).to(tl.int32)
@@ -132,7 +136,7 @@ def _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS: tl.constexpr, BLOCK:
 
 @triton.jit
 def _load(ptr, row, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Rows `row`, `[N, 1]`, of a head; zeros beyond the sequence and the head."""
+    """Loads the rows `row`, `[N, 1]`, of a head, with zeros beyond the sequence and the head."""
     dim = tl.arange(0, BLOCK_DIM)[None, :]
     mask = row < length
     if HEAD_DIM < BLOCK_DIM:
@@ -151,7 +155,7 @@ def _store(ptr, row, length, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BL
 
 @triton.jit
 def _key_mask(key_mask_ptr, start, key, length):
-    """Which of the keys `key`, any shape, are attended to."""
+    """The key mask of the keys `key`, of any shape: True for keys that are attended to."""
     key_mask = key < length
     if key_mask_ptr is not None:
         key_mask = tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)
@@ -189,14 +193,14 @@ def _forward_kernel(
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
     key_mask_ptr,  # (tokens,), or None
-    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
     rescale,
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
     statistics_ptr,  # (HEADS, tokens, 2)
     tokens,
-    blocks,  # of the longest sequence
+    blocks,  # blocks of the longest sequence
     scale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -230,7 +234,7 @@ def _forward_kernel(
         scores = tl.where(key_mask, scores, float("-inf"))
 
         larger = tl.maximum(largest, tl.max(scores, axis=1)[:, None])
-        # Before the first key that is key_mask, -inf - -inf would be NaN.
+        # `larger` is -inf until the row meets a key that is attended to, and -inf - -inf would be NaN.
         shift = tl.where(larger == float("-inf"), 0.0, larger)
         probabilities = tl.exp2((scores - shift) * (scale * LOG2_E))
         shrink = tl.exp2((largest - shift) * (scale * LOG2_E))
@@ -243,7 +247,7 @@ def _forward_kernel(
             probabilities = tl.where(dropout_mask, probabilities, 0.0)
         out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
 
-    total = tl.where(total == 0.0, 1.0, total)  # of a row without keys, whose result is zero
+    total = tl.where(total == 0.0, 1.0, total)  # a row without keys gives zeros
     out *= 1.0 / total
     if seed_ptr is not None:
         out *= rescale
@@ -255,14 +259,14 @@ def _forward_kernel(
 
 @triton.jit
 def _load_statistics(ptr, row, length):
-    """The largest score of each query `row`, any shape, and log₂ of its sum; numbers beyond the sequence too."""
+    """Loads the statistics of the queries `row`, of any shape, see `forward`; 0 beyond the sequence."""
     largest = tl.load(ptr + 2 * row, mask=row < length, other=0.0)
     return largest, tl.load(ptr + 2 * row + 1, mask=row < length, other=0.0)
 
 
 @triton.jit
 def _probabilities(rows, columns, key_mask, largest, log_total, scale, PRECISION: tl.constexpr):
-    """Those of a tile, of which the rows are queries and the columns keys, or the other way round."""
+    """The probabilities of a tile whose rows are queries and whose columns are keys, or the other way round."""
     scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
     return tl.where(key_mask, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)
 
@@ -272,18 +276,18 @@ def _backward_queries_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
     statistics_ptr,  # (HEADS, tokens, 2)
-    delta_ptr,  # (HEADS, tokens): the sum over a row of grad · out, made here
+    delta_ptr,  # (HEADS, tokens): each row's sum of grad · out, written here
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
     key_mask_ptr,  # (tokens,), or None
-    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
     rescale,
-    grad_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the queries' third is made here
+    grad_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM): this kernel writes the queries' third
     tokens,
-    blocks,  # of the longest sequence
+    blocks,  # blocks of the longest sequence
     scale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -342,13 +346,13 @@ def _backward_keys_kernel(
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
     key_mask_ptr,  # (tokens,), or None
-    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
     rescale,
-    grad_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM), of which the keys' and the values' thirds are made here
+    grad_qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM): this kernel writes the keys' and the values' thirds
     tokens,
-    blocks,  # of the longest sequence
+    blocks,  # blocks of the longest sequence
     scale,
     HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -382,7 +386,7 @@ def _backward_keys_kernel(
         grad = _load(grad_ptr, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
         column = first_query + tl.arange(0, STEP)[None, :]
         largest, log_total = _load_statistics(statistics_ptr + 2 * row_offset, column, length)
-        # Keys by queries: the transpose of what the other kernels hold.
+        # Keys by queries: the transpose of the forward's tile.
         probabilities = _probabilities(key, query, key_mask, largest, log_total, scale, PRECISION)
         dropped = probabilities
         if seed_ptr is not None:
@@ -396,7 +400,7 @@ def _backward_keys_kernel(
         grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
         if seed_ptr is not None:
             grad_probabilities = tl.where(dropout_mask, grad_probabilities * rescale, 0.0)
-        # Loaded here and not with the tiles, it lets all fit into registers.
+        # Loaded here rather than with the tiles, so that everything fits into registers.
         delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
         grad_scores = probabilities * (grad_probabilities - delta)
         grad_key = tl.dot(grad_scores.to(query.dtype), query, acc=grad_key, input_precision=PRECISION)
@@ -413,12 +417,12 @@ def _backward_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
     statistics_ptr,  # (HEADS, tokens, 2)
-    sums_ptr,  # (tokens, HEADS · HEAD_DIM), float32: of the queries' gradients; None where a block holds all keys
+    sums_ptr,  # (tokens, HEADS · HEAD_DIM) float32, sums for the queries' gradients; None if a block holds all keys
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
     key_mask_ptr,  # (tokens,), or None
-    columns_ptr,  # (tokens,), or None for no dropout, as the seed
+    columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
     rescale,
@@ -458,7 +462,7 @@ def _backward_kernel(
             out = _load(out_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
             column = first_query + tl.arange(0, STEP)[None, :]
             delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[None, :]
-            if seed_ptr is not None:  # drawn here and not between the products, the mask lets all fit into registers
+            if seed_ptr is not None:  # drawn here rather than between the products, so that all fits into registers
                 case = (columns_ptr, start, length, sequence, head, query_row, first, seed, threshold)
                 dropout_mask = tl.trans(_dropout_mask(*case, BLOCK, CONTIGUOUS))
             largest, log_total = _load_statistics(statistics_ptr, column, length)
@@ -485,4 +489,4 @@ def _backward_kernel(
         _store(grad_query_ptr + HIDDEN, row, length, grad_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         _store(grad_query_ptr + 2 * HIDDEN, row, length, grad_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         if sums_ptr is not None:
-            tl.debug_barrier()  # what one thread has added up, another one may read
+            tl.debug_barrier()  # the next block's threads read sums that other threads have stored

@@ -1,7 +1,7 @@
-"""How attention's kernels are launched: their tiles, by architecture, and the design of the backward.
+"""How attention's kernels are launched: the tiles for each architecture, and the design of the backward.
 
-Tiles are the largest that spill no registers, by what they compile to (bench/results/codegen.md). No other choice has
-been timed yet.
+The tiles are the largest that compile without spilling registers (bench/results/codegen.md). No alternative has been
+timed yet.
 """
 
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from .device import Device, is_cdna, is_rdna
 class Config:
     """
     Attributes:
-        block: rows of the tile that a program owns: queries; keys in the second pass of a backward, and in one pass.
-        step: rows of the tiles that it streams past its own.
+        block: rows of the tile that a program owns: keys in a second pass and in a one-pass backward, else queries.
+        step: rows of each tile that the program streams past its own.
         warps: warps of a program.
         stages: streamed tiles in flight.
     """
@@ -27,7 +27,7 @@ class Config:
     stages: int
 
 
-_LARGE_TILES = ("sm_90", "sm_100")  # wgmma and tcgen05 read their operands from shared memory: registers are free
+_LARGE_TILES = ("sm_90", "sm_100")  # wgmma and tcgen05 read operands from shared memory, which leaves registers free
 
 
 def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
@@ -47,7 +47,7 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
 
 
 def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
-    """Of two passes. Both hold two operands and one or two sums, so tiles are smaller than the forward's."""
+    """The tiles of both passes. Each holds two operands and one or two sums, so they are smaller than the forward's."""
     if is_rdna(arch):
         return _rdna_backward_config(dtype, head_dim)
     if dtype == torch.float32:
@@ -67,9 +67,9 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
 
 
 def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config | None:
-    """Of one pass, which beside two operands and two sums makes a third one, a step of queries wide.
+    """The tiles of the one-pass backward, which adds a third sum, over `step` queries, to two operands and two sums.
 
-    None for RDNA, whose registers hold it for 32 keys at most, so that the queries' sums would go to memory too often.
+    None for RDNA: its registers hold all that for at most 32 keys, so the queries' sums would go to memory too often.
     """
     if is_rdna(arch):
         return None
@@ -87,7 +87,7 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
 
 
 def _rdna_forward_config(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
-    """A lane has 256 registers, and v_wmma takes its operands from them, each twice."""
+    """v_wmma reads its operands from a lane's 256 registers, and needs each operand twice."""
     if dtype == torch.float32:
         return Config(32, 16, warps=8, stages=1)
     if head_dim > 128:
@@ -104,12 +104,13 @@ def _rdna_backward_config(dtype: torch.dtype, head_dim: int) -> Config:
 
 
 def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:
-    """Which design of the backward has less to do, of so many pairs of a sequence and a head.
+    """Whether one pass of the backward has less to do than two, for `pairs` pairs of a sequence and a head.
 
-    This is counted, not timed; `python -m bench kernels` times both on a GPU. One pass takes 5 matrix products a tile
-    and draws dropout's mask once; two take 7 and draw it twice. Where a block holds all keys of a sequence, one pass is
-    the lesser in everything. Beyond, its sums go to memory and back, which costs about what the two products do, and a
-    pair is one program's: so there have to be a mask to save, and enough pairs to fill the device more than once.
+    This is counted, not timed; `python -m bench kernels` times both on a GPU. One pass takes 5 matrix products per tile
+    and draws the dropout mask once; two passes take 7 and draw it twice. If a block holds all keys of a sequence, one
+    pass does less of everything. If not, its sums go to memory and back, which costs about as much as the two products
+    that it saves, and only one program works on each pair. So it then needs a dropout mask to save, and enough pairs to
+    fill the device more than once.
     """
     if config is None:
         return False

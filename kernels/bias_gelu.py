@@ -1,7 +1,7 @@
-"""dropout(activation(x + bias)), forward and backward, at one read and one write of every tensor.
+"""dropout(activation(x + bias)), forward and backward. Each kernel reads its inputs and writes its results once.
 
-A program owns a block of features, whose bias it keeps in registers, and walks over its share of the rows. Its sum of
-the bias's gradient therefore stays in registers too, and leaves as one partial sum.
+A program owns a block of features, keeps their bias in registers, and loops over its share of the rows. Its sum for the
+bias's gradient stays in registers too, and is stored once, as a partial sum.
 """
 
 from dataclasses import dataclass
@@ -20,10 +20,10 @@ from .dropout import drop_features, launch_arguments
 class Config:
     """
     Attributes:
-        block: features of a tile, a power of two; at least 4, for which dropout draws at once.
+        block: features of a tile, a power of two; at least 4, because dropout draws for 4 at once.
         rows: rows of a tile, a power of two.
         warps: warps of a program.
-        stages: tiles in flight, of which all but one are being loaded.
+        stages: tiles in flight; all but one of them are still being loaded.
         programs: programs per multiprocessor.
     """
 
@@ -35,19 +35,19 @@ class Config:
 
     @classmethod
     def for_tile(cls, lanes: int, features: int, itemsize: int, elements: int, programs: int) -> "Config":
-        """A warp reads 16 bytes a lane along one row; `elements` are those of a lane."""
+        """A lane of a warp reads 16 bytes of a row; `elements` is the number of a tile's elements per lane."""
         warps = 4
         block = min(lanes * (16 // itemsize), max(4, triton.next_power_of_2(features)))
         return cls(block, warps * lanes * elements // block, warps, stages=2, programs=programs)
 
 
 def forward_config(lanes: int, features: int, itemsize: int) -> Config:
-    """Chosen by arithmetic, not yet timed on a GPU: 16 elements a lane hide the latency of a load at 8 programs."""
+    """Calculated, not yet timed on a GPU: with 8 programs, 16 elements per lane hide the latency of a load."""
     return Config.for_tile(lanes, features, itemsize, elements=16, programs=8)
 
 
 def backward_config(lanes: int, features: int, itemsize: int) -> Config:
-    """As forward, with half of the programs: the derivative and the sum of the bias's gradient take registers."""
+    """Like the forward's with half as many programs, because derivative and gradient of the bias take registers."""
     return Config.for_tile(lanes, features, itemsize, elements=16, programs=4)
 
 
@@ -78,7 +78,7 @@ def forward(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | 
 def backward(
     grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of x and bias, the latter empty where there is no bias."""
+    """The gradients of x and bias; that of the bias is empty if there is none."""
     tokens, features = x.shape
     grad_x = torch.empty_like(x)
     device = describe(x.device)
@@ -105,7 +105,7 @@ def backward(
 
 
 def _share(tokens: int, features: int, config: Config, device: Device) -> tuple[int, int]:
-    """How many programs share the rows of a block of features, and how many rows each of them takes."""
+    """The number of programs that share the rows of a block of features, and the number of rows of each program."""
     programs = config.programs * device.multiprocessors // triton.cdiv(features, config.block)
     return share(tokens, config.rows, programs)
 
@@ -135,7 +135,10 @@ def _derivative(x, ACTIVATION: tl.constexpr):
 
 @triton.jit
 def _load_bias(ptr, features, FEATURES: tl.constexpr, ROWS: tl.constexpr):
-    """Loading every row gives the registers the layout of a tile; one row would be spread over all warps."""
+    """Loads a block of the bias as float32 `[ROWS, BLOCK]` with equal rows.
+
+    Loading it once per row gives its registers the layout of a tile. A single row would be spread over all warps.
+    """
     features += tl.zeros([ROWS, 1], tl.int32)
     return tl.load(ptr + features, mask=features < FEATURES, other=0.0).to(tl.float32)
 
@@ -144,7 +147,7 @@ def _load_bias(ptr, features, FEATURES: tl.constexpr, ROWS: tl.constexpr):
 def _forward_kernel(
     x_ptr,  # (tokens, FEATURES)
     bias_ptr,  # (FEATURES,), or None
-    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    columns_ptr,  # (tokens,); None without dropout, like the next two
     sequence_ids_ptr,  # (tokens,)
     seed_ptr,  # one element
     threshold,
@@ -186,13 +189,13 @@ def _backward_kernel(
     grad_ptr,  # (tokens, FEATURES)
     x_ptr,  # (tokens, FEATURES)
     bias_ptr,  # (FEATURES,), or None
-    columns_ptr,  # (tokens,), or None for no dropout, as the next two
+    columns_ptr,  # (tokens,); None without dropout, like the next two
     sequence_ids_ptr,  # (tokens,)
     seed_ptr,  # one element
     threshold,
     rescale,
     grad_x_ptr,  # (tokens, FEATURES)
-    partials_ptr,  # (programs, FEATURES) float32: each share of rows' sum of the bias's gradient; None without bias
+    partials_ptr,  # (programs, FEATURES) float32: each program's sum for the bias's gradient; None without bias
     tokens,
     rows_per_program,
     ACTIVATION: tl.constexpr,
@@ -215,7 +218,7 @@ def _backward_kernel(
     for start in tl.range(first, last, ROWS, num_stages=STAGES):
         rows = (start + tl.arange(0, ROWS)[:, None]).to(tl.int64)
         mask = (rows < tokens) & (features < FEATURES)
-        # Zeros beyond the ends make the gradient zero there, and so the sum of the bias's gradient right.
+        # Zeros beyond the ends make the gradient zero there, so that they add nothing to the bias's gradient.
         grad_x = tl.load(grad_ptr + rows * FEATURES + features, mask=mask, other=0.0).to(tl.float32)
         x = tl.load(x_ptr + rows * FEATURES + features, mask=mask, other=0.0).to(tl.float32)
         if bias_ptr is not None:

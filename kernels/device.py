@@ -1,4 +1,4 @@
-"""What launch configurations depend on: a device's architecture, its multiprocessors and the width of its warps."""
+"""What launch configurations depend on: a device's architecture, number of multiprocessors and warp width."""
 
 from dataclasses import dataclass
 from functools import cache
@@ -11,10 +11,10 @@ import triton
 class Device:
     """
     Attributes:
-        arch: the name that its vendor gives it: "sm_90" for one of NVIDIA's, "gfx942" for one of AMD's; "cpu" where
-            kernels are interpreted.
-        multiprocessors: how many there are; AMD calls them compute units.
-        lanes: threads of a warp, which AMD calls a wave.
+        arch: the vendor's name for the architecture, such as "sm_90" (NVIDIA) or "gfx942" (AMD); "cpu" where kernels
+            are interpreted.
+        multiprocessors: their number; AMD calls them compute units.
+        lanes: threads of a warp; AMD calls it a wave.
     """
 
     arch: str
@@ -27,18 +27,18 @@ def is_amd(arch: str) -> bool:
 
 
 def is_cdna(arch: str) -> bool:
-    """AMD's for computing: warps of 64 lanes, and up to 512 registers a lane."""
+    """Whether it is one of AMD's architectures for computing: warps of 64 lanes, up to 512 registers a lane."""
     return arch.startswith("gfx9")
 
 
 def is_rdna(arch: str) -> bool:
-    """AMD's for graphics: warps of 32 lanes, and up to 256 registers a lane."""
+    """Whether it is one of AMD's architectures for graphics: warps of 32 lanes, up to 256 registers a lane."""
     return is_amd(arch) and not is_cdna(arch)
 
 
 @cache
 def describe(device: torch.device) -> Device:
-    """The properties of a device; those of a small GPU for the CPU, where kernels are interpreted."""
+    """The properties of a device; for the CPU, where kernels are interpreted, those of a small GPU."""
     if device.type != "cuda":
         return Device("cpu", multiprocessors=2, lanes=32)
     properties = torch.cuda.get_device_properties(device)
@@ -48,9 +48,9 @@ def describe(device: torch.device) -> Device:
 
 
 def share(rows: int, tile: int, programs: int) -> tuple[int, int]:
-    """Splits rows evenly: how many of at most `programs` programs are needed, and the rows of each, whole tiles.
+    """Splits rows evenly into whole tiles: the number of programs, at most `programs`, and the rows of each.
 
-    At least one program runs, so that sums over no rows at all come out as zeros.
+    At least one program runs, so that sums over zero rows come out as zeros.
     """
     tiles = triton.cdiv(rows, tile)
     tiles_per_program = max(1, triton.cdiv(tiles, max(1, programs)))

@@ -16,3 +16,8 @@ def replaced(source, body, old, new):
     assert body.count(old) == 1
     assert source.count(body) == 1
     return source.replace(body, body.replace(old, new))
+
+
+def holds(check):
+    """Whether a check of the battery finds nothing."""
+    return all(comparison.holds for comparison in check.run().values())

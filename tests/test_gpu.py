@@ -13,17 +13,18 @@ from functools import partial
 
 import pytest
 import torch
-from equivalence import assert_equivalent, dropout_of, run
 from triton import knobs
 
 from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference
-from erniem_fast.batch import TokenBatch
 from erniem_fast.dropout import Dropout
 from erniem_fast.flags import use_implementations, use_kernels
 from erniem_fast.kernels import add_norm, bias_gelu
 from erniem_fast.native.build import build
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
+from tests import ROOT
+from tests.batches import dropout_of, sequences, two_sequences
+from tests.kernels.comparison import assert_equivalent, run
 
 EPS = 1e-5
 HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 257, 512)
@@ -42,11 +43,6 @@ def seed(device):
     return torch.tensor([0x123456789ABCDEF], device=device)
 
 
-def batch_of(lengths, device):
-    cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
-    return TokenBatch.from_cu_seqlens(cu_seqlens, max(lengths), sum(lengths))
-
-
 def attention(batch, heads, p, seed, qkv):
     with use_kernels(attention="triton"):
         return ops.attention(qkv, batch, heads, (qkv.shape[1] // (3 * heads)) ** -0.5, dropout_of(batch, p, seed))
@@ -60,7 +56,7 @@ def attention_reference(batch, heads, p, seed, qkv):
 @pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
 @pytest.mark.parametrize(("heads", "head_dim"), [(12, 64), (2, 32), (2, 128)])
 def test_attention_of_hard_lengths(device, sized, seed, heads, head_dim, dropout, poisoned_memory):
-    batch = batch_of(sized(HARD_LENGTHS, (1, 17, 0, 65)), device)
+    batch = sequences(*sized(HARD_LENGTHS, (1, 17, 0, 65)), device=device)
     heads, p_and_seed = sized(heads, 2), (0.1, seed if dropout else None)
     qkv = torch.randn(batch.tokens, 3 * heads * head_dim, device=device).to(HALF)
     kernel, oracle = (partial(op, batch, heads, *p_and_seed) for op in (attention, attention_reference))
@@ -77,7 +73,7 @@ def test_the_backward_of_attention_finds_the_forward_s_scores(device, head_dim, 
     """
     qkv = (30 * torch.randn(64, 3 * head_dim, device=device)).to(dtype)
     grad = torch.randn(64, head_dim, device=device).to(dtype)
-    _, grad_qkv = run(partial(attention, batch_of([1] * 64, device), 1, 0.0, None), [qkv], grad)
+    _, grad_qkv = run(partial(attention, sequences(*[1] * 64, device=device), 1, 0.0, None), [qkv], grad)
     query, key, _ = qkv.double().unflatten(1, (3, head_dim)).unbind(1)
     size = (query * key).abs().sum(1).max() * head_dim**-0.5
     bound = 2 * head_dim * 2.0**-24 * size + torch.finfo(dtype).eps
@@ -86,7 +82,7 @@ def test_the_backward_of_attention_finds_the_forward_s_scores(device, head_dim, 
 
 @pytest.mark.parametrize("hidden", [96, 768, 1024])
 def test_add_norm_of_many_rows(device, sized, seed, hidden, poisoned_memory):
-    batch = batch_of(sized([512] * 40, [7, 12]), device)
+    batch = sequences(*sized([512] * 40, [7, 12]), device=device)
     dropout = batch.dropout(0.1, seed)
     rows = [torch.randn(batch.tokens, hidden, device=device).to(HALF) for _ in range(2)]
     vectors = [torch.randn(hidden, device=device).to(HALF) for _ in range(3)]
@@ -103,7 +99,7 @@ def test_add_norm_of_many_rows(device, sized, seed, hidden, poisoned_memory):
 
 @pytest.mark.parametrize("features", [96, 3072, 4096])
 def test_bias_gelu_of_many_rows(device, sized, seed, features, poisoned_memory):
-    batch = batch_of(sized([512] * 40, [7, 12]), device)
+    batch = sequences(*sized([512] * 40, [7, 12]), device=device)
     dropout = batch.dropout(0.1, seed)
     inputs = [torch.randn(shape, device=device).to(HALF) for shape in ((batch.tokens, features), (features,))]
 
@@ -136,7 +132,7 @@ def test_add_norm_beyond_31_bits_of_index(device, seed, huge):
     """The last rows come out as they do alone."""
     hidden = 768
     tokens = tokens_beyond(huge, hidden)
-    batch = batch_of([tokens // 3, tokens - tokens // 3], device)
+    batch = two_sequences(tokens, device)
     residual, x = (torch.randn(tokens, hidden, device=device, dtype=HALF) for _ in range(2))
     bias, *norm = (torch.randn(hidden, device=device, dtype=HALF) for _ in range(3))
     norm = Norm(*norm, EPS)
@@ -159,7 +155,7 @@ def test_add_norm_beyond_31_bits_of_index(device, seed, huge):
 def test_bias_gelu_beyond_31_bits_of_index(device, seed, huge):
     features = 3072
     tokens = tokens_beyond(huge, features)
-    batch = batch_of([tokens // 3, tokens - tokens // 3], device)
+    batch = two_sequences(tokens, device)
     x, bias = (torch.randn(shape, device=device, dtype=HALF) for shape in ((tokens, features), (features,)))
 
     def rows(of):
@@ -173,11 +169,11 @@ def test_bias_gelu_beyond_31_bits_of_index(device, seed, huge):
 
 def test_attention_beyond_31_bits_of_index(device, sized, huge):
     heads, length = sized(12, 2), sized(512, 70)
-    sequences = huge // (3 * heads * 64) // length + 2
-    qkv = torch.randn(sequences * length, 3 * heads * 64, device=device, dtype=HALF)
-    grad = torch.randn(sequences * length, heads * 64, device=device, dtype=HALF)
-    whole = run(partial(attention, batch_of([length] * sequences, device), heads, 0.0, None), [qkv], grad)
-    alone = run(partial(attention, batch_of([length], device), heads, 0.0, None), [qkv[-length:]], grad[-length:])
+    rows = huge // (3 * heads * 64) // length + 2
+    qkv = torch.randn(rows * length, 3 * heads * 64, device=device, dtype=HALF)
+    grad = torch.randn(rows * length, heads * 64, device=device, dtype=HALF)
+    whole = run(partial(attention, sequences(*[length] * rows, device=device), heads, 0.0, None), [qkv], grad)
+    alone = run(partial(attention, sequences(length, device=device), heads, 0.0, None), [qkv[-length:]], grad[-length:])
     assert all(torch.equal(one[-length:], other) for one, other in zip(whole, alone, strict=True))
 
 
@@ -303,8 +299,8 @@ def test_bad_ids_are_named_and_do_no_harm(device, packed):
 STEP = """
 import sys
 import torch
-sys.path.insert(0, {tests!r})
-from test_gpu import model_of, rows_of, train
+sys.path.insert(0, {root!r})
+from tests.test_gpu import model_of, rows_of, train
 device = torch.device({device!r})
 results = train(model_of(device, torch.float16).train(), *rows_of((33, 5, 70), device), "native")
 assert all(each.isfinite().all() for each in results)
@@ -319,7 +315,7 @@ def test_the_sanitizer_finds_no_stray_access(device):
             pytest.skip("there is no compute-sanitizer; it comes with the CUDA toolkit")
         sanitizer = ["compute-sanitizer", "--tool=memcheck", "--error-exitcode=9"]
     build([device.type])
-    code = STEP.format(tests=os.path.dirname(__file__), device=device.type)
+    code = STEP.format(root=str(ROOT), device=device.type)
     environment = {**os.environ, "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
     done = subprocess.run(
         [*sanitizer, sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120

@@ -1,13 +1,6 @@
 """The commands, as a user types them."""
 
-import os
-import subprocess
-import sys
-
-
-def run(*arguments, **environment):
-    command = [sys.executable, "-m", "erniem_fast", *arguments]
-    return subprocess.run(command, env={**os.environ, **environment}, capture_output=True, text=True, timeout=900)
+from tests.commands import run
 
 
 def test_build_makes_the_library_that_status_then_names(tmp_path):

@@ -1,5 +1,5 @@
 """Builds, loads and calls csrc/: one library for the CPU, one for CUDA devices.
 
-They have a plain C interface and include nothing of torch, so that a build outlives an upgrade of torch or Python; the
-CPU's takes its threads from torch through one function of torch's stable ABI.
+Both have a plain C interface and include nothing of torch, so that a build outlives an upgrade of torch or Python. The
+CPU library takes its threads from torch, through one function of torch's stable ABI.
 """

@@ -9,7 +9,7 @@ from ..batch import Sequences
 from ..dropout import Dropout
 from .function import DROPOUT, ELEMENT, INT, Function, dropout_values
 
-# Both directions have the same structure, and each leaves out the tensors of the other one.
+# Both directions share one structure; each leaves out the tensors that only the other uses.
 _FORWARD = Function(
     "attention_forward",
     {

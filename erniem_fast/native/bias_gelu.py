@@ -15,7 +15,7 @@ from .function import (
     dropout_values,
 )
 
-# As `Activation` of csrc/ops.h numbers them.
+# The numbers of `Activation` in csrc/ops.h.
 ACTIVATIONS = {"gelu": 0, "gelu_tanh": 1, "relu": 2}
 
 _FORWARD = Function(

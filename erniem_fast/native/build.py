@@ -1,6 +1,6 @@
 """Compiles csrc/ into the cache.
 
-A library is put there in one step when it is complete, so that processes that build at once cannot disturb each other.
+A finished library is moved there in one step, so that processes that build at the same time cannot disturb each other.
 """
 
 import os
@@ -15,23 +15,24 @@ from . import compiler, library
 from .library import BuildError
 
 _REQUIREMENTS = (
-    "The CPU's library needs a C++17 compiler (GCC 9, Clang 10 or newer; `apt install g++`, or name one in CXX), that "
-    "of CUDA also nvcc 11.8 or newer (the `cuda-nvcc` and `cuda-cudart-dev` packages, or name one in CUDACXX). Without "
-    "them the embeddings run in plain PyTorch."
+    "The CPU library needs a C++17 compiler (GCC 9, Clang 10 or newer; `apt install g++`, or name one in CXX). The "
+    "CUDA library also needs nvcc 11.8 or newer (the `cuda-nvcc` and `cuda-cudart-dev` packages, or name one in "
+    "CUDACXX). Without the libraries every op still runs, in PyTorch or Triton."
 )
 
 
 def build(devices: Sequence[str] | None = None) -> dict[str, Path]:
-    """Compiles the libraries that are not in the cache yet; one that fails does not keep the other from being built.
+    """Compiles the libraries that are not in the cache yet. If one fails, the other is still built.
 
     Args:
-        devices: of `cpu` and `cuda`; all that are present where it is None.
+        devices: `cpu`, `cuda` or both; None for all that this machine has.
 
     Returns:
-        The library of each device.
+        The path of each device's library.
 
     Raises:
-        BuildError: a compiler is missing or fails, or the cache cannot be written or is open to others.
+        BuildError: this machine lacks a device; a compiler is missing or fails; or the cache cannot be written or is
+            open to others.
     """
     devices = devices or [device for device in library.DEVICES if library.absence(device) is None]
     for device in devices:
@@ -44,13 +45,14 @@ def build(devices: Sequence[str] | None = None) -> dict[str, Path]:
 
 
 def compile_libraries(commands: dict[Path, list[str]]) -> None:
-    """Runs the compilers side by side, each with an `-o` that says where to write, and moves the results to the paths.
+    """Runs the compilers in parallel, in a temporary folder, and moves the finished libraries to their paths.
 
     Args:
-        commands: the compiler's command line for each path, without the output.
+        commands: the compiler's command line for each path, without `-o`.
 
     Raises:
-        BuildError: with the compiler's output.
+        BuildError: a compiler fails, and its output is in the message; ninja is missing; or the cache cannot be written
+            or is open to others.
     """
     cache = library.cache()
     try:
@@ -83,5 +85,5 @@ def _ninja_rule(name: str, command: list[str]) -> str:
 def _ninja_path() -> str:
     found = compiler.first_found(["ninja", str(Path(sys.executable).with_name("ninja"))])
     if found is None:
-        raise BuildError("no ninja found, which starts the compilers; `pip install ninja`.")
+        raise BuildError("there is no ninja to start the compilers; run `pip install ninja`.")
     return found

@@ -20,7 +20,7 @@ from .function import (
     norm_values,
 )
 
-_LARGE = 1 << 24  # bytes of a table that is worth a mapping of its own
+_LARGE = 1 << 24  # bytes from which a table gets its own memory mapping
 
 _FORWARD = Function(
     "embeddings_forward",
@@ -80,7 +80,7 @@ def forward(
     save: bool,
 ) -> tuple[Tensor, Tensor | None]:
     if ids.device.type == "cpu":
-        # On other devices a check would be a synchronisation; there the result has NaN for these tokens.
+        # On other devices the check would need a synchronisation. The kernel gives NaN for such tokens there.
         _check_range("ids", ids, word_table.shape[0])
         _check_range("positions", positions, position_table.shape[0])
     out = word_table.new_empty(ids.shape[0], word_table.shape[1])
@@ -143,7 +143,7 @@ def backward(
 
 
 def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
-    """The gradient of a table with `size` rows: each of `rows` is added to the table's row that `index` says."""
+    """The gradient of a table with `size` rows: `rows[i]` is added to row `index[i]`, unless that is `padding_idx`."""
     table = _zeros(size, rows.shape[1], dtype, rows.device)
     ascending, order = torch.sort(index, stable=True)
     _SCATTER(table.device, dtype, rows=rows, sorted=ascending, order=order, table=table, padding_idx=padding_idx)
@@ -153,9 +153,9 @@ def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int, dtype: to
 def _zeros(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A table of zeros.
 
-    Of a large one on the CPU, pages where nothing is written never become memory: a batch has few of the vocabulary's
-    words, and filling all of the word table's gradient (768 MB at base size, in fresh pages at every step) took 0.3 of
-    a step's 3 seconds, and up to 1.3 where the pages had to come from a virtual machine's host.
+    On the CPU, a large one is mapped, so that pages without writes never become memory: a batch contains few words of
+    the vocabulary. Filling the word table's whole gradient (768 MB at base size, in fresh pages at every step) took 0.3
+    of a step's 3 seconds, and up to 1.3 when the pages had to come from a virtual machine's host.
     """
     size = rows * hidden * dtype.itemsize
     if device.type != "cpu" or size < _LARGE:

@@ -1,4 +1,4 @@
-"""A function of csrc/, called with the addresses of tensors that have been checked."""
+"""A function of csrc/, called with the addresses of checked tensors."""
 
 import contextlib
 import ctypes
@@ -17,7 +17,7 @@ from ..dropout import Dropout, rescale, threshold
 from ..reference import Norm
 from . import library
 
-# The dtypes of elements, as `Dtype` of csrc/elements.h numbers them.
+# The dtypes of elements, with their numbers in `Dtype` of csrc/elements.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
 # Fixed, so that the sums over tokens do not depend on the number of threads.
@@ -25,27 +25,27 @@ TOKENS_PER_CHUNK = 32
 
 INT, FLOAT, ELEMENT = torch.int64, torch.float32, None
 
-# The tensors of an op's dropout. Without a seed there is none, and the coordinates are not read.
+# The tensors of an op's dropout. Without a seed there is no dropout, and the coordinates are not read.
 DROPOUT = {"columns": (INT, "tokens"), "sequence_ids": (INT, "tokens"), "seed": (INT, 1)}
 _READ_WITH = {"columns": "seed", "sequence_ids": "seed"}
 
 
 def dropout_values(dropout: Dropout | None) -> dict[str, object]:
-    """The values of `DROPOUT`, and `threshold` and `rescale`, which go with them."""
+    """The values of `DROPOUT`, `threshold` and `rescale`, by name."""
     if dropout is None:
         return {"columns": None, "sequence_ids": None, "seed": None, "threshold": 0, "rescale": 1.0}
     return {
         "columns": dropout.columns,
         "sequence_ids": dropout.sequence_ids,
         "seed": dropout.seed.reshape(1),
-        # p = 1 has the threshold 2^32, which no word of 32 bits can hold; its rescaling by 0 drops what is left.
+        # At p = 1 the threshold, 2^32, does not fit 32 bits. One less would keep a few elements, but their factor is 0.
         "threshold": min(threshold(dropout.p), 2**32 - 1),
         "rescale": rescale(dropout.p),
     }
 
 
 def norm_values(norm: Norm) -> dict[str, object]:
-    """The parameters of a layer norm by the names that structures give them."""
+    """The parameters of a layer norm, by the names of the structures' fields."""
     return {"weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
@@ -54,25 +54,25 @@ def chunks_of(tokens: int) -> int:
     return -(-tokens // TOKENS_PER_CHUNK)
 
 
-# The same as a dimension.
+# `chunks_of` as a dimension of a `Function`'s tensor.
 CHUNKS = "-(-tokens // tokens_per_chunk)"
 
 
 @dataclass(frozen=True, eq=False)
 class Function:
-    """A function of the libraries, and its structure of csrc/.
+    """A function of the libraries, and the structure in csrc/ that is its argument.
 
-    A dimension is a number, a name, or an expression in names. The first tensor with a name decides its size and all
-    others must agree; an expression must have the value that the names give it. So callers pass only those integers
-    that are not in the shape of a tensor.
+    A tensor's dimension is a number, a name, or an expression in names. The first tensor with a name decides the size;
+    all other tensors must agree, and so must the expressions. So callers pass only those integers that are not in the
+    shape of a tensor.
 
     Attributes:
-        name: of the function.
-        tensors: dtype, `ELEMENT` for that of the call, and dimensions of each tensor.
+        name: the function's name.
+        tensors: for each tensor its dtype (`ELEMENT` for the dtype of the call) and its dimensions.
         written: the tensors that the function writes to.
-        sizes, factors: names of the integers and of the floating-point numbers.
-        optional: the tensors that may be None, or left out of a call.
-        strided: the tensors whose rows need not follow one another in memory.
+        sizes, factors: the names of the integers and of the floating-point numbers, separated by spaces.
+        optional: the tensors that may be None or left out of a call.
+        strided: the tensors with rows that need not be adjacent in memory.
     """
 
     name: str
@@ -84,16 +84,22 @@ class Function:
     strided: tuple[str, ...] = ()
 
     def __call__(self, device: torch.device, dtype: torch.dtype, **values: object) -> None:
-        """Runs on the device's library, for elements of a dtype.
+        """Runs the function of the device's library.
+
+        Args:
+            device: where all tensors are.
+            dtype: of the elements, a key of `DTYPES`.
+            values: the tensors and numbers, by name.
 
         Raises:
-            ValueError: there is no such function for the dtype; or a tensor is missing, contradicts another, or is not
-                what the function reads or writes: the message names it.
+            ValueError: the dtype is not in `DTYPES`; or a tensor is missing, contradicts another one, or cannot be read
+                or written by the function. The message names the tensor.
+            BuildError: the library is not built or cannot be loaded.
             RuntimeError: the function failed; the message says why.
         """
         if dtype not in DTYPES:
             raise ValueError(f"{self.name} is for float32, float16 and bfloat16, not {dtype}; cast the tensors.")
-        addresses, kept = [], []  # converted tensors must live until the function has run
+        addresses, alive = [], []  # converted tensors must live until the function has run
         values.update(self._constants)
         for name, kind, dimensions in self._described:
             tensor = values.get(name)
@@ -107,7 +113,7 @@ class Function:
                 if values.setdefault(dimension, size) != size:
                     raise self._contradiction(name, values, device)
             tensor = self._readable(name, tensor, kind or dtype)
-            kept.append(tensor)
+            alive.append(tensor)
             addresses.append(tensor.data_ptr())
         for expression, code, name in self._expressions:
             if expression in values and values[expression] != (value := eval(code, None, values)):
@@ -119,29 +125,30 @@ class Function:
             raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
 
     def _absent(self, name: str, values: dict[str, object]) -> None:
-        """The address of a tensor that is None or not given; an error if the function needs the tensor."""
+        """The null address of a missing tensor; raises an error if the function needs the tensor."""
         if name not in self.optional or values.get(_READ_WITH.get(name, name)) is not None:
             raise ValueError(f"{self.name}: {name} is None, but the function needs it; pass a tensor.")
 
     def _contradiction(self, name: str, values: dict[str, object], device: torch.device) -> ValueError:
-        """The error for a tensor that contradicts others: names it, the shape it needs, and the tensors that say so."""
+        """The error for a tensor that contradicts others: it names the tensor, the shape it needs, and why."""
         tensor, (_, *dimensions) = values[name], self.tensors[name]
-        wanted = ", ".join(str(values.get(each, each)) for each in dimensions) + ("," if len(dimensions) == 1 else "")
-        texts = [each for each in dimensions if isinstance(each, str)]
+        sizes = [str(values.get(dimension, dimension)) for dimension in dimensions]
+        wanted = ", ".join(sizes) + ("," if len(sizes) == 1 else "")
+        texts = [dimension for dimension in dimensions if isinstance(dimension, str)]
         given = [other for other in self.tensors if values.get(other) is not None]
         reasons = []
-        for each in dict.fromkeys([*texts, *re.findall("[a-z_]+", " ".join(texts))]):
-            source = next((other for other in given if each in self.tensors[other]), None)
-            if each in values and source != name:
+        for dimension in dict.fromkeys([*texts, *re.findall("[a-z_]+", " ".join(texts))]):
+            source = next((other for other in given if dimension in self.tensors[other]), None)
+            if dimension in values and source != name:
                 reason = f", as {source} has shape {tuple(values[source].shape)}" if source else ""
-                reasons.append(f"{each} is {values[each]}{reason}")
+                reasons.append(f"{dimension} is {values[dimension]}{reason}")
         return ValueError(
             f"{self.name}: {name} has shape {tuple(tensor.shape)} on {tensor.device}, but needs ({wanted}) on {device}"
             f"{': ' if reasons else ''}{'; '.join(reasons)}."
         )
 
     def _readable(self, name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
-        """The tensor, or a copy of it in the dtype and in memory that can be read by its address."""
+        """The tensor, or a copy of it that has the dtype and that csrc/ can read by its address."""
         in_memory = tensor.layout is torch.strided and (tensor.data_ptr() != 0 or tensor.numel() == 0)
         if in_memory and _is_laid_out(tensor, dtype, rows_apart=name in self.strided):
             return tensor
@@ -155,7 +162,7 @@ class Function:
 
     @functools.cached_property
     def fields(self) -> tuple[tuple[str, type], ...]:
-        """The structure's fields in their order: addresses, integers, floating-point numbers."""
+        """The structure's fields in order: addresses, integers, floating-point numbers."""
         kinds = (
             (ctypes.c_void_p, self.tensors),
             (ctypes.c_int64, self.sizes.split()),
@@ -165,32 +172,32 @@ class Function:
 
     @functools.cached_property
     def _described(self) -> list[tuple[str, torch.dtype | None, tuple]]:
-        """Name, dtype and dimensions of each tensor."""
+        """The name, dtype and dimensions of each tensor."""
         return [(name, kind, tuple(dimensions)) for name, (kind, *dimensions) in self.tensors.items()]
 
     @functools.cached_property
     def _constants(self) -> dict[int, int]:
-        """The sizes of the dimensions that are numbers."""
-        return {each: each for _, _, dimensions in self._described for each in dimensions if isinstance(each, int)}
+        """The dimensions that are numbers, each with itself as its size."""
+        return {size: size for _, _, dimensions in self._described for size in dimensions if isinstance(size, int)}
 
     @functools.cached_property
     def _expressions(self) -> list[tuple[str, CodeType, str]]:
-        """The dimensions that are expressions, compiled, and the first tensor that has each."""
+        """Each dimension that is an expression, compiled, and the first tensor that has it."""
         found = {}
         for name, _, dimensions in self._described:
-            for each in dimensions:
-                if isinstance(each, str) and not each.isidentifier():
-                    found.setdefault(each, (each, compile(each, self.name, "eval"), name))
+            for text in dimensions:
+                if isinstance(text, str) and not text.isidentifier():
+                    found.setdefault(text, (text, compile(text, self.name, "eval"), name))
         return list(found.values())
 
     @functools.cached_property
     def _numbers(self) -> Callable[[dict[str, object]], tuple]:
-        """The structure's numbers, by name, in the order of its fields."""
+        """Takes the structure's numbers from values by name, in the order of its fields."""
         return itemgetter(*self.sizes.split(), *self.factors.split())
 
 
 def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
-    """Whether csrc/ can use a tensor's memory: it holds elements of the dtype, in order, aligned and not negated."""
+    """Whether csrc/ can use a tensor's memory: it holds the dtype's elements in order, aligned, not lazily negated."""
     return (
         tensor.dtype == dtype
         and (tensor.is_contiguous() or (rows_apart and tensor.stride(-1) == 1))
@@ -203,8 +210,8 @@ def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
 def _linked(library: ctypes.CDLL, function: Function) -> tuple[Callable[..., bytes | None], type[ctypes.Structure]]:
     """The function of a library, and the type of its argument.
 
-    Threads that come here at once each link a function of their own: `getattr` would give them all the same one, which
-    takes the argument of the last alone.
+    Threads that come here at the same time each get a function object of their own by `library[…]`. `getattr` would
+    give all of them one object, which would accept only the argument type that the last thread has set.
     """
     structure = type(function.name, (ctypes.Structure,), {"_fields_": function.fields})
     run = library[function.name]
@@ -217,7 +224,7 @@ _HERE = contextlib.nullcontext()
 
 
 def _context(device: torch.device) -> int:
-    """What a library runs on: the current stream, or on the CPU torch's threads."""
+    """The address of what a function runs on: the current CUDA stream, or on the CPU `torch_parallel_for`."""
     if device.type == "cuda":
         return torch.cuda.current_stream().cuda_stream
     return _parallel_for()

@@ -1,4 +1,4 @@
-"""A whole layer in one call, for so few tokens that Python between the ops would take a quarter of the time."""
+"""A whole layer in one call, for few tokens, where Python between the ops would take a quarter of the time."""
 
 import torch
 from torch import Tensor, nn
@@ -49,18 +49,21 @@ def forward(
     scale: float,
     activation: str,
 ) -> Tensor:
-    """The result of a layer's ops and products one after another, without dropout, head mask or probabilities.
+    """The result of a layer's ops and products in turn, without dropout, head mask or probabilities.
 
     Args:
         x: float32 `(tokens, hidden)` on the CPU.
         sequences: how tokens are cut into sequences.
-        linears: `q`, `k`, `v`, `out`, `up` and `down`.
-        norms: `norm1` and `norm2`.
-        heads, scale: of the attention.
+        linears: `q`, `k`, `v`, `out`, `up` and `down`, in float32, each with a bias.
+        norms: `norm1` and `norm2`, in float32, each with a bias.
+        heads, scale: as in `ops.attention`.
         activation: a key of `ACTIVATIONS`.
 
     Returns:
-        `(tokens, hidden)`.
+        float32 `(tokens, hidden)`.
+
+    Raises:
+        ValueError, BuildError, RuntimeError: see `Function.__call__`.
     """
     tokens, hidden = x.shape
     projected, intermediate = linears["q"].weight.shape[0], linears["up"].weight.shape[0]
@@ -69,8 +72,8 @@ def forward(
         x.device,
         x.dtype,
         x=x,
-        **{f"{name}_weight": each.weight for name, each in (*linears.items(), *norms.items())},
-        **{f"{name}_bias": each.bias for name, each in (*linears.items(), *norms.items())},
+        **{f"{name}_weight": module.weight for name, module in (*linears.items(), *norms.items())},
+        **{f"{name}_bias": module.bias for name, module in (*linears.items(), *norms.items())},
         **{f"{name}_eps": norm.eps for name, norm in norms.items()},
         longest_first=sequences.longest_first,
         cu_seqlens=sequences.cu_seqlens,

@@ -1,7 +1,7 @@
 """The built libraries in the cache: where they are, whether they can be trusted, and loading them.
 
-A library's name in the cache has a digest of all that it depends on: the sources, the compiler's flags and the machine.
-Loading it runs code, so neither the library nor its folder may be another user's or writable by others.
+A library's file name contains a digest of everything it depends on: the sources, the compiler's flags and the machine.
+Loading a library runs its code, so neither it nor its folder may belong to another user or be writable by others.
 """
 
 import ctypes
@@ -26,14 +26,15 @@ _opened: dict[Path, ctypes.CDLL] = {}
 
 
 class BuildError(RuntimeError):
-    """A library cannot be built or loaded; the message has the compiler's own and the remedy."""
+    """A library cannot be built or loaded; the message includes the compiler's output, if any, and the remedy."""
 
 
 def load(device: str) -> ctypes.CDLL:
-    """The library of a device, from the cache.
+    """The library of a device type, `cpu` or `cuda`, from the cache.
 
     Raises:
-        BuildError: it is not built, does not load, or may be another user's.
+        BuildError: this machine lacks the device; or the library is not built, does not load, or may have been written
+            by others.
     """
     found = path(device)
     if found not in _opened:
@@ -55,7 +56,7 @@ def is_built(device: str) -> bool:
 
 
 def status() -> dict[str, str]:
-    """For each device, the library's path, or why there is none and what to do."""
+    """For each device type, the library's path, or why there is none and what to do."""
     return {device: _status(device) for device in DEVICES}
 
 
@@ -69,7 +70,11 @@ def _status(device: str) -> str:
 
 @functools.cache
 def path(device: str) -> Path:
-    """Where the cache keeps, or would keep, the library that this process can use."""
+    """The path in the cache of the library for this process, whether it is built or not.
+
+    Raises:
+        BuildError: the user has no home folder.
+    """
     digest = hashlib.sha256(shlex.join([platform.system(), platform.machine(), *compiler.flags(device)]).encode())
     for source in sorted(compiler.SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
@@ -80,7 +85,7 @@ def cache() -> Path:
     """The folder of the built libraries.
 
     Raises:
-        BuildError: the user has no home.
+        BuildError: the user has no home folder.
     """
     try:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "erniem_fast"
@@ -89,10 +94,10 @@ def cache() -> Path:
 
 
 def trusted(library: Path) -> Path | None:
-    """The real path of a library, links followed; None if it is not built.
+    """The real path of a library, with links resolved; None if it is not built.
 
-    The folders further up need no check: others who may write there can put a folder in the place of the library's, but
-    not one that is the user's.
+    Folders further up need no check: another user who may write there can replace the library's folder, but the new
+    folder does not belong to this user, and so is refused.
 
     Raises:
         BuildError: the library or its folder cannot be read, or others may have written to it.
@@ -109,10 +114,10 @@ def trusted(library: Path) -> Path | None:
 
 
 def check_trust(path: Path) -> None:
-    """Refuses a folder or library that another user owns, root excepted, or may write to.
+    """Refuses a folder or library that belongs to another user (except root) or that others may write to.
 
     Raises:
-        BuildError: says whose it is, and the remedy.
+        BuildError: the message names the path, its owner or mode, and the remedy.
     """
     found, user = path.stat(), os.geteuid()
     if found.st_uid not in (user, 0):
@@ -122,7 +127,7 @@ def check_trust(path: Path) -> None:
     else:
         return
     raise BuildError(
-        f"{path} {fault}, so it may hold code that is not yours. Where you trust all that it holds, run "
+        f"{path} {fault}, so it may hold code that is not yours. If you trust everything in it, run "
         f"`{remedy} {shlex.quote(str(path))}`; else: {OTHER_CACHE}"
     )
 
@@ -138,7 +143,7 @@ def check_presence(device: str) -> None:
     """Refuses a device that cannot have a library on this machine.
 
     Raises:
-        BuildError: says why.
+        BuildError: the message says why.
     """
     reason = absence(device)
     if reason is not None:
@@ -148,7 +153,7 @@ def check_presence(device: str) -> None:
 def absence(device: str) -> str | None:
     """Why a device cannot have a library on this machine, whatever is installed; None if it can."""
     if sys.platform == "win32":
-        return "there is no native library for Windows; the embeddings run in plain PyTorch."
+        return "there is no native library for Windows; the ops run in PyTorch or Triton."
     if device == "cuda" and (torch.version.cuda is None or not torch.cuda.is_available()):
         return "torch finds no CUDA device."
     return None

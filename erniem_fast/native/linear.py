@@ -20,11 +20,14 @@ _FORWARD = Function(
 
 
 def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    """Writes `F.linear(x, weight, bias)` into `out`, whose rows need not follow one another in memory.
+    """Writes `F.linear(x, weight, bias)` into `out`.
 
     Args:
-        out: float32 `(tokens, out_features)` on the CPU.
-        x: `(tokens, in_features)`, a few tens of tokens: for more, PyTorch's product is faster.
-        weight, bias: `(out_features, in_features)`, and `(out_features,)` or None.
+        out: float32 `(tokens, out_features)` on the CPU; its rows need not be adjacent in memory.
+        x: float32 `(tokens, in_features)`, a few tens of tokens: for more, PyTorch's product is faster.
+        weight, bias: float32 `(out_features, in_features)`, and `(out_features,)` or None.
+
+    Raises:
+        ValueError, BuildError, RuntimeError: see `Function.__call__`.
     """
     _FORWARD(x.device, x.dtype, x=x, weight=weight, bias=bias, out=out, out_stride=out.stride(0))

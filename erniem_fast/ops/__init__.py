@@ -1,4 +1,4 @@
-"""The four ops: each chooses an implementation by its flag at every call, and is a custom op to torch.compile."""
+"""The four ops. Each chooses an implementation by its flag at every call; to torch.compile it is a custom op."""
 
 from .add_norm import add_norm
 from .attention import attention, attention_with_probabilities

@@ -1,4 +1,4 @@
-"""`add_norm`: LN(residual + dropout(x + bias)), the end of both halves of a layer."""
+"""`add_norm`: LN(residual + dropout(x + bias)), which ends each half of a layer."""
 
 from typing import NamedTuple
 
@@ -17,19 +17,21 @@ from .triton import triton_implementation
 
 
 def add_norm(residual: Tensor, product: Product, norm: Norm, dropout: Dropout | None = None) -> Tensor:
-    """LN(residual + dropout(x + bias)).
+    """LN(residual + dropout(x + bias)), where LN is layer normalisation (Ba et al., arXiv 1607.06450).
 
     Args:
         residual: `(tokens, hidden)`, floating point.
-        product: x, `(tokens, hidden)`, floating point, and its bias.
-        norm: the layer norm.
-        dropout: of x and its bias; None for none.
+        product: x, `(tokens, hidden)`, floating point, and its bias, `(hidden,)` or None.
+        norm: the parameters of LN.
+        dropout: the dropout of x + bias; None for no dropout.
 
     Returns:
         `(tokens, hidden)` in the dtype that `residual` and x promote to.
 
     Raises:
-        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
+        ValueError: a flag has a value that it does not take.
+        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype; or, with
+            `ERNIEM_FAST_VERIFY=1`, the result differs from the reference's.
     """
     x, bias, reusable = product
     implementation = choose("add_norm", x.device, x.dtype)
@@ -43,7 +45,7 @@ class _Results(NamedTuple):
 
 class _Gradients(NamedTuple):
     residual: Tensor
-    x: Tensor  # empty where it equals that of the residual
+    x: Tensor  # empty without dropout, when it equals the gradient of the residual
     bias: Tensor
     norm_weight: Tensor
     norm_bias: Tensor

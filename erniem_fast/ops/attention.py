@@ -23,26 +23,29 @@ def attention(qkv: QKV, batch: TokenBatch, heads: int, scale: float, dropout: Dr
     A sequence without keys gives zeros, forward and backward.
 
     Args:
-        qkv: `(tokens, 3 · heads · head_dim)`, all queries, then all keys, then all values of a token; where
-            `modes.is_exported`, also the three apart.
-        batch: the tokens.
+        qkv: `(tokens, 3 · heads · head_dim)`, floating point: a token's queries, then its keys, then its values, of
+            all heads. While a graph is exported (`modes.is_exported`), the three may also be separate tensors.
+        batch: the tokens, their sequences and the key mask.
         heads: number of heads.
-        scale: of the scores, positive; 1 / √head_dim in ERNIE-M (Vaswani et al., arXiv 1706.03762, section 3.2.1).
-        dropout: of the probabilities; None for none.
+        scale: factor of the scores, positive; 1 / √head_dim in ERNIE-M (Vaswani et al., arXiv 1706.03762, section
+            3.2.1).
+        dropout: the dropout of the probabilities; None for no dropout.
 
     Returns:
         `(tokens, heads · head_dim)` in the dtype of `qkv`.
 
     Raises:
-        ValueError: the features of `qkv` are no three times `heads` of a size, or `scale` is not positive.
-        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
+        ValueError: `qkv` has a number of features that is not a multiple of 3 · `heads`; `scale` is not positive; or a
+            flag has a value that it does not take.
+        RuntimeError: the op's flag asks for an implementation that cannot serve this device, dtype and head_dim; or,
+            with `ERNIEM_FAST_VERIFY=1`, the result differs from the reference's.
     """
     if modes.is_exported():
         return attention_torch.forward_exported(qkv, batch, heads, scale, dropout)
     if qkv.shape[1] % (3 * heads):
         raise ValueError(
-            f"qkv has {qkv.shape[1]} features, which {heads} heads cannot divide into queries, keys and values of one "
-            f"size; heads must be the number that the weights of q_proj, k_proj and v_proj hold."
+            f"qkv has {qkv.shape[1]} features, which {heads} heads cannot divide into queries, keys and values of "
+            f"equal size; pass the number of heads that the weights of q_proj, k_proj and v_proj have."
         )
     if not scale > 0:
         raise ValueError(f"scale must be positive, not {scale}; for a negative one, negate the queries.")
@@ -62,19 +65,20 @@ def attention_with_probabilities(
 
     Args:
         qkv, batch, heads, scale, dropout: as in `attention`.
-        scores_bias: added to the scaled scores, broadcastable to `(sequences, heads, queries, keys)`; -inf where a key
-            is not to be attended to. Only in the padded layout, where queries and keys are columns of the grid.
+        scores_bias: added to the scaled scores, broadcastable to `(sequences, heads, queries, keys)`; -inf for keys
+            that are not attended to. Only in the padded layout, where queries and keys are columns of the grid.
 
     Returns:
-        `(tokens, heads · head_dim)`, and the probabilities after dropout, `(sequences, heads, max_seqlen, max_seqlen)`
-        by the tokens' index in their sequence; without meaning where there is no token.
+        The result, `(tokens, heads · head_dim)`; and the probabilities after dropout, `(sequences, heads, max_seqlen,
+        max_seqlen)`, whose last two indices are the query's and the key's index in the sequence. Both have the dtype
+        of `qkv`. Probabilities at an index beyond a sequence's tokens have no meaning.
     """
     return attention_torch.forward_with_probabilities(qkv, batch, heads, scale, scores_bias, dropout)
 
 
 class _Results(NamedTuple):
     out: Tensor
-    statistics: Tensor  # of the scores, see erniem_fast/kernels/attention.py
+    statistics: Tensor  # of the scores; see `forward` in erniem_fast/kernels/attention.py
 
 
 class _Gradients(NamedTuple):
@@ -104,7 +108,7 @@ _OP = Op(
     _forward,
     _backward,
     {
-        # Below 8.0 Triton has no tensor-core products, and the tiles do not fit (seen with Triton 3.6 and 3.9).
+        # Below compute capability 8.0, Triton 3.6 and 3.9 have no tensor-core products, and the tiles do not fit.
         "triton": triton_implementation("attention", largest=256, capability=(8, 0)),
         "native": native_implementation(native_attention, devices=("cpu",), saves=False),
         "torch": Implementation(attention_torch.forward, attention_torch.backward, saves=False),

@@ -1,4 +1,4 @@
-"""Attention in PyTorch's own operators: the `torch` implementation, exported graphs, and callers of probabilities."""
+"""Attention by PyTorch's own operators: the `torch` implementation, exported graphs, attention with probabilities."""
 
 import math
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ from .. import reference
 from ..batch import Sequences, TokenBatch
 from ..dropout import Dropout, dropout_mask
 
-# Queries, keys and values side by side; or apart, in graphs that are exported.
+# Queries, keys and values side by side in one tensor; in exported graphs also three tensors.
 QKV = Tensor | Sequence[Tensor]
 
 
@@ -33,11 +33,11 @@ def backward(
     mask, p = _dropout_mask(dropout, grid, heads)
     qkv_on_grid = _apart(qkv, grid, heads)
     grads = reference.attend_backward(_on_grid(grad, grid, heads), *qkv_on_grid, scale, grid.keys, mask, p)
-    return torch.cat([_off_grid(each, grid) for each in grads], dim=1)
+    return torch.cat([_off_grid(grad_on_grid, grid) for grad_on_grid in grads], dim=1)
 
 
 def forward_exported(qkv: QKV, batch: TokenBatch, heads: int, scale: float, dropout: Dropout | None) -> Tensor:
-    """`forward` for graphs that are exported: nothing is read from the example's values."""
+    """`forward` for exported graphs, which may not depend on values of the example's tensors."""
     grid = _grid_of(batch)
     if dropout is None:
         return _sdpa_on_grid(qkv, grid, heads, scale)
@@ -52,7 +52,7 @@ def forward_with_probabilities(
 
 
 def _sdpa_by_sequence(qkv: Tensor, sequences: Sequences, heads: int, scale: float) -> Tensor:
-    """A call for every run of equally long sequences, on views of qkv: no padding, and no copies before the last."""
+    """One call for each run of equally long sequences, on views of qkv: no padding, and no copy of qkv."""
     qkv = qkv.view(-1, 3, heads, qkv.shape[1] // (3 * heads))
     outputs = [qkv.new_empty(0, qkv.shape[2] * qkv.shape[3])]
     start = 0
@@ -68,12 +68,12 @@ def _sdpa_by_sequence(qkv: Tensor, sequences: Sequences, heads: int, scale: floa
 
 
 class _Grid(NamedTuple):
-    """Where tokens stand in a grid with a row for each sequence.
+    """Where tokens stand in a grid with one row for each sequence.
 
     Attributes:
         shape: `(sequences, max_seqlen)`.
-        place: int64 `(tokens,)`, each token's place in the flattened grid; None where the tokens fill it in order.
-        key_mask: bool, of that shape, the places that are attended to; None where all are.
+        place: int64 `(tokens,)`, each token's place in the flattened grid; None if the tokens fill it in order.
+        key_mask: bool `(sequences, max_seqlen)`, True for places that are attended to; None if all are.
     """
 
     shape: tuple[int, int]
@@ -97,7 +97,7 @@ def _grid_of_sequences(sequences: Sequences) -> _Grid:
 
 
 def _grid_of(batch: TokenBatch) -> _Grid:
-    """The batch's grid: its own where the tokens fill it."""
+    """The batch's own grid if the tokens fill it, otherwise the grid of its sequences."""
     if not batch.fills_grid:
         return _grid_of_sequences(batch.sequences)
     key_mask = batch.sequences.key_mask
@@ -105,10 +105,10 @@ def _grid_of(batch: TokenBatch) -> _Grid:
 
 
 def _sdpa_on_grid(qkv: QKV, grid: _Grid, heads: int, scale: float) -> Tensor:
-    """One call for all sequences, padded to the longest: few launches, where a launch is what costs.
+    """One call for all sequences, padded to the longest: few launches, for devices where launches dominate the time.
 
-    Runtimes disagree about a sequence without keys: NaN, zeros, or the mean of all values. Here it attends to all of
-    its places, and its result is set to zero.
+    For a sequence without keys, some runtimes give NaN, some zeros, some the mean of all values. Here such a sequence
+    attends to all of its places, and its result is then set to zero.
     """
     query, key, value = _apart(qkv, grid, heads)
     if grid.key_mask is None:
@@ -127,7 +127,7 @@ def _explicit(
     dropout: Dropout | None,
     scores_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The formula with all probabilities at hand, which dropout and a caller's own bias need."""
+    """The formula, with all probabilities in memory, which dropout and a caller's own bias need."""
     mask, p = _dropout_mask(dropout, grid, heads)
     out, probabilities = reference.attend(*_apart(qkv, grid, heads), scale, grid.keys, mask, p, scores_bias)
     return _off_grid(out, grid), probabilities
@@ -137,13 +137,13 @@ def _apart(qkv: QKV, grid: _Grid, heads: int) -> Sequence[Tensor]:
     """Queries, keys and values, `(sequences, heads, max_seqlen, head_dim)` each, zeros where there is no token."""
     if isinstance(qkv, Tensor):
         return _on_grid(qkv, grid, 3 * heads).chunk(3, dim=1)
-    return [_on_grid(each, grid, heads) for each in qkv]
+    return [_on_grid(projected, grid, heads) for projected in qkv]
 
 
 def _on_grid(x: Tensor, grid: _Grid, heads: int) -> Tensor:
     """`(tokens, heads · head_dim)` to `(sequences, heads, max_seqlen, head_dim)`, zeros where there is no token."""
     if grid.place is not None:
-        # Not grid.numel(), which torch.jit.trace takes as a constant.
+        # A tensor's numel() would be a constant in the graphs of torch.jit.trace; the product of a shape is not.
         x = x.new_zeros(math.prod(grid.shape), x.shape[1]).index_copy(0, grid.place, x)
     return x.view(*grid.shape, heads, x.shape[1] // heads).transpose(1, 2)
 
@@ -155,7 +155,7 @@ def _off_grid(out: Tensor, grid: _Grid) -> Tensor:
 
 
 def _dropout_mask(dropout: Dropout | None, grid: _Grid, heads: int) -> tuple[Tensor | None, float]:
-    """The dropout mask of `(sequences, heads, max_seqlen, max_seqlen)` probabilities, and the rate."""
+    """The dropout mask of the probabilities, `(sequences, heads, max_seqlen, max_seqlen)`, and the rate."""
     if dropout is None:
         return None, 0.0
     p, seed, columns, _ = dropout

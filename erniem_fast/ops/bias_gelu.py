@@ -17,7 +17,7 @@ from .op import Op
 from .product import Product
 from .triton import triton_implementation
 
-# transformers' names of the activations that the op knows; the exact GELU is ERNIE-M's.
+# The op's name for each activation of transformers that it can compute; ERNIE-M uses the exact GELU.
 ACTIVATIONS = {
     "gelu": "gelu",
     "gelu_python": "gelu",
@@ -31,16 +31,18 @@ def bias_gelu(product: Product, activation: str, dropout: Dropout | None = None)
     """dropout(activation(x + bias)).
 
     Args:
-        product: x, `(tokens, intermediate)`, floating point, and its bias.
+        product: x, `(tokens, intermediate)`, floating point, and its bias, `(intermediate,)` or None.
         activation: a value of `ACTIVATIONS`: `gelu` (exact, Hendrycks & Gimpel, arXiv 1606.08415), `gelu_tanh`
             (its approximation) or `relu`.
-        dropout: of the result; None for none.
+        dropout: the dropout of the result; None for no dropout.
 
     Returns:
         `(tokens, intermediate)` in the dtype of x.
 
     Raises:
-        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
+        ValueError: a flag has a value that it does not take.
+        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype; or, with
+            `ERNIEM_FAST_VERIFY=1`, the result differs from the reference's.
     """
     x, bias, reusable = product
     implementation = choose("bias_gelu", x.device, x.dtype)
@@ -49,7 +51,7 @@ def bias_gelu(product: Product, activation: str, dropout: Dropout | None = None)
 
 class _Gradients(NamedTuple):
     x: Tensor
-    bias: Tensor  # empty where there is no bias
+    bias: Tensor  # empty if there is no bias
 
 
 def _forward(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:

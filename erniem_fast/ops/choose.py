@@ -1,4 +1,4 @@
-"""What an implementation of an op is, and which one runs a call."""
+"""The implementations of an op, and the choice of one for each call."""
 
 import inspect
 from collections.abc import Callable
@@ -19,14 +19,14 @@ class Implementation:
     """One way to compute an op.
 
     Attributes:
-        forward, backward: functions of those of the op's arguments that they name as parameters; see `Op`.
-        refuses: why it cannot serve a device and dtype, with the remedy; None if it can.
-        prepare: makes it ready to serve a device, for callers that ask for it by name.
-        forward_in_place: a forward whose result takes the memory of an argument; None if there is none.
-        saves: whether its forward returns what the op declares for the backward, beside the result.
+        forward, backward: functions that take those of the op's arguments that they have parameters for; see `Op`.
+        refuses: returns why it cannot serve a device and dtype, with the remedy, or None if it can.
+        prepare: makes it ready to serve a device; called when a flag asks for it by name.
+        forward_in_place: a forward that writes its result over an argument; None if there is no such function.
+        saves: whether its forward returns, beside the result, the tensors that the op declares for the backward.
         fuses_bias: whether adding the bias of the matrix product before it is cheaper here than in the product.
-        automatic: whether `auto` takes it on a device that it can serve.
-        largest: the largest size that it can serve, see `choose`.
+        automatic: returns whether `auto` may choose it on a device.
+        largest: the largest size that it can serve; see `choose`.
     """
 
     forward: Callable[..., Tensors]
@@ -46,23 +46,24 @@ class Implementation:
         return self.refuses(device, dtype)
 
 
-# The implementations of each op, by the names of `flags.OPS` and their own, the preferred first; every op adds its own.
-# They are the tables of the flags, so that a flag takes the name of every implementation there is.
+# By the op's name (a key of `flags.OPS`) and the implementation's, the preferred one first. Each `Op` adds its own to
+# the tables of the flags, so that a flag takes the name of every implementation there is.
 IMPLEMENTATIONS: dict[str, dict[str, Implementation]] = {op: flag.implementations for op, flag in flags.OPS.items()}
 
 
-@torch.compiler.assume_constant_result  # torch.compile takes the choice as a constant of its graph
+@torch.compiler.assume_constant_result  # in a graph of torch.compile the choice is a constant
 @flags.while_held
 def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> str:
-    """The implementation that runs a call: the flag's, or with `auto` the first that can serve it.
+    """The name of the implementation that runs a call: the flag's or, with `auto`, the first that can serve it.
 
     Args:
         op: a key of `flags.OPS`.
-        device, dtype: of the op's input.
-        size: head_dim for attention; the other ops have none.
+        device, dtype: those of the op's input.
+        size: head_dim for attention; the other ops serve every size.
 
     Raises:
-        RuntimeError: the flag asks for an implementation that cannot serve this device, dtype and size.
+        ValueError: a flag has a value that it does not take.
+        RuntimeError: the op's flag asks for an implementation that cannot serve this device, dtype and size.
     """
     implementations = IMPLEMENTATIONS[op]
     wanted = flags.read(flags.OPS[op])
@@ -74,23 +75,24 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
         return wanted
     if flags.read(flags.KERNELS) == "off":
         return "torch"
-    served = (each for each in implementations.items() if each[1].automatic(device))
-    return next(name for name, each in served if each.objection(device, dtype, size) is None)
+    automatic = ((name, candidate) for name, candidate in implementations.items() if candidate.automatic(device))
+    return next(name for name, candidate in automatic if candidate.objection(device, dtype, size) is None)
 
 
 def fuses_bias(op: str, x: Tensor) -> bool:
-    """Whether the op, for inputs like `x`, wants to add the bias of the matrix product before it."""
+    """Whether the op's implementation for inputs like `x` adds the bias of the matrix product before it."""
     return IMPLEMENTATIONS[op][choose(op, x.device, x.dtype)].fuses_bias
 
 
 def arguments_of(function: Callable[..., object], values: dict[str, object]) -> dict[str, object]:
-    """Those of the values that the function has parameters for; all of them if it takes any."""
+    """The values that the function has parameters for; all values if it takes any name."""
     names = parameters(function)
-    return values if names is None else {each: values[each] for each in names if each in values}
+    return values if names is None else {name: values[name] for name in names if name in values}
 
 
 @cache
 def parameters(function: Callable) -> tuple[str, ...] | None:
-    """The names of a function's parameters; None if it takes any."""
+    """The names of a function's parameters; None if it takes any name (`**`)."""
     found = inspect.signature(function).parameters.values()
-    return None if any(each.kind is each.VAR_KEYWORD for each in found) else tuple(each.name for each in found)
+    takes_any = any(parameter.kind is parameter.VAR_KEYWORD for parameter in found)
+    return None if takes_any else tuple(parameter.name for parameter in found)

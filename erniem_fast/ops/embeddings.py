@@ -30,18 +30,21 @@ def embeddings(
 
     Args:
         ids, positions: int64 `(tokens,)`, rows of the two tables; the caller has checked their range.
-        word_table, position_table: `(vocabulary, hidden)` and `(max_positions, hidden)`, of one dtype.
-        norm: the layer norm.
-        padding_idx: the row that gets no gradient, in both tables.
-        dropout: of the result; None for none.
-        sparse: gives the word table's gradient as a sparse COO tensor, as `nn.Embedding(sparse=True)` does; a dense
-            one has the size of the table. Eager only: torch.compile has no sparse gradients.
+        word_table, position_table: `(vocabulary, hidden)` and `(max_positions, hidden)`, floating point, of one dtype.
+        norm: the parameters of LN, layer normalisation (Ba et al., arXiv 1607.06450).
+        padding_idx: the row of both tables that gets no gradient.
+        dropout: the dropout of the result; None for no dropout.
+        sparse: makes the word table's gradient a sparse COO tensor, as `nn.Embedding(sparse=True)` does; a dense one
+            has the size of the table. Eager only: torch.compile has no sparse gradients.
 
     Returns:
         `(tokens, hidden)` in the tables' dtype.
 
     Raises:
-        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype.
+        IndexError: on the CPU, an id or a position is not a row of its table.
+        ValueError: a flag has a value that it does not take.
+        RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype; or, with
+            `ERNIEM_FAST_VERIFY=1`, the result differs from the reference's.
     """
     implementation = choose("embeddings", word_table.device, word_table.dtype)
     tables = (word_table, position_table)
@@ -54,7 +57,7 @@ class _Results(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    word_table: Tensor  # where `sparse`, or where the table is frozen, the rows of it, one a token
+    word_table: Tensor  # with `sparse`, and for a frozen table, one row per token instead of the table
     position_table: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
@@ -86,7 +89,7 @@ def _backward(
     dropout: Dropout | None,
     sparse: bool,
 ) -> _Gradients:
-    # A frozen word table wants no gradient, which would be as large as the table; its rows are at hand anyway.
+    # A frozen word table needs no gradient, which would be as large as the table; the tokens' rows exist anyway.
     words = z.shape[0] if sparse or word_table is None else word_table[0]
     tables = (z.new_empty(rows, z.shape[1]) for rows in (words, position_table[0]))
     vectors = (norm.weight.new_empty(norm.weight.shape, dtype=wide(z.dtype)) for _ in range(2))

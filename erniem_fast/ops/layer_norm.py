@@ -1,6 +1,6 @@
-"""The layer norm inside `embeddings` and `add_norm`: by Triton's kernels, by PyTorch's, and by the reference.
+"""The layer norm inside `embeddings` and `add_norm`: by Triton kernels, by PyTorch, and by the reference.
 
-Only its input `z` is saved for the backward, which reads all of a row anyway and gets the row's statistics from it.
+Only its input `z` is saved for the backward, which reads whole rows anyway and computes their statistics again.
 """
 
 from collections.abc import Callable
@@ -18,8 +18,9 @@ class LayerNorm:
     """One way to compute a layer norm.
 
     Attributes:
-        forward: `(z, norm)` to the normalised rows, in the dtype of z.
-        backward: `(grad, z, norm)` to the gradients of z, weight and bias, the latter two in `wide(z.dtype)` at least.
+        forward: takes `(z, norm)` and returns the normalised rows, in the dtype of z.
+        backward: takes `(grad, z, norm)` and returns the gradients of z, in its dtype, and of weight and bias, in at
+            least `wide(z.dtype)`.
     """
 
     forward: Callable[[Tensor, Norm], Tensor]
@@ -27,7 +28,7 @@ class LayerNorm:
 
 
 def with_bias(norm: Norm) -> Norm:
-    """The norm with zeros for a bias that it lacks, because every implementation adds one."""
+    """The norm, with zeros for a missing bias, because every implementation adds one."""
     return norm if norm.bias is not None else norm._replace(bias=torch.zeros_like(norm.weight))
 
 
@@ -41,16 +42,16 @@ def _backward_torch(grad: Tensor, z: Tensor, norm: Norm) -> tuple[Tensor, ...]:
     x = _centred(z)
     grad, weight = grad.to(x.dtype), norm.weight.to(x.dtype)
     normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, norm.eps)
-    # As if of normalised rows: the native kernel adds up terms that cancel, and the mean makes them large.
+    # The normalised rows stand in for x: PyTorch's kernel adds up terms that cancel, and a mean makes them large.
     grad_normal, _, _ = torch.ops.aten.native_layer_norm_backward(
         grad, normal, x.shape[-1:], torch.zeros_like(mean), torch.ones_like(rstd), weight, None, [True, False, False]
     )
-    # It also sums over tokens one after another on CPU, and less exactly than `sum` does.
+    # On a CPU that kernel also adds up the tokens one after another, which is less exact than `sum`.
     return (grad_normal * rstd).to(z.dtype), (grad * normal).sum(0), grad.sum(0)
 
 
 def _centred(z: Tensor) -> Tensor:
-    """Rows less their mean. The native kernel subtracts it once more; `reference.normalise` says why that helps."""
+    """Rows minus their mean. PyTorch's kernel subtracts it once more; `reference.normalise` says why that helps."""
     x = z.to(wide(z.dtype))
     return x - x.mean(-1, keepdim=True)
 

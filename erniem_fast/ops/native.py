@@ -1,4 +1,4 @@
-"""The `native` implementation of an op: its functions of csrc/, where they are built."""
+"""The `native` implementation of an op: its functions in csrc/, if they are built."""
 
 from types import ModuleType
 
@@ -10,11 +10,11 @@ from .choose import Implementation
 
 
 def native_implementation(functions: ModuleType, devices: tuple[str, ...], saves: bool = True) -> Implementation:
-    """`forward`, `backward` and, where there is one, `forward_in_place` of a module of `erniem_fast.native`.
+    """The implementation by the functions of a module of `erniem_fast.native`.
 
     Args:
-        functions: the module.
-        devices: types of the devices whose libraries have the functions.
+        functions: the module, with `forward`, `backward` and optionally `forward_in_place`.
+        devices: the types of devices that the functions run on.
         saves: see `Implementation`.
     """
 

@@ -1,4 +1,4 @@
-"""An op declared once: from two annotated functions come its custom ops, their fakes and its autograd."""
+"""An op declared once: two annotated functions give its custom ops, their fakes and its autograd."""
 
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
@@ -23,22 +23,23 @@ _SCHEMA_TYPES = {
 
 
 class Op:
-    """An op that autograd, torch.compile and torch.export know, with several implementations.
+    """An op with several implementations, which autograd, torch.compile and torch.export know.
 
-    It is declared by two functions that compute nothing but return empty results, and so serve as the fakes of the two
-    custom ops `erniem_fast::<name>` and `erniem_fast::<name>_backward`:
+    Two functions declare it. They only return empty results, and so also serve as the fakes of the two custom ops
+    `erniem_fast::<name>` and `erniem_fast::<name>_backward`:
 
-    * `forward` returns the result, or a NamedTuple of the result and of what is kept for the backward.
-    * `backward` takes `grad`, the gradient of the result, and what it names of the forward's arguments and results;
-      autograd saves exactly these. Of a tensor annotated as `torch.Size` only the shape is saved, and of one annotated
-      as `torch.Size | None` it is None where no gradient of that tensor is wanted. It returns a NamedTuple of gradients
-      by the names of the arguments that they belong to.
+    * `forward` returns the result, or a NamedTuple of the result and of the tensors that the backward needs.
+    * `backward` takes `grad`, the gradient of the result, and any of the forward's arguments and results, by name;
+      autograd saves exactly these. If a tensor is annotated as `torch.Size`, only its shape is saved; if it is
+      annotated as `torch.Size | None`, it is None when no gradient of that tensor is needed. `backward` returns a
+      NamedTuple of gradients, each under the name of its argument.
 
-    Arguments may be NamedTuples of tensors and numbers. Implementations get them as such. They are flattened for the
-    custom ops alone, where field `seed` of argument `dropout` is called `dropout_seed`.
+    Arguments may be NamedTuples of tensors and numbers. Implementations receive them as such. They are flattened only
+    for the custom ops, where field `seed` of argument `dropout` is called `dropout_seed`.
 
-    An implementation's functions are called by name, with those of the arguments that they have parameters for, and
-    with `save`, whether anything is kept for a backward. They return the op's results as a tuple, or the first alone.
+    An implementation's functions are called with keyword arguments: the op's arguments and `save`, which says whether
+    the tensors for the backward are needed, as far as the function has parameters for them. They return the op's
+    results as a tuple, or only the first.
     """
 
     def __init__(
@@ -54,8 +55,8 @@ class Op:
             name: a key of `flags.OPS`.
             forward, backward: the declaration.
             implementations: by name, the preferred first.
-            finish: makes of `backward`'s gradients, given as `grads`, and of what it names of the saved values those
-                that autograd is to have: custom ops can return neither sparse tensors nor one tensor twice.
+            finish: takes `grads`, the gradients that `backward` returns, and any of the saved values, by name, and
+                returns the gradients for autograd: custom ops can return neither sparse tensors nor one tensor twice.
         """
         self.name = name
         self._implementations = IMPLEMENTATIONS[name]
@@ -69,14 +70,18 @@ class Op:
         self._forward_op, self._backward_op = self._register_forward(), self._register_backward()
 
     def __call__(self, implementation: str, *inputs: object, overwrite: bool = False) -> Tensor:
-        """The op's result: by a custom op where autograd, a graph or a tensor without values needs it, else directly.
+        """The op's result.
 
-        Transforms get the reference, whose operators are all PyTorch's.
+        A custom op computes it if autograd, a graph or a tensor without values needs one; otherwise the implementation
+        is called directly. Transforms of torch.func get the reference, which has PyTorch's own operators only.
 
         Args:
-            implementation: what `choose` has chosen.
+            implementation: its name, as `choose` returns it.
             inputs: the declared arguments, in order.
-            overwrite: lets the result take the memory of the argument that `forward_in_place` overwrites.
+            overwrite: whether the result may take the memory of the argument that `forward_in_place` overwrites.
+
+        Raises:
+            RuntimeError: with `ERNIEM_FAST_VERIFY=1`, a result differs from the reference's.
         """
         save = torch.is_grad_enabled() and any(_requires_grad(each) for each in inputs)
         if modes.is_transformed():
@@ -126,8 +131,8 @@ class Op:
         return op
 
     def _keep(self, ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensors) -> None:
-        """Saves what the backward names."""
-        ctx.set_materialize_grads(False)  # only the result has a gradient: no zeros need be written for the others
+        """Saves the values that the backward takes."""
+        ctx.set_materialize_grads(False)  # only the result has a gradient; the others need no zeros
         *flat, save, ctx.implementation = inputs
         values = self._named(_restore(self._arguments, flat), save)
         values.update(zip(self._results, _as_tuple(output), strict=True))
@@ -137,7 +142,7 @@ class Op:
         ctx.kept = [None if isinstance(each, Tensor) else (each,) for each in ctx.kept]
 
     def _differentiate(self, ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: None) -> tuple:
-        """The gradients of the forward's inputs."""
+        """The gradients of the custom op's inputs, in their order."""
         tensors = iter(ctx.saved_tensors)
         kept = _restore(self._saved, [next(tensors) if each is None else each[0] for each in ctx.kept])
         needed = dict(zip(self._flat_names, ctx.needs_input_grad, strict=False))
@@ -150,18 +155,18 @@ class Op:
             values = {"grads": grads, **_by_name(self._saved, kept)}
             grads = self._finish(**arguments_of(self._finish, values))
         by_name = grads._asdict()
-        of_inputs = (by_name.get(name) if needed[name] else None for name in self._flat_names)
-        return *of_inputs, None, None
+        input_grads = (by_name.get(name) if needed[name] else None for name in self._flat_names)
+        return *input_grads, None, None  # none for `save` and `implementation`
 
     # --- Implementations ---
 
     def _run(self, name: str, direction: str, values: dict[str, object]) -> tuple[Tensor, ...]:
-        """Runs one direction of an implementation, verified where the flag asks for it.
+        """Runs one direction of an implementation, and verifies it if the flag says so.
 
-        Implementations get and give contiguous tensors, none of them a lazy negation, and the dtypes that come, because
-        autocast is for matrix products alone.
+        Implementations receive contiguous tensors that are no lazy negations; results are made contiguous. Autocast is
+        off, because it is meant for matrix products only: implementations receive the dtypes that callers pass.
         """
-        values = {each: _plain(value) for each, value in values.items()}
+        values = {argument: _plain(value) for argument, value in values.items()}
         with _without_autocast(values):
             outputs = self._outputs(name, direction, values)
             if name != "reference" and flags.read(flags.VERIFY) == "1":
@@ -175,7 +180,7 @@ class Op:
         return outputs if direction == "backward" else self._complete(outputs, values["save"] and implementation.saves)
 
     def _complete(self, outputs: tuple[Tensor, ...], saves: bool) -> tuple[Tensor, ...]:
-        """The forward's results; what is kept for the backward is empty where it is not to be kept."""
+        """The forward's results; unless `saves`, those for the backward are empty tensors."""
         if saves:
             return outputs
         return outputs[0], *(outputs[0].new_empty(0) for _ in self._results[1:])
@@ -192,9 +197,9 @@ class _Argument(NamedTuple):
     """One argument of an op.
 
     Attributes:
-        name: of the parameter, or of a field of a NamedTuple with the parameter's name before it.
+        name: the parameter's; for a field of a NamedTuple, the parameter's name, an underscore and the field's name.
         kind: a key of `_SCHEMA_TYPES`, or a NamedTuple.
-        optional: whether it may be None.
+        optional: whether the value may be None.
     """
 
     name: str
@@ -202,7 +207,7 @@ class _Argument(NamedTuple):
     optional: bool
 
     def leaves(self) -> list["_Argument"]:
-        """What the argument is flattened to."""
+        """The arguments that this one is flattened to."""
         if self.kind in _SCHEMA_TYPES:
             return [self]
         fields = (_argument(f"{self.name}_{name}", hint) for name, hint in get_type_hints(self.kind).items())
@@ -282,7 +287,7 @@ def _as_tuple(outputs: Tensors) -> tuple[Tensor, ...]:
 
 
 def _unpacked(outputs: tuple[Tensor, ...]) -> Tensors:
-    """What a custom op returns: of a single result no tuple."""
+    """The results as a custom op returns them: a single one without a tuple."""
     return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
 
@@ -290,7 +295,7 @@ def _refuse_second_derivatives(op: str) -> Callable[..., None]:
     def refuse(ctx, *grads):
         raise RuntimeError(
             f"erniem_fast::{op}_backward cannot be differentiated: backward(create_graph=True) gives no second "
-            f"derivatives; torch.func gives them, as torch.func.grad of a function that takes a torch.func.grad."
+            f"derivatives; use torch.func.grad of a function that calls torch.func.grad, which gives them."
         )
 
     return refuse
@@ -300,18 +305,18 @@ _REMEDY = "Choose another implementation by its flag and report this with the ou
 
 
 def _check_equivalence(call: str, outputs: tuple[Tensor, ...], draws: list[Draw]) -> None:
-    """Raises where a result is not equivalent to the reference's."""
+    """Raises an error if a result is not equivalent to the reference's."""
     for index, output in enumerate(outputs):
-        of_output = [(same[index], exact[index]) for same, exact in draws]
-        same, _ = of_output[0]
-        if same.numel() == 0:
-            continue  # the reference does not save what an implementation may
-        if output.shape != same.shape or output.dtype != same.dtype:
+        references = [(reference[index], exact[index]) for reference, exact in draws]
+        expected, _ = references[0]
+        if expected.numel() == 0:
+            continue  # an implementation may save a tensor that the reference does not
+        if output.shape != expected.shape or output.dtype != expected.dtype:
             raise RuntimeError(
                 f"{call} disagrees with the reference: result {index} has shape {tuple(output.shape)} and dtype "
-                f"{output.dtype}, not {tuple(same.shape)} and {same.dtype}. {_REMEDY}"
+                f"{output.dtype}, not {tuple(expected.shape)} and {expected.dtype}. {_REMEDY}"
             )
-        comparison = compare(output, *of_output)
+        comparison = compare(output, *references)
         if not comparison.holds:
             raise RuntimeError(
                 f"{call} disagrees with the reference: result {index} of shape {tuple(output.shape)} and dtype "

@@ -1,4 +1,4 @@
-"""What an op takes from the matrix product before it."""
+"""A matrix product as the op after it takes it."""
 
 from typing import NamedTuple
 
@@ -9,9 +9,9 @@ class Product(NamedTuple):
     """A matrix product on its way into an op.
 
     Attributes:
-        x: `(tokens, features)`, the product, with its bias unless that is left to the op.
-        bias: `(features,)`, for the op to add; None if there is none, or x has it.
-        reusable: whether the op may write its result over x, which saves fetching fresh memory.
+        x: `(tokens, features)`, floating point, the product; it includes its bias unless `bias` is given.
+        bias: `(features,)`, which the op adds to x; None if there is none or x includes it.
+        reusable: whether the op may write its result over x, which saves allocating memory.
     """
 
     x: Tensor
@@ -20,5 +20,5 @@ class Product(NamedTuple):
 
     @property
     def value(self) -> Tensor:
-        """The product with its bias."""
+        """The product with its bias, `(tokens, features)`."""
         return self.x if self.bias is None else self.x + self.bias

@@ -1,4 +1,4 @@
-"""The `triton` implementation of an op: its kernels, loaded at the first call that runs them."""
+"""The `triton` implementation of an op: its kernels, imported by the first call that runs them."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -21,12 +21,12 @@ _BFLOAT16_CAPABILITY = (8, 0)
 def triton_implementation(
     kernels: str, largest: float = inf, capability: tuple[int, int] = _LEAST_CAPABILITY
 ) -> Implementation:
-    """`forward` and `backward` of the module `erniem_fast.kernels.<kernels>`.
+    """The implementation by `forward` and `backward` of the module `erniem_fast.kernels.<kernels>`.
 
     Args:
         kernels: the module's name.
-        largest: the largest size that the kernels serve, see `choose`.
-        capability: the least compute capability of an NVIDIA GPU that they serve.
+        largest: the largest size that the kernels serve; see `choose`.
+        capability: the lowest compute capability of NVIDIA GPUs that they serve.
     """
     forward, backward = (_on_device(lambda name=name: _kernels(kernels, name)) for name in ("forward", "backward"))
     refuses = partial(_refuses, capability)
@@ -34,9 +34,9 @@ def triton_implementation(
 
 
 def served_by_triton(implementation: Implementation) -> Implementation:
-    """An implementation that launches Triton kernels among other things, on the devices that can run them."""
+    """The implementation, which launches Triton kernels among other things, for the devices that can run these."""
     forward, backward = (
-        _on_device(lambda each=each: each) for each in (implementation.forward, implementation.backward)
+        _on_device(lambda function=function: function) for function in (implementation.forward, implementation.backward)
     )
     refuses = partial(_refuses, _LEAST_CAPABILITY)
     return replace(implementation, forward=forward, backward=backward, refuses=refuses, automatic=_on_gpu)
@@ -50,7 +50,7 @@ def _on_device(load: Callable[[], Callable[..., Tensors]]) -> Callable[..., Tens
     def run(**values: object) -> Tensors:
         function = load()
         device = next(each.device for each in values.values() if isinstance(each, Tensor))
-        # Triton launches on the current device, which need not be the tensors'.
+        # Triton launches on the current device, which may not be the tensors'.
         with torch.cuda.device(device) if device.type == "cuda" else mended_bfloat16():
             return function(**arguments_of(function, values))
 
@@ -58,12 +58,12 @@ def _on_device(load: Callable[[], Callable[..., Tensors]]) -> Callable[..., Tens
 
 
 def _on_gpu(device: torch.device) -> bool:
-    """Only on GPUs: the interpreter is for checking, never for speed."""
+    """`auto` takes Triton on GPUs only: the interpreter is for checking kernels and slow."""
     return device.type == "cuda"
 
 
 def _refuses(capability: tuple[int, int], device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why the kernels cannot serve a device and dtype, with the remedy; None where they can."""
+    """Why the kernels cannot serve a device and dtype, with the remedy; None if they can."""
     if find_spec("triton") is None:
         return "Triton is not installed; `pip install triton` (on Linux), or choose `torch`."
     if dtype not in _DTYPES:

@@ -1,8 +1,8 @@
-"""bfloat16 in Triton's interpreter, which computes with it as GPUs do only inside `mended_bfloat16`.
+"""Makes Triton's interpreter compute with bfloat16 as GPUs do, inside `mended_bfloat16`.
 
-The interpreter (seen in Triton 3.9) keeps a bfloat16 as the uint16 of its bits. It multiplies and adds those integers,
-and its conversion from float32 cuts digits off where GPUs round to nearest even. `tests/test_triton_interpreter.py`
-shows both, and fails once Triton has mended them; this module can then go.
+The interpreter (seen in Triton 3.9) stores a bfloat16 as the uint16 of its bits. It multiplies and adds those integers,
+and its conversion from float32 cuts digits off where GPUs round to nearest even. `tests/ops/test_triton_interpreter.py`
+shows both faults, and fails once Triton has fixed them; this module can then be deleted.
 """
 
 from collections.abc import Iterator
@@ -14,7 +14,7 @@ from functools import cache
 def mended_bfloat16() -> Iterator[None]:
     """Within the block, interpreted kernels multiply, add, compare and convert bfloat16 as GPUs do.
 
-    Sums over an axis (`tl.sum`) of bfloat16 stay wrong: no kernel takes them in less than float32.
+    Sums of bfloat16 over an axis (`tl.sum`) stay wrong; the kernels take all such sums in float32.
     """
     from triton.runtime.interpreter import interpreter_builder
 
@@ -28,7 +28,7 @@ def mended_bfloat16() -> Iterator[None]:
 
 @cache
 def _builder() -> type:
-    """The class of Triton's that computes each operation, with operands in bfloat16 widened to float32."""
+    """Triton's class that computes each operation, but with bfloat16 operands widened to float32."""
     import numpy as np
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
@@ -42,7 +42,7 @@ def _builder() -> type:
         return TensorHandle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32)
 
     def rounded(x: TensorHandle) -> TensorHandle:
-        """From float32, to the nearest bfloat16, and of two that are as near to the even one."""
+        """Rounds float32 to the nearest bfloat16, and ties to the even one."""
         bits = x.data.view(np.uint32)
         bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         return TensorHandle(np.where(np.isnan(x.data), 0x7FC0, bits).astype(np.uint16), tl.bfloat16)

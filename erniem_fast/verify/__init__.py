@@ -1,1 +1,1 @@
-"""Whether kernels compute what the reference does: the battery of hard cases, and when two results count as equal."""
+"""Whether kernels compute what the reference does: the battery of hard cases, and when a result is equivalent."""

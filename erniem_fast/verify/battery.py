@@ -1,8 +1,8 @@
 """The equivalence battery: every kernel that a device can run, forward and backward, against the reference.
 
-The cases are those where kernels go wrong: lengths around the tiles', sequences without tokens or keys, sizes that are
-no powers of two, padding on every side, dropout. What a kernel leaves unwritten reads as NaN. Devices that are fast
-enough are given the models' own sizes as well.
+The cases are those where kernels go wrong: lengths around the tiles' sizes, sequences without tokens or keys, sizes
+that are not powers of two, padding on every side, dropout. Memory that a kernel fails to write reads as NaN. On GPUs
+the models' own sizes are checked as well.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -40,9 +40,10 @@ class Case:
     """
     Attributes:
         op: a key of `flags.OPS`.
-        shape: of the inputs, in words.
-        make: from the generator of the inputs, a device and a dtype, the op as a function of its leaves, and those.
-        size: that implementations may be too small for, see `ops.choose`.
+        shape: the inputs' sizes, in words.
+        make: takes the inputs' random generator, a device and a dtype, and returns the op as a function of its leaves,
+            and the leaves by name.
+        size: the size that an implementation must serve; see `ops.choose`.
     """
 
     op: str
@@ -74,7 +75,7 @@ class Check:
         call, leaves = self.case.make(generator, self.device, self.dtype)
         with use_implementations(**{self.case.op: "reference"}), torch.no_grad():
             out = call(*leaves.values())
-        # Rounded once, so that all start from the same values.
+        # The gradient is rounded here, once, so that every implementation starts from the same values.
         inputs = (*leaves.values(), _randn(generator, self.device, out.dtype, *out.shape))
         with use_implementations(**{self.case.op: "reference"}):
             draws = draw(partial(_solve, call), inputs)
@@ -82,22 +83,22 @@ class Check:
             results = _solve(call, *inputs)
         comparisons = {}
         for index, (name, result) in enumerate(zip(("result", *leaves), results, strict=True)):
-            of_result = [(same[index], exact[index]) for same, exact in draws]
-            same, _ = of_result[0]
-            if result.dtype != same.dtype:  # of a shape, autograd sees to it
-                raise RuntimeError(f"{name} is {result.dtype}, not {same.dtype}")
-            comparisons[name] = compare(result, *of_result)
+            references = [(reference[index], exact[index]) for reference, exact in draws]
+            expected, _ = references[0]
+            if result.dtype != expected.dtype:  # autograd checks the shapes
+                raise RuntimeError(f"{name} is {result.dtype}, not {expected.dtype}")
+            comparisons[name] = compare(result, *references)
         return comparisons
 
 
 @dataclass(frozen=True)
 class ProductCheck:
-    """The native matrix product of few tokens, which is no op: it serves inference in float32 and has no gradient.
+    """The native matrix product of few tokens, which is not an op: it serves inference in float32 without gradients.
 
     Attributes:
-        tokens, inputs, outputs: sizes.
-        bias: whether there is one.
-        gap: columns at either side of the result's in the memory that it is written into; they must stay as they are.
+        tokens, inputs, outputs: the sizes of the product.
+        bias: whether the product adds a bias.
+        gap: the number of columns to the left and right of the result in memory, which the product must not change.
     """
 
     tokens: int
@@ -117,25 +118,29 @@ class ProductCheck:
         return f"{self.tokens} x {self.inputs} to {self.outputs}{bias}{gap}"
 
     def run(self) -> dict[str, Comparison]:
-        """Compares the result, by the name of the others' results, together with what lies beside it."""
+        """Compares the result together with the columns beside it, under the name that ops' results have."""
         generator = torch.Generator().manual_seed(0)
         shapes = ((self.tokens, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.tokens, self.gap))
         x, weight, bias, beside = (_randn(generator, self.device, self.dtype, *shape) for shape in shapes)
         operands = (x, weight, bias if self.bias else None)
-        same, exact = F.linear(*operands), F.linear(*(None if each is None else each.double() for each in operands))
-        out = torch.cat([beside, torch.full_like(same, nan), beside], dim=1)
+        doubles = (None if operand is None else operand.double() for operand in operands)
+        expected, exact = F.linear(*operands), F.linear(*doubles)
+        out = torch.cat([beside, torch.full_like(expected, nan), beside], dim=1)
         native_linear(out[:, self.gap : self.gap + self.outputs], *operands)
-        same, exact = (torch.cat([beside.to(each.dtype), each, beside.to(each.dtype)], dim=1) for each in (same, exact))
-        return {"result": compare(out, (same, exact))}
+        expected, exact = (torch.cat([beside.to(y.dtype), y, beside.to(y.dtype)], dim=1) for y in (expected, exact))
+        return {"result": compare(out, (expected, exact))}
 
 
 def verify(device: torch.device) -> bool:
-    """Runs the battery, prints a line for each check when it is done, and returns whether there were any and all held.
+    """Runs the battery on a device and prints each check as it finishes, with the error that came closest to its bound.
 
-    A line shows the result, or the leaf whose gradient it is, that came closest to its bound.
+    An error is named `result`, or by the leaf with that gradient.
+
+    Returns:
+        Whether there were any checks, and all passed.
     """
     reasons = [
-        *((op, name, each.objection(device, torch.float32, size=0)) for op, name, each in _kernels()),
+        *((op, name, kernel.objection(device, torch.float32, size=0)) for op, name, kernel in _kernels()),
         (ProductCheck.op, ProductCheck.implementation, _product_objection(device)),
     ]
     for op, name, reason in reasons:
@@ -146,10 +151,10 @@ def verify(device: torch.device) -> bool:
         dtype = str(check.dtype).removeprefix("torch.")
         line = f"{number:3}/{len(checks)} {check.op:10} {check.implementation:6} {dtype:8} {check.shape:42}"
         try:
-            name, worst = max(check.run().items(), key=lambda each: each[1].ratio)
+            name, worst = max(check.run().items(), key=lambda item: item[1].ratio)
             line += f" {name:14} error {worst.error:.1e}, bound {worst.bound:.1e}"
             passed = worst.holds
-        except Exception as error:  # whatever keeps a kernel from running, the others are to be checked
+        except Exception as error:  # a kernel that cannot run must not keep the others from being checked
             line += f" {type(error).__name__}: {error}"
             passed = False
         failures += not passed
@@ -159,11 +164,11 @@ def verify(device: torch.device) -> bool:
 
 
 def battery(device: torch.device) -> list[Check | ProductCheck]:
-    """All checks of the kernels that run on a device; those that PyTorch brings are not ours to check."""
+    """All checks of this library's kernels that run on a device; PyTorch's own are not checked."""
     interpreted = device.type != "cuda"
     checks = [
         Check(case, name, dtype, device)
-        # A size is a compilation, which takes a GPU as long as the interpreter takes for all of a small case.
+        # Each size is compiled for a GPU, which takes as long as running a whole small case in the interpreter.
         for case in (*_HARD, *(_small(range(1, 13)) if interpreted else (*_small((1, 2, 3)), *_MODELS)))
         for op, name, implementation in _kernels()
         if op == case.op
@@ -189,7 +194,7 @@ def _product_objection(device: torch.device) -> str | None:
 
 
 def _solve(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
-    """The result of a call and the gradients of its leaves: all inputs but the last, the result's own gradient."""
+    """The result of a call, and the gradients of its leaves. The last input is the gradient of the result."""
     *leaves, grad = inputs
     leaves = [leaf.detach().requires_grad_() for leaf in leaves]
     out = call(*leaves)
@@ -198,7 +203,7 @@ def _solve(call: Callable[..., Tensor], *inputs: Tensor) -> tuple[Tensor, ...]:
 
 @contextmanager
 def _poisoned_memory() -> Iterator[None]:
-    """Fills memory that is not initialised with NaN, so that nothing a kernel forgets to write goes unseen."""
+    """Fills uninitialised memory with NaN, so that elements that a kernel fails to write are noticed."""
     before = torch.are_deterministic_algorithms_enabled(), torch.is_deterministic_algorithms_warn_only_enabled()
     torch.use_deterministic_algorithms(True, warn_only=True)
     try:
@@ -219,7 +224,7 @@ def _dropout(batch: TokenBatch, p: float) -> Dropout | None:
 
 
 def _sequences(*lengths: int) -> Callable[[torch.device], TokenBatch]:
-    """Sequences that came packed."""
+    """A layout of sequences that came packed."""
 
     def layout(device: torch.device) -> TokenBatch:
         cu_seqlens = torch.tensor([0, *lengths], device=device).cumsum(0)
@@ -229,7 +234,7 @@ def _sequences(*lengths: int) -> Callable[[torch.device], TokenBatch]:
 
 
 def _mask(device: torch.device) -> Tensor:
-    """Rows with padding at the right, at the left, in between, everywhere, and nowhere."""
+    """Rows with padding at the right, at the left, in between, everywhere, and none."""
     mask = torch.ones(5, 70, dtype=torch.bool, device=device)
     mask[0, 33:] = False
     mask[1, :66] = False
@@ -239,12 +244,12 @@ def _mask(device: torch.device) -> Tensor:
 
 
 def _packed(device: torch.device) -> TokenBatch:
-    """First columns are computed even where they are padding, which nobody attends to."""
+    """First columns are computed even where they are padding; no token attends to them there."""
     return TokenBatch.from_mask(_mask(device), keep_first=True)
 
 
 def _left_padded(device: torch.device) -> TokenBatch:
-    """No sequence begins in a column that is a multiple of four, where the generator of dropout begins anew."""
+    """No sequence begins in a column that is a multiple of four, where dropout's generator starts a new group."""
     column, first = torch.arange(70, device=device), torch.tensor([[5], [66], [35]], device=device)
     return TokenBatch.from_mask(column >= first, keep_first=False)
 
@@ -273,16 +278,16 @@ _LAYOUTS = {
 
 
 def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0, ties: bool = False) -> Case:
-    """`ties`: with products of queries and keys that are large, close together and exact in every dtype."""
+    """With `ties`, products of queries and keys are large, close together and exact in every dtype."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch = _LAYOUTS[layout](device)
         leaves = {"qkv": _randn(generator, device, dtype, batch.tokens, 3 * heads * head_dim)}
         if ties:
             query, key, _ = leaves["qkv"].unflatten(1, (3, heads, head_dim)).unbind(1)
-            for each in (query, key):
-                each.round_()
-                each[..., 0] = 128.0
+            for factor in (query, key):
+                factor.round_()
+                factor[..., 0] = 128.0
         return lambda qkv: ops.attention(qkv, batch, heads, head_dim**-0.5, _dropout(batch, p)), leaves
 
     name = f"{layout}, {heads} x {head_dim}, p {p}{', ties' if ties else ''}"
@@ -314,7 +319,10 @@ def _add_norm(
     equal: bool = False,
     eps: float = _EPS,
 ) -> Case:
-    """`mixed`: in float32 but for x and its bias, as under autocast; `equal`: of rows of large, equal values."""
+    """With `mixed`, all but x and its bias are float32, as under autocast.
+
+    With `equal`, all values of a row are large and equal.
+    """
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch = _LAYOUTS[layout](device)
@@ -342,7 +350,7 @@ def _add_norm(
 
 
 def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: bool = False) -> Case:
-    """`equal`: of rows of large, equal values."""
+    """With `equal`, all values of a row are large and equal."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch = _LAYOUTS[layout](device)
@@ -367,7 +375,7 @@ def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: boo
     return Case("embeddings", f"{layout} x {hidden}, p {p}{', equal' if equal else ''}", make)
 
 
-# The cheapest come first: they see most of what can be wrong.
+# The cheapest cases come first; they find most faults.
 _HARD = (
     _embeddings("18 tokens", 9, 97, p=0.3),
     _embeddings("padded with a mask", 50, 96, p=0.3),
@@ -417,7 +425,7 @@ _HARD = (
 
 
 def _small(sizes: Iterable[int]) -> tuple[Case, ...]:
-    """Every op at sizes below those of a vector, and of what dropout draws at once, and around them."""
+    """Every op at sizes below and around a vector's width and the group of elements that dropout draws at once."""
     return tuple(
         case
         for size in sizes
@@ -431,19 +439,19 @@ def _small(sizes: Iterable[int]) -> tuple[Case, ...]:
     )
 
 
-# Tokens around the vectors' widths and more than there are at once; sizes around those of tiles, and the models' own.
+# Numbers of tokens around the vectors' widths, and above what one pass takes; sizes around the tiles', and the models'.
 _PRODUCTS = (
     *(ProductCheck(tokens, 31, 41) for tokens in (1, 4, 15, 16, 17, 20, 33, 39, 64, 65, 71)),
     ProductCheck(7, 96, 24, bias=False),
     ProductCheck(33, 7, 1),
     ProductCheck(17, 33, 97, gap=5),
     ProductCheck(17, 768, 3072, bias=False),
-    ProductCheck(20, 1024, 50),  # rows of a page or more are read in another order
+    ProductCheck(20, 1024, 50),  # the product reads rows of a page or more in another order
     ProductCheck(64, 768, 768, gap=768),
     ProductCheck(0, 32, 8),
 )
 
-# Of the base and the large model.
+# The sizes of the base and the large model.
 _MODELS = tuple(
     case
     for layout in ("32 of 1 to 497", "32 of 512")

@@ -1,0 +1,403 @@
+"""Kernels that are broken on purpose: the battery of `python -m erniem_fast verify` catches every one.
+
+A mutant is a kernel's source with one text replaced, imported in the place of its module. Those that do nothing but
+round a value are left to `test_rounding.py`.
+"""
+
+import re
+import sys
+from importlib.util import module_from_spec, spec_from_file_location
+from pathlib import Path
+
+import pytest
+import torch
+from triton.runtime.errors import InterpreterError
+
+from erniem_fast import kernels
+from erniem_fast.verify.battery import battery
+from tests.kernels.rounding import ERRORS, rounds_little
+from tests.mutation import holds, parameters, replaced
+
+KERNELS = Path(kernels.__path__[0])
+OPS = ("attention", "bias_gelu", "add_norm")  # each has the name of its file
+
+pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of numbers that overflow in a mutant
+
+# What is replaced, and by what. Of both kernels that make the gradients of keys and values:
+OF_KEYS = [
+    ("tl.dot(value, tl.trans(grad)", "tl.dot(key, tl.trans(grad)"),
+    ("tl.where(dropout_mask, probabilities, 0.0)", "probabilities"),
+    ("grad_value *= rescale", "grad_value *= 1.0"),
+    ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "grad_probabilities * rescale"),
+    ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "tl.where(dropout_mask, grad_probabilities, 0.0)"),
+    ("(grad_probabilities - delta)", "grad_probabilities"),
+    ("grad_key * scale", "grad_key"),
+]
+# And of all kernels, by file and function:
+ATTENTION = {
+    "_load": [
+        ("row < length", "row < length - 1"),
+        ("dim < HEAD_DIM)", "dim < HEAD_DIM - 1)"),
+    ],
+    "_store": [
+        ("row < length", "row < length - 1"),
+        ("dim < HEAD_DIM)", "dim < HEAD_DIM - 1)"),
+    ],
+    "_key_mask": [
+        ("key < length", "key <= length"),
+        ("key < length", "key < length - 1"),
+        ("tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)", "key_mask"),
+        ("key_mask_ptr + start + key", "key_mask_ptr + key"),
+    ],
+    "_dropout_mask": [
+        ("first_key // 4 + tl", "tl"),
+        ("groups, query, sequence, head", "groups, query, 0, head"),
+        ("groups, query, sequence, head", "groups, query, sequence, 0"),
+        ("groups, query, sequence, head", "groups, 0, sequence, head"),
+        ("key_column, query_column, sequence", "key, query_column, sequence"),
+        ("key_column, query_column, sequence", "key_column, query, sequence"),
+    ],
+    "_forward_kernel": [
+        ("(scores - shift) * (scale * LOG2_E)", "(scores - shift) * LOG2_E"),
+        ("(scores - shift) * (scale * LOG2_E)", "(scores - shift) * scale"),
+        ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * LOG2_E"),
+        ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * scale"),
+        ('tl.where(key_mask, scores, float("-inf"))', "scores"),
+        ('tl.where(larger == float("-inf"), 0.0, larger)', "larger"),
+        ("tl.where(total == 0.0, 1.0, total)", "total"),
+        ("total * shrink + tl.sum", "total + tl.sum"),
+        ("acc=out * shrink", "acc=out"),
+        ("tl.where(dropout_mask, probabilities, 0.0)", "probabilities"),
+        ("out *= rescale", "out *= 1.0"),
+        ("+ 2 * row, largest, mask=row < length)", "+ 2 * row, largest, mask=row < length - 1)"),
+        ("tl.log2(total), mask=row < length)", "tl.log2(total), mask=row < length - 1)"),
+        ("tl.log2(total)", "0.0 * total"),
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        ("tl.range(0, length, STEP", "tl.range(STEP, length, STEP"),
+    ],
+    "_load_statistics": [
+        ("2 * row, mask", "row, mask"),
+        ("2 * row + 1", "2 * row"),
+    ],
+    "_probabilities": [
+        ("* (scale * LOG2_E)", "* LOG2_E"),
+        ("* (scale * LOG2_E)", "* scale"),
+        (" - log_total", ""),
+        (
+            "tl.where(key_mask, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)",
+            "tl.exp2((scores - largest) * (scale * LOG2_E) - log_total)",
+        ),
+    ],
+    "_backward_queries_kernel": [
+        ("tl.dot(grad, tl.trans(value)", "tl.dot(query, tl.trans(value)"),
+        ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "grad_probabilities * rescale"),
+        (
+            "tl.where(dropout_mask, grad_probabilities * rescale, 0.0)",
+            "tl.where(dropout_mask, grad_probabilities, 0.0)",
+        ),
+        ("(grad_probabilities - delta)", "grad_probabilities"),
+        ("grad_query * scale", "grad_query"),
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        ("delta, mask=row < length", "delta, mask=row < length - 1"),
+    ],
+    "_backward_keys_kernel": [
+        *OF_KEYS,
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+    ],
+    "_backward_kernel": [
+        *OF_KEYS,
+        ("grad_query * scale", "grad_query"),
+        ("if first > 0:", "if first < 0:"),
+        ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),
+        ("if first + BLOCK >= length:", "if first + BLOCK > length:"),
+        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        ("tl.range(0, length, BLOCK)", "tl.range(0, length - 1, BLOCK)"),
+    ],
+}
+BIAS_GELU = {
+    "_activate": [
+        ("tl.maximum(x, 0.0)", "x"),
+    ],
+    "_derivative": [
+        (" + x * density", ""),
+        ("+ x * sigmoid * (1.0 - sigmoid) * slope", ""),
+        ("tl.where(x > 0.0, 1.0, 0.0)", "1.0"),
+    ],
+    "_load_bias": [("features < FEATURES", "features < FEATURES - 1")],
+    "_forward_kernel": [
+        ("x += bias", "x += 0.0"),
+        ("out = drop_features(out, seed, threshold, rescale, column, sequence, block, BLOCK)", "pass"),
+        ("column, sequence, block, BLOCK", "rows.to(tl.int32), sequence, block, BLOCK"),
+        ("column, sequence, block, BLOCK", "column, 0, block, BLOCK"),
+        ("column, sequence, block, BLOCK", "column, sequence, 0, BLOCK"),
+        ("(rows < tokens) &", "(rows < tokens - 1) &"),
+        ("& (features < FEATURES)", "& (features < FEATURES - 1)"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+    "_backward_kernel": [
+        ("x += bias", "x += 0.0"),
+        ("grad_x = drop_features(grad_x, seed, threshold, rescale, column, sequence, block, BLOCK)", "pass"),
+        ("column, sequence, block, BLOCK", "column, sequence, 0, BLOCK"),
+        ("grad_x *= _derivative(x, ACTIVATION)", "pass"),
+        ("grad_bias += grad_x", "grad_bias = grad_x"),
+        ("(rows < tokens) &", "(rows < tokens - 1) &"),
+        ("sums, mask=features < FEATURES", "sums, mask=features < FEATURES - 1"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+}
+ADD_NORM = {
+    "_load_vector": [("features < HIDDEN", "features < HIDDEN - 1")],
+    "_load_rows": [
+        ("(rows < tokens)", "(rows < tokens - 1)"),
+        ("(features < HIDDEN)", "(features < HIDDEN - 1)"),
+    ],
+    "_store_rows": [
+        ("(rows < tokens)", "(rows < tokens - 1)"),
+        ("(features < HIDDEN)", "(features < HIDDEN - 1)"),
+    ],
+    "_dropout": [("sequence, chunk, BLOCK", "sequence, 0, BLOCK")],
+    "_row_sums": [("tl.static_range(1, CHUNKS)", "tl.static_range(2, CHUNKS)")],
+    "_normalise": [
+        (" + eps", ""),
+        (
+            "_multiply(centred, centred, CHUNKS), CHUNKS) / HIDDEN",
+            "_multiply(centred, centred, CHUNKS), CHUNKS) / (HIDDEN - 1)",
+        ),
+        ("tl.where(real, tl.rsqrt(variance + eps), 0.0)", "tl.rsqrt(variance + eps)"),
+    ],
+    "_subtract": [
+        ("z[chunk] - mean, 0.0", "z[chunk], 0.0"),
+        ("tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0)", "z[chunk] - mean"),
+    ],
+    "_forward_kernel": [
+        ("x = _add(x, bias, CHUNKS)", "pass"),
+        ("x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "pass"),
+        ("_add(z, x, CHUNKS)", "x"),
+        ("z_ptr, rows, tokens, z,", "z_ptr, rows, tokens, x,"),
+        ("_multiply(normal, weight, CHUNKS)", "normal"),
+        ("_add(_multiply(normal, weight, CHUNKS), norm_bias, CHUNKS)", "_multiply(normal, weight, CHUNKS)"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+    "_backward_kernel": [
+        ("_add(grad_weight, _multiply(grad, normal, CHUNKS), CHUNKS)", "_multiply(grad, normal, CHUNKS)"),
+        ("_multiply(grad, normal, CHUNKS)", "grad"),
+        ("_add(grad_norm_bias, grad, CHUNKS)", "grad"),
+        ("_multiply(grad, weight, CHUNKS)", "grad"),
+        (" - mean", ""),
+        (" - normal[chunk] * slope", ""),
+        (") * rstd", ")"),
+        ("_dropout(grad_z, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "grad_z"),
+        ("_add(grad_bias, grad_x, CHUNKS)", "grad_x"),
+        ("_add(grad_bias, grad_z, CHUNKS)", "grad_z"),
+        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+    ],
+    "_store_sums": [("features < HIDDEN", "features < HIDDEN - 1")],
+}
+DROPOUT = {
+    "launch_arguments": [
+        ("dropout.rescale(of.p)", "1.0"),
+        ("dropout.threshold(of.p)", "dropout.threshold(of.p / 2)"),
+    ],
+    "dropout_mask": [
+        ("tl.join(tl.join(w0, w2), tl.join(w1, w3))", "tl.join(tl.join(w0, w1), tl.join(w2, w3))"),
+        (">= threshold", "< threshold"),
+        ("n_rounds=ROUNDS", "n_rounds=10"),
+    ],
+}
+DROPOUT_OF_FEATURES = {
+    "drop_features": [
+        ("x * rescale", "x"),
+        ("block * (BLOCK // 4)", "block * BLOCK"),
+        ("tl.where(dropout_mask(seed, threshold, groups, column, sequence, 0), x * rescale, 0.0)", "x * rescale"),
+    ],
+}
+DROPOUT_OF_COLUMNS = {
+    "dropout_mask_of_columns": [
+        ("last // 4", "last"),
+        ("last % 4 == 1", "last % 4 == 3"),
+        ("n_rounds=ROUNDS", "n_rounds=10"),
+    ],
+}
+
+
+MUTANTS = (
+    ("attention", "attention", ATTENTION),
+    ("bias_gelu", "bias_gelu", BIAS_GELU),
+    ("add_norm", "add_norm", ADD_NORM),
+    *((op, "dropout", DROPOUT) for op in OPS),
+    *((op, "dropout", DROPOUT_OF_FEATURES) for op in ("bias_gelu", "add_norm")),
+    ("attention", "dropout", DROPOUT_OF_COLUMNS),
+)
+
+# In float32 alone, whose digits show what bfloat16 rounds off anyway:
+DIGITS = (
+    (
+        "attention",
+        "attention",
+        {
+            "_forward_kernel": [
+                ("(scores - shift) * (scale * LOG2_E)", "scores * (scale * LOG2_E) - shift * (scale * LOG2_E)"),
+            ],
+            "_probabilities": [
+                (
+                    "(scores - largest) * (scale * LOG2_E) - log_total",
+                    "scores * (scale * LOG2_E) - (largest * (scale * LOG2_E) + log_total)",
+                ),
+            ],
+        },
+    ),
+    (
+        "bias_gelu",
+        "bias_gelu",
+        {
+            "_activate": [
+                (
+                    "tl.erf(x * 0.7071067811865476)",
+                    "2.0 * tl.sigmoid(1.5957691216057308 * (x + 0.044715 * x * x * x)) - 1.0",
+                ),
+                ("0.044715 * x * x * x", "0.0"),
+            ],
+            "_derivative": [
+                ("0.134145 * x * x", "0.044715 * x * x"),
+            ],
+        },
+    ),
+    (
+        "add_norm",
+        "add_norm",
+        {
+            "_normalise": [
+                ("_row_sums(z, CHUNKS) / HIDDEN", "0.0"),
+                ("tl.div_rn(_row_sums(centred, CHUNKS), HIDDEN * 1.0)", "0.0"),
+            ],
+        },
+    ),
+)
+# In bfloat16 alone: operands of a product that are left in float32,
+CASTS = {
+    "_forward_kernel": [("probabilities.to(value.dtype)", "probabilities")],
+    "_backward_queries_kernel": [("grad_scores.to(key.dtype)", "grad_scores")],
+    "_backward_keys_kernel": [
+        ("dropped.to(grad.dtype)", "dropped"),
+        ("grad_scores.to(query.dtype)", "grad_scores"),
+    ],
+    "_backward_kernel": [
+        ("dropped.to(grad.dtype)", "dropped"),
+        (
+            "(probabilities * (grad_probabilities - delta)).to(query.dtype)",
+            "probabilities * (grad_probabilities - delta)",
+        ),
+    ],
+}
+# and values that are rounded though they need not be.
+ROUNDINGS = (
+    (
+        "attention",
+        "attention",
+        {
+            "_forward_kernel": [
+                ("(key), input_precision=PRECISION)", "(key), input_precision=PRECISION).to(key.dtype).to(tl.float32)"),
+                ("acc=out * shrink", "acc=(out * shrink).to(value.dtype).to(tl.float32)"),
+            ],
+            "_probabilities": [
+                ("input_precision=PRECISION)", "input_precision=PRECISION).to(rows.dtype).to(tl.float32)"),
+            ],
+            "_backward_queries_kernel": [
+                ("(value), input_precision=PRECISION)", "(value), input_precision=PRECISION).to(key.dtype)"),
+                ("acc=grad_query", "acc=grad_query.to(key.dtype).to(tl.float32)"),
+            ],
+            "_backward_keys_kernel": [
+                ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
+                ("acc=grad_key", "acc=grad_key.to(key.dtype).to(tl.float32)"),
+            ],
+            "_backward_kernel": [
+                ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
+                ("acc=grad_value", "acc=grad_value.to(key.dtype).to(tl.float32)"),
+            ],
+            "forward": [("dtype=torch.float32", "dtype=qkv.dtype")],
+            "backward": [("head_dim, dtype=torch.float32", "head_dim, dtype=qkv.dtype")],
+        },
+    ),
+    (
+        "bias_gelu",
+        "bias_gelu",
+        {
+            "_forward_kernel": [("x += bias", "x = (x + bias).to(x_ptr.dtype.element_ty).to(tl.float32)")],
+            "backward": [("features, dtype=torch.float32", "features, dtype=x.dtype")],
+        },
+    ),
+    ("add_norm", "add_norm", {"backward": [("dtype=torch.float32", "dtype=z.dtype")]}),
+)
+
+
+def mutate(source, function, old, new):
+    """The source of a file with the one occurrence of `old` in a function replaced."""
+    (body,) = re.findall(rf"^def {function}\(.*?(?=\n\n\n|\Z)", source, re.MULTILINE | re.DOTALL)
+    return replaced(source, body, old, new)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Imports a source as a module of the kernels, in the place of the one that has its name."""
+
+    def install(name, source):
+        path = tmp_path / f"{name}.py"
+        path.write_text(source, encoding="utf-8")
+        spec = spec_from_file_location(f"erniem_fast.kernels.{name}", path)
+        module = module_from_spec(spec)
+        monkeypatch.setitem(sys.modules, spec.name, module)
+        spec.loader.exec_module(module)
+
+    return install
+
+
+def source_of(name):
+    return (KERNELS / f"{name}.py").read_text(encoding="utf-8")
+
+
+def checks_of(op, dtype):
+    """Those on kernels of Triton, on the CPU, where they are interpreted."""
+    return [
+        check
+        for check in battery(torch.device("cpu"))
+        if (check.op, check.implementation, check.dtype) == (op, "triton", dtype)
+    ]
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_unchanged_kernels_survive(op, install):
+    for name in ("dropout", op):
+        install(name, source_of(name))
+    assert holds(checks_of(op, torch.float32)[0])
+    assert rounds_little(op, next(iter(ERRORS[op])))
+
+
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(parameters(MUTANTS)))
+def test_no_mutant_survives(op, file, function, old, new, install):
+    """In bfloat16, in which models run on GPUs, and which takes half of float32's time."""
+    install(file, mutate(source_of(file), function, old, new))
+    if file == "dropout":
+        install(op, source_of(op))
+    assert not all(holds(check) for check in checks_of(op, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(parameters(DIGITS)))
+def test_no_digit_is_lost(op, file, function, old, new, install):
+    install(file, mutate(source_of(file), function, old, new))
+    assert not all(holds(check) for check in checks_of(op, torch.float32))
+
+
+@pytest.mark.parametrize(
+    ("op", "file", "function", "old", "new"), list(parameters([("attention", "attention", CASTS)]))
+)
+def test_no_operand_stays_in_float32(op, file, function, old, new, install):
+    """Nothing in float32 shows it; in bfloat16 the kernel cannot be compiled."""
+    install(file, mutate(source_of(file), function, old, new))
+    with pytest.raises(InterpreterError, match="same dtype"):
+        all(holds(check) for check in checks_of(op, torch.bfloat16))
+
+
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(parameters(ROUNDINGS)))
+def test_no_needless_rounding_survives(op, file, function, old, new, install):
+    install(file, mutate(source_of(file), function, old, new))
+    assert not all(rounds_little(op, shape) for shape in ERRORS[op])

@@ -1,0 +1,277 @@
+"""The CPU's native library broken on purpose: the battery of `python -m erniem_fast verify` catches every mutant.
+
+A mutant is a copy of csrc/ with one text replaced, of which the file of one op is compiled, without optimisation.
+"""
+
+import re
+import shutil
+import subprocess
+
+import pytest
+import torch
+
+from erniem_fast.native import compiler, library
+from erniem_fast.verify.battery import battery
+from tests.mutation import holds, parameters, replaced
+
+CPU = torch.device("cpu")
+FILE_OF_OP = {
+    "embeddings": "embeddings_cpu.cpp",
+    "attention": "attention_cpu.cpp",
+    "bias_gelu": "bias_gelu_cpu.cpp",
+    "add_norm": "add_norm_cpu.cpp",
+    "product": "linear_cpu.cpp",
+}
+
+pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
+
+# By file and function: what is replaced, and by what.
+EMBEDDINGS = {
+    "embeddings_forward_row": [
+        ("sum.x[i] += other.x[i];", ";"),
+        ("* rstd *", "*"),
+        (" * weight.x[i]", ""),
+        (" + norm_bias.x[i]", ""),
+        ("drop(op, token, piece, y);", ""),
+    ],
+    "embeddings_backward_row": [("drop(op, token, piece, grad_y[piece]);", "")],
+    "embeddings_backward_chunk": [
+        ("grad_weight[piece] = grad_norm_bias[piece] = {};", ""),
+        ("token < end &&", "token < end - 1 &&"),
+        ("token < op.tokens", "token < op.tokens - 1"),
+    ],
+    "embeddings_scatter_run": [
+        ("!starts ||", ""),
+        (" || row == op.padding_idx", ""),
+        ("op.order[j] * op.hidden", "j * op.hidden"),
+        ("while (end < op.tokens && op.sorted[end] == row) ++end;", ""),
+    ],
+}
+ATTENTION = {
+    "forward": [
+        ("row[i * keys + j] *= factors[j];", ";"),
+        ("shares[i], static_cast", "1.0f, static_cast"),
+    ],
+    "backward": [
+        ("float(op.scale), KEY", "1.0f, KEY"),
+        ("float(op.scale), QUERY", "1.0f, QUERY"),
+    ],
+    "backward_row": [
+        ("row[j] *= share;", ";"),
+        ("= draw(i);", "= nullptr;"),
+        ("row[j + lane] * factor;", "row[j + lane];"),
+        ("grad_row[j + lane] *= factor;", ""),
+        ("(grad_row[j] - mean)", "grad_row[j]"),
+    ],
+    "exponentials": [
+        ("for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;", ""),
+        ("op.key_mask[start + j] ?", "true ?"),
+        ("op.key_mask[start + j]", "op.key_mask[j]"),
+        ("found == -INFINITY ? 0.0f : found", "found"),
+        ("float(op.scale)", "1.0f"),
+        ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
+    ],
+    "survey": [
+        ("*least / 4 * 4", "*least"),
+        ("neighbours && columns[j] == columns[0] + j", "true"),
+    ],
+    "draw": [
+        ("uint32_t(columns[i])", "uint32_t(i)"),
+        ("uint32_t(column / 4)", "uint32_t((column - first_column) / 4)"),
+        ("query_column, uint32_t(sequence)", "0, uint32_t(sequence)"),
+        ("uint32_t(sequence)", "0"),
+        ("uint32_t(head)", "0"),
+        (">= threshold", "< threshold"),
+        ("? rescale", "? 1.0f"),
+        ("return all + columns[0] - first_column", "return all"),
+        ("all[columns[j] - first_column]", "all[j]"),
+    ],
+}
+BIAS_GELU = {
+    "with_activation": [
+        ("return body(Gelu());", "return body(GeluTanh());"),
+        ("return body(GeluTanh());", "return body(Gelu());"),
+        ("return body(Relu());", "return body(Gelu());"),
+    ],
+    "": [
+        ("normal(x).tail", "0.0f"),
+        ("(x > 0.0f ? 1.0f - at.tail : at.tail)", "at.tail"),
+        (" + x * at.density", ""),
+        ("0.044715f * x * x * x", "0.0f"),
+        ("3.0f * 0.044715f", "0.044715f"),
+        ("(tail / (whole * whole))", "(tail / whole)"),
+        ("x < 0.0f ? 0.0f : x", "x"),
+        ("x > 0.0f ? 1.0f : 0.0f;", "1.0f;"),
+    ],
+    "load_biased": [("x.x[i] += bias.x[i];", ";")],
+    "forward_row": [("drop(op, token, piece, y);", "")],
+    "backward_row": [
+        ("drop(op, token, piece, grad);", ""),
+        ("grad.x[i] *= Function::slope(x.x[i]);", ""),
+        ("grad_bias[piece].x[i] += grad.x[i];", "grad_bias[piece].x[i] = grad.x[i];"),
+    ],
+}
+ADD_NORM = {
+    "forward_row": [
+        ("x.x[i] += bias.x[i];", ";"),
+        ("drop(op, token, piece, x);", ""),
+        ("residual.x[i] + x.x[i]", "x.x[i]"),
+        ("row[piece], count);", "x, count);"),
+        ("* rstd *", "*"),
+        (" * weight.x[i]", ""),
+        (" + norm_bias.x[i]", ""),
+    ],
+    "backward_row": [
+        ("drop(op, token, piece, grad_x);", ""),
+        ("Piece<N> grad_x = grad_y[piece];", "Piece<N> grad_x = grad_y[piece]; drop(op, token, piece, grad_x);"),
+        ("grad_bias[piece].x[i] += grad_x.x[i];", "grad_bias[piece].x[i] = grad_x.x[i];"),
+    ],
+    "add_norm_backward": [("(2 + sum) * pieces", "(4 - sum) * pieces")],
+}
+LINEAR = {
+    "": [
+        ("product.bias == nullptr ? 0.0f : product.bias[column]", "0.0f"),
+        ("tiles.whole * ROWS + tile - tiles.whole", "tiles.whole * ROWS"),
+        ("tile, tiles.whole, nothing", "tile, 1, nothing"),
+        ("tile * ROWS, 1, nothing", "tile, 1, nothing"),
+        ("tile * ROWS, 1, fetch", "tile, 1, fetch"),
+        ("token * product.out_stride", "token * product.out_features"),
+        ("product.out += MOST * product.out_stride", "product.out += 0"),
+        ("x + MOST * in_features", "x"),
+        ("x.x + token * depth", "x.x"),
+        ("part < ROWS", "part < PART"),
+        ("(column + part * stride)", "column"),
+        ("token + j, column", "token, column"),
+    ],
+}
+ELEMENTS = {
+    "": [
+        ("(magnitude << 13) + (112u << 23)", "(magnitude << 13) + (113u << 23)"),
+        ("(112u << 23)) >> 13", "(113u << 23)) >> 13"),
+    ],
+}
+ROWS = {
+    "load": [("i < count", "i < count - 1")],
+    "store": [("i < count", "i < count - 1")],
+    "for_pieces": [
+        ("hidden % N != 0", "false"),
+        ("int(hidden % N))", "int(hidden % N) - 1)"),
+    ],
+    "row_sum": [
+        ("i < count", "i < N"),
+        ("width > 0", "width > 1"),
+    ],
+    "centre": [
+        ("row[piece].x[i] -= mean", "row[piece].x[i]"),
+        ("row[piece].x[i] -= left", "row[piece].x[i]"),
+        ("squares / float(hidden)", "squares / float(hidden - 1)"),
+        (" + float(eps)", ""),
+    ],
+    "layer_norm_backward": [
+        ("row[piece].x[i] *= rstd;", ""),
+        (
+            "grad_weight[piece].x[i] += grad_y[piece].x[i] * row[piece].x[i];",
+            "grad_weight[piece].x[i] += grad_y[piece].x[i];",
+        ),
+        ("grad_weight[piece].x[i] +=", "grad_weight[piece].x[i] ="),
+        ("grad_norm_bias[piece].x[i] +=", "grad_norm_bias[piece].x[i] ="),
+        ("grad_y[piece].x[i] *= weight.x[i];", ""),
+        ("rstd * (grad_y", "(grad_y"),
+        (" - mean", ""),
+        (" - row[piece].x[i] * slope", ""),
+    ],
+}
+DROPOUT = {
+    "philox": [
+        ("round < 7", "round < 10"),
+        ("c[1] = second, c[3] = first", "c[1] = first, c[3] = second"),
+        ("k0 += 0x9E3779B9u, k1 += 0xBB67AE85u;", ""),
+    ],
+    "draw": [("group + i / 4", "group")],
+    "drop": [
+        ("uint32_t(piece * (N / 4))", "0"),
+        ("uint32_t(op.columns[token])", "uint32_t(token)"),
+        ("column, sequence, 0)", "column, 0, 0)"),
+        (">= threshold", "< threshold"),
+        ("values.x[i] * rescale", "values.x[i]"),
+    ],
+}
+ROWS_CPU = {
+    "parallel_rows": [("i < end", "i < end - 1")],
+    "for_chunk": [
+        ("sums[piece] = {};", ";"),
+        ("token < end &&", "token < end - 1 &&"),
+        ("token < op.tokens", "token < op.tokens - 1"),
+    ],
+    "store_row": [("piece * Thread::piece, row[piece]", "0, row[piece]")],
+}
+FUNCTIONS = {
+    "exponential": [
+        ("1.0f / 24.0f", "1.0f / 25.0f"),
+        (" - whole * -2.12194440e-4f", ""),
+    ],
+    "normal": [
+        ("0.15916832f", "0.15926832f"),
+        ("-0.5f * size * size", "-0.5f * size"),
+    ],
+}
+
+
+MUTANTS = (
+    ("embeddings", "embeddings.h", EMBEDDINGS),
+    ("attention", "attention_cpu.cpp", ATTENTION),
+    ("bias_gelu", "bias_gelu_cpu.cpp", BIAS_GELU),
+    ("add_norm", "add_norm_cpu.cpp", ADD_NORM),
+    ("product", "linear_cpu.cpp", LINEAR),
+    ("add_norm", "elements.h", ELEMENTS),
+    ("add_norm", "rows.h", ROWS),
+    ("add_norm", "dropout.h", DROPOUT),
+    ("attention", "dropout.h", {"draw": [("Wide() + head", "Wide()")]}),
+    ("bias_gelu", "rows_cpu.h", ROWS_CPU),
+    ("bias_gelu", "functions.h", FUNCTIONS),
+)
+
+
+def mutate(source, function, old, new):
+    """The source of a file with the one occurrence of `old` replaced: in a function, or where it has no name."""
+    body = source
+    if function:
+        # From the line that has its type and name to the next brace that closes at that line's indentation.
+        definition = rf'^( *)(?!return|case| )[\w:<>*&" ]+ \*?{function}\([^;{{]*\{{\n.*?^\1\}}'
+        ((start, end),) = (match.span() for match in re.finditer(definition, source, re.MULTILINE | re.DOTALL))
+        body = source[start:end]
+    return replaced(source, body, old, new)
+
+
+@pytest.fixture
+def install(tmp_path, monkeypatch):
+    """Compiles an op's file of a changed copy of csrc/, for the process to load it in the library's place."""
+
+    def install(op, file=None, *replacement):
+        sources = shutil.copytree(compiler.SOURCES, tmp_path / "csrc")
+        if file is not None:
+            path = sources / file
+            path.write_text(mutate(path.read_text(encoding="utf-8"), *replacement), encoding="utf-8")
+        flags = compiler.cpu_flags(torch.backends.cpu.get_cpu_capability())
+        built = tmp_path / "library.so"
+        source = str(sources / FILE_OF_OP[op])
+        subprocess.run([compiler.compiler_path(), *flags, "-O0", "-w", source, "-o", str(built)], check=True)
+        monkeypatch.setattr(library, "path", lambda device: built)
+
+    return install
+
+
+def checks_of(op):
+    return [check for check in battery(CPU) if (check.op, check.implementation) == (op, "native")]
+
+
+@pytest.mark.parametrize("op", FILE_OF_OP)
+def test_unchanged_sources_survive(op, install):
+    install(op)
+    assert {holds(check) for check in checks_of(op)} == {True}
+
+
+@pytest.mark.parametrize(("op", "file", "function", "old", "new"), list(parameters(MUTANTS)))
+def test_no_mutant_survives(op, file, function, old, new, install):
+    install(op, file, function, old, new)
+    assert not all(holds(check) for check in checks_of(op))

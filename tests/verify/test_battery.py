@@ -1,0 +1,84 @@
+"""`python -m erniem_fast verify`, and what it must not let pass."""
+
+import re
+
+import pytest
+import torch
+
+from erniem_fast import __main__
+from erniem_fast.kernels import add_norm
+from erniem_fast.ops.choose import arguments_of
+from erniem_fast.verify import battery
+from tests.commands import run
+
+CPU = torch.device("cpu")
+FORWARD = add_norm.forward
+
+
+def test_the_battery_passes(tmp_path):
+    done = run("verify", XDG_CACHE_HOME=str(tmp_path), TRITON_INTERPRET="0")
+    assert done.returncode == 0, done.stdout + done.stderr
+    heading, *lines, summary = done.stdout.splitlines()
+    assert heading == "No GPU: what is written in Triton runs in Triton's interpreter."
+    unchecked = [line for line in lines if "is not checked" in line]
+    for op in ("embeddings", "product"):
+        assert f"{op}: native is not checked: it is not built; run `python -m erniem_fast build`." in unchecked
+    lines = lines[len(unchecked) :]
+    assert summary == f"{len(lines)} checks, 0 failures"
+    assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
+    assert {tuple(line.split()[1:4]) for line in lines} == {
+        (op, "triton", dtype)
+        for op in ("embeddings", "attention", "bias_gelu", "add_norm")
+        for dtype in ("float32", "float16", "bfloat16")
+    }
+    for line in lines:
+        error, bound = line.partition(" error ")[2].split("  ")[0].split(", bound ")
+        assert float(error) <= float(bound)
+
+
+def broken(wrong):
+    def forward(**inputs):
+        out, z = FORWARD(**arguments_of(FORWARD, inputs))
+        return wrong(out), z
+
+    return forward
+
+
+def unlaunchable(out):
+    raise RuntimeError("out of shared memory")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "line"),
+    [
+        (lambda out: out.index_fill(1, torch.tensor([-1]), 9), "result         error "),
+        (torch.empty_like, "result         error nan, bound "),
+        (lambda out: out.double(), "RuntimeError: result is torch.float64, not torch.float32"),
+        (lambda out: out[:-1], "RuntimeError: Mismatch in shape"),
+        (unlaunchable, "RuntimeError: out of shared memory"),
+    ],
+    ids=["wrong", "unwritten", "dtype", "shape", "raises"],
+)
+def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
+    case = next(
+        case for case in battery._HARD if case.op == "add_norm" and case.shape == "18 tokens x 768, p 0.0, no bias"
+    )
+    monkeypatch.setattr(battery, "_HARD", (case,))
+    monkeypatch.setattr(battery, "_small", lambda sizes: ())
+    assert __main__._verify() == 0
+    capsys.readouterr()
+    monkeypatch.setattr(add_norm, "forward", broken(wrong))
+    assert __main__._verify() == 1
+    *lines, summary = capsys.readouterr().out.splitlines()
+    single, *halves = (each for each in lines if re.search(r"add_norm +triton ", each))
+    assert line in single
+    assert [each.endswith("  FAIL") for each in (single, *halves)] == [True] * 3
+    assert summary.endswith(" checks, 3 failures")
+
+
+def test_nothing_to_check_is_no_success(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    assert not battery.verify(torch.device("meta"))
+    out = capsys.readouterr().out
+    assert "attention: triton is not checked: Triton has no kernels for meta" in out
+    assert out.endswith("0 checks, 0 failures\n")

@@ -18,12 +18,12 @@ test-portable: $(VENV)/installed
 	for capability in avx2 default; do \
 	    ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/python -m pytest $(LEFT_OUT:%=--ignore-glob=%) || exit 1; done
 
-# Where the native libraries cannot be built, what is measured is PyTorch alone, and `status` says why.
+# If the native libraries cannot be built, the benchmark measures PyTorch alone, and `status` says why.
 bench: $(VENV)/installed $(PEERS)/installed
 	-$(VENV)/bin/python -m erniem_fast build
 	$(VENV)/bin/python -m bench throughput $(ARGS)
 
-# On a machine with a GPU and, perhaps, without a network: made from what $(PYTHON) has installed.
+# A machine with a GPU may have no network, so the environment is made from what $(PYTHON) has installed.
 gpu:
 	$(PYTHON) -m bench.gpu.environment $(GPU)
 	$(GPU)/bin/python -m bench gpu $(if $(RESULTS),--results '$(RESULTS)')
@@ -63,7 +63,7 @@ wheel-check: wheel
 	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt dist/*.whl
 	build/wheel-check/bin/python tests/wheel_check.py
 
-# torch comes first and pinned, so that no later requirement can pull in another build of it.
+# torch comes first, and pinned, because a later requirement could pull in another build of it.
 $(VENV)/installed: pyproject.toml tests/constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python $(PIP) --constraint tests/constraints.txt torch
@@ -75,7 +75,7 @@ $(PEERS)/installed: bench/peers/requirements.txt
 	$(PEERS)/bin/python $(PIP) --requirement bench/peers/requirements.txt
 	touch $@
 
-# A rival that cannot be installed here is absent from the report, which says why; the others run.
+# If a rival cannot be installed here, the report leaves it out and says why; the others run.
 $(RIVALS)/installed: bench/peers/rivals.txt
 	$(PYTHON) -m venv $(RIVALS)
 	$(RIVALS)/bin/python $(PIP) --constraint $< torch

@@ -1,7 +1,6 @@
 """README and CONTRIBUTING: examples run as pasted, the flag table is the one in the code, and what they name exists."""
 
 import os
-import pathlib
 import re
 import subprocess
 import sys
@@ -18,8 +17,8 @@ from erniem_fast.batch import TokenBatch
 from erniem_fast.ops import Product
 from erniem_fast.ops.choose import choose
 from erniem_fast.verify.battery import battery
+from tests import ROOT
 
-ROOT = pathlib.Path(__file__).parent.parent
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 DOCUMENTS = {name: (ROOT / name).read_text(encoding="utf-8") for name in ("README.md", "CONTRIBUTING.md")}
 README, CONTRIBUTING = DOCUMENTS.values()

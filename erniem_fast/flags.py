@@ -1,4 +1,4 @@
-"""The environment flags: their names, values and defaults stand in one table and are read in one place.
+"""The environment flags: one table of their names, values and defaults, and one place that reads them.
 
 Flags are read when a call is made, so that they can be toggled in a running process.
 """
@@ -20,10 +20,10 @@ class Flag:
     """One environment flag.
 
     Attributes:
-        name: the environment variable.
-        choices: its values, the default first.
-        effect: what it does, for the README and for `status`.
-        implementations: those of an op, by name, which are values of its flag too; `Op` fills this table.
+        name: of the environment variable.
+        choices: the values that it takes; the first is the default.
+        effect: a description for users, in Markdown.
+        implementations: those of an op, by name, which its flag takes too; `Op` fills this table.
     """
 
     name: str
@@ -49,7 +49,7 @@ RECOMPUTE = Flag(
 )
 VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises where they disagree")
 
-# By the ops' names.
+# The flag of each op, by the op's name.
 OPS = {
     "embeddings": Flag(
         "ERNIEM_FAST_EMBEDDINGS",
@@ -66,11 +66,12 @@ FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE
 
 @dataclass(frozen=True)
 class Settings:
-    """Values of flags that win over the environment's.
+    """Values of flags that take precedence over the environment's.
 
     Attributes:
         values: by the flags' names.
-        memo: what `while_held` keeps; None where other flags are read from the environment, which may change.
+        memo: the results that `while_held` keeps while all flags are held; None if some flags are read from the
+            environment, which may change.
     """
 
     values: dict[str, str]
@@ -82,7 +83,7 @@ _settings: ContextVar[Settings] = ContextVar("erniem_fast_settings", default=_NO
 
 
 def read(flag: Flag) -> str:
-    """The value in force: that of the innermost `use_kernels`, else the environment's, else the default.
+    """The flag's current value: that of the innermost `use_kernels`, else the environment's, else the default.
 
     Raises:
         ValueError: the environment holds a value that the flag does not take.
@@ -92,10 +93,10 @@ def read(flag: Flag) -> str:
 
 
 def check_names() -> None:
-    """Refuses a misspelt flag, which would otherwise be ignored in silence.
+    """Refuses misspelt flags, which would otherwise be ignored silently.
 
     Raises:
-        ValueError: the environment holds an `ERNIEM_FAST_*` variable that is no flag.
+        ValueError: the environment holds an `ERNIEM_FAST_*` variable that is not a flag.
     """
     for name in os.environ:
         if name.startswith(PREFIX) and name not in FLAGS:
@@ -103,7 +104,7 @@ def check_names() -> None:
 
 
 def snapshot() -> Settings | None:
-    """All flags as they are now, for `held`; None inside a graph, where they are constants.
+    """All flags as they are now, for `held`; None while torch.compile makes a graph, where they are constants.
 
     Raises:
         ValueError: the environment holds an unknown value.
@@ -115,10 +116,13 @@ def snapshot() -> Settings | None:
 
 
 def held(settings: Settings | None = None) -> AbstractContextManager[None]:
-    """Keeps all flags as they are for every call inside the `with` block, or as they were at a `snapshot`.
+    """Keeps all flags constant inside a `with` block.
+
+    Args:
+        settings: the flags' values, from `snapshot`; None for the current values.
 
     Raises:
-        ValueError: there is no snapshot, and the environment holds an unknown flag or value.
+        ValueError: `settings` is None, and the environment holds an unknown flag or value.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
@@ -129,7 +133,7 @@ def held(settings: Settings | None = None) -> AbstractContextManager[None]:
 
 
 def while_held(function: Callable) -> Callable:
-    """Calls a function that depends on its arguments and the flags alone once for as long as the flags are held."""
+    """Remembers the results of a function while the flags are held; they may depend on arguments and flags only."""
 
     @functools.wraps(function)
     def call(*args: object) -> object:
@@ -152,14 +156,14 @@ def use_kernels(
     bias_gelu: str | None = None,
     layernorm: str | None = None,
 ) -> Iterator[None]:
-    """Chooses implementations inside a `with` block; what is left out keeps its flag's value.
+    """Chooses the ops' implementations inside a `with` block.
 
     Args:
         embeddings, attention, bias_gelu, layernorm: `auto` or the name of an implementation
-            (`python -m erniem_fast status` lists them).
+            (`python -m erniem_fast status` lists them); None keeps the flag's value.
 
     Raises:
-        ValueError: a value is not among those of the op's flag.
+        ValueError: the op's flag does not take the value.
     """
     with use_implementations(embeddings=embeddings, attention=attention, bias_gelu=bias_gelu, add_norm=layernorm):
         yield
@@ -167,7 +171,7 @@ def use_kernels(
 
 @contextmanager
 def use_implementations(**by_op: str | None) -> Iterator[None]:
-    """`use_kernels` by the names of `OPS`."""
+    """`use_kernels`, but with the ops' names as in `OPS`."""
     chosen = {OPS[op]: value for op, value in by_op.items() if value is not None}
     values = {flag.name: _valid(flag, value, flag.name.removeprefix(PREFIX).lower()) for flag, value in chosen.items()}
     with _set(Settings({**_settings.get().values, **values})):

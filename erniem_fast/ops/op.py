@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import flags, modes
 from ..verify.equivalence import check, draw
-from .arguments import by_name, declared, flatten, restore, schema_of
+from .arguments import Argument, by_name, declared, flatten, restore, schema_of
 from .choose import IMPLEMENTATIONS, Implementation, Tensors, arguments_of
 
 
@@ -57,13 +57,22 @@ class Op:
         self._saved = [each for each in declared(backward) if each.name != "grad"]
         self._results = getattr(get_type_hints(forward)["return"], "_fields", ("out",))
         self._gradients = get_type_hints(backward)["return"]
-        self._flat_names = [leaf.name for each in self._arguments for leaf in each.leaves()]
-        unknown = set(self._gradients._fields) - set(self._flat_names)
-        if unknown:  # autograd would never see them
-            raise TypeError(
-                f"{name}'s backward returns gradients of {sorted(unknown)}, which its forward does not take."
-            )
+        self._saved_leaves, self._places, self._gradient_places = self._plan()
         self._forward_op, self._backward_op = self._register_forward(), self._register_backward()
+
+    def _plan(self) -> tuple[list[Argument], list[int], list[int | None]]:
+        """The flat values to save, and the place of each among the custom op's inputs and results; for each input, the
+        place of its gradient, or None."""
+        inputs = [leaf.name for each in self._arguments for leaf in each.leaves()]
+        saved = [leaf for each in self._saved for leaf in each.leaves()]
+        sources, gradients = [*inputs, *self._results], self._gradients._fields
+        unknown = {*(leaf.name for leaf in saved), *gradients} - {*sources}
+        if unknown:  # gradients that nothing takes would be lost
+            raise TypeError(
+                f"{self.name}'s backward names {sorted(unknown)}, which its forward neither takes nor returns."
+            )
+        places = [sources.index(leaf.name) for leaf in saved]
+        return saved, places, [gradients.index(each) if each in gradients else None for each in inputs]
 
     def __call__(self, implementation: str, *inputs: object, overwrite: bool = False) -> Tensor:
         """The op's result.
@@ -129,29 +138,29 @@ class Op:
     def _keep(self, ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensors) -> None:
         """Saves the values that the backward takes."""
         ctx.set_materialize_grads(False)  # only the result has a gradient; the others need no zeros
-        *flat, save, ctx.implementation = inputs
-        values = self._named(restore(self._arguments, flat), save)
-        values.update(zip(self._results, _as_tuple(output), strict=True))
-        kept = [values[each.name].shape if each.kind is torch.Size else values[each.name] for each in self._saved]
-        ctx.kept = flatten(self._saved, kept)
-        ctx.save_for_backward(*(each for each in ctx.kept if isinstance(each, Tensor)))
-        ctx.kept = [None if isinstance(each, Tensor) else (each,) for each in ctx.kept]
+        *inputs, _, ctx.implementation = inputs
+        sources = (*inputs, *_as_tuple(output))
+        saved = [sources[place] for place in self._places]
+        saved = [
+            each.shape if leaf.kind is torch.Size else each
+            for leaf, each in zip(self._saved_leaves, saved, strict=True)
+        ]
+        ctx.save_for_backward(*(each for each in saved if isinstance(each, Tensor)))
+        ctx.rest = [None if isinstance(each, Tensor) else (each,) for each in saved]
 
     def _differentiate(self, ctx: torch.autograd.function.FunctionCtx, grad: Tensor, *_: None) -> tuple:
         """The gradients of the custom op's inputs, in their order."""
         tensors = iter(ctx.saved_tensors)
-        kept = restore(self._saved, [next(tensors) if each is None else each[0] for each in ctx.kept])
-        needed = dict(zip(self._flat_names, ctx.needs_input_grad, strict=False))
-        for index, each in enumerate(self._saved):
-            if each.kind is torch.Size and each.optional and not needed[each.name]:
-                kept[index] = None
-        flat = flatten(self._saved, kept)
-        grads = self._gradients(*_as_tuple(self._backward_op(grad, *flat, ctx.implementation)))
+        saved = [next(tensors) if each is None else each[0] for each in ctx.rest]
+        for index, (leaf, place) in enumerate(zip(self._saved_leaves, self._places, strict=True)):
+            if leaf.kind is torch.Size and leaf.optional and not ctx.needs_input_grad[place]:
+                saved[index] = None
+        grads = self._gradients(*_as_tuple(self._backward_op(grad, *saved, ctx.implementation)))
         if self._finish is not None:
-            values = {"grads": grads, **by_name(self._saved, kept)}
+            values = {"grads": grads, **by_name(self._saved, restore(self._saved, saved))}
             grads = self._finish(**arguments_of(self._finish, values))
-        grads = grads._asdict()
-        input_grads = (grads.get(name) if needed[name] else None for name in self._flat_names)
+        needed = zip(self._gradient_places, ctx.needs_input_grad, strict=False)
+        input_grads = (grads[place] if is_needed and place is not None else None for place, is_needed in needed)
         return *input_grads, None, None  # none for `save` and `implementation`
 
     # --- Implementations ---

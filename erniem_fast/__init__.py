@@ -1,4 +1,4 @@
-"""ERNIE-M for today's transformers: the same classes and checkpoints, on a packed encoder and fast kernels."""
+"""ERNIE-M for current transformers: the same classes and checkpoints, on a packed encoder and fast kernels."""
 
 from transformers import (
     AutoConfig,
@@ -38,7 +38,7 @@ __all__ = [
 
 check_names()
 
-# Once this package is imported, transformers' Auto classes and pipelines load saved `ernie_m` checkpoints.
+# These make transformers' Auto classes and pipelines load `ernie_m` checkpoints once this package is imported.
 AutoConfig.register(ErnieMConfig.model_type, ErnieMConfig)
 AutoTokenizer.register(ErnieMConfig, slow_tokenizer_class=ErnieMTokenizer)
 AutoModel.register(ErnieMConfig, ErnieMModel)

@@ -1,5 +1,5 @@
-"""`python -m erniem_fast status`: which implementation runs each op here and why; `build`: compiles the native
-libraries; `verify`: holds every kernel that runs here to the reference."""
+"""`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
+libraries; `verify` compares every kernel that runs here with the reference."""
 
 import argparse
 import os
@@ -20,9 +20,9 @@ from .verify.battery import verify
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m erniem_fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-    commands.add_parser("status", help="show versions, flags, and what runs each op here")
-    commands.add_parser("build", help="compile the native libraries for the devices present")
-    commands.add_parser("verify", help="hold every kernel that runs here to the reference, forward and backward")
+    commands.add_parser("status", help="show versions, flags, and which implementation runs each op here")
+    commands.add_parser("build", help="compile the native libraries for this machine's devices")
+    commands.add_parser("verify", help="compare every kernel that runs here with the reference, forward and backward")
     command = parser.parse_args().command
     return {"status": _status, "build": _build, "verify": _verify}[command]()
 
@@ -54,13 +54,13 @@ def _verify() -> int:
 
 
 def _interpret_triton() -> None:
-    """Starts the command again where Triton, which torch has imported by now, would compile for a GPU."""
+    """Starts the command again with TRITON_INTERPRET=1, because torch has imported Triton by now."""
     if find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1":
         os.execve(sys.executable, sys.orig_argv, {**os.environ, "TRITON_INTERPRET": "1"})
 
 
 def status() -> str:
-    """Versions, flags, and for each device and op every implementation with the reason why it does or does not run."""
+    """Versions, flags, and for each device and op the implementation that runs it, and why others cannot."""
     flags.check_names()
     lines = [
         f"Python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}",
@@ -71,9 +71,9 @@ def status() -> str:
         lines += ["", f"{device} ({name})"]
         for op, implementations in ops.IMPLEMENTATIONS.items():
             lines += [f"  {op:12} {_chosen(op, device)}"]
-            for each, implementation in implementations.items():
+            for implementation_name, implementation in implementations.items():
                 reason = implementation.refuses(device, torch.float32)
-                lines += [f"    {each:10} {reason or 'available'}"]
+                lines += [f"    {implementation_name:10} {reason or 'available'}"]
     return "\n".join(lines)
 
 

@@ -1,4 +1,4 @@
-"""TokenBatch: which tokens a forward computes, and where they stand in the grid that the caller sees."""
+"""TokenBatch: the tokens that a forward computes, and their places in the grid of the caller's tensors."""
 
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -13,12 +13,12 @@ class Sequences(NamedTuple):
     """How tokens are cut into sequences, and which of them are attended to.
 
     Attributes:
-        cu_seqlens: int32 `(sequences + 1,)`; sequence i owns tokens `cu_seqlens[i] … cu_seqlens[i + 1] - 1`.
-        max_seqlen: an upper bound of the number of tokens of a sequence.
-        longest_first: int64 `(sequences,)`, the sequences in the order in which attention takes them up.
-        contiguous: True if every token's column is its index in its sequence; False if that is not known.
-        sequence_ids: int64 `(tokens,)`, each token's sequence.
-        key_mask: bool `(tokens,)`, False for tokens that are not attended to; None if all are.
+        cu_seqlens: int32 `(sequences + 1,)`; sequence i consists of tokens `cu_seqlens[i] … cu_seqlens[i + 1] - 1`.
+        max_seqlen: an upper bound on the number of tokens of a sequence.
+        longest_first: int64 `(sequences,)`, the sequences in the order in which attention starts them.
+        contiguous: True if every token's column is known to be its index in its sequence; otherwise False.
+        sequence_ids: int64 `(tokens,)`, the index of each token's sequence.
+        key_mask: bool `(tokens,)`, False for tokens that are not attended to; None if all are attended to.
     """
 
     cu_seqlens: Tensor
@@ -39,12 +39,13 @@ class TokenBatch:
     """The tokens of all sequences, one after another, described once for all layers and the backward.
 
     Attributes:
-        sequences: how they are cut into sequences.
-        columns: int64 `(tokens,)`, each token's column in its sequence's row of the grid.
+        sequences: how the tokens are cut into sequences.
+        columns: int64 `(tokens,)`, each token's column in the grid; in input that came packed, its index in its
+            sequence.
         grid: `(rows, columns)` of the caller's tensors.
-        fills_grid: True where every row of the grid is a sequence without gaps, so that a view turns tokens into rows.
-        indices: int64 `(tokens,)`, each token's place in the flattened grid; None when the tokens fill it in order.
-        packed: True when only real tokens count, False when every position of the grid is computed.
+        fills_grid: True if every row of the grid is a sequence without gaps, so that a view turns tokens into rows.
+        indices: int64 `(tokens,)`, each token's place in the flattened grid; None if the tokens fill it in order.
+        packed: True if results are shown at real tokens only, with zeros at padding; False if at every position.
     """
 
     sequences: Sequences
@@ -58,9 +59,13 @@ class TokenBatch:
     def padded(
         cls, grid: tuple[int, int], device: torch.device, key_mask: Tensor | None = None, packed: bool = False
     ) -> "TokenBatch":
-        """Every position of the grid is a token; `key_mask`, bool `(rows, columns)`, says who is attended to.
+        """The batch in which every position of the grid is a token.
 
-        With `packed` what is computed at padding is not shown, so that nobody sees a difference to the packed layout.
+        Args:
+            grid: `(rows, columns)`.
+            device: of the batch's tensors.
+            key_mask: bool `(rows, columns)`, False for positions that are not attended to; None if all are.
+            packed: whether `unpack` shows zeros at padding, so that results look the same as in the packed layout.
         """
         rows, columns = grid
         sequences = Sequences(
@@ -82,13 +87,19 @@ class TokenBatch:
 
     @classmethod
     def from_mask(cls, mask: Tensor, *, keep_first: bool) -> "TokenBatch":
-        """Packs the tokens of a padding mask, with a synchronisation; arguments as for `PaddingMask`."""
+        """Packs the tokens of a padding mask, with one synchronisation; the arguments are those of `PaddingMask`."""
         padding = PaddingMask(mask, keep_first)
         return padding.pack(**read(padding.sizes()))
 
     @classmethod
     def from_cu_seqlens(cls, cu_seqlens: Tensor, max_seqlen: int, tokens: int) -> "TokenBatch":
-        """Input that came packed: `tokens` real tokens in one row of the grid, cut into sequences at `cu_seqlens`."""
+        """The batch of input that came packed in one row.
+
+        Args:
+            cu_seqlens: integer `(sequences + 1,)`, rising from 0 to `tokens`: where sequences start and end.
+            max_seqlen: an upper bound on the number of tokens of a sequence.
+            tokens: the number of tokens, all real.
+        """
         token = torch.arange(tokens, device=cu_seqlens.device)
         sequence_ids = torch.searchsorted(cu_seqlens[1:].long(), token, right=True)
         sequences = Sequences(
@@ -110,10 +121,11 @@ class TokenBatch:
 
     @property
     def tokens(self) -> int:
+        """The number of tokens."""
         return self.columns.shape[0]
 
     def dropout(self, p: float, seed: Tensor) -> Dropout:
-        """The dropout of these tokens' rows, or of the probabilities between them."""
+        """The dropout of these tokens' features, or of the attention probabilities between them."""
         return Dropout(p, seed, self.columns, self.sequences.sequence_ids)
 
     def pack(self, x: Tensor) -> Tensor:
@@ -122,7 +134,7 @@ class TokenBatch:
         return flat if self.indices is None else flat.index_select(0, self.indices)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """`(tokens, ...)` to `(rows, columns, ...)`, with zeros at padding in the packed layout."""
+        """`(tokens, ...)` to `(rows, columns, ...)`, with zeros at padding if the batch is `packed`."""
         if self.packed and self.sequences.key_mask is not None:
             x = torch.where(self.sequences.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         if self.indices is None:
@@ -132,7 +144,7 @@ class TokenBatch:
         return flat.unflatten(0, self.grid)
 
     def first_tokens(self, x: Tensor) -> Tensor:
-        """`(tokens, features)` to `(sequences, features)`: each sequence's first token, zeros where it has none."""
+        """`(tokens, features)` to `(sequences, features)`: each sequence's first token, zeros if it has no tokens."""
         if self.fills_grid:
             return x.unflatten(0, self.grid)[:, 0]
         first, end = self.sequences.cu_seqlens[:-1].long(), self.sequences.cu_seqlens[1:]
@@ -142,19 +154,20 @@ class TokenBatch:
         return torch.where(present[:, None], x[first.clamp(max=self.tokens - 1)], 0)
 
     def unpack_attention(self, probabilities: Tensor) -> Tensor:
-        """Attention probabilities by columns of the grid, zeros where a query or a key is padding.
+        """Attention probabilities by columns of the grid, with zeros if the query or the key is padding.
 
         Args:
-            probabilities: `(sequences, heads, max_seqlen, max_seqlen)`, by the tokens' index in their sequence.
+            probabilities: `(sequences, heads, max_seqlen, max_seqlen)`, by the query's and the key's index in the
+                sequence.
 
         Returns:
-            `(rows, heads, columns, columns)`; for input that came packed, the argument's shape.
+            `(rows, heads, columns, columns)`; for input that came packed, the shape of `probabilities`.
         """
         if self.fills_grid:
             if not self.packed or self.sequences.key_mask is None:
                 return probabilities
             real = self.sequences.key_mask.view(self.grid)
-        elif self.indices is None:  # the grid's one row holds all sequences: only the tails behind them are no tokens
+        elif self.indices is None:  # input that came packed: indices beyond a sequence's length have no token
             lengths = self.sequences.cu_seqlens.diff()
             real = torch.arange(self.sequences.max_seqlen, device=lengths.device) < lengths[:, None]
         else:
@@ -170,13 +183,14 @@ class TokenBatch:
 
 
 class PaddingMask:
-    """A padding mask on its way to a batch: sizes have to be read from the device before its tokens can be packed."""
+    """A padding mask on its way to a batch: sizes must be read from the device before its tokens can be packed."""
 
     def __init__(self, mask: Tensor, keep_first: bool) -> None:
         """
         Args:
             mask: bool `(rows, columns)`, True for real tokens.
-            keep_first: also compute column 0 of rows where it is padding, for a pooler to read; no token attends to it.
+            keep_first: whether to compute column 0 of every row, because a pooler reads it; if it is padding, no token
+                attends to it.
         """
         self._mask = self._computed = mask
         if keep_first and mask.shape[1]:
@@ -185,7 +199,7 @@ class PaddingMask:
         self._lengths = self._computed.sum(dim=1)
 
     def sizes(self) -> dict[str, Tensor]:
-        """The arguments of `pack`, integers of one element on the device."""
+        """The arguments of `pack`, each an integer tensor with one element, on the device."""
         return {
             "tokens": self._lengths.sum(),
             "max_seqlen": self._lengths.amax() if len(self._lengths) else self._lengths.sum(),
@@ -197,10 +211,10 @@ class PaddingMask:
         """The batch of the tokens that are computed.
 
         Args:
-            tokens: how many.
-            max_seqlen: the most of a row.
-            real_tokens: those of them that are real.
-            holes: how many tokens follow padding.
+            tokens: the number of these tokens.
+            max_seqlen: the largest number of them in a row.
+            real_tokens: the number of them that are real.
+            holes: the number of them that directly follow padding.
         """
         mask, (rows, columns) = self._mask, self._mask.shape
         if columns and real_tokens == rows * columns:
@@ -227,7 +241,8 @@ class PaddingMask:
 
 
 def read(values: dict[str, Tensor]) -> dict[str, int]:
-    """Integers of one element each from the device, in one synchronisation."""
+    """Reads integer tensors with one element each from their device, with one synchronisation."""
     if not values:
         return {}
-    return dict(zip(values, torch.stack([each.reshape(()).long() for each in values.values()]).tolist(), strict=True))
+    numbers = torch.stack([value.reshape(()).long() for value in values.values()]).tolist()
+    return dict(zip(values, numbers, strict=True))

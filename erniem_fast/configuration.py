@@ -26,15 +26,15 @@ class ErnieMConfig(PreTrainedConfig):
         attention_probs_dropout_prob: dropout of attention probabilities.
         max_position_embeddings: rows of the position table; two are reserved, so 514 serve 512 tokens.
         initializer_range: standard deviation of new weights.
-        pad_token_id: the word that fills up rows; the rows of this number get no gradient in either table.
+        pad_token_id: the id of the padding token; this row gets no gradient in the word table and the position table.
         layer_norm_eps: added to the variance in layer norms.
         classifier_dropout: dropout before a head's classifier, `hidden_dropout_prob` if None. Also called `dropout`.
         act_dropout: dropout after the activation, `hidden_dropout_prob` if None.
-        pruned_heads: heads taken out, by layer; written by `prune_heads`.
+        pruned_heads: the heads that were removed, by layer; written by `prune_heads`.
         tie_word_embeddings: whether a head of your own that predicts words shares the word table with the encoder.
 
     Raises:
-        ValueError: a field has a value that no model can be built from, or the file belongs to another architecture.
+        ValueError: no model can be built from a field's value, or the file belongs to another architecture.
     """
 
     model_type = "ernie_m"
@@ -76,9 +76,10 @@ class ErnieMConfig(PreTrainedConfig):
         return super().from_dict(config_dict, **kwargs)
 
     def check(self) -> None:
-        """Refuses fields that no model can be built from: when a config is made, and again when a model is.
+        """Refuses fields that no model can be built from.
 
-        In between fields can change: `from_pretrained` sets what it is given one by one.
+        It runs when a config is made and again when a model is, because fields can change in between: `from_pretrained`
+        sets its keyword arguments one by one.
 
         Raises:
             ValueError: the message names the field, its value and the remedy.
@@ -92,17 +93,17 @@ class ErnieMConfig(PreTrainedConfig):
     def _check_sizes(self) -> None:
         for field in ("vocab_size", "hidden_size", "num_attention_heads", "intermediate_size"):
             if getattr(self, field) < 1:
-                raise ValueError(f"{field}={getattr(self, field)} is not a size; use a number from 1.")
+                raise ValueError(f"{field}={getattr(self, field)} is not a size; use 1 or more.")
         if self.num_hidden_layers < 0:
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is not a number of layers; use 0 or more.")
 
     def _check_pruned_heads(self) -> None:
         for layer, heads in self.pruned_heads.items():
-            here = layer in range(self.num_hidden_layers) and set(heads) <= set(range(self.num_attention_heads))
-            if not here or len(set(heads)) == self.num_attention_heads:
+            exist = layer in range(self.num_hidden_layers) and set(heads) <= set(range(self.num_attention_heads))
+            if not exist or len(set(heads)) == self.num_attention_heads:
                 raise ValueError(
                     f"pruned_heads takes heads {heads} out of layer {layer}, but there are {self.num_hidden_layers} "
-                    f"layers of {self.num_attention_heads} heads, of which one must stay; mend the entry."
+                    f"layers of {self.num_attention_heads} heads, and each layer must keep one; correct the entry."
                 )
 
     def _check_architecture(self) -> None:
@@ -121,8 +122,8 @@ class ErnieMConfig(PreTrainedConfig):
         for table in ("vocab_size", "max_position_embeddings"):
             if not 0 <= self.pad_token_id < getattr(self, table):
                 raise ValueError(
-                    f"pad_token_id={self.pad_token_id} is not in [0, {table}={getattr(self, table)}); words and "
-                    f"positions leave the row of that number untrained. Use the id of the tokenizer's padding, 1 in "
+                    f"pad_token_id={self.pad_token_id} is not in [0, {table}={getattr(self, table)}); it must be a row "
+                    f"of the word table and of the position table. Use the id of the tokenizer's padding token, 1 in "
                     f"ERNIE-M, or a larger {table}."
                 )
         for field, only in (("position_embedding_type", "absolute"), ("is_decoder", False)):
@@ -132,7 +133,7 @@ class ErnieMConfig(PreTrainedConfig):
     def _check_numbers(self) -> None:
         for field in ("initializer_range", "layer_norm_eps"):
             if not 0.0 <= getattr(self, field) < math.inf:
-                raise ValueError(f"{field}={getattr(self, field)} is out of range; use a finite number from 0.")
+                raise ValueError(f"{field}={getattr(self, field)} is out of range; use a finite number from 0 upwards.")
         for field in ("hidden_dropout_prob", "attention_probs_dropout_prob", "classifier_dropout", "act_dropout"):
             value = getattr(self, field)
             if value is not None and not 0.0 <= value <= 1.0:

@@ -1,9 +1,9 @@
-"""Counter-based dropout: whether an element is kept depends on the seed and its logical coordinates alone.
+"""Counter-based dropout: whether an element is kept depends only on the seed and the element's logical coordinates.
 
 The generator is Philox4x32 with 7 rounds, the smallest number that passes BigCrush (Salmon et al., "Parallel random
 numbers: as easy as 1, 2, 3", SC 2011, table 2). One evaluation yields the words of four neighbours:
 
-    words(c0, c1, c2, c3)[w] belongs to the element whose last coordinate is 4 * c0 + w
+    words(c0, c1, c2, c3)[w] decides for the element with the last coordinate 4 * c0 + w
 
     op                     last coordinate   c1             c2         c3
     embeddings, FFN, LN    feature           column         sequence   0
@@ -26,13 +26,13 @@ _KEY_STEPS = (0x9E3779B9, 0xBB67AE85)
 
 
 class Dropout(NamedTuple):
-    """The dropout of one tensor: all that its mask is a function of, but for the last coordinate.
+    """The dropout of one tensor: everything that its mask depends on, except the last coordinate.
 
     Attributes:
         p: probability of dropping an element, in [0, 1].
         seed: int64, one element.
-        columns: int64 `(tokens,)`, each token's column.
-        sequence_ids: int64 `(tokens,)`, each token's sequence.
+        columns: int64 `(tokens,)`, each token's column in the padded grid.
+        sequence_ids: int64 `(tokens,)`, the index of each token's sequence.
     """
 
     p: float
@@ -42,24 +42,24 @@ class Dropout(NamedTuple):
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:
-    """`(count,)` int64 seeds from torch's generator of that device, without a synchronisation."""
+    """int64 `(count,)`, seeds from torch's generator of the device, drawn without a synchronisation."""
     return torch.randint(0, 2**63 - 1, (count,), dtype=torch.int64, device=device)
 
 
 def threshold(p: float) -> int:
-    """An element is kept when its 32-bit word is at least this: with probability 1 - p to within 2^-32."""
+    """An element is kept if its 32-bit word is at least this: with probability 1 - p, to within 2^-32."""
     return round(p * 2**32)
 
 
 def rescale(p: float) -> float:
-    """What kept elements are multiplied with; 0 where p is so near to 1 that nothing is kept."""
+    """The factor of kept elements; 0 if p is so close to 1 that none is kept."""
     return 0.0 if threshold(p) == 2**32 else 1.0 / (1.0 - p)
 
 
 def dropout_mask(
     seed: Tensor, p: float, width: int, column: Tensor, sequence: Tensor, head: Tensor | int = 0
 ) -> Tensor:
-    """The mask, True for kept elements, whose last coordinate runs over `0 … width - 1`.
+    """The dropout mask of elements with the last coordinates `0 … width - 1`.
 
     Args:
         seed: int64 tensor with one element.
@@ -68,7 +68,7 @@ def dropout_mask(
         column, sequence, head: the other coordinates, integer tensors that broadcast to a common shape `(...)`.
 
     Returns:
-        bool `(..., width)`.
+        bool `(..., width)`, True for elements that are kept.
     """
     groups = torch.arange((width + 3) // 4, device=seed.device)
     head = torch.as_tensor(head, device=seed.device)
@@ -78,7 +78,7 @@ def dropout_mask(
 
 
 def drop_features(x: Tensor, dropout: Dropout | None) -> Tensor:
-    """Dropout of `(tokens, features)`; the identity without one."""
+    """The dropout of `(tokens, features)`; x itself if `dropout` is None."""
     if dropout is None:
         return x
     mask = dropout_mask(dropout.seed, dropout.p, x.shape[-1], dropout.columns, dropout.sequence_ids)
@@ -86,7 +86,7 @@ def drop_features(x: Tensor, dropout: Dropout | None) -> Tensor:
 
 
 def apply_mask(x: Tensor, mask: Tensor, p: float) -> Tensor:
-    """Zeroes what is dropped and rescales what is kept: the dropout of `x`, and of its gradient."""
+    """Zeroes dropped elements and rescales kept ones: dropout of `x` in a forward, of the gradient in a backward."""
     return torch.where(mask, x * rescale(p), 0.0)
 
 
@@ -96,14 +96,14 @@ def philox(seed: Tensor, c0: Tensor, c1: Tensor, c2: Tensor, c3: Tensor, rounds:
     Args:
         seed: int64 tensor with one element, the 64-bit key.
         c0, c1, c2, c3: the counter, int64 tensors that broadcast together.
-        rounds: 10 is what cuRAND uses; see the module's text for the default.
+        rounds: cuRAND uses 10; the module's docstring gives the reason for the default.
 
     Returns:
         Four int64 tensors of the broadcast shape, each a word in [0, 2^32).
     """
     k0, k1 = seed & _WORD, (seed >> 32) & _WORD
     for _ in range(rounds):
-        # The product wraps around in 64 bits, which leaves both of its 32-bit halves right.
+        # The product may overflow a signed 64-bit integer, but both of its 32-bit halves stay correct.
         first, second = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
         c0 = ((second >> 32) & _WORD) ^ c1 ^ k0
         c2 = ((first >> 32) & _WORD) ^ c3 ^ k1

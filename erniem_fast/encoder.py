@@ -1,10 +1,10 @@
 """The encoder: embeddings and layers on a TokenBatch, through the four ops and plain matrix products.
 
-The modules carry the names and the weights of transformers 4.57.6's. Their layer norms, embeddings and dropouts hold
-parameters and rates; the ops do the work.
+The modules have the names and the weights of those in transformers 4.57.6. Layer norms, embeddings and dropouts only
+hold parameters and rates; the ops do the work.
 
-In inference, a tensor's memory is used again only if the tensor came from a plain module or an op and goes to one. What
-a hook or any other module is given or returns stays as it is, because either may keep it.
+In inference, a tensor's memory is reused only if the tensor came from a plain module or an op and goes to one. A tensor
+that a hook or any other module receives or returns is not overwritten, because they may keep it.
 """
 
 import math
@@ -28,13 +28,13 @@ from .ops import Product
 from .ops.choose import choose
 from .reference import Norm
 
-# The places of a layer where dropout happens, each with a seed of its own.
+# The dropouts of a layer, each with its own seed.
 SEEDS_PER_LAYER = 4
 _ATTENTION, _AFTER_ATTENTION, _AFTER_ACTIVATION, _AFTER_FEED_FORWARD = range(SEEDS_PER_LAYER)
 
 
 def is_active(dropout: nn.Module) -> bool:
-    """Whether a module's dropout drops anything now; another module in its place, such as `nn.Identity`, never does."""
+    """Whether a dropout module drops anything now; a module in its place, such as `nn.Identity`, never does."""
     return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
 
 
@@ -43,7 +43,7 @@ def _dropout(module: nn.Module, batch: TokenBatch, seeds: Tensor | None, place: 
 
 
 def _add_norm(residual: Tensor, product: Product, norm: nn.Module, dropout: Dropout | None = None) -> Tensor:
-    """`ops.add_norm` with a module's layer norm, or the module itself if it is not a plain one."""
+    """`ops.add_norm` by a layer norm's parameters; a module that is not a plain nn.LayerNorm is called instead."""
     if is_plain(norm, nn.LayerNorm):
         return ops.add_norm(residual, product, _norm_of(norm), dropout)
     return norm(residual + drop_features(product.value, dropout))
@@ -60,7 +60,7 @@ def _recomputes_activations() -> bool:
 
 @flags.while_held
 def _runs_natively() -> bool:
-    """Whether every op inside a layer would run natively on the CPU in float32, without the reference beside it."""
+    """Whether every op inside a layer would run natively, unverified, on the CPU in float32."""
     ops_of_layer = ("attention", "bias_gelu", "add_norm")
     return flags.read(flags.VERIFY) == "0" and all(
         choose(op, torch.device("cpu"), torch.float32) == "native" for op in ops_of_layer
@@ -68,7 +68,7 @@ def _runs_natively() -> bool:
 
 
 class ErnieMEmbeddings(nn.Module):
-    """Word plus position embeddings, normalised."""
+    """The sum of word and position embeddings, normalised, with dropout."""
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__()
@@ -91,9 +91,9 @@ class ErnieMEmbeddings(nn.Module):
         """
         Args:
             batch: the tokens.
-            input_ids: int64 `(tokens,)`, or None with `inputs_embeds`, `(tokens, hidden)`.
+            input_ids: int64 `(tokens,)`; None if `inputs_embeds`, `(tokens, hidden)`, is given.
             positions: int64 `(tokens,)`, counted from 0.
-            seeds: int64, of which the first is used; None where no dropout is active.
+            seeds: int64 `(SEEDS_PER_LAYER,)`; only the first is used. None if no dropout is active.
 
         Returns:
             `(tokens, hidden)`.
@@ -102,7 +102,7 @@ class ErnieMEmbeddings(nn.Module):
         dropout = _dropout(self.dropout, batch, seeds, 0)
         words, places, norm = self.word_embeddings, self.position_embeddings, self.layer_norm
         plain = is_plain(words, nn.Embedding) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
-        # Of a table's options the op knows these values alone.
+        # The op supports only these values of a table's options.
         options = (words.padding_idx, words.max_norm, words.scale_grad_by_freq) if plain else None
         plain = options == (self.padding_idx, None, False)
         if inputs_embeds is None and plain:
@@ -113,9 +113,9 @@ class ErnieMEmbeddings(nn.Module):
         return drop_features(_add_norm(embedded, Product(positioned), norm), dropout)
 
     def _embed(self, words: nn.Module, input_ids: Tensor, batch: TokenBatch) -> Tensor:
-        """By a module that is not ours alone: as in other models it sees rows of ids, `padding_idx` at padding.
+        """Calls a word table that is replaced or hooked with rows of ids, as other models do, `padding_idx` at padding.
 
-        NEFTune's hook (arXiv 2310.05914), for one, adds noise by the length of the rows.
+        NEFTune's hook (arXiv 2310.05914), for example, scales its noise by the length of the rows.
         """
         if batch.fills_grid:
             return batch.pack(words(input_ids.unflatten(0, batch.grid)))
@@ -147,9 +147,9 @@ class ErnieMSelfAttention(nn.Module):
         output_attentions: bool = False,
         scratch: Scratch | None = None,
     ) -> tuple[Tensor, Tensor | None]:
-        """`(tokens, hidden)` to `(tokens, heads · head_dim)`, and the probabilities where they are asked for."""
+        """The result, `(tokens, heads · head_dim)`, and the probabilities (None unless `output_attentions`)."""
         linears = (self.q_proj, self.k_proj, self.v_proj)
-        if modes.is_exported():  # where to join them would only be to part them again
+        if modes.is_exported():  # exported graphs would join queries, keys and values only to separate them again
             qkv = [linear(hidden) for linear in linears]
         else:
             qkv = project_side_by_side(linears, hidden, scratch)
@@ -160,16 +160,16 @@ class ErnieMSelfAttention(nn.Module):
         else:
             context = ops.attention(qkv, batch, heads, scale, dropout)
         if head_mask is not None:
-            # A head's mask scales its probabilities, and so its result.
+            # The head mask scales a head's probabilities, and so the head's result.
             context = (context.unflatten(-1, (heads, -1)) * head_mask.view(-1, 1)).flatten(1)
             probabilities = None if probabilities is None else probabilities * head_mask.view(-1, 1, 1)
         return context, probabilities if output_attentions else None
 
 
 class ErnieMAttention(nn.Module):
-    """Holds self-attention and the projection of its result under Hugging Face's names; heads can be pruned.
+    """Self-attention and the projection of its result, under Hugging Face's names; heads can be pruned.
 
-    It has no forward: the layer runs both, because the projection's bias is for the op after it.
+    It has no forward. The layer calls both, because the op after the projection adds the projection's bias.
     """
 
     def __init__(self, config: ErnieMConfig) -> None:
@@ -179,18 +179,18 @@ class ErnieMAttention(nn.Module):
         self.pruned_heads: set[int] = set()
 
     def prune_heads(self, heads: set[int]) -> None:
-        """Takes heads out for good; they are numbered as in the unpruned layer."""
+        """Removes heads permanently; they are numbered as in the unpruned layer."""
         inner = self.self_attn
         present = self.present_heads()
         heads = set(heads) & set(present)
-        kept = torch.tensor([place for place, head in enumerate(present) if head not in heads], dtype=torch.long)
+        left = torch.tensor([index for index, head in enumerate(present) if head not in heads], dtype=torch.long)
         size = inner.attention_head_size
-        features = (kept[:, None] * size + torch.arange(size)).flatten()
+        features = (left[:, None] * size + torch.arange(size)).flatten()
         for name in ("q_proj", "k_proj", "v_proj"):
             setattr(inner, name, _pruned(getattr(inner, name), features, dim=0))
         self.out_proj = _pruned(self.out_proj, features, dim=1)
-        inner.num_attention_heads = len(kept)
-        inner.all_head_size = len(kept) * size
+        inner.num_attention_heads = len(left)
+        inner.all_head_size = len(left) * size
         self.pruned_heads |= heads
 
     def present_heads(self) -> list[int]:
@@ -204,13 +204,13 @@ def _pruned(linear: nn.Linear, features: Tensor, dim: int) -> nn.Linear:
 
 
 class LayerOptions(NamedTuple):
-    """How a forward runs its layers, all alike.
+    """How a forward runs all its layers.
 
     Attributes:
         output_attentions: whether to return the probabilities.
-        scratch: memory that products may take and that the next one may take again, or None.
-        settings: flags to run under; None for those of now. A checkpoint runs the layer again in the backward, when
-            others may be in force.
+        scratch: memory that one product after another may use; None to allocate memory for each.
+        settings: the flags' values; None for the current ones. With gradient checkpointing a layer runs again in the
+            backward, when the flags may have changed.
     """
 
     output_attentions: bool = False
@@ -244,15 +244,18 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         scores_bias: Tensor | None = None,
         options: LayerOptions = LayerOptions(),  # noqa: B008 (immutable)
     ) -> tuple[Tensor, Tensor | None]:
-        """`(tokens, hidden)` to the same, and the attention probabilities where they are asked for.
+        """Runs the layer.
 
         Args:
             hidden: `(tokens, hidden)`.
             batch: the tokens.
-            seeds: int64 `(SEEDS_PER_LAYER,)`; None where no dropout is active.
-            head_mask: `(heads,)`, factors of the heads' results.
-            scores_bias: see `ops.attention_with_probabilities`.
+            seeds: int64 `(SEEDS_PER_LAYER,)`; None if no dropout is active.
+            head_mask: `(heads,)`, factors of the heads' results; None for no factors.
+            scores_bias: see `ops.attention_with_probabilities`; None for no bias.
             options: how to run.
+
+        Returns:
+            The result, `(tokens, hidden)`; and the attention probabilities, None unless `options.output_attentions`.
         """
         attentions, scratch, settings = options
         with flags.held(settings):
@@ -287,12 +290,13 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
                 return project(self.linear2, activated, "add_norm")
 
         if torch.is_grad_enabled() and _recomputes_activations():
-            # Computing again ends with what the second product keeps for its weight's gradient: it does not run twice.
+            # Recomputing stops when it has the input of the second product, which the gradient of that product's weight
+            # needs: the product itself does not run again.
             return checkpoint(activate_and_project, inner.x, use_reentrant=False)
         return activate_and_project(inner.x)
 
     def _fused_activation(self) -> str | None:
-        """What the op calls the activation; None where it does not know it, or somebody has replaced or hooked it."""
+        """The op's name for the activation; None if the op lacks it, or the module was replaced or hooked."""
         kind, name = self._own_activation
         return name if is_untouched(self.activation, kind) else None
 
@@ -302,7 +306,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         return {**attention, "up": self.linear1, "down": self.linear2}
 
     def _is_one_call(self, hidden: Tensor) -> bool:
-        """Whether one native call computes all of the layer: its products and ops, none of them replaced or hooked."""
+        """Whether one native call can compute the whole layer: if none of its modules is replaced or hooked."""
         if not takes_few_tokens(hidden):
             return False
         inner, linears, norms = self.self_attn.self_attn, self._linears().values(), (self.norm1, self.norm2)
@@ -313,7 +317,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             and all(is_plain(norm, nn.LayerNorm) for norm in norms)
             and all(module.bias is not None for module in (*linears, *norms))
             and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
-            and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` says what is wrong
+            and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` raises an error
             and _runs_natively()
         )
 
@@ -350,10 +354,11 @@ class ErnieMEncoder(nn.Module):
         Args:
             hidden: `(tokens, hidden)`, the embeddings.
             batch: the tokens.
-            seeds: int64 `(layers, SEEDS_PER_LAYER)`; None where no dropout is active.
-            head_mask: `(layers, heads)`, or None.
-            scores_bias, output_attentions: as for a layer.
-            output_hidden_states: whether to return what goes into the layers and comes out of them.
+            seeds: int64 `(layers, SEEDS_PER_LAYER)`; None if no dropout is active.
+            head_mask: `(layers, heads)`; None for no factors.
+            scores_bias: as for a layer.
+            output_attentions: whether to return all layers' probabilities.
+            output_hidden_states: whether to return the embeddings and all layers' results.
 
         Returns:
             The last layer's result, `(tokens, hidden)`; the embeddings and all layers' results; all layers'
@@ -366,8 +371,8 @@ class ErnieMEncoder(nn.Module):
             if output_hidden_states:
                 states.append(hidden)
             mask = None if head_mask is None else head_mask[index, layer.self_attn.present_heads()]
-            of_layer = None if seeds is None else seeds[index]
-            hidden, probabilities = layer(hidden, batch, of_layer, mask, scores_bias, options)
+            layer_seeds = None if seeds is None else seeds[index]
+            hidden, probabilities = layer(hidden, batch, layer_seeds, mask, scores_bias, options)
             if output_attentions:
                 attentions.append(probabilities)
         if output_hidden_states:

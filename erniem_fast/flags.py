@@ -1,4 +1,4 @@
-"""The environment flags: their names, values and defaults stand in one table and are read in one place.
+"""The environment flags: one table of their names, values and defaults, and one place that reads them.
 
 Flags are read when a call is made, so that they can be toggled in a running process.
 """
@@ -17,7 +17,13 @@ PREFIX = "ERNIEM_FAST_"
 
 @dataclass(frozen=True)
 class Flag:
-    """One environment flag; its default is the first of its values."""
+    """One environment flag.
+
+    Attributes:
+        name: of the environment variable.
+        values: the values that it takes; the first is the default.
+        effect: a description for users, in Markdown.
+    """
 
     name: str
     values: tuple[str, ...]
@@ -39,7 +45,7 @@ VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside e
 
 _CHOICES = ("auto", "triton", "native", "torch", "reference")
 
-# By the ops' names.
+# The flag of each op, by the op's name.
 OPS = {
     "embeddings": Flag(
         "ERNIEM_FAST_EMBEDDINGS",
@@ -56,11 +62,12 @@ FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE
 
 @dataclass(frozen=True)
 class Settings:
-    """Values of flags that win over the environment's.
+    """Values of flags that take precedence over the environment's.
 
     Attributes:
         values: by the flags' names.
-        memo: what `while_held` keeps; None where other flags are read from the environment, which may change.
+        memo: the results that `while_held` keeps while all flags are held; None if some flags are read from the
+            environment, which may change.
     """
 
     values: dict[str, str]
@@ -72,7 +79,7 @@ _settings: ContextVar[Settings] = ContextVar("erniem_fast_settings", default=_NO
 
 
 def read(flag: Flag) -> str:
-    """The value in force: that of the innermost `use_kernels`, else the environment's, else the default.
+    """The flag's current value: that of the innermost `use_kernels`, else the environment's, else the default.
 
     Raises:
         ValueError: the environment holds a value that the flag does not take.
@@ -82,10 +89,10 @@ def read(flag: Flag) -> str:
 
 
 def check_names() -> None:
-    """Refuses a misspelt flag, which would otherwise be ignored in silence.
+    """Refuses misspelt flags, which would otherwise be ignored silently.
 
     Raises:
-        ValueError: the environment holds an `ERNIEM_FAST_*` variable that is no flag.
+        ValueError: the environment holds an `ERNIEM_FAST_*` variable that is not a flag.
     """
     for name in os.environ:
         if name.startswith(PREFIX) and name not in FLAGS:
@@ -93,7 +100,7 @@ def check_names() -> None:
 
 
 def snapshot() -> Settings | None:
-    """All flags as they are now, for `held`; None inside a graph, where they are constants.
+    """All flags as they are now, for `held`; None while torch.compile makes a graph, where they are constants.
 
     Raises:
         ValueError: the environment holds an unknown value.
@@ -105,10 +112,13 @@ def snapshot() -> Settings | None:
 
 
 def held(settings: Settings | None = None) -> AbstractContextManager[None]:
-    """Keeps all flags as they are for every call inside the `with` block, or as they were at a `snapshot`.
+    """Keeps all flags constant inside a `with` block.
+
+    Args:
+        settings: the flags' values, from `snapshot`; None for the current values.
 
     Raises:
-        ValueError: there is no snapshot, and the environment holds an unknown flag or value.
+        ValueError: `settings` is None, and the environment holds an unknown flag or value.
     """
     if torch.compiler.is_compiling():
         return nullcontext()
@@ -119,7 +129,7 @@ def held(settings: Settings | None = None) -> AbstractContextManager[None]:
 
 
 def while_held(function: Callable) -> Callable:
-    """Calls a function that depends on its arguments and the flags alone once for as long as the flags are held."""
+    """Remembers the results of a function while the flags are held; they may depend on arguments and flags only."""
 
     @functools.wraps(function)
     def call(*args: object) -> object:
@@ -142,14 +152,14 @@ def use_kernels(
     bias_gelu: str | None = None,
     layernorm: str | None = None,
 ) -> Iterator[None]:
-    """Chooses implementations inside a `with` block; what is left out keeps its flag's value.
+    """Chooses the ops' implementations inside a `with` block.
 
     Args:
         embeddings, attention, bias_gelu, layernorm: `auto` or the name of an implementation
-            (`python -m erniem_fast status` lists them).
+            (`python -m erniem_fast status` lists them); None keeps the flag's value.
 
     Raises:
-        ValueError: a value is not among those of the op's flag.
+        ValueError: the op's flag does not take the value.
     """
     with use_implementations(embeddings=embeddings, attention=attention, bias_gelu=bias_gelu, add_norm=layernorm):
         yield
@@ -157,7 +167,7 @@ def use_kernels(
 
 @contextmanager
 def use_implementations(**by_op: str | None) -> Iterator[None]:
-    """`use_kernels` by the names of `OPS`."""
+    """`use_kernels`, but with the ops' names as in `OPS`."""
     chosen = {OPS[op]: value for op, value in by_op.items() if value is not None}
     values = {flag.name: _valid(flag, value, flag.name.removeprefix(PREFIX).lower()) for flag, value in chosen.items()}
     with _set(Settings({**_settings.get().values, **values})):

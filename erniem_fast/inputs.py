@@ -1,4 +1,4 @@
-"""From what a user passes to a forward to the tokens it runs on, with every check of the input on the way."""
+"""From the arguments of a forward to the tokens it computes, with every check of the input on the way."""
 
 from dataclasses import dataclass
 
@@ -12,15 +12,15 @@ from .configuration import RESERVED_POSITIONS, ErnieMConfig
 
 @dataclass(frozen=True)
 class EncoderInputs:
-    """What the encoder runs on.
+    """The encoder's inputs.
 
     Attributes:
         batch: the tokens.
-        input_ids: int64 `(tokens,)`, or None with `inputs_embeds`.
-        inputs_embeds: `(tokens, hidden)`, or None with `input_ids`.
+        input_ids: int64 `(tokens,)`; None if `inputs_embeds` is given.
+        inputs_embeds: `(tokens, hidden)`, floating point; None if `input_ids` is given.
         positions: int64 `(tokens,)`, counted from 0.
-        scores_bias: added to attention scores, broadcastable to `(rows, heads, columns, columns)`; from a mask with
-            more than two dimensions.
+        scores_bias: added to attention scores, broadcastable to `(rows, heads, columns, columns)`; None unless there is
+            a mask per query.
     """
 
     batch: TokenBatch
@@ -44,14 +44,17 @@ def prepare(
     """Checks the input and lays out its tokens: packed, unless the flag or a mask per query forbids it.
 
     Args:
-        config: the model's.
-        input_ids: integer `(rows, columns)`, or None with `inputs_embeds`, `(rows, columns, hidden)`.
-        attention_mask: `(rows, columns)`, `(rows, columns, columns)` or `(rows, 1 or heads, columns, columns)`; None
-            derives it from the padding in `input_ids`.
-        position_ids: integer `(rows, columns)` or `(1, columns)`, counted from 0; None counts columns.
-        cu_seqlens, max_seqlen: of input that comes packed in one row.
-        needs_first: whether a pooler reads the first column, also where it is padding.
+        config: the model's configuration.
+        input_ids: integer `(rows, columns)`; None if `inputs_embeds`, `(rows, columns, hidden)`, is given.
+        attention_mask: `(rows, columns)`, or one mask per query: `(rows, columns, columns)` or `(rows, 1 or heads,
+            columns, columns)`; None for all tokens in `input_ids` that are not padding.
+        position_ids: integer `(rows, columns)` or `(1, columns)`, counted from 0; None for each token's column.
+        cu_seqlens, max_seqlen: bounds and longest length of the sequences in input that comes packed in one row.
+        needs_first: whether a pooler reads the first column, even if it is padding.
         vocabulary: number of rows of the word table.
+
+    Returns:
+        The encoder's inputs.
 
     Raises:
         ValueError: the input cannot be run; the message names the argument, its value and the remedy.
@@ -104,7 +107,7 @@ def prepare(
 
 
 def real_positions(config: ErnieMConfig, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """The positions of the grid that the packed layout computes, bool `(rows, columns)`; None where it is not used."""
+    """The real tokens of the grid, bool `(rows, columns)`; None if every position counts, as in the padded layout."""
     if not _leaves_out_padding():
         return None
     if attention_mask is None:
@@ -117,14 +120,14 @@ def _check_not_mapped(**values: Tensor | None) -> None:
         if value is not None and modes.is_mapped(value):
             raise ValueError(
                 f"{name} is mapped over by torch.vmap, but its values decide which tokens are computed; map over "
-                f"parameters or inputs_embeds, or take row by row."
+                f"parameters or inputs_embeds, or loop over the rows."
             )
 
 
 def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
     if (input_ids is None) == (inputs_embeds is None):
-        given = "neither" if input_ids is None else "both"
-        raise ValueError(f"Pass either input_ids or inputs_embeds; {given} came.")
+        given = "neither was" if input_ids is None else "both were"
+        raise ValueError(f"Pass either input_ids or inputs_embeds; {given} given.")
     if inputs_embeds is not None:
         sizes = inputs_embeds.dim() == 3 and inputs_embeds.shape[2] == config.hidden_size
         if not sizes or not inputs_embeds.is_floating_point():
@@ -135,7 +138,7 @@ def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor 
     elif input_ids.dim() != 2 or input_ids.is_floating_point() or input_ids.dtype == torch.bool:
         raise ValueError(
             f"input_ids has shape {tuple(input_ids.shape)} and dtype {input_ids.dtype}; it must hold integers of shape "
-            f"(rows, columns). One sequence is a row: input_ids[None]."
+            f"(rows, columns). For a single sequence, pass input_ids[None]."
         )
     rows, columns = (inputs_embeds if input_ids is None else input_ids).shape[:2]
     if columns == 0:
@@ -171,19 +174,19 @@ def _check_packed(
     max_seqlen: int | None,
     attention_mask: Tensor | None,
 ) -> None:
-    """The shapes of input that came packed."""
+    """Checks the shapes of input that came packed."""
     if cu_seqlens is None or max_seqlen is None:
         missing = "cu_seq_lens_q" if cu_seqlens is None else "max_length_q"
         raise ValueError(f"Packed input needs both cu_seq_lens_q and max_length_q; {missing} is missing.")
     if grid[0] != 1 or attention_mask is not None:
         raise ValueError(
-            f"Packed input (cu_seq_lens_q) is one row without attention_mask; {grid[0]} rows came, "
+            f"Packed input (cu_seq_lens_q) must be one row without attention_mask; {grid[0]} rows came, "
             f"{'with' if attention_mask is not None else 'without'} attention_mask."
         )
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
-            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers, "
-            f"one more than there are sequences."
+            f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers of "
+            f"shape (sequences + 1,), with at least one sequence."
         )
     _check_length(config, "max_length_q", max_seqlen)
 
@@ -195,7 +198,7 @@ def _padding_mask(
     grid: tuple[int, int],
     device: torch.device,
 ) -> Tensor:
-    """The mask as bool `(rows, columns)`."""
+    """The padding mask, bool `(rows, columns)`, True for real tokens."""
     if attention_mask is None:
         mask = torch.ones(grid, dtype=torch.bool, device=device)
         return mask if input_ids is None else input_ids != config.pad_token_id
@@ -208,7 +211,7 @@ def _padding_mask(
 
 
 def _scores_bias(mask: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
-    """A mask per query as a bias of the scores: 0 to attend, -inf not to; a 4-D mask of floats is a bias already."""
+    """The bias of the scores for a mask per query: 0 to attend, -inf not to. A 4-D mask of floats is itself a bias."""
     rows, columns = grid
     bias = mask.unsqueeze(1) if mask.dim() == 3 else mask
     allowed = ((1, rows), (1, heads), (1, columns), (columns,))
@@ -227,9 +230,9 @@ def _is_bias(mask: Tensor) -> bool:
 
 
 def _packs(mask: Tensor) -> bool:
-    """Whether padding is left out.
+    """Whether padding is left out of the computation.
 
-    A graph that serves all masks would take this mask's number of tokens as a constant; without values there is none.
+    Not in exported graphs, where this mask's number of tokens would be a constant, and not without values.
     """
     return _leaves_out_padding() and not modes.is_exported() and modes.has_values(mask)
 
@@ -239,11 +242,11 @@ def _leaves_out_padding() -> bool:
     return flags.read(flags.PACKING) == "1"
 
 
-# --- What has to be read from the device: integers of one element, by name -------------------------------------------
+# --- Values to read from the device: integer tensors with one element, by name ---------------------------------------
 
 
 def _extremes(name: str, values: Tensor | None) -> dict[str, Tensor]:
-    """The least and the greatest value; nothing for a graph that serves all values."""
+    """The least and the greatest value; nothing for an exported graph, which must serve all values."""
     if values is None or modes.is_exported() or values.numel() == 0:
         return {}
     least, greatest = torch.aminmax(values)
@@ -251,7 +254,7 @@ def _extremes(name: str, values: Tensor | None) -> dict[str, Tensor]:
 
 
 def _bounds(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
-    """Where sequences start and end, and the lengths of the shortest and the longest."""
+    """The first and the last bound of the sequences, and the lengths of the shortest and the longest sequence."""
     if cu_seqlens is None:
         return {}
     lengths = cu_seqlens.diff()
@@ -259,20 +262,20 @@ def _bounds(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
 
 
 def _odd_values(attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """Whether a mask holds anything but 0 and 1; nothing for a bias, and for a graph that serves all masks."""
+    """Whether a mask holds values other than 0 and 1; nothing for a bias and for exported graphs."""
     if attention_mask is None or _is_bias(attention_mask) or modes.is_exported():
         return {}
     return {"odd values": ((attention_mask != 0) & (attention_mask != 1)).any()}
 
 
 def _may_read(values: dict[str, Tensor]) -> bool:
-    """Whether values can be waited for; not inside a graph, and of a tensor without values there are none."""
+    """Whether the host can wait for the values: not while a graph is recorded or captured, and only if they exist."""
     if modes.is_recorded() or not values or not all(map(modes.has_values, values.values())):
         return False
     return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
 
 
-# --- Checks of what has been read ------------------------------------------------------------------------------------
+# --- Checks of the values that were read -----------------------------------------------------------------------------
 
 
 def _check_structure(
@@ -282,7 +285,7 @@ def _check_structure(
     attention_mask: Tensor | None,
     position_ids: Tensor | None,
 ) -> None:
-    """Bounds of packed sequences, values of the mask, and positions that contradict the one or the other."""
+    """Checks the bounds of packed sequences, the values of the mask, and positions that contradict either."""
     if "start" in found:
         _check_bounds(found, grid, max_seqlen)
         _check_first_position(found)
@@ -305,17 +308,17 @@ def _check_bounds(found: dict[str, int], grid: tuple[int, int], max_seqlen: int)
 
 
 def _check_first_position(found: dict[str, int]) -> None:
-    """Packed input in which no token has position 0 was counted from elsewhere: every position would be shifted."""
+    """Refuses packed input without a position 0: its positions do not count from 0, and all would be shifted."""
     least = found.get("least of position_ids", 0)
     if least > 0:
         raise ValueError(
             f"position_ids of packed input start at {least}; positions count from 0 in every sequence, as "
-            f"DataCollatorWithFlattening(position_ids_start=0) has them."
+            f"DataCollatorWithFlattening(position_ids_start=0) makes them."
         )
 
 
 def _check_one_sequence(position_ids: Tensor | None, found: dict[str, int]) -> None:
-    """Positions that start anew in a single row mean several sequences, which would attend to each other."""
+    """Refuses positions that start anew within a single row: several sequences in it would attend to each other."""
     if position_ids is None or len(position_ids) != 1 or "least of position_ids" not in found:
         return
     least, greatest = found["least of position_ids"], found["greatest of position_ids"]
@@ -324,9 +327,10 @@ def _check_one_sequence(position_ids: Tensor | None, found: dict[str, int]) -> N
     starts = (position_ids[0, 1:] == least).nonzero()
     if len(starts):
         raise ValueError(
-            f"position_ids start anew at column {starts[0].item() + 1} of a single row. If that is several sequences, "
-            f"pass cu_seq_lens_q and max_length_q, as DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes "
-            f"them; if it is one, pass an attention_mask of ones."
+            f"position_ids start anew at column {starts[0].item() + 1} of a single row. If the row holds several "
+            f"sequences, pass cu_seq_lens_q and max_length_q, as "
+            f"DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them; if it holds one, pass an "
+            f"attention_mask of ones."
         )
 
 
@@ -337,7 +341,7 @@ _REMEDIES = {
 
 
 def _check_range(name: str, values: Tensor | None, limit: int, found: dict[str, int]) -> None:
-    """Ids and positions must be rows of their tables."""
+    """Refuses ids or positions that are not rows of their table."""
     least, greatest = found.get(f"least of {name}", 0), found.get(f"greatest of {name}", 0)
     if least < 0 or greatest >= limit:
         row, column = ((values < 0) | (values >= limit)).nonzero()[0].tolist()

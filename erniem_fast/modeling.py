@@ -22,7 +22,7 @@ IGNORED_LABEL = -100
 
 
 class ErnieMPooler(nn.Module):
-    """tanh of a linear layer on each sequence's first token."""
+    """tanh of a linear layer, on each sequence's first token."""
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__()
@@ -35,10 +35,10 @@ class ErnieMPooler(nn.Module):
 
 
 class _UnreadPooler(ErnieMPooler):
-    """A pooler that no loss reads: loaded and saved with the checkpoint, but neither run nor trained.
+    """A pooler that is loaded and saved with the checkpoint, but neither run nor trained, because no loss reads it.
 
-    Its weights are buffers, because `DistributedDataParallel` waits for the gradient of every parameter to train.
-    Frozen parameters would not do: `from_pretrained` sets `requires_grad` on all that it loads.
+    Its weights are buffers, because `DistributedDataParallel` waits for the gradient of every trainable parameter.
+    Frozen parameters would not help: `from_pretrained` sets `requires_grad` on all parameters that it loads.
     """
 
     def __init__(self, config: ErnieMConfig) -> None:
@@ -49,7 +49,7 @@ class _UnreadPooler(ErnieMPooler):
 
 
 class ErnieMPreTrainedModel(PreTrainedModel):
-    """What ERNIE-M models share: loading, saving, initialisation, and the pruning of heads."""
+    """The base of all ERNIE-M models: loading, saving, initialisation, and pruning of heads."""
 
     config_class = ErnieMConfig
     config: ErnieMConfig
@@ -63,22 +63,22 @@ class ErnieMPreTrainedModel(PreTrainedModel):
         config.check()
 
     def enable_input_require_grads(self) -> None:
-        """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need it.
+        """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need.
 
-        By a hook on the embeddings' result: one on the word table, as transformers sets it whenever checkpointing is
-        enabled, would take the embeddings' op apart.
+        The hook is on the embeddings' result. transformers would set it on the word table, whenever checkpointing is
+        enabled, and the op could not compute the embeddings of a hooked table.
         """
         hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
-        self._require_grads_hooks = [hook]  # what `disable_input_require_grads` takes away
+        self._require_grads_hooks = [hook]  # `disable_input_require_grads` removes these
 
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
-        """Takes attention heads out for good, and notes them in the config so that a saved model loads again.
+        """Removes attention heads permanently, and records them in the config so that a saved model loads again.
 
         Args:
-            heads_to_prune: the heads to take out, by layer, numbered as in the unpruned model.
+            heads_to_prune: the heads to remove, by layer, numbered as in the unpruned model.
 
         Raises:
-            ValueError: a layer or head that the model does not have.
+            ValueError: the model does not have a layer or head, or a layer would be left without heads.
         """
         for layer, heads in heads_to_prune.items():
             self._check_heads(layer, heads)
@@ -103,7 +103,7 @@ class ErnieMPreTrainedModel(PreTrainedModel):
 
 
 class ErnieMModel(ErnieMPreTrainedModel):
-    """The encoder, with a pooler on top unless `add_pooling_layer` is False."""
+    """The encoder of ERNIE-M (Ouyang et al., arXiv 2012.15674), with a pooler unless `add_pooling_layer` is False."""
 
     def __init__(self, config: ErnieMConfig, add_pooling_layer: bool = True) -> None:
         super().__init__(config)
@@ -141,23 +141,26 @@ class ErnieMModel(ErnieMPreTrainedModel):
 
         Args:
             input_ids: integer `(rows, columns)`; or pass `inputs_embeds`, `(rows, columns, hidden)`.
-            position_ids: integer `(rows, columns)` or `(1, columns)`, counted from 0; columns by default.
-            attention_mask: 1 for real tokens and 0 for padding, `(rows, columns)`, by default wherever `input_ids` is
+            position_ids: integer `(rows, columns)` or `(1, columns)`, counted from 0; by default each token's column.
+            attention_mask: `(rows, columns)`, 1 for real tokens and 0 for padding, by default 1 wherever `input_ids` is
                 not `config.pad_token_id`; or a mask per query, `(rows, columns, columns)` or
-                `(rows, 1 or heads, columns, columns)`, of which a 4-D one of floats is added to the scores.
+                `(rows, 1 or heads, columns, columns)`. A 4-D mask of floating-point numbers is added to the scores.
             head_mask: `(heads,)` or `(layers, heads)`, factors of the heads' results.
-            past_key_values, use_cache: refused; ERNIE-M is an encoder.
-            output_hidden_states, output_attentions, return_dict: as in transformers; the config's by default.
-            cu_seq_lens_q, max_length_q: bounds and longest length of sequences that come packed in one row of
-                `input_ids`, as `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them.
-            cu_seq_lens_k, max_length_k: accepted because that collator makes them; self-attention has no use for them.
+            past_key_values, use_cache: refused, because ERNIE-M is an encoder.
+            output_hidden_states, output_attentions, return_dict: as in transformers; by default the config's.
+            cu_seq_lens_q, max_length_q: for sequences that come packed in one row of `input_ids`: their bounds, integer
+                `(sequences + 1,)`, and the longest length, as
+                `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them.
+            cu_seq_lens_k, max_length_k: ignored; accepted because that collator makes them.
 
         Returns:
             `last_hidden_state` `(rows, columns, hidden)`, zeros at padding in the packed layout; `pooler_output`
-            `(sequences, hidden)`; `hidden_states` and `attentions` if asked for.
+            `(sequences, hidden)`, None without a pooler; `hidden_states`, for the embeddings and each layer a tensor
+            like `last_hidden_state`, and `attentions`, for each layer `(rows, heads, columns, columns)`, if asked for.
 
         Raises:
-            ValueError: an input that cannot be run; the message names the argument, its value and the remedy.
+            ValueError: the input cannot be run; the message names the argument, its value and the remedy.
+            RuntimeError: a flag asks for an implementation that cannot serve the model's device and dtype.
         """
         if past_key_values is not None or use_cache:
             name, value = ("use_cache", use_cache) if use_cache else ("past_key_values", type(past_key_values).__name__)
@@ -180,8 +183,8 @@ class ErnieMModel(ErnieMPreTrainedModel):
             output = self._encode(ready, head_mask, output_attentions, output_hidden_states)
         if _as_dict(config, return_dict):
             return output
-        # The original's tuple keeps a place for the pooler where there is none.
-        extras = [each for each in (output.hidden_states, output.attentions) if each is not None]
+        # As in the original, the tuple has a None for a missing pooler.
+        extras = [field for field in (output.hidden_states, output.attentions) if field is not None]
         return (output.last_hidden_state, output.pooler_output, *extras)
 
     def _encode(
@@ -191,14 +194,14 @@ class ErnieMModel(ErnieMPreTrainedModel):
         output_attentions: bool,
         output_hidden_states: bool,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        """The walk from prepared input to the unpacked output."""
+        """Runs embeddings, layers and pooler on prepared input, and unpacks their results."""
         batch = ready.batch
         seeds = self._seeds(batch.columns.device)
-        of_embeddings, of_layers = (None, None) if seeds is None else (seeds[0], seeds[1:])
-        embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, of_embeddings)
+        embedding_seeds, layer_seeds = (None, None) if seeds is None else (seeds[0], seeds[1:])
+        embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, embedding_seeds)
         head_mask = self._head_mask(head_mask, embedded)
         hidden, states, attentions = self.encoder(
-            embedded, batch, of_layers, head_mask, ready.scores_bias, output_attentions, output_hidden_states
+            embedded, batch, layer_seeds, head_mask, ready.scores_bias, output_attentions, output_hidden_states
         )
         return BaseModelOutputWithPoolingAndCrossAttentions(
             last_hidden_state=batch.unpack(hidden),
@@ -211,15 +214,18 @@ class ErnieMModel(ErnieMPreTrainedModel):
         return self.pooler is not None and not isinstance(self.pooler, _UnreadPooler)
 
     def _seeds(self, device: torch.device) -> Tensor | None:
-        """A row of dropout seeds for the embeddings and one for each layer, where any dropout is active."""
-        places = [self.embeddings.dropout, *(place for layer in self.encoder.layers for place in layer.dropouts())]
-        if not any(is_active(place) for place in places):
+        """int64 `(1 + layers, SEEDS_PER_LAYER)`, dropout seeds of the embeddings and of each layer.
+
+        None if no dropout is active.
+        """
+        dropouts = [self.embeddings.dropout, *(each for layer in self.encoder.layers for each in layer.dropouts())]
+        if not any(is_active(dropout) for dropout in dropouts):
             return None
         rows = len(self.encoder.layers) + 1
         return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)
 
     def _head_mask(self, head_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
-        """`(layers, heads)` with dtype and device of `hidden`; replicas of `DataParallel` have no parameters to ask."""
+        """`(layers, heads)`, with the dtype and device of `hidden`: replicas of `DataParallel` have no parameters."""
         if head_mask is None:
             return None
         shape = (self.config.num_hidden_layers, self.config.num_attention_heads)
@@ -243,7 +249,7 @@ class _ErnieMHead(ErnieMPreTrainedModel):
     def _answer(
         self, return_dict: bool | None, encoded: ModelOutput, output: type[ModelOutput], **fields
     ) -> ModelOutput | tuple:
-        """The head's output with what else the encoder returned, as a tuple where that is asked for."""
+        """The head's output with the encoder's hidden states and attentions; a tuple if `return_dict` is False."""
         answer = output(**fields, hidden_states=encoded.hidden_states, attentions=encoded.attentions)
         return answer if _as_dict(self.config, return_dict) else answer.to_tuple()
 
@@ -255,7 +261,8 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         super().__init__(config)
         self.dropout = self._dropout()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.loss_type = "ForSequenceClassification"  # also of subclasses, whose names say nothing
+        # Set explicitly: transformers derives it from the class name, which fails for subclasses.
+        self.loss_type = "ForSequenceClassification"
         self.post_init()
 
     def forward(
@@ -279,12 +286,16 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         """Classifies sequences; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            labels: integer `(sequences,)` for one label of several, -100 where there is none; `(sequences, labels)` of
-                0 and 1 for several at once; `(sequences,)` for regression. `config.problem_type` decides, or else what
-                is given.
+            labels: integer `(sequences,)`, the class of each sequence, -100 to ignore it; or `(sequences, labels)` of 0
+                and 1, if a sequence can have several labels; or `(sequences,)` of numbers, for regression.
+                `config.problem_type` says which; if it is None, the labels' dtype and shape and `config.num_labels`
+                decide.
 
         Returns:
-            `loss` if labels are given, `logits` `(sequences, labels)`, `hidden_states`, `attentions`.
+            `loss`, a scalar, if labels are given; `logits` `(sequences, labels)`; `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: as in `ErnieMModel.forward`; or a label has the wrong dtype or is not one of the classes.
         """
         encoded = self.ernie_m(
             input_ids,
@@ -312,7 +323,7 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         return self._answer(return_dict, encoded, SequenceClassifierOutput, loss=loss, logits=logits)
 
     def _takes_classes(self, labels: Tensor, logits: Tensor) -> bool:
-        """Whether each label is one class of several: integers are, unless there is one for every logit."""
+        """Whether each label is one class of several: if it is an integer, and there is not one for every logit."""
         if self.config.problem_type is None:
             return self.num_labels > 1 and not labels.is_floating_point() and labels.shape != logits.shape
         return self.config.problem_type == "single_label_classification"
@@ -342,10 +353,14 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         """Scores choices; arguments as in `ErnieMModel.forward` with a dimension of choices after the first, and:
 
         Args:
-            labels: integer `(rows,)`, the right choice of each row, -100 where there is none.
+            labels: integer `(rows,)`, the right choice of each row, -100 to ignore the row.
 
         Returns:
-            `loss` if labels are given, `logits` `(rows, choices)`, `hidden_states`, `attentions`.
+            `loss`, a scalar, if labels are given; `logits` `(rows, choices)`; `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: as in `ErnieMModel.forward`; the input has no dimension of choices; or a label has the wrong
+                dtype or is not one of the choices.
         """
         given = inputs_embeds if input_ids is None else input_ids
         dimensions = 4 if input_ids is None else 3
@@ -378,7 +393,8 @@ class ErnieMForTokenClassification(_ErnieMHead):
         super().__init__(config, add_pooling_layer=False)
         self.dropout = self._dropout()
         self.classifier = nn.Linear(config.hidden_size, config.num_labels)
-        self.loss_type = "ForTokenClassification"  # also of subclasses, whose names say nothing
+        # Set explicitly: transformers derives it from the class name, which fails for subclasses.
+        self.loss_type = "ForTokenClassification"
         self.post_init()
 
     def forward(
@@ -401,10 +417,14 @@ class ErnieMForTokenClassification(_ErnieMHead):
         """Classifies tokens; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            labels: integer `(rows, columns)`, -100 where there is none; padding is left out in the packed layout.
+            labels: integer `(rows, columns)`, the class of each token, -100 to ignore it. In the packed layout padding
+                is ignored too.
 
         Returns:
-            `loss` if labels are given, `logits` `(rows, columns, labels)`, `hidden_states`, `attentions`.
+            `loss`, a scalar, if labels are given; `logits` `(rows, columns, labels)`; `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: as in `ErnieMModel.forward`; or a label has the wrong shape or dtype, or is not a class.
         """
         encoded = self.ernie_m(
             input_ids,
@@ -433,14 +453,17 @@ class ErnieMForTokenClassification(_ErnieMHead):
 
 
 class ErnieMForQuestionAnswering(_ErnieMHead):
-    """Finds the span of an answer: two scores a token, of being its start and its end."""
+    """Finds the span of an answer: for each token the scores of being its start and its end."""
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__(config, add_pooling_layer=False)
         if config.num_labels != 2:
-            raise ValueError(f"num_labels={config.num_labels}; question answering scores starts and ends: set it to 2.")
+            raise ValueError(
+                f"num_labels={config.num_labels}; question answering scores starts and ends, so set it to 2."
+            )
         self.qa_outputs = nn.Linear(config.hidden_size, config.num_labels)
-        self.loss_type = "ForQuestionAnswering"  # also of subclasses, whose names say nothing
+        # Set explicitly: transformers derives it from the class name, which fails for subclasses.
+        self.loss_type = "ForQuestionAnswering"
         self.post_init()
 
     def forward(
@@ -459,12 +482,15 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         """Scores spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            start_positions, end_positions: integer `(rows,)`, columns; one beyond the row, and in the packed layout
-                one at padding, is left out of the loss.
+            start_positions, end_positions: integer `(rows,)`, the columns where answers start and end. The loss ignores
+                columns beyond the row and, in the packed layout, at padding.
 
         Returns:
-            `loss` if both positions are given, `start_logits` and `end_logits` `(rows, columns)`, in the packed layout
-            the lowest finite value at padding; `hidden_states`, `attentions`.
+            `loss`, a scalar, if both positions are given; `start_logits` and `end_logits` `(rows, columns)`, in the
+            packed layout with the lowest finite value at padding; `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: as in `ErnieMModel.forward`; or positions are not integers.
         """
         encoded = self.ernie_m(
             input_ids,
@@ -490,7 +516,7 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
 
 
 class ErnieMForInformationExtraction(_ErnieMHead):
-    """Universal information extraction: for every token the logits of being the start and the end of a span."""
+    """Universal information extraction (UIE): for each token the logits of being the start and the end of a span."""
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__(config)
@@ -515,12 +541,15 @@ class ErnieMForInformationExtraction(_ErnieMHead):
         """Scores starts and ends of spans; arguments as in `ErnieMModel.forward`, and:
 
         Args:
-            start_positions, end_positions: `(rows, columns)` of 0 and 1, or integer `(rows,)`, one column a row; a
-                row whose column lies outside is left out of the loss, as padding is in the packed layout.
+            start_positions, end_positions: `(rows, columns)` of 0 and 1; or integer `(rows,)`, one column for each row.
+                The loss ignores rows with a column outside of the row and, in the packed layout, padding.
 
         Returns:
-            `loss` if both positions are given, `start_logits` and `end_logits` `(rows, columns)`, in the packed layout
-            the lowest finite value at padding; `hidden_states`, `attentions`.
+            `loss`, a scalar, if both positions are given; `start_logits` and `end_logits` `(rows, columns)`, in the
+            packed layout with the lowest finite value at padding; `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: as in `ErnieMModel.forward`; or positions have another shape.
         """
         encoded = self.ernie_m(
             input_ids,
@@ -563,17 +592,21 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do:
 
 
 def _as_integers(name: str, labels: Tensor) -> Tensor:
-    """int64, since losses take classes and columns as nothing else; and the ignored label needs a sign."""
+    """The labels as int64: losses take no other dtype for classes and columns, and the ignored label needs a sign."""
     if labels.is_floating_point():
         raise ValueError(f"{name} has dtype {labels.dtype}; it must hold integers: convert it by .long().")
     return labels.long()
 
 
-_REMEDY = "load the model with the num_labels that the data has, or check what numbers its labels"
+_REMEDY = "load the model with the num_labels that the data has, or check how its labels are numbered"
 
 
 def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
-    """Each label must be a class or the ignored one; unchecked where that would wait for a device or break a graph."""
+    """Refuses labels that are neither a class nor ignored.
+
+    Labels on a GPU are not checked, because that would need a synchronisation; nor are labels without values, or while
+    a graph is recorded.
+    """
     if modes.is_recorded() or labels.device.type != "cpu" or not modes.has_values(labels):
         return
     wrong = ((labels < 0) | (labels >= classes)) & (labels != IGNORED_LABEL)
@@ -581,7 +614,7 @@ def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
         place = wrong.nonzero()[0].tolist()
         raise ValueError(
             f"labels{place or ''} is {labels[tuple(place)].item()}, outside [0, {classes}); {remedy}. "
-            f"{IGNORED_LABEL} leaves a place out of the loss."
+            f"The loss ignores labels that are {IGNORED_LABEL}."
         )
 
 
@@ -590,12 +623,12 @@ def _flatten_choices(x: Tensor | None) -> Tensor | None:
 
 
 def _lowest_at_padding(logits: Tensor, real: Tensor | None) -> Tensor:
-    """`(rows, columns, scores)` with the lowest finite value where `real`, bool `(rows, columns)`, says padding."""
+    """`(rows, columns, scores)` with the lowest finite value where `real`, bool `(rows, columns)`, is False."""
     return logits if real is None else logits.masked_fill(~real[..., None], torch.finfo(logits.dtype).min)
 
 
 def _without_padding(positions: Tensor, real: Tensor | None) -> Tensor:
-    """Positions at padding moved behind the row, where the loss ignores them."""
+    """The positions, with those at padding moved behind the row, where the loss ignores them."""
     if real is None:
         return positions
     columns = real.shape[1]
@@ -606,7 +639,7 @@ def _without_padding(positions: Tensor, real: Tensor | None) -> Tensor:
 
 
 def _span_loss(logits: Tensor, positions: Tensor, real: Tensor | None) -> Tensor:
-    """Mean binary cross entropy over `(rows, columns)`, without padding and without rows that have no valid column."""
+    """Mean binary cross entropy over `(rows, columns)`, except padding and rows with a column outside of the row."""
     rows, columns = logits.shape
     counted = torch.ones_like(logits, dtype=torch.bool) if real is None else real.expand(rows, columns)
     if positions.shape == logits.shape:

@@ -1,6 +1,6 @@
-"""Who watches what a forward computes: graphs being made, transforms, autocast, and hooks on modules.
+"""What observes a forward: recording of graphs, transforms, autocast, and hooks on modules.
 
-All private API of torch that this library reads is read here.
+This is the only module that uses torch's private API.
 """
 
 import torch
@@ -12,14 +12,14 @@ from torch.nn.modules.module import _has_any_global_hook
 
 
 def is_transformed() -> bool:
-    """Whether torch.func or forward-mode AD follows what is computed now: they know PyTorch's own operators alone."""
+    """Whether torch.func or forward-mode AD transforms what is computed now: they know only PyTorch's own operators."""
     if torch.compiler.is_compiling():
         return False
     return functorch.peek_interpreter_stack() is not None or forward_ad._current_level >= 0
 
 
 def is_mapped(value: Tensor) -> bool:
-    """Whether torch.vmap maps over a tensor, which another transform may have wrapped."""
+    """Whether torch.vmap maps over a tensor, even one that another transform has wrapped."""
     while functorch.is_functorch_wrapped_tensor(value):
         if functorch.is_batchedtensor(value):
             return True
@@ -28,32 +28,32 @@ def is_mapped(value: Tensor) -> bool:
 
 
 def has_values(tensor: Tensor) -> bool:
-    """Whether a tensor holds values: a fake one and those on the meta device have a shape and a dtype alone."""
+    """Whether a tensor holds values: fake tensors and those on the meta device have only a shape and a dtype."""
     return not (tensor.is_meta or isinstance(tensor, FakeTensor))
 
 
 def is_recorded() -> bool:
-    """Whether a graph is being made, to be run here (torch.compile) or elsewhere: values cannot be read on the host."""
+    """Whether a graph is being recorded, to run here (torch.compile) or elsewhere: the host cannot read values then."""
     return torch.compiler.is_compiling() or torch.jit.is_tracing()
 
 
 def is_exported() -> bool:
-    """Whether a graph is being made for elsewhere, by torch.jit.trace, torch.export or torch.onnx.export.
+    """Whether a graph is being recorded to run elsewhere, by torch.jit.trace, torch.export or torch.onnx.export.
 
-    It is to run where this library is not, for any sizes and masks: it may hold PyTorch's own operators alone, and
-    nothing that was read from the example's values.
+    Such a graph must run without this library, for any sizes and masks. So it may contain only PyTorch's own operators,
+    and nothing that was read from the example's values.
     """
     return torch.compiler.is_exporting() or torch.jit.is_tracing()
 
 
 def may_write(x: Tensor) -> bool:
-    """Whether a product of `x` may be written into given memory: autograd, autocast and graphs want their own."""
-    followed = torch.is_grad_enabled() or is_transformed() or is_recorded() or not has_values(x)
-    return not (followed or torch.is_autocast_enabled(x.device.type))
+    """Whether a product of `x` may be written into existing memory: not under autograd, autocast or while recorded."""
+    observed = torch.is_grad_enabled() or is_transformed() or is_recorded() or not has_values(x)
+    return not (observed or torch.is_autocast_enabled(x.device.type))
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module does nothing but what its kind does, so that its parameters say it all."""
+    """Whether the module's parameters alone determine what a call computes: it is untouched, and they are dense."""
     if not is_untouched(module, kind):
         return False
     bias = getattr(module, "bias", None)
@@ -61,19 +61,19 @@ def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:
 
 
 def _is_dense(parameter: object) -> bool:
-    """Whether a parameter is numbers in memory and nothing else: there, and not quantised, sharded or sparse."""
+    """Whether a parameter is plain numbers in memory: not missing, quantised, sharded or sparse."""
     return type(parameter) in (nn.Parameter, Tensor) and parameter.layout is torch.strided
 
 
 def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
-    """Whether a call of the module runs the forward of its kind and nothing else, so that other code can stand for it.
+    """Whether a call of the module runs only the forward of its kind, without hooks, so that other code can replace it.
 
-    Never in a graph that is made for elsewhere, where only the module's own operators are known.
+    Always False while a graph is exported: it records what the modules themselves do.
     """
     return (
         not is_exported()
         and type(module) is kind
-        and "forward" not in module.__dict__  # accelerate's offloading replaces it on the instance
+        and "forward" not in module.__dict__  # accelerate's offloading sets one on the instance
         and not (module._forward_hooks or module._forward_pre_hooks)
         and not (module._backward_hooks or module._backward_pre_hooks)
         and not _has_any_global_hook()

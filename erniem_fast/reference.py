@@ -1,7 +1,7 @@
 """The four ops in plain, obvious PyTorch: the oracle of every test, never optimised.
 
-All are differentiable by autograd, which the formulas of the backwards are tested against; those serve inside custom
-ops, where autograd does not work. They compute in the dtype that type promotion gives their inputs.
+Autograd can differentiate all four. The hand-written backwards are for use inside custom ops, where autograd does not
+work, and are tested against autograd. Everything computes in the dtype that the inputs promote to.
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,12 @@ from .dropout import Dropout, apply_mask, drop_features, dropout_mask
 
 
 class Norm(NamedTuple):
-    """The parameters of a layer norm.
+    """The parameters of a layer norm (Ba et al., arXiv 1607.06450).
 
     Attributes:
-        weight: `(hidden,)`.
-        bias: `(hidden,)`; None for zeros.
-        eps: added to the variance.
+        weight: `(hidden,)`, floating point; multiplied with the normalised rows.
+        bias: `(hidden,)`, floating point; added to that product. None for zeros.
+        eps: added to the variance before the square root.
     """
 
     weight: Tensor
@@ -44,9 +44,9 @@ def embeddings(
     Args:
         ids, positions: int64 `(tokens,)`, rows of the two tables.
         word_table, position_table: `(vocabulary, hidden)` and `(max_positions, hidden)`.
-        norm: the layer norm.
-        padding_idx: the row that gets no gradient, in both tables.
-        dropout: of the result.
+        norm: the parameters of LN.
+        padding_idx: the row of both tables that gets no gradient.
+        dropout: the dropout of the result; None for no dropout.
 
     Returns:
         `(tokens, hidden)`.
@@ -61,11 +61,11 @@ def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropo
     A sequence without keys gives zeros.
 
     Args:
-        qkv: `(tokens, 3 · heads · head_dim)`, all queries, then all keys, then all values of a token.
-        sequences: how tokens are cut into sequences.
+        qkv: `(tokens, 3 · heads · head_dim)`: a token's queries, then its keys, then its values, of all heads.
+        sequences: how tokens are cut into sequences, and the key mask.
         heads: number of heads.
-        scale: of the scores, 1 / √head_dim in ERNIE-M.
-        dropout: of the probabilities.
+        scale: factor of the scores, 1 / √head_dim in ERNIE-M.
+        dropout: the dropout of the probabilities; None for no dropout.
 
     Returns:
         `(tokens, heads · head_dim)`.
@@ -80,7 +80,7 @@ def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropo
 def attention_backward(
     grad: Tensor, qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None = None
 ) -> Tensor:
-    """The gradient of `qkv`, given that of the result of `attention`, `(tokens, heads · head_dim)`."""
+    """The gradient of `qkv`, given `grad`, the gradient of the result of `attention`."""
     grads = [torch.zeros_like(qkv[:0])]
     lengths = sequences.cu_seqlens.diff().tolist()
     grad_of_each = grad.unflatten(-1, (heads, -1)).transpose(0, 1).split(lengths, dim=1)
@@ -95,7 +95,7 @@ def attention_backward(
 def _by_sequence(
     qkv: Tensor, sequences: Sequences, heads: int, dropout: Dropout | None
 ) -> Iterator[tuple[Tensor, tuple[Tensor | None, Tensor | None, float]]]:
-    """For each sequence queries, keys and values, `(3, heads, length, head_dim)`, and what `attend` takes as masks."""
+    """For each sequence: `(3, heads, length, head_dim)`, queries, keys, values; and `attend`'s key_mask to p."""
     for sequence, (start, end) in enumerate(pairwise(sequences.cu_seqlens.tolist())):
         key_mask = None if sequences.key_mask is None else sequences.key_mask[start:end]
         mask, p = None, 0.0
@@ -105,7 +105,7 @@ def _by_sequence(
 
 
 def _probabilities_mask(dropout: Dropout, columns: Tensor, sequence: int, heads: int) -> Tensor:
-    """The dropout mask of one sequence's `(heads, queries, keys)`, whose queries and keys stand in `columns`."""
+    """The dropout mask, `(heads, queries, keys)`, of a sequence with its tokens in `columns`."""
     head = torch.arange(heads, device=columns.device)[:, None]
     width = int(columns.max()) + 1 if len(columns) else 0
     sequence_ids = torch.full_like(columns, sequence)[None, :]
@@ -122,21 +122,22 @@ def attend(
     p: float = 0.0,
     scores_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention of one sequence, or of a batch of equally long ones.
+    """Attention of one sequence, or of a batch of equally long sequences.
 
-    Everything is computed in `wide(dtype)`, so that nothing overflows that the result could hold. Rounded to the dtype
-    are the results, and what half-precision matrix products take: the probabilities.
+    Everything is computed in `wide(dtype)`, so that nothing overflows if the dtype can hold the result. Only the
+    results are rounded to the dtype, and the probabilities, because half-precision matrix products take them so.
 
     Args:
         query, key, value: `(..., length, head_dim)`.
-        scale: of the scores.
-        key_mask: bool, broadcastable to `(..., length, length)`, False for keys that are not attended to.
-        dropout_mask: bool `(..., length, length)`, False for probabilities that are dropped.
+        scale: factor of the scores.
+        key_mask: bool, broadcastable to `(..., length, length)`, False for keys that are not attended to; None if all
+            are.
+        dropout_mask: bool `(..., length, length)`, False for probabilities that are dropped; None for no dropout.
         p: probability of dropping.
-        scores_bias: added to the scaled scores, broadcastable to them.
+        scores_bias: added to the scaled scores, broadcastable to them; None for no bias.
 
     Returns:
-        `(..., length, head_dim)`, and the probabilities after dropout, `(..., length, length)`.
+        The result, `(..., length, head_dim)`; and the probabilities after dropout, `(..., length, length)`.
     """
     probabilities = _rounded(softmax(_scores(query, key, scale, key_mask, scores_bias)), value.dtype)
     dropped = probabilities if dropout_mask is None else apply_mask(probabilities, dropout_mask, p)
@@ -154,14 +155,15 @@ def attend_backward(
     p: float = 0.0,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of query, key and value, given that of the result of `attend`, and rounded as there.
+    """The gradients of query, key and value, given `grad`, the gradient of the result of `attend`; rounded as there.
 
-    With that result, `out`, the mean of the probabilities' gradients is taken as grad · out, as kernels commonly do:
-    the same sum, to which rounding adds more where one probability is nearly 1 and the others' gradients cancel.
+    Given that result, `out`, the mean of the probabilities' gradients is computed as grad · out, as kernels commonly
+    do. It is the same sum, but with a larger rounding error if one probability is nearly 1 and the gradients of the
+    others cancel.
     """
     dtype = query.dtype
     probabilities = softmax(_scores(query, key, scale, key_mask, None))
-    grad, query, key, value = (each.to(probabilities.dtype) for each in (grad, query, key, value))
+    grad, query, key, value = (x.to(probabilities.dtype) for x in (grad, query, key, value))
     dropped, grad_probabilities = _rounded(probabilities, dtype), grad @ value.transpose(-1, -2)
     if dropout_mask is not None:
         dropped = apply_mask(dropped, dropout_mask, p)
@@ -188,10 +190,10 @@ def bias_gelu(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout 
     """dropout(activation(x + bias)).
 
     Args:
-        x: `(tokens, intermediate)`, a matrix product without its bias.
-        bias: `(intermediate,)`, or None where the product has it already.
+        x: `(tokens, intermediate)`, a matrix product.
+        bias: `(intermediate,)`; None if there is none or x includes it.
         activation: `gelu` (exact, with erf), `gelu_tanh` or `relu`.
-        dropout: of the result.
+        dropout: the dropout of the result; None for no dropout.
 
     Returns:
         `(tokens, intermediate)`.
@@ -201,7 +203,7 @@ def bias_gelu(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout 
 
 
 def activate(x: Tensor, activation: str) -> Tensor:
-    """`gelu` by its definition, x Φ(x); `gelu_tanh`, its approximation; `relu`."""
+    """`gelu` as defined, x Φ(x) (Hendrycks & Gimpel, arXiv 1606.08415); its approximation `gelu_tanh`; or `relu`."""
     dtype, x = x.dtype, x.to(wide(x.dtype))
     if activation == "gelu":
         y = 0.5 * x * (1.0 + torch.erf(x * 2.0**-0.5))
@@ -213,7 +215,7 @@ def activate(x: Tensor, activation: str) -> Tensor:
 
 
 def activate_backward(grad: Tensor, x: Tensor, activation: str) -> Tensor:
-    """The gradient of x, given that of `activate(x, activation)`."""
+    """The gradient of x, given `grad`, the gradient of `activate(x, activation)`."""
     dtype, x = x.dtype, x.to(wide(x.dtype))
     if activation == "gelu":
         density = torch.exp(-0.5 * x * x) * (2.0 * torch.pi) ** -0.5
@@ -231,10 +233,10 @@ def add_norm(residual: Tensor, x: Tensor, bias: Tensor | None, norm: Norm, dropo
     """LN(residual + dropout(x + bias)).
 
     Args:
-        residual, x: `(tokens, hidden)`; `x` is a matrix product without its bias.
-        bias: `(hidden,)`, or None where the product has it already.
-        norm: the layer norm.
-        dropout: of x and its bias.
+        residual, x: `(tokens, hidden)`; `x` is a matrix product.
+        bias: `(hidden,)`; None if there is none or x includes it.
+        norm: the parameters of LN.
+        dropout: the dropout of x + bias; None for no dropout.
 
     Returns:
         `(tokens, hidden)`.
@@ -252,7 +254,7 @@ def layer_norm(x: Tensor, norm: Norm) -> Tensor:
 
 
 def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x, weight and bias, given that of the result of `layer_norm`."""
+    """The gradients of x, weight and bias, given `grad`, the gradient of the result of `layer_norm`."""
     normal, rstd = normalise(x, eps)
     grad_normal = grad * weight
     means = grad_normal.mean(-1, keepdim=True) + normal * (grad_normal * normal).mean(-1, keepdim=True)
@@ -260,13 +262,13 @@ def layer_norm_backward(grad: Tensor, x: Tensor, weight: Tensor, eps: float) -> 
 
 
 def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """Rows less their mean over their standard deviation, whose reciprocal comes second.
+    """Rows minus their mean, divided by their standard deviation; and the reciprocals of the standard deviations.
 
-    The mean is taken off twice (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American
-    Statistician 37, 1983). As a rounded number the first is off by some units in its last place, which all of a row's
-    elements then have too much. In a row of equal values that is all there is, and the reciprocal of a standard
-    deviation of sqrt(eps) blows it up. It is the mean of what is left, and of equal values exactly: few units add up
-    without rounding.
+    The mean is subtracted twice (Chan, Golub & LeVeque, "Algorithms for computing the sample variance", The American
+    Statistician 37, 1983). The first mean is rounded, so it is off by some units in its last place, and so are all
+    elements of the row after the subtraction. In a row of equal values nothing else is left, and dividing by a standard
+    deviation of sqrt(eps) makes it large. The second mean is the mean of these errors. For equal values it is exact,
+    because so few units add up without rounding.
     """
     centred = x - x.mean(-1, keepdim=True)
     centred = centred - centred.mean(-1, keepdim=True)
@@ -275,11 +277,11 @@ def normalise(x: Tensor, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of statistics, of functions that overflow, and of sums over tokens: at least float32."""
+    """The dtype for statistics, for functions that overflow, and for sums over tokens: at least float32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def softmax(scores: Tensor) -> Tensor:
-    """Softmax over the last dimension; a row of nothing but -inf gives zeros, in the gradient too."""
+    """Softmax over the last dimension; a row that is all -inf gives zeros, in the gradient too."""
     empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)

@@ -1,4 +1,4 @@
-"""Truncation: how much of its sequences an example keeps, what is cut off, and windows that cover everything."""
+"""Truncation: how many tokens an example keeps, which tokens are cut off, and windows that cover all tokens."""
 
 from transformers.tokenization_utils_base import TruncationStrategy
 from transformers.utils import logging
@@ -7,15 +7,15 @@ logger = logging.get_logger(__name__)
 
 
 def sizes_to_keep(lengths: list[int], excess: int, strategy: TruncationStrategy) -> list[int]:
-    """Decides how many tokens each of an example's sequences keeps.
+    """The number of tokens that each of an example's one or two sequences keeps.
 
-    As in transformers 4.57.6, a sequence that is to lose all its tokens or more is not cut: an error is logged, and the
-    example stays too long. Only longest_first empties the sequences of a pair.
+    As in transformers 4.57.6, a sequence that would lose all its tokens or more is not cut: an error is logged, and the
+    example stays too long. Only longest_first can empty the sequences of a pair.
 
     Args:
-        lengths: the number of tokens of each of the one or two sequences.
-        excess: how many tokens are to go; none if it is not positive.
-        strategy: says which sequence loses them.
+        lengths: each sequence's number of tokens.
+        excess: the number of tokens to remove; zero or negative for none.
+        strategy: which sequence loses them.
     """
     if excess <= 0 or strategy == TruncationStrategy.DO_NOT_TRUNCATE:
         return lengths
@@ -26,15 +26,15 @@ def sizes_to_keep(lengths: list[int], excess: int, strategy: TruncationStrategy)
     if length <= excess:
         logger.error(
             f"truncation={strategy.value!r} has to take {excess} tokens out of the {('first', 'second')[index]} "
-            f"sequence, which has {length}: it is left whole, and the example is too long. Use a larger max_length or "
-            f"another truncation."
+            f"sequence, which has {length}: it is not cut, and the example is too long. Use a larger max_length "
+            f"or another truncation."
         )
         return lengths
     return [*lengths[:index], length - excess, *lengths[index + 1 :]]
 
 
 def _shorten_pair(first: int, second: int, excess: int) -> list[int]:
-    """Takes tokens out of the longer sequence until both are equally long, then out of both in turn."""
+    """Shortens the longer sequence until both are equally long, then both in turn."""
     from_longer = min(abs(first - second), excess)
     from_first = (excess - from_longer) // 2
     from_second = excess - from_longer - from_first
@@ -46,12 +46,12 @@ def _shorten_pair(first: int, second: int, excess: int) -> list[int]:
 
 
 def kept(length: int, size: int, side: str) -> slice:
-    """The part of a sequence that stays where truncation on `side` leaves `size` of its `length` tokens."""
+    """The part that stays when truncation on `side` leaves `size` of a sequence's `length` tokens."""
     return slice(size) if side == "right" else slice(length - size, length)
 
 
 def overflow(sequences: list[list], sizes: list[int], stride: int, side: str) -> list:
-    """The tokens that truncation on `side` cuts off, and up to `stride` tokens beside them that stay."""
+    """The tokens that truncation on `side` cuts off, and up to `stride` neighbouring tokens that stay."""
     tokens, other_side = [], "left" if side == "right" else "right"
     for sequence, size in zip(sequences, sizes, strict=True):
         length = len(sequence)
@@ -72,8 +72,8 @@ def windows(length: int, size: int, stride: int, side: str) -> list[slice]:
         return [slice(length)]
     if not 0 <= stride < size:
         raise ValueError(
-            f"stride={stride} must be at least 0 and less than {size}, the tokens of a text that fit into a window: "
-            f"choose a smaller stride or a larger max_length"
+            f"stride={stride} must be at least 0 and less than {size}, the number of tokens that a window has room "
+            f"for: choose a smaller stride or a larger max_length"
         )
     starts = range(0, length - stride, size - stride)
     if side == "right":

@@ -1,7 +1,7 @@
 """ErnieMTokenizer: SentencePiece pieces, cut further at ideographs, punctuation and digits, with ids from vocab.txt.
 
-Tokens and ids equal those of transformers 4.57.6. What is new: every token's place in the text, batches on
-SentencePiece's threads, and no string that raises.
+Tokens and ids equal those of transformers 4.57.6. New are the offsets of every token in the text, and batches on
+SentencePiece's threads; and every string can be tokenized.
 """
 
 import contextlib
@@ -30,7 +30,7 @@ RESOURCE_FILES_NAMES = {"sentencepiece_model_file": "sentencepiece.bpe.model", "
 # The arguments of `from_pretrained` that say where the files of a checkpoint are.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
-SPACE = "▁"  # what SentencePiece writes for a space
+SPACE = "▁"  # SentencePiece's symbol for a space
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 # Starting a thread costs as much as encoding about this many characters (2 cores, SentencePiece 0.2.0 and 0.2.3).
@@ -39,11 +39,11 @@ CHARACTERS_PER_THREAD = 2048
 
 @dataclass(frozen=True)
 class AlignedText:
-    """A string, each of whose characters knows the character of the input that it came from.
+    """A string that records where in the input each of its characters came from.
 
     Args:
         text: the string.
-        positions: for each character of `text` its index in the input, ascending.
+        positions: for each character of `text` the index of its source in the input, ascending.
     """
 
     text: str
@@ -62,33 +62,33 @@ class AlignedText:
         return self[: len(self.text.rstrip())]
 
     def span(self, start: int, end: int) -> tuple[int, int]:
-        """The span of the input that characters `start` to `end` came from; an empty one for what was only added."""
+        """The span of the input that characters `start` to `end` came from; empty for characters that were added."""
         last = self.positions[end - 1] + 1
         return (self.positions[start] if start < end else last), last
 
 
 class ErnieMTokenizer(PreTrainedTokenizer):
-    """Drop-in replacement of the ErnieMTokenizer of transformers 4.57.6, for transformers 5.
+    """Drop-in replacement for the ErnieMTokenizer of transformers 4.57.6, for transformers 5.
 
-    With `return_overflowing_tokens=True` a call returns what truncation cuts off: as ids, in `overflowing_tokens`, as
-    transformers 4 does; with `return_tensors=` or `return_offsets_mapping=True` as windows, as fast tokenizers do. Then
-    each window is a row, even for a single text; neighbours share `stride` tokens; tensors are padded; and
-    `overflow_to_sample_mapping` holds the index of each row's text.
+    With `return_overflowing_tokens=True` a call also returns the tokens that truncation cuts off: as ids in
+    `overflowing_tokens`, like transformers 4; or, with `return_tensors=` or `return_offsets_mapping=True`, as windows,
+    like fast tokenizers. Then each window is a row, even for a single text; neighbours share `stride` tokens; tensors
+    are padded; and `overflow_to_sample_mapping` holds the index of each row's text.
 
     Args:
         sentencepiece_model_ckpt (`str`): path of the SentencePiece model.
-        vocab_file (`str`, *optional*): path of the vocabulary, one token a line, its id the line's number from 0.
-            Without it the ids are SentencePiece's own, which no published checkpoint uses.
+        vocab_file (`str`, *optional*): path of the vocabulary, with one token per line; a token's id is its line's
+            number, counted from 0. Without it the ids are SentencePiece's own, which no published checkpoint uses.
         do_lower_case (`bool`): lower-case everything but special tokens.
-        encoding (`str`): kept for its place in the signature; files are UTF-8.
+        encoding (`str`): ignored, because files are UTF-8; it keeps the order of the arguments.
         unk_token, sep_token, pad_token, cls_token, mask_token (`str`): the special tokens.
         sp_model_kwargs (`dict`, *optional*): arguments of `sentencepiece.SentencePieceProcessor`.
             `enable_sampling=True` samples the segmentation, with `alpha` (default 0.1) and `nbest_size` (default 64);
-            `num_threads` bounds the threads that a batch may use (default: one a core).
+            `num_threads` limits the threads of a batch (default: one per core).
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: a checkpoint lacks one of the two files, or the SentencePiece model cannot be read.
+        ValueError: `from_pretrained` does not find one of the two files, or the SentencePiece model cannot be read.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -96,7 +96,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     # The model has no token types.
     model_input_names = ["input_ids", "attention_mask"]  # noqa: RUF012 (an instance may set its own: the base class does)
 
-    # Full-width forms and the ASCII characters they stand for. The full-width tilde is a punctuation mark of its own.
+    # Full-width forms and their ASCII characters, except the full-width tilde, which is another punctuation mark.
     SP_CHAR_MAPPING = {chr(code): chr(code - 0xFEE0) for code in range(0xFF01, 0xFF5E)}  # noqa: RUF012
 
     def __init__(
@@ -124,7 +124,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         else:
             self.vocab = self.load_vocab(vocab_file)
         self.reverse_vocab = {index: token for token, index in self.vocab.items()}
-        # The tokens of known pieces. Under this name `datasets` leaves them out of a tokenizer's fingerprint.
+        # The tokens of known pieces. `datasets` leaves an attribute with this name out of a tokenizer's fingerprint.
         self.cache = {}
         super().__init__(
             do_lower_case=do_lower_case,
@@ -145,6 +145,9 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
         `model_max_length` is at most the number of tokens that the checkpoint's model has positions for, unless it is
         given as an argument.
+
+        Raises:
+            ValueError: the checkpoint lacks a file, or `max_position_embeddings` in its config.json is not an integer.
         """
         tokenizer = super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
         if "model_max_length" not in kwargs:
@@ -153,9 +156,9 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return tokenizer
 
     def __getstate__(self) -> dict:
-        # The model itself travels, not its path: the file may be gone where the pickle is read. Equal tokenizers have
-        # equal pickles: the cache and the warnings depend on the texts seen so far, the order of the trie's set on the
-        # process.
+        # The pickle holds the model itself, not its path, because the file may not exist where the pickle is read.
+        # Equal tokenizers must have equal pickles. So the cache and the warnings, which depend on the texts seen so
+        # far, are emptied, and the trie's set, whose order depends on the process, is sorted.
         return self.__dict__ | {
             "sp_model": self.sp_model.serialized_model_proto(),
             "tokens_trie": sorted(self.tokens_trie._tokens),
@@ -179,7 +182,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return self.vocab | self.added_tokens_encoder
 
     def load_vocab(self, filepath) -> dict[str, int]:
-        """Reads a vocabulary: one token a line, its id the line's number from 0."""
+        """Reads a vocabulary, one token per line, and returns each token's id: its line's number, counted from 0.
+
+        Raises:
+            FileNotFoundError: `filepath` is not a file.
+        """
         _require_file("vocab_file", filepath)
         with open(filepath, encoding="utf-8") as lines:
             return {line.rstrip("\n"): index for index, line in enumerate(lines)}
@@ -189,13 +196,13 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
         Args:
             save_directory: an existing directory.
-            filename_prefix: goes before the name of the vocabulary, with a dash; the model keeps its name.
+            filename_prefix: put before the name of the vocabulary, with a dash; the model keeps its name.
 
         Returns:
             The path of the vocabulary, in a tuple.
 
         Raises:
-            NotADirectoryError: `save_directory` is no directory.
+            NotADirectoryError: `save_directory` is not a directory.
         """
         if not os.path.isdir(save_directory):
             raise NotADirectoryError(f"save_directory={str(save_directory)!r} is not a directory: create it first")
@@ -203,7 +210,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         vocab_file = os.path.join(save_directory, prefix + VOCAB_FILES_NAMES["vocab_file"])
         size = max(self.reverse_vocab, default=-1) + 1
         if size != len(self.vocab):
-            # Lines are ids: an empty line holds the place of an id without a token, so that the others stay theirs.
+            # An id is a line's number. An empty line for an id without a token keeps the ids of the tokens after it.
             logger.warning(f"{vocab_file}: {size - len(self.vocab)} ids have no token and become empty lines")
         with open(vocab_file, "w", encoding="utf-8") as file:
             file.writelines(f"{self.reverse_vocab.get(index, '')}\n" for index in range(size))
@@ -212,10 +219,10 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return (vocab_file,)
 
     def convert_tokens_to_ids(self, tokens: str | list[str]) -> int | list[int]:
-        """The id of a token, or of each of a list; that of [UNK] for unknown ones."""
+        """The id of a token, or the ids of a list of tokens; unknown tokens have the id of [UNK]."""
         if isinstance(tokens, str):
             return super().convert_tokens_to_ids(tokens)
-        # What the base class does with two calls a token.
+        # The base class does the same, but with two calls per token.
         vocab, added, unknown = self.vocab, self._added_tokens_encoder, self._convert_token_to_id(self.unk_token)
         return [added[token] if token in added else vocab.get(token, unknown) for token in tokens]
 
@@ -236,22 +243,29 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
         Args:
             text: any string; unpaired surrogates, which UTF-8 cannot hold, count as U+FFFD.
-            split_special_tokens: cut special and added tokens up as any other text (default: the attribute).
+            split_special_tokens: whether to cut special and added tokens like other text (default: the attribute).
             kwargs: ignored, as in the base class.
 
         Returns:
             The tokens, without [CLS] and [SEP].
+
+        Raises:
+            TypeError: `text` is not a string.
         """
         return self._tokenize_texts([text], split_special_tokens)[0][0]
 
     def get_offset_mapping(self, text: str | None) -> list[tuple[int, int]] | None:
         """Finds the characters that each token of `tokenize(text)` came from.
 
-        A span has no spaces at its ends, unless spaces are all that its token stands for. Tokens from one character
-        that normalisation expands (½) share its span.
+        A span has no spaces at its ends, unless its token stands for nothing but spaces. If normalisation expands one
+        character (½) to several tokens, they share its span.
 
         Returns:
-            A list of (start, end), with `text[start:end]` the characters, start and end ascending; None for None.
+            A list of (start, end), both ascending, with `text[start:end]` the characters; None if `text` is None.
+
+        Raises:
+            TypeError: `text` is neither a string nor None.
+            ValueError: SentencePiece's pieces do not spell the text, because of `sp_model_kwargs` or byte fallback.
         """
         return None if text is None else self._tokenize_texts([text], with_spans=True)[0][1]
 
@@ -262,7 +276,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def _tokenize_texts(
         self, texts: Sequence[str], split_special_tokens: bool | None = None, with_spans: bool = False
     ) -> list[tuple[list[str], list[tuple[int, int]]]]:
-        """The tokens of each text and, if asked for, their spans; all texts go through SentencePiece in one batch."""
+        """The tokens of each text and, if `with_spans`, their spans; SentencePiece gets all texts in one batch."""
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
         added = () if split_special_tokens else self._added_tokens_encoder.keys()
@@ -297,13 +311,13 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         characters = []
         for index, part in enumerate(re.split(f"({'|'.join(map(re.escape, kept))})", text)):
             characters += part if index % 2 else map(str.lower, part)
-        # One character, İ, has a lower case of two.
+        # The lower case of one character, İ, has two characters.
         positions = [index for index, character in enumerate(characters) for _ in character]
         return AlignedText("".join(characters), positions)
 
     def _split_at_added_tokens(self, text: AlignedText, added: Iterable[str]) -> list[AlignedText]:
-        """Splits a text into added tokens and what stands between them, with no empty part."""
-        # The trie walks the text in Python: ask it only where there is something to find.
+        """Splits a text into added tokens and the text between them, without empty parts."""
+        # The trie loops over the text in Python, which is slow, so use it only if the text has an added token.
         if not any(token in text.text for token in added):
             return [text] if text.text else []
         ends = itertools.accumulate(map(len, self.tokens_trie.split(text.text)))
@@ -331,8 +345,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             defaults = {"enable_sampling": True, "alpha": 0.1, "nbest_size": 64}
             sampling = {name: self.sp_model_kwargs.get(name, default) for name, default in defaults.items()}
         threads = min(self._max_threads(), sum(map(len, texts)) // CHARACTERS_PER_THREAD)
-        # Every batch has new threads, whose random generators begin at the seed: sampled there, a text would be cut the
-        # same way each time.
+        # Every batch starts new threads, each with a random generator that begins at the seed. With sampling, they
+        # would cut a text the same way each time.
         if sampling or threads < 2:
             return (self.sp_model.encode(text, out_type=str, **sampling) for text in texts)
         return iter(self.sp_model.encode(texts, out_type=str, num_threads=threads))
@@ -347,13 +361,13 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         for index, piece in enumerate(pieces):
             if piece != SPACE:
                 tokens += cuts.get(piece) or self._cut_piece(piece)
-            # A space of its own is a token where the piece after it does not carry one.
+            # Between other pieces, a lone space is a token if the next piece does not start with a space.
             elif 0 < index < len(pieces) - 1 and not pieces[index + 1].startswith(SPACE):
                 tokens.append(piece)
         return tokens
 
     def _cut_piece(self, piece: str) -> list[str]:
-        """Cuts a piece around every ideograph, punctuation mark and run of digits. A space left alone is dropped."""
+        """Cuts a piece around every ideograph, punctuation mark and run of digits, and drops a space left alone."""
         cuts = {0, len(piece)}
         for index, character in enumerate(piece):
             if self.is_ch_char(character) or self.is_punct(character):
@@ -362,20 +376,20 @@ class ErnieMTokenizer(PreTrainedTokenizer):
                 cuts.add(index)
         bounds = itertools.pairwise(sorted(cuts))
         tokens = [piece[start:end] for start, end in bounds if piece[start:end] != SPACE or end == len(piece)]
-        # Pieces that SentencePiece does not know are without number: only the others are kept.
+        # Unknown pieces are unbounded in number; cache only known ones.
         if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id():
             self.cache[piece] = tokens
         return tokens
 
     def _spans(self, text: AlignedText, tokens: list[str]) -> Iterator[tuple[int, int]]:
-        """The span of the input that each of the tokens of `text` came from."""
-        # SentencePiece tells where each character of the normalised text begins in `text`. The tokens spell the
-        # normalised text, but for dropped spaces.
+        """For each of the tokens of `text`, the span of the input that it came from."""
+        # SentencePiece returns where in `text` each character of the normalised text begins. The tokens spell the
+        # normalised text, except for dropped spaces.
         normalized, starts = self.sp_model.normalize(text.text, with_offsets=True)
         ends = starts[1:]
         for index in range(len(ends) - 2, -1, -1):
             if ends[index] == starts[index]:
-                # One of several characters that one character became: all of them end where the last one does.
+                # One character became several: all of them end where the last one ends.
                 ends[index] = ends[index + 1]
         place = 0
         for token in tokens:
@@ -408,14 +422,17 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         spaces_between_special_tokens: bool = True,
         **kwargs,
     ) -> str:
-        """What `decode` runs. Added tokens stand apart, as in transformers 4; transformers 5 joins them to the rest."""
+        """`decode` calls this. As in transformers 4, added tokens stay separate; transformers 5 joins them."""
         tokens = self.convert_ids_to_tokens(token_ids, skip_special_tokens=skip_special_tokens)
-        apart = self._added_tokens_encoder.keys() - self.all_special_tokens
-        apart |= {token for token in self.extra_special_tokens if self.convert_tokens_to_ids(token) >= self.vocab_size}
+        separate = self._added_tokens_encoder.keys() - self.all_special_tokens
+        separate |= {
+            token for token in self.extra_special_tokens if self.convert_tokens_to_ids(token) >= self.vocab_size
+        }
+        tokens = [tokens] if isinstance(tokens, str) else tokens
         texts = []
-        for is_apart, group in itertools.groupby([tokens] if isinstance(tokens, str) else tokens, apart.__contains__):
+        for is_separate, group in itertools.groupby(tokens, separate.__contains__):
             group = list(group)
-            texts += group if is_apart else [self.convert_tokens_to_string(group)]
+            texts += group if is_separate else [self.convert_tokens_to_string(group)]
         text = (" " if spaces_between_special_tokens else "").join(filter(None, texts))
         if clean_up_tokenization_spaces is None:
             clean_up_tokenization_spaces = self.clean_up_tokenization_spaces
@@ -424,7 +441,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     # ---- Tokens to model inputs
 
     def num_special_tokens_to_add(self, pair: bool = False) -> int:
-        # The base class builds an example to count them, for every example that it prepares.
+        # To count them, the base class would build an example for every example that it prepares.
         return 4 if pair else 2
 
     def build_inputs_with_special_tokens(
@@ -446,12 +463,12 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def get_special_tokens_mask(
         self, token_ids_0: list[int], token_ids_1: list[int] | None = None, already_has_special_tokens: bool = False
     ) -> list[int]:
-        """Returns 1 for [CLS], [SEP] and padding, 0 for all others.
+        """Returns 1 for [CLS], [SEP] and padding, 0 for all other tokens.
 
         Args:
-            token_ids_0: ids of the first sequence, or of all with `already_has_special_tokens=True`.
+            token_ids_0: ids of the first sequence; with `already_has_special_tokens=True`, of the whole example.
             token_ids_1: ids of the second sequence.
-            already_has_special_tokens: the special tokens are in `token_ids_0`, and need not be added.
+            already_has_special_tokens: whether `token_ids_0` includes the special tokens.
 
         Raises:
             ValueError: `token_ids_1` is given with `already_has_special_tokens=True`.
@@ -483,11 +500,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         truncation_strategy: str | TruncationStrategy = TruncationStrategy.LONGEST_FIRST,
         stride: int = 0,
     ) -> tuple[list[int], list[int] | None, list[int]]:
-        """Takes tokens out of one or two sequences of ids, which have no special tokens yet.
+        """Removes tokens from one or two sequences of ids that have no special tokens yet.
 
         Returns:
-            What is left of `ids`; what is left of `pair_ids`; and the tokens that were cut off, with up to `stride`
-            tokens beside them, or none if longest_first cut a pair.
+            The rest of `ids`; the rest of `pair_ids`, or None; and the tokens that were cut off, with up to `stride`
+            neighbouring tokens. If longest_first cut a pair, this last list is empty.
         """
         sequences, strategy = [ids] if pair_ids is None else [ids, pair_ids], TruncationStrategy(truncation_strategy)
         lengths = [len(sequence) for sequence in sequences]
@@ -503,7 +520,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def prepare_for_model(
         self, ids: list[int], pair_ids: list[int] | None = None, return_tensors=None, prepend_batch_axis=False, **kwargs
     ) -> BatchEncoding:
-        """`tokenizer(ids, pair_ids)` for one example of ids; tensors get a batch axis only if asked for."""
+        """`tokenizer(ids, pair_ids)` for one example of ids; tensors get a batch axis only if `prepend_batch_axis`."""
         encoding = self(ids, pair_ids, is_split_into_words=True, **kwargs)
         return encoding.convert_to_tensors(return_tensors, prepend_batch_axis)
 
@@ -523,11 +540,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         split_special_tokens: bool | None = None,
         **kwargs,
     ) -> BatchEncoding:
-        """What `tokenizer(...)` and `tokenizer.encode(...)` run: `text` is one example or a batch."""
+        """`tokenizer(...)` and `tokenizer.encode(...)` call this; `text` is one example or a batch."""
         is_batch, examples = _as_batch(text, text_pair, is_split_into_words)
         sequences = [self._as_list(sequence, is_split_into_words) for example in examples for sequence in example]
         encoded = self._encode_sequences(sequences, split_special_tokens, return_offsets_mapping)
-        # Overflowing ids make no tensor where their lengths differ, and say nothing of offsets: windows do both.
+        # Overflowing ids of different lengths cannot be a tensor, and they have no offsets. Windows solve both.
         with_windows = return_overflowing_tokens and (return_tensors is not None or return_offsets_mapping)
         if with_windows and return_tensors is not None and padding_strategy == PaddingStrategy.DO_NOT_PAD:
             padding_strategy = PaddingStrategy.LONGEST
@@ -563,7 +580,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return BatchEncoding(outputs, tensor_type=return_tensors)
 
     def _as_list(self, sequence, is_split_into_words: bool) -> list[str] | list[int]:
-        """A sequence as the list of its words, a text being one word, or as the list of its ids."""
+        """A sequence as a list of words (a text is one word), or as a list of ids."""
         if isinstance(sequence, str):
             return [sequence]
         if isinstance(sequence, (list, tuple)):
@@ -576,7 +593,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def _encode_sequences(
         self, sequences: list[list], split_special_tokens: bool | None, with_spans: bool
     ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of each sequence and, if asked for, the spans of its tokens, each within its word."""
+        """The ids of each sequence and, if `with_spans`, the spans of its tokens, each relative to its word."""
         words = [item for sequence in sequences for item in sequence if isinstance(item, str)]
         tokenized = iter(self._tokenize_texts(words, split_special_tokens, with_spans))
         for sequence in sequences:
@@ -604,11 +621,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         verbose: bool = True,
         **fields,
     ) -> Iterator[dict]:
-        """The rows of an example of one or two sequences: one, or one a window; with special tokens, not padded."""
+        """The rows of an example of one or two sequences, not padded: one row, or one for each window."""
         is_pair = len(ids) == 2
         if return_overflowing_tokens and is_pair and truncation_strategy == TruncationStrategy.LONGEST_FIRST:
             raise ValueError(
-                "return_overflowing_tokens=True does not go with truncation='longest_first' for a pair, both of whose "
+                "return_overflowing_tokens=True does not work with truncation='longest_first' for a pair, because both "
                 "texts may overflow: use truncation='only_first' or 'only_second'"
             )
         lengths = [len(sequence) for sequence in ids]
@@ -666,8 +683,8 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return_attention_mask: bool | None = None,
         **kwargs,
     ) -> dict:
-        # A mask that comes in may have zeros of its own: it is padded even if a new one is not asked for. Rows without
-        # a mask may be padded already, by tokenizers that make none: they get the mask that the model would make.
+        # A given mask may contain zeros, so it is padded even if no new mask is asked for. Rows without a mask may be
+        # padded already, by tokenizers that make no mask, so they get the mask that the model would derive from ids.
         if "attention_mask" in encoded_inputs:
             return_attention_mask = True
         elif return_attention_mask is None and "attention_mask" in self.model_input_names:
@@ -714,10 +731,10 @@ def _cut(sequences: Sequence[list], window: tuple[slice, ...]) -> list[list]:
 
 
 def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[bool, list[tuple]]:
-    """Sorts out what `tokenizer(text, text_pair)` was given.
+    """Interprets the arguments of `tokenizer(text, text_pair)`.
 
     Returns:
-        Whether it is a batch, and the examples: tuples of one sequence, or of the two of a pair.
+        Whether they are a batch; and the examples, each a tuple of one sequence or of the two sequences of a pair.
     """
     if not _is_batch(text, is_split_into_words):
         return False, [(text,) if text_pair is None else (text, text_pair)]
@@ -737,7 +754,7 @@ def _is_batch(text, is_split_into_words: bool) -> bool:
 
 
 def _as_example(item, is_split_into_words: bool) -> tuple:
-    """An item of a batch: a sequence, or a tuple of two; a list of two also, unless lists are sequences of words."""
+    """The example of a batch's item: one sequence; or a tuple of two, or a list of two unless lists are of words."""
     is_sequence = not isinstance(item, (list, tuple)) or not item or isinstance(item[0], int)
     if is_sequence or (is_split_into_words and not isinstance(item, tuple)):
         return (item,)
@@ -747,7 +764,7 @@ def _as_example(item, is_split_into_words: bool) -> tuple:
 
 
 def _count_positions(source, kwargs: dict[str, Any]) -> int:
-    """The number of tokens that the model of a checkpoint has positions for, as far as its config.json tells."""
+    """The number of tokens that the model of a checkpoint has positions for; a very large number if it is not known."""
     options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config = {}
     with contextlib.suppress(OSError):
@@ -781,9 +798,9 @@ def _require_file(name: str, path):
 
 
 def _require_checkpoint_files(source: str, **paths):
-    """Refuses what `from_pretrained` did not find, and passes on as None: without vocab.txt every id would be wrong.
+    """Refuses missing files, for which `from_pretrained` passes None: without vocab.txt every id would be wrong.
 
-    `from_pretrained` would replace an OSError by a message that names no file.
+    The error is a ValueError, because `from_pretrained` would replace an OSError by a message that names no file.
     """
     for name, path in paths.items():
         if path is None or not os.path.isfile(path):

@@ -317,8 +317,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             and all(is_plain(norm, nn.LayerNorm) for norm in norms)
             and all(module.bias is not None for module in (*linears, *norms))
             and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
-            and inner.q_proj.weight.shape[0] % inner.num_attention_heads
-            == 0  # otherwise `ops.attention` raises an error
+            and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` raises an error
             and _runs_natively()
         )
 

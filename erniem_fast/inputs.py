@@ -107,7 +107,7 @@ def prepare(
 
 
 def real_positions(config: ErnieMConfig, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
-    """The real tokens of the grid, bool `(rows, columns)`; None if padding counts like them or there is none."""
+    """The real tokens of the grid, bool `(rows, columns)`; None if every position counts, as in the padded layout."""
     if not _leaves_out_padding():
         return None
     if attention_mask is None:
@@ -328,8 +328,9 @@ def _check_one_sequence(position_ids: Tensor | None, found: dict[str, int]) -> N
     if len(starts):
         raise ValueError(
             f"position_ids start anew at column {starts[0].item() + 1} of a single row. If the row holds several "
-            f"sequences, pass cu_seq_lens_q and max_length_q, as DataCollatorWithFlattening(return_flash_attn_kwargs="
-            f"True) makes them; if it holds one, pass an attention_mask of ones."
+            f"sequences, pass cu_seq_lens_q and max_length_q, as "
+            f"DataCollatorWithFlattening(return_flash_attn_kwargs=True) makes them; if it holds one, pass an "
+            f"attention_mask of ones."
         )
 
 

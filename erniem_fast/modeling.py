@@ -157,7 +157,6 @@ class ErnieMModel(ErnieMPreTrainedModel):
             `last_hidden_state` `(rows, columns, hidden)`, zeros at padding in the packed layout; `pooler_output`
             `(sequences, hidden)`, None without a pooler; `hidden_states`, for the embeddings and each layer a tensor
             like `last_hidden_state`, and `attentions`, for each layer `(rows, heads, columns, columns)`, if asked for.
-            All have the dtype of the weights, or autocast's.
 
         Raises:
             ValueError: the input cannot be run; the message names the argument, its value and the remedy.
@@ -605,7 +604,8 @@ _REMEDY = "load the model with the num_labels that the data has, or check how it
 def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
     """Refuses labels that are neither a class nor ignored.
 
-    Without values, on a GPU and while a graph is recorded, nothing is checked: it would need a synchronisation.
+    Labels on a GPU are not checked, because that would need a synchronisation; nor are labels without values, or while
+    a graph is recorded.
     """
     if modes.is_recorded() or labels.device.type != "cpu" or not modes.has_values(labels):
         return

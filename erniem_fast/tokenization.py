@@ -361,7 +361,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         for index, piece in enumerate(pieces):
             if piece != SPACE:
                 tokens += cuts.get(piece) or self._cut_piece(piece)
-            # A piece that is only a space is a token if the next piece does not start with a space.
+            # Between other pieces, a lone space is a token if the next piece does not start with a space.
             elif 0 < index < len(pieces) - 1 and not pieces[index + 1].startswith(SPACE):
                 tokens.append(piece)
         return tokens

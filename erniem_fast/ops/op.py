@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .. import flags, modes
 from ..verify.equivalence import check, draw
-from .arguments import Argument, by_name, declared, flatten, restore, schema_of
+from .arguments import by_name, declared, flatten, restore, schema_of
 from .choose import IMPLEMENTATIONS, Implementation, Tensors, arguments_of
 
 
@@ -57,22 +57,23 @@ class Op:
         self._saved = [each for each in declared(backward) if each.name != "grad"]
         self._results = getattr(get_type_hints(forward)["return"], "_fields", ("out",))
         self._gradients = get_type_hints(backward)["return"]
-        self._saved_leaves, self._places, self._gradient_places = self._plan()
+        self._plan_autograd()
         self._forward_op, self._backward_op = self._register_forward(), self._register_backward()
 
-    def _plan(self) -> tuple[list[Argument], list[int], list[int | None]]:
-        """The flat values to save, and the place of each among the custom op's inputs and results; for each input, the
-        place of its gradient, or None."""
+    def _plan_autograd(self) -> None:
+        """Finds out once where among the custom op's inputs and results the values to save and the gradients belong."""
         inputs = [leaf.name for each in self._arguments for leaf in each.leaves()]
         saved = [leaf for each in self._saved for leaf in each.leaves()]
         sources, gradients = [*inputs, *self._results], self._gradients._fields
         unknown = {*(leaf.name for leaf in saved), *gradients} - {*sources}
-        if unknown:  # gradients that nothing takes would be lost
+        if unknown:  # a gradient of that name would be lost
             raise TypeError(
                 f"{self.name}'s backward names {sorted(unknown)}, which its forward neither takes nor returns."
             )
-        places = [sources.index(leaf.name) for leaf in saved]
-        return saved, places, [gradients.index(each) if each in gradients else None for each in inputs]
+        self._places = [sources.index(leaf.name) for leaf in saved]
+        self._shapes = [index for index, leaf in enumerate(saved) if leaf.kind is torch.Size]
+        self._wanted_shapes = [index for index in self._shapes if saved[index].optional]
+        self._gradient_places = [gradients.index(each) if each in gradients else None for each in inputs]
 
     def __call__(self, implementation: str, *inputs: object, overwrite: bool = False) -> Tensor:
         """The op's result.
@@ -90,14 +91,14 @@ class Op:
         """
         save = torch.is_grad_enabled() and any(_requires_grad(each) for each in inputs)
         if modes.is_transformed():
-            return self._run("reference", "forward", self._named(inputs, save))[0]
+            return self._run("reference", "forward", self._named(map(_plain, inputs), save))[0]
         first = inputs[0]
         if save or modes.is_recorded() or type(first) is not Tensor or first.is_meta:
             return _as_tuple(self._forward_op(*flatten(self._arguments, inputs), save, implementation))[0]
         # Verification runs the reference on the same inputs, so do not overwrite them.
         overwrite = overwrite and self._implementations[implementation].forward_in_place is not None
         direction = "forward_in_place" if overwrite and flags.read(flags.VERIFY) == "0" else "forward"
-        return self._run(implementation, direction, self._named(inputs, save))[0]
+        return self._run(implementation, direction, self._named(map(_plain, inputs), save))[0]
 
     def _named(self, inputs: Iterable[object], save: bool) -> dict[str, object]:
         return {**by_name(self._arguments, inputs), "save": save}
@@ -106,7 +107,7 @@ class Op:
 
     def _register_forward(self) -> torch.library.CustomOpDef:
         def run(*flat):
-            *flat, save, implementation = flat
+            *flat, save, implementation = map(_plain, flat)
             return _unpacked(self._run(implementation, "forward", self._named(restore(self._arguments, flat), save)))
 
         def fake(*flat):
@@ -121,8 +122,8 @@ class Op:
         return op
 
     def _register_backward(self) -> torch.library.CustomOpDef:
-        def run(grad, *flat):
-            *flat, implementation = flat
+        def run(*flat):
+            grad, *flat, implementation = map(_plain, flat)
             values = by_name(self._saved, restore(self._saved, flat))
             return _unpacked(self._run(implementation, "backward", {"grad": grad, **values}))
 
@@ -141,10 +142,8 @@ class Op:
         *inputs, _, ctx.implementation = inputs
         sources = (*inputs, *_as_tuple(output))
         saved = [sources[place] for place in self._places]
-        saved = [
-            each.shape if leaf.kind is torch.Size else each
-            for leaf, each in zip(self._saved_leaves, saved, strict=True)
-        ]
+        for index in self._shapes:
+            saved[index] = saved[index].shape
         ctx.save_for_backward(*(each for each in saved if isinstance(each, Tensor)))
         ctx.rest = [None if isinstance(each, Tensor) else (each,) for each in saved]
 
@@ -152,8 +151,8 @@ class Op:
         """The gradients of the custom op's inputs, in their order."""
         tensors = iter(ctx.saved_tensors)
         saved = [next(tensors) if each is None else each[0] for each in ctx.rest]
-        for index, (leaf, place) in enumerate(zip(self._saved_leaves, self._places, strict=True)):
-            if leaf.kind is torch.Size and leaf.optional and not ctx.needs_input_grad[place]:
+        for index in self._wanted_shapes:
+            if not ctx.needs_input_grad[self._places[index]]:
                 saved[index] = None
         grads = self._gradients(*_as_tuple(self._backward_op(grad, *saved, ctx.implementation)))
         if self._finish is not None:
@@ -168,10 +167,9 @@ class Op:
     def _run(self, name: str, direction: str, values: dict[str, object]) -> tuple[Tensor, ...]:
         """Runs one direction of an implementation, and verifies it if the flag says so.
 
-        Implementations receive contiguous tensors that are no lazy negations; results are made contiguous. Autocast is
-        off, because it is meant for matrix products only: implementations receive the dtypes that callers pass.
+        Results are made contiguous. Autocast is off, because it is meant for matrix products only: implementations
+        receive the dtypes that callers pass.
         """
-        values = {argument: _plain(value) for argument, value in values.items()}
         with _without_autocast(values):
             outputs = self._outputs(name, direction, values)
             if name != "reference" and flags.read(flags.VERIFY) == "1":
@@ -207,6 +205,7 @@ def _without_autocast(values: dict[str, object]) -> AbstractContextManager[objec
 
 
 def _plain(value: object) -> object:
+    """The value as implementations receive it: tensors are contiguous and no lazy negations."""
     if isinstance(value, Tensor):
         return value.contiguous().resolve_neg()
     return type(value)(*map(_plain, value)) if isinstance(value, tuple) else value

@@ -45,9 +45,11 @@ PACKING = Flag("ERNIEM_FAST_PACKING", ("1", "0"), "`0` computes padded positions
 RECOMPUTE = Flag(
     "ERNIEM_FAST_RECOMPUTE",
     ("0", "1"),
-    "`1` computes activations again in the backward: a `(tokens, intermediate_size)` tensor a layer less is kept",
+    "`1` recomputes activations in the backward, which saves a `(tokens, intermediate_size)` tensor per layer",
 )
-VERIFY = Flag("ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises where they disagree")
+VERIFY = Flag(
+    "ERNIEM_FAST_VERIFY", ("0", "1"), "`1` runs the reference beside every op and raises an error if they disagree"
+)
 
 # The flag of each op, by the op's name.
 OPS = {

@@ -49,15 +49,10 @@ _BACKWARD = Function(
 )
 
 
-def forward(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:
-    return _forward_into(torch.empty_like(x), x, bias, activation, dropout)
-
-
-def forward_in_place(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:
-    return _forward_into(x, x, bias, activation, dropout)
-
-
-def _forward_into(out: Tensor, x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:
+def forward(
+    x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None, out: Tensor | None = None
+) -> Tensor:
+    out = torch.empty_like(x) if out is None else out
     _FORWARD(
         x.device,
         x.dtype,
@@ -68,6 +63,10 @@ def _forward_into(out: Tensor, x: Tensor, bias: Tensor | None, activation: str, 
         **dropout_values(dropout),
     )
     return out
+
+
+def forward_in_place(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:
+    return forward(x, bias, activation, dropout, out=x)
 
 
 def backward(

@@ -36,14 +36,13 @@ print(json.dumps({
     assert found["broken"] == []
     assert found["archs"] == found["all archs"]
     assert found["kernels"] == [
+        *([op, kernel] for op in ("add_norm", "add_norm, plain") for kernel in ("backward", "forward")),
         *(["attention", kernel] for kernel in ("backward_keys", "backward_queries", "forward")),
         ["attention ≤ 128", "backward"],
         ["attention ≤ 16", "backward"],
         *(["attention ≤ 64", kernel] for kernel in ("backward", "forward")),
         ["attention, many", "backward"],
         *(["bias_gelu", kernel] for kernel in ("backward", "forward")),
-        *(["add_norm", kernel] for kernel in ("backward", "forward")),
-        *(["add_norm, plain", kernel] for kernel in ("backward", "forward")),
     ]
     assert (
         found["launches"] == 28 + 4 * 75 + 2 * 85 + 2 * 75 + 60
@@ -108,7 +107,7 @@ import torch
 seed = torch.ones(1, dtype=torch.int64)
 counts = {}
 for launch, size, varied in (
-    (launches.launch_layernorm, 768, (1, 2, 15, 16, 17, 1000, 5000)),
+    (launches.launch_add_norm, 768, (1, 2, 15, 16, 17, 1000, 5000)),
     (launches.launch_bias_gelu, 3072, (1, 2, 15, 16, 17, 1000, 5000)),
     (launches.launch_attention, 64, (65, 100, 128, 129, 512)),
 ):
@@ -118,7 +117,7 @@ for launch, size, varied in (
 print(json.dumps(counts))
 """
     assert in_process_of_its_own(code) == {
-        "launch_layernorm": [14, 2],
+        "launch_add_norm": [14, 2],
         "launch_bias_gelu": [14, 2],
         "launch_attention": [12, 4],  # at most 128 keys: one kernel of the backward; more: two
     }
@@ -157,13 +156,13 @@ def count(*launch):
     return {name: [len(hashes), len({*hashes})] for name, hashes in sorted(kernels.items())}
 
 print(json.dumps([
-    count(launch_rows, launches.launch_layernorm, 768),
+    count(launch_rows, launches.launch_add_norm, 768),
     count(launch_rows, launches.launch_bias_gelu, 3072),
     count(launch_attention),
 ]))
 """
-    layernorm, bias_gelu, attention = in_process_of_its_own(code)
-    assert layernorm == bias_gelu == {"_backward_kernel": [9, 1], "_forward_kernel": [9, 1]}
+    add_norm, bias_gelu, attention = in_process_of_its_own(code)
+    assert add_norm == bias_gelu == {"_backward_kernel": [9, 1], "_forward_kernel": [9, 1]}
     assert attention == {
         "_backward_kernel": [14, 3],  # with tiles for up to 64 keys and up to 128, and with sums in memory
         "_backward_keys_kernel": [6, 1],

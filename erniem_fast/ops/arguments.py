@@ -39,6 +39,14 @@ class Argument(NamedTuple):
         fields = (_argument(f"{self.name}_{name}", hint) for name, hint in get_type_hints(self.kind).items())
         return [each._replace(optional=each.optional or self.optional) for each in fields]
 
+    def part_of(self, value: object) -> object:
+        """The part of a value that this argument takes: the shape of a tensor, or those fields of a NamedTuple."""
+        if self.kind is torch.Size:
+            return value.shape
+        if self.kind in _SCHEMA_TYPES or value is None:
+            return value
+        return self.kind(*(getattr(value, field) for field in self.kind._fields))
+
     @property
     def schema(self) -> str:
         return f"{_SCHEMA_TYPES[self.kind]}{'?' if self.optional else ''} {self.name}"

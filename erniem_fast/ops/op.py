@@ -22,8 +22,9 @@ class Op:
     * `forward` returns the result, or a NamedTuple of the result and of the tensors that the backward needs.
     * `backward` takes `grad`, the gradient of the result, and any of the forward's arguments and results, by name;
       autograd saves exactly these. If a tensor is annotated as `torch.Size`, only its shape is saved; if it is
-      annotated as `torch.Size | None`, it is None when no gradient of that tensor is needed. `backward` returns a
-      NamedTuple of gradients, each under the name of its argument.
+      annotated as `torch.Size | None`, it is None when no gradient of that tensor is needed. If a NamedTuple is
+      annotated as one with fewer fields, only these are saved. `backward` returns a NamedTuple of gradients, each under
+      the name of its argument.
 
     Arguments may be NamedTuples of tensors and numbers. Implementations receive them as such. They are flattened only
     for the custom ops, where field `seed` of argument `dropout` is called `dropout_seed`.
@@ -63,6 +64,9 @@ class Op:
             raise TypeError(
                 f"{name}'s backward returns gradients of {sorted(unknown)}, which its forward does not take."
             )
+        unknown = {each.name for each in self._saved} - {each.name for each in self._arguments} - set(self._results)
+        if unknown:
+            raise TypeError(f"{name}'s backward takes {sorted(unknown)}, which its forward neither takes nor returns.")
         self._forward_op, self._backward_op = self._register_forward(), self._register_backward()
 
     def __call__(self, implementation: str, *inputs: object, overwrite: bool = False) -> Tensor:
@@ -132,8 +136,7 @@ class Op:
         *flat, save, ctx.implementation = inputs
         values = self._named(restore(self._arguments, flat), save)
         values.update(zip(self._results, _as_tuple(output), strict=True))
-        kept = [values[each.name].shape if each.kind is torch.Size else values[each.name] for each in self._saved]
-        ctx.kept = flatten(self._saved, kept)
+        ctx.kept = flatten(self._saved, [each.part_of(values[each.name]) for each in self._saved])
         ctx.save_for_backward(*(each for each in ctx.kept if isinstance(each, Tensor)))
         ctx.kept = [None if isinstance(each, Tensor) else (each,) for each in ctx.kept]
 

@@ -65,15 +65,17 @@ def prepare(
     input_ids = None if input_ids is None else input_ids.long()  # PyTorch has few operators for unsigned integers
     position_ids = _expand_positions(position_ids, grid)
     device = (inputs_embeds if input_ids is None else input_ids).device
-    attention_mask = None if attention_mask is None else attention_mask.to(device)
     came_packed = cu_seqlens is not None or max_seqlen is not None
     mask = scores_bias = padding = None
     if came_packed:
         _check_packed(config, grid, cu_seqlens, max_seqlen, attention_mask)
     else:
         _check_length(config, "the input's number of columns", grid[1])
+        if attention_mask is not None:
+            _check_mask(attention_mask, grid, config.num_attention_heads)
+            attention_mask = attention_mask.to(device)
         if attention_mask is not None and attention_mask.dim() > 2:
-            scores_bias = _scores_bias(attention_mask, grid, config.num_attention_heads)
+            scores_bias = _scores_bias(attention_mask)
         else:
             mask = _padding_mask(config, input_ids, attention_mask, grid, device)
             padding = PaddingMask(mask, needs_first) if _packs(mask) else None
@@ -191,6 +193,25 @@ def _check_packed(
     _check_length(config, "max_length_q", max_seqlen)
 
 
+def _check_mask(mask: Tensor, grid: tuple[int, int], heads: int) -> None:
+    """Checks the shape of a padding mask or of a mask per query."""
+    rows, columns = grid
+    if mask.dim() <= 2:
+        if mask.dim() != 2 or mask.shape[0] not in (1, rows) or mask.shape[1] != columns:
+            raise ValueError(
+                f"attention_mask has shape {tuple(mask.shape)}; it must be {grid} like the input, or a mask per query "
+                f"of shape ({rows}, {columns}, {columns}) or ({rows}, 1 or heads, {columns}, {columns})."
+            )
+        return
+    shape = _with_heads(mask).shape
+    allowed = ((1, rows), (1, heads), (1, columns), (columns,))
+    if len(shape) != 4 or any(size not in sizes for size, sizes in zip(shape, allowed, strict=True)):
+        raise ValueError(
+            f"attention_mask has shape {tuple(mask.shape)}; a mask per query must be ({rows}, {columns}, {columns}) or "
+            f"({rows}, 1 or {heads}, {columns}, {columns})."
+        )
+
+
 def _padding_mask(
     config: ErnieMConfig,
     input_ids: Tensor | None,
@@ -202,27 +223,20 @@ def _padding_mask(
     if attention_mask is None:
         mask = torch.ones(grid, dtype=torch.bool, device=device)
         return mask if input_ids is None else input_ids != config.pad_token_id
-    if attention_mask.dim() != 2 or attention_mask.shape[0] not in (1, grid[0]) or attention_mask.shape[1] != grid[1]:
-        raise ValueError(
-            f"attention_mask has shape {tuple(attention_mask.shape)}; it must be {grid} like the input, or a mask per "
-            f"query of shape ({grid[0]}, {grid[1]}, {grid[1]}) or ({grid[0]}, 1 or heads, {grid[1]}, {grid[1]})."
-        )
     return attention_mask.expand(grid) != 0
 
 
-def _scores_bias(mask: Tensor, grid: tuple[int, int], heads: int) -> Tensor:
+def _scores_bias(mask: Tensor) -> Tensor:
     """The bias of the scores for a mask per query: 0 to attend, -inf not to. A 4-D mask of floats is itself a bias."""
-    rows, columns = grid
-    bias = mask.unsqueeze(1) if mask.dim() == 3 else mask
-    allowed = ((1, rows), (1, heads), (1, columns), (columns,))
-    if bias.dim() != 4 or any(size not in sizes for size, sizes in zip(bias.shape, allowed, strict=True)):
-        raise ValueError(
-            f"attention_mask has shape {tuple(mask.shape)}; a mask per query must be ({rows}, {columns}, {columns}) or "
-            f"({rows}, 1 or {heads}, {columns}, {columns})."
-        )
+    bias = _with_heads(mask)
     if _is_bias(mask):
         return bias.masked_fill(bias <= torch.finfo(bias.dtype).min, -torch.inf)
     return torch.zeros(bias.shape, device=bias.device).masked_fill(bias == 0, -torch.inf)
+
+
+def _with_heads(mask: Tensor) -> Tensor:
+    """A mask per query with four dimensions; the same mask serves all heads if it has three."""
+    return mask.unsqueeze(1) if mask.dim() == 3 else mask
 
 
 def _is_bias(mask: Tensor) -> bool:

@@ -30,6 +30,13 @@ class Norm(NamedTuple):
     eps: float
 
 
+class NormScale(NamedTuple):
+    """The parameters of a layer norm that its backward reads. The bias, which it does not read, is not saved."""
+
+    weight: Tensor
+    eps: float
+
+
 def embeddings(
     ids: Tensor,
     positions: Tensor,

@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import Dropout
-from ..reference import Norm
+from ..reference import Norm, NormScale
 from .device import Device, describe, is_rdna, share
 from .dropout import drop_features, launch_arguments
 
@@ -100,7 +100,7 @@ def forward(
 
 
 def backward(
-    grad: Tensor, z: Tensor, norm: Norm, dropout: Dropout | None
+    grad: Tensor, z: Tensor, norm: NormScale, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of residual, x, bias, and the norm's weight and bias.
 

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import Dropout
-from ..reference import Norm
+from ..reference import Norm, NormScale
 from .function import (
     CHUNKS,
     DROPOUT,
@@ -87,7 +87,7 @@ def forward_in_place(
 
 
 def backward(
-    grad: Tensor, z: Tensor, norm: Norm, dropout: Dropout | None
+    grad: Tensor, z: Tensor, norm: NormScale, dropout: Dropout | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     tokens, hidden = z.shape
     grad_residual = torch.empty_like(z)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ..dropout import Dropout
-from ..reference import Norm
+from ..reference import Norm, NormScale
 from .function import (
     CHUNKS,
     DROPOUT,
@@ -116,7 +116,7 @@ def backward(
     positions: Tensor,
     word_table: torch.Size | None,
     position_table: torch.Size,
-    norm: Norm,
+    norm: NormScale,
     padding_idx: int,
     dropout: Dropout | None,
     sparse: bool,

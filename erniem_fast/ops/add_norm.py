@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..dropout import Dropout, drop_features
 from ..native import add_norm as native_add_norm
-from ..reference import Norm, wide
+from ..reference import Norm, NormScale, wide
 from .choose import Implementation, choose
 from .layer_norm import REFERENCE, TORCH, LayerNorm, with_bias
 from .native import native_implementation
@@ -56,7 +56,7 @@ def _forward(residual: Tensor, x: Tensor, bias: Tensor | None, norm: Norm, dropo
     return _Results(out, out.new_empty(out.shape))
 
 
-def _backward(grad: Tensor, z: Tensor, norm: Norm, dropout: Dropout | None) -> _Gradients:
+def _backward(grad: Tensor, z: Tensor, norm: NormScale, dropout: Dropout | None) -> _Gradients:
     grad_x = z.new_empty(0) if dropout is None else z.new_empty(z.shape)
     vectors = (norm.weight.new_empty(norm.weight.shape, dtype=wide(z.dtype)) for _ in range(3))
     return _Gradients(z.new_empty(z.shape), grad_x, *vectors)

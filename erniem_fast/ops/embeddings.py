@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dropout import Dropout, drop_features
 from ..native import embeddings as native_embeddings
-from ..reference import Norm, wide
+from ..reference import Norm, NormScale, wide
 from .choose import Implementation, choose
 from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm, with_bias
 from .native import native_implementation
@@ -84,7 +84,7 @@ def _backward(
     positions: Tensor,
     word_table: torch.Size | None,
     position_table: torch.Size,
-    norm: Norm,
+    norm: NormScale,
     padding_idx: int,
     dropout: Dropout | None,
     sparse: bool,

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import reference
-from ..reference import Norm, wide
+from ..reference import Norm, NormScale, wide
 
 
 @dataclass(frozen=True)
@@ -24,7 +24,7 @@ class LayerNorm:
     """
 
     forward: Callable[[Tensor, Norm], Tensor]
-    backward: Callable[[Tensor, Tensor, Norm], tuple[Tensor, ...]]
+    backward: Callable[[Tensor, Tensor, NormScale], tuple[Tensor, ...]]
 
 
 def with_bias(norm: Norm) -> Norm:
@@ -38,7 +38,7 @@ def _forward_torch(z: Tensor, norm: Norm) -> Tensor:
     return torch.native_layer_norm(x, x.shape[-1:], weight, bias, norm.eps)[0].to(z.dtype)
 
 
-def _backward_torch(grad: Tensor, z: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+def _backward_torch(grad: Tensor, z: Tensor, norm: NormScale) -> tuple[Tensor, ...]:
     x = _centred(z)
     grad, weight = grad.to(x.dtype), norm.weight.to(x.dtype)
     normal, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, norm.eps)
@@ -60,7 +60,7 @@ def _forward_reference(z: Tensor, norm: Norm) -> Tensor:
     return reference.layer_norm(z, norm).to(z.dtype)
 
 
-def _backward_reference(grad: Tensor, z: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+def _backward_reference(grad: Tensor, z: Tensor, norm: NormScale) -> tuple[Tensor, ...]:
     grad, x, weight = (each.to(wide(z.dtype)) for each in (grad, z, norm.weight))
     grads = reference.layer_norm_backward(grad, x, weight, norm.eps)
     return grads[0].to(z.dtype), *grads[1:]
@@ -72,7 +72,7 @@ def _forward_triton(z: Tensor, norm: Norm) -> Tensor:
     return add_norm.forward(z, None, None, norm, None, save=False)[0]
 
 
-def _backward_triton(grad: Tensor, z: Tensor, norm: Norm) -> tuple[Tensor, ...]:
+def _backward_triton(grad: Tensor, z: Tensor, norm: NormScale) -> tuple[Tensor, ...]:
     from ..kernels import add_norm
 
     grad_z, _, _, grad_weight, grad_bias = add_norm.backward(grad, z, norm, None)

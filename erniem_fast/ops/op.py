@@ -22,8 +22,9 @@ class Op:
     * `forward` returns the result, or a NamedTuple of the result and of the tensors that the backward needs.
     * `backward` takes `grad`, the gradient of the result, and any of the forward's arguments and results, by name;
       autograd saves exactly these. If a tensor is annotated as `torch.Size`, only its shape is saved; if it is
-      annotated as `torch.Size | None`, it is None when no gradient of that tensor is needed. `backward` returns a
-      NamedTuple of gradients, each under the name of its argument.
+      annotated as `torch.Size | None`, it is None when no gradient of that tensor is needed. If a NamedTuple is
+      annotated as one with fewer fields, only these are saved. `backward` returns a NamedTuple of gradients, each under
+      the name of its argument.
 
     Arguments may be NamedTuples of tensors and numbers. Implementations receive them as such. They are flattened only
     for the custom ops, where field `seed` of argument `dropout` is called `dropout_seed`.

@@ -84,6 +84,15 @@ BAD_INPUTS = {
         r"attention_mask has shape \(3, 3, 8, 8\).*\(3, 1 or 2, 8, 8\)",
     ),
     "mask 5-D": ({"input_ids": IDS, "attention_mask": PER_QUERY[:, None, None]}, r"shape \(3, 1, 1, 8, 8\)"),
+    # The shape is checked before the mask is copied, which fails for a mask without values.
+    "mask too short, meta": (
+        {"input_ids": IDS, "attention_mask": MASK[:, :7].to("meta")},
+        r"attention_mask has shape \(3, 7\)",
+    ),
+    "mask 4-D, meta": (
+        {"input_ids": IDS, "attention_mask": PER_QUERY[:, None].expand(-1, 3, -1, -1).to("meta")},
+        r"attention_mask has shape \(3, 3, 8, 8\)",
+    ),
     "mask of 2": ({"input_ids": IDS, "attention_mask": 2 * MASK}, "attention_mask .* other than 0 and 1"),
     "mask of halves": ({"input_ids": IDS, "attention_mask": MASK / 2}, "attention_mask .* other than 0 and 1"),
     "mask of -1": ({"input_ids": IDS, "attention_mask": -MASK}, "attention_mask .* other than 0 and 1"),
@@ -160,6 +169,10 @@ BAD_INPUTS = {
     "packed without bounds": (packed_input(None, 8), "both .*cu_seq_lens_q is missing"),
     "packed without longest": (packed_input(cu_seqlens(0, 8), None), "both .*max_length_q is missing"),
     "packed with mask": (packed_input(cu_seqlens(0, 8), 8, attention_mask=MASK[:1]), "with attention_mask"),
+    "packed with mask, meta": (
+        packed_input(cu_seqlens(0, 8), 8, attention_mask=MASK[:1].to("meta")),
+        "with attention_mask",
+    ),
     "packed rows": (packed_input(cu_seqlens(0, 24), 8, input_ids=IDS), "one row .*3 rows came"),
     "packed from 1": (packed_input(cu_seqlens(1, 8), 8), "cu_seq_lens_q runs from 1 to 8.*rise from 0 to the 8"),
     "packed to 7": (packed_input(cu_seqlens(0, 4, 7), 8), "cu_seq_lens_q runs from 0 to 7.*to the 8 tokens"),

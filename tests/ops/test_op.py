@@ -1,13 +1,16 @@
 """What an op's declaration makes: custom ops, their fakes and gradients, and results in an input's memory."""
 
 import itertools
+from typing import NamedTuple
 
 import pytest
 import torch
+from torch import Tensor
 
 from erniem_fast import flags, ops, use_kernels
 from erniem_fast.batch import TokenBatch
 from erniem_fast.ops import Product
+from erniem_fast.ops.op import Op
 from erniem_fast.reference import Norm
 from tests.batches import dropout_of
 from tests.ops.problems import BATCHES, EPS, PADDING, TOKENS, add_norm_problem, problem_of, randn, serving, solve
@@ -36,6 +39,9 @@ def custom_op_calls(implementation, dtype, p, layout, batch=BATCHES["holes, pack
     def norm(requires_grad=True):
         return row(requires_grad), row(requires_grad), EPS
 
+    def norm_scale():
+        return row(False), EPS
+
     attended, unmasked = (
         (*batch.sequences._replace(key_mask=key_mask), 3, 0.2, *dropout)
         for key_mask in (batch.sequences.key_mask, None)
@@ -60,14 +66,14 @@ def custom_op_calls(implementation, dtype, p, layout, batch=BATCHES["holes, pack
             *(wide(hidden, False), wide(hidden, False), row(False), *norm(False), *dropout),
             *(False, implementation),
         ),
-        "add_norm_backward": (grad, wide(hidden, False), *norm(False), *dropout, *last),
+        "add_norm_backward": (grad, wide(hidden, False), *norm_scale(), *dropout, *last),
         "embeddings": (*rows, table(9), table(12), *norm(), PADDING, *dropout, False, *saving),
-        "embeddings_backward": (*into_embeddings, [9, 96], [12, 96], *norm(False), PADDING, *dropout, False, *last),
+        "embeddings_backward": (*into_embeddings, [9, 96], [12, 96], *norm_scale(), PADDING, *dropout, False, *last),
         "embeddings_backward, sparse": (
-            *(*into_embeddings, [9, 96], [12, 96], *norm(False), PADDING, *dropout, True, *last),
+            *(*into_embeddings, [9, 96], [12, 96], *norm_scale(), PADDING, *dropout, True, *last),
         ),
         "embeddings_backward, frozen words": (
-            *(*into_embeddings, None, [12, 96], *norm(False), PADDING, *dropout, False, *last),
+            *(*into_embeddings, None, [12, 96], *norm_scale(), PADDING, *dropout, False, *last),
         ),
     }
 
@@ -158,3 +164,60 @@ def test_no_gradient_is_made_of_what_is_only_saved():
     with torch.profiler.profile() as profile:
         torch.autograd.grad(out, leaves, out.detach())
     assert "aten::zeros" not in {event.name for event in profile.events()}
+
+
+@pytest.mark.parametrize(
+    ("op", "read"),
+    [("attention", set()), ("bias_gelu", {"x", "bias"}), ("add_norm", {"weight"}), ("embeddings", {"weight"})],
+)
+def test_only_what_a_backward_reads_may_not_change_before_it(op, read):
+    """An optimizer may update all other parameters between a forward and its backward. (q, k and v are copied.)"""
+    problem = problem_of(op, p=0.3)
+    leaves = {name: leaf.clone().requires_grad_() for name, leaf in problem.leaves.items()}
+    out = problem.ours(*leaves.values())
+    expected = torch.autograd.grad(out, leaves.values(), out.detach(), retain_graph=True)
+    for name, leaf in leaves.items():
+        out = problem.ours(*leaves.values())
+        grad = out.detach().clone()
+        with torch.no_grad():
+            leaf += 1
+        if name in read:
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                torch.autograd.grad(out, leaves.values(), grad)
+        else:
+            found = torch.autograd.grad(out, leaves.values(), grad)
+            assert all(map(torch.equal, found, expected))
+        with torch.no_grad():
+            leaf.copy_(problem.leaves[name])
+
+
+class GradientOfX(NamedTuple):
+    x: Tensor
+
+
+class GradientOfY(NamedTuple):
+    y: Tensor
+
+
+def declared_forward(x: Tensor) -> Tensor:
+    return x
+
+
+def backward_of_a_missing_argument(grad: Tensor) -> GradientOfY:
+    return GradientOfY(grad)
+
+
+def backward_from_a_missing_value(grad: Tensor, z: Tensor) -> GradientOfX:
+    return GradientOfX(grad)
+
+
+@pytest.mark.parametrize(
+    ("backward", "message"),
+    [
+        (backward_of_a_missing_argument, r"gradients of \['y'\], which its forward does not take"),
+        (backward_from_a_missing_value, r"takes \['z'\], which its forward neither takes nor returns"),
+    ],
+)
+def test_a_declaration_that_does_not_fit_together(backward, message):
+    with pytest.raises(TypeError, match=message):
+        Op("attention", declared_forward, backward, {})

@@ -214,8 +214,8 @@ def backward_from_a_missing_value(grad: Tensor, z: Tensor) -> GradientOfX:
 @pytest.mark.parametrize(
     ("backward", "message"),
     [
-        (backward_of_a_missing_argument, r"gradients of \['y'\], which its forward does not take"),
-        (backward_from_a_missing_value, r"takes \['z'\], which its forward neither takes nor returns"),
+        (backward_of_a_missing_argument, r"backward names \['y'\], which"),
+        (backward_from_a_missing_value, r"backward names \['z'\], which its forward neither takes nor returns"),
     ],
 )
 def test_a_declaration_that_does_not_fit_together(backward, message):

@@ -59,7 +59,7 @@ def errors(op, shape):
     names = ["result", *leaves]
     if op == "attention":
         names = ["result", *"qkv"]
-        results, exact = ([out, *of_qkv.chunk(3, dim=1)] for out, of_qkv in (results, exact))
+        results, exact = ([out, *grad_qkv.chunk(3, dim=1)] for out, grad_qkv in (results, exact))
     return {
         name: ((result - truth).norm() / (truth.bfloat16() - truth).norm()).item()
         for name, result, truth in zip(names, results, exact, strict=True)

@@ -156,7 +156,7 @@ def test_hooks_are_called_and_obeyed(name, packed):
     model, expected = load(), load()
     module, called = model.get_submodule(name), []
     module.register_forward_hook(lambda module, arguments, output: 2 * output)
-    module.register_full_backward_hook(lambda module, of_inputs, of_outputs: called.append(module))
+    module.register_full_backward_hook(lambda module, grad_inputs, grad_outputs: called.append(module))
     with torch.no_grad():
         for parameter in expected.get_submodule(name).parameters():
             parameter.mul_(2)

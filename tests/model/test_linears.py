@@ -155,12 +155,12 @@ def with_pre_hook(linear):
 
 
 def with_backward_hook(linear):
-    linear.register_full_backward_hook(lambda module, of_inputs, of_outputs: (2 * of_inputs[0],))
+    linear.register_full_backward_hook(lambda module, grad_inputs, grad_outputs: (2 * grad_inputs[0],))
     return linear
 
 
 def with_backward_pre_hook(linear):
-    linear.register_full_backward_pre_hook(lambda module, of_outputs: (2 * of_outputs[0],))
+    linear.register_full_backward_pre_hook(lambda module, grad_outputs: (2 * grad_outputs[0],))
     return linear
 
 

@@ -190,9 +190,9 @@ def test_the_padding_row_has_no_gradient(device):
     torch.manual_seed(4)
     case = Case(two_sequences(45, device), 96)
     case.ids[:20], case.positions[::3] = PADDING, PADDING
-    for of_table in case.run("native")[1:3]:
-        assert of_table[PADDING].abs().amax() == 0.0
-        assert of_table.abs().amax() > 0.0
+    for grad_table in case.run("native")[1:3]:
+        assert grad_table[PADDING].abs().amax() == 0.0
+        assert grad_table.abs().amax() > 0.0
 
 
 def test_gradients_are_the_same_at_every_run_and_number_of_threads(device):
@@ -215,12 +215,12 @@ def test_a_large_tables_gradient_takes_the_memory_of_its_words_alone(device, req
     case.tables[0] = torch.zeros(words, hidden)
     case.ids = torch.randint(0, words, (100,))
     before = resident_bytes()
-    of_words = case.run("native")[1]
+    grad_words = case.run("native")[1]
     assert resident_bytes() - before < 5e6
     exact = case.run("reference", torch.float64)[1]
-    assert error(of_words, exact) < 1e-5
-    of_words += 1  # as an optimizer may
-    assert error(of_words, exact + 1) < 1e-5
+    assert error(grad_words, exact) < 1e-5
+    grad_words += 1  # as an optimizer may
+    assert error(grad_words, exact + 1) < 1e-5
 
 
 def resident_bytes() -> int:
@@ -233,13 +233,13 @@ def test_the_word_tables_gradient_can_be_sparse(device, implementation):
     torch.manual_seed(6)
     case = Case(two_sequences(45, device), 96, p=0.1)
     case.ids[:5] = PADDING
-    of_words = case.run(implementation, sparse=True)[1].cpu()
+    grad_words = case.run(implementation, sparse=True)[1].cpu()
     dense = case.run("reference")[1].cpu()
-    assert of_words.layout == torch.sparse_coo
-    assert of_words.shape == dense.shape
-    assert of_words._nnz() == 45
-    torch.testing.assert_close(of_words.to_dense(), dense, rtol=1e-5, atol=1e-5)
-    assert of_words.to_dense()[PADDING].abs().amax() == 0.0
+    assert grad_words.layout == torch.sparse_coo
+    assert grad_words.shape == dense.shape
+    assert grad_words._nnz() == 45
+    torch.testing.assert_close(grad_words.to_dense(), dense, rtol=1e-5, atol=1e-5)
+    assert grad_words.to_dense()[PADDING].abs().amax() == 0.0
 
 
 @pytest.mark.parametrize("name", ["ids", "positions"])

@@ -80,8 +80,8 @@ def test_add_norm_of_equal_and_shifted_values(implementation, dtype, hidden, mea
     exact = F.layer_norm(doubled, (hidden,), eps=EPS)
     assert largest(out - exact) <= 4 * 2.0**-23 * largest(exact)
     grad = torch.randn_like(out)
-    (of_x,), (of_doubled,) = torch.autograd.grad(out, x, grad), torch.autograd.grad(exact, doubled, grad.double())
-    assert largest(of_x - of_doubled) <= 4 * torch.finfo(dtype).eps * largest(of_doubled)
+    (grad_x,), (grad_doubled,) = torch.autograd.grad(out, x, grad), torch.autograd.grad(exact, doubled, grad.double())
+    assert largest(grad_x - grad_doubled) <= 4 * torch.finfo(dtype).eps * largest(grad_doubled)
 
 
 @pytest.mark.parametrize("p", [0.0, 0.3])

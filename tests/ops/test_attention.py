@@ -92,8 +92,8 @@ def test_sequences_without_keys_give_zeros(implementation, dtype, p):
     qkv = randn(80, 3 * 64, dtype=dtype).requires_grad_()
     with use_kernels(attention=implementation):
         out = ops.attention(qkv, batch, 2, 32**-0.5, dropout_of(batch, p))
-    (of_qkv,) = torch.autograd.grad(out, qkv, torch.randn_like(out))
-    for each in (out, of_qkv):
+    (grad_qkv,) = torch.autograd.grad(out, qkv, torch.randn_like(out))
+    for each in (out, grad_qkv):
         assert torch.equal(each[empty], torch.zeros_like(each[empty]))
         assert bool(each.isfinite().all())
         assert bool((each[~empty] != 0).any())
@@ -105,9 +105,9 @@ def test_no_sequences(implementation, dtype, p):
     qkv = torch.empty(0, 3 * 64, dtype=dtype, requires_grad=True)
     with use_kernels(attention=implementation):
         out = ops.attention(qkv, sequences(), 2, 32**-0.5, dropout_of(sequences(), p))
-    (of_qkv,) = torch.autograd.grad(out, qkv, torch.empty_like(out))
+    (grad_qkv,) = torch.autograd.grad(out, qkv, torch.empty_like(out))
     assert (out.shape, out.dtype) == ((0, 64), dtype)
-    assert (of_qkv.shape, of_qkv.dtype) == ((0, 192), dtype)
+    assert (grad_qkv.shape, grad_qkv.dtype) == ((0, 192), dtype)
 
 
 @each_implementation("attention", interpreted=True)
@@ -116,10 +116,10 @@ def test_one_token_attends_to_itself(implementation, dtype):
     with use_kernels(attention=implementation):
         out = ops.attention(qkv, sequences(1, 1, 1), 2, 32**-0.5)
     grad = torch.randn_like(out)
-    (of_qkv,) = torch.autograd.grad(out, qkv, grad)
+    (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
     expected = torch.cat([torch.zeros(3, 128, dtype=dtype), grad], dim=1)
     torch.testing.assert_close(out, qkv[:, 128:], rtol=0, atol=0)
-    torch.testing.assert_close(of_qkv, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
+    torch.testing.assert_close(grad_qkv, expected, rtol=0, atol=8 * torch.finfo(dtype).eps)
 
 
 def test_attention_of_a_strided_qkv():

@@ -37,6 +37,6 @@ def test_activations_of_large_values(implementation, activation):
     x = torch.tensor([[-6e4, -1e3, -300.0, -30.0, 0.0, 30.0, 300.0, 1e3, 6e4]]).half().requires_grad_()
     with use_kernels(bias_gelu=implementation):
         out = ops.bias_gelu(Product(x), activation)
-    (of_x,) = torch.autograd.grad(out.sum(), x)
+    (grad_x,) = torch.autograd.grad(out.sum(), x)
     assert torch.equal(out, x.relu())
-    assert of_x[x != 0].tolist() == [0.0] * 4 + [1.0] * 4
+    assert grad_x[x != 0].tolist() == [0.0] * 4 + [1.0] * 4

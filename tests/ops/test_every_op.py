@@ -68,11 +68,11 @@ def test_layout_of_inputs_and_gradients(op, implementation):
         expected = solve(problem.ours, problem.leaves, grad)
         flat = {name: leaf for name, leaf in problem.leaves.items() if leaf.dim() == 1}
         wide = {name: tuple(views(leaf)) for name, leaf in problem.leaves.items() if leaf.dim() == 2}
-        for index, of_out in enumerate(views(grad)):
+        for index, grad_out in enumerate(views(grad)):
             strided = {name: each[index] for name, each in wide.items()}
             strided |= {name: leaf.repeat_interleave(2)[::2] for name, leaf in flat.items()}
             leaves = {name: strided[name] for name in problem.leaves}
-            for name, value in solve(problem.ours, leaves, of_out).items():
+            for name, value in solve(problem.ours, leaves, grad_out).items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=4e-6)
 
 

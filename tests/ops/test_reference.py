@@ -27,9 +27,9 @@ def test_reference_activations(activation):
     }[activation]()
     torch.testing.assert_close(reference.activate(x, activation), expected, rtol=0, atol=1e-12)
     grad = torch.randn_like(x)
-    (of_x,) = torch.autograd.grad(expected, x, grad)
+    (grad_x,) = torch.autograd.grad(expected, x, grad)
     computed = reference.activate_backward(grad, x.detach(), activation)
-    torch.testing.assert_close(computed, of_x, rtol=0, atol=1e-12)
+    torch.testing.assert_close(computed, grad_x, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "no tokens"])
@@ -49,9 +49,9 @@ def test_reference_attention_backward(batch, p):
     qkv = torch.randn(batch.tokens, 3 * 2 * 8, dtype=torch.float64, requires_grad=True)
     out = reference.attention(qkv, *where)
     grad = torch.randn_like(out)
-    (of_qkv,) = torch.autograd.grad(out, qkv, grad)
-    assert bool(of_qkv.isfinite().all())
-    torch.testing.assert_close(reference.attention_backward(grad, qkv.detach(), *where), of_qkv, rtol=0, atol=1e-12)
+    (grad_qkv,) = torch.autograd.grad(out, qkv, grad)
+    assert bool(grad_qkv.isfinite().all())
+    torch.testing.assert_close(reference.attention_backward(grad, qkv.detach(), *where), grad_qkv, rtol=0, atol=1e-12)
 
 
 @pytest.mark.parametrize("masked_keys", [False, True])

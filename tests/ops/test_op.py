@@ -1,6 +1,7 @@
 """What an op's declaration makes: custom ops, their fakes and gradients, and results in an input's memory."""
 
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -153,6 +154,24 @@ def test_a_norm_overwrites_nothing_of_a_narrower_dtype():
         out = ops.add_norm(residual, Product(x, reusable=True), norm)
     assert out.dtype == torch.float32
     assert torch.equal(x, before)
+
+
+def test_results_are_made_contiguous(monkeypatch):
+    """As the fakes say they are."""
+    torch_s = ops.IMPLEMENTATIONS["bias_gelu"]["torch"]
+
+    def transposed(function):
+        return lambda x, bias, activation, dropout: function(x, bias, activation, dropout).t().contiguous().t()
+
+    monkeypatch.setitem(
+        ops.IMPLEMENTATIONS["bias_gelu"], "transposed", replace(torch_s, forward=transposed(torch_s.forward))
+    )
+    x = randn(TOKENS, 97, dtype=torch.float32)
+    with use_kernels(bias_gelu="transposed"):
+        for leaf in (x, x.clone().requires_grad_()):
+            out = gelu_of(Product(leaf), None)
+            assert out.is_contiguous()
+            assert torch.equal(out, torch.nn.functional.gelu(x))
 
 
 def test_no_gradient_is_made_of_what_is_only_saved():

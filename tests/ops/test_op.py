@@ -105,7 +105,7 @@ def test_opcheck(call, implementation, dtype, p, layout):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_ops_compile_in_one_graph(p):
-    """Forward and backward of all four, in a graph without breaks."""
+    """Forward and backward of all four, and the forward without autograd, in a graph without breaks."""
     torch.compiler.reset()
     for op in flags.OPS:
         problem = problem_of(op, p=p)
@@ -114,6 +114,8 @@ def test_ops_compile_in_one_graph(p):
         compiled = torch.compile(problem.ours, fullgraph=True, backend="aot_eager")
         for name, value in solve(compiled, problem.leaves, grad).items():
             assert torch.equal(value, expected[name]), (op, name)
+        with torch.no_grad():
+            assert torch.equal(compiled(*problem.leaves.values()), expected["result"]), op
 
 
 def gelu_of(product, dropout):

@@ -232,6 +232,15 @@ GOOD_INPUTS = {
         f"positions {dtype}": as_positions(torch.arange(COLUMNS).to(dtype)[None].expand(ROWS, -1))
         for dtype in [*DTYPES, *UNSIGNED]
     },
+    # All differ, so that they are no positions of several sequences, although the least does not come first.
+    "positions falling": (
+        {"input_ids": IDS[:1], "position_ids": torch.arange(COLUMNS).flip(0)[None]},
+        {
+            "input_ids": IDS[:1],
+            "position_ids": torch.arange(COLUMNS).flip(0)[None],
+            "attention_mask": torch.ones(1, COLUMNS),
+        },
+    ),
     "ids not contiguous": ({"input_ids": IDS.t().contiguous().t()}, {"input_ids": IDS}),
     "embeds not contiguous": (
         {

@@ -1,13 +1,15 @@
 """What all four ops have in common: what must not change a result, and autograd."""
 
+from dataclasses import replace
 from functools import partial
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from erniem_fast import flags, ops
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import Sequences, TokenBatch
 from erniem_fast.flags import use_implementations
 from erniem_fast.reference import Norm
 from tests.batches import dropout_of
@@ -74,6 +76,22 @@ def test_layout_of_inputs_and_gradients(op, implementation):
             leaves = {name: strided[name] for name in problem.leaves}
             for name, value in solve(problem.ours, leaves, grad_out).items():
                 torch.testing.assert_close(value, expected[name], rtol=1e-5, atol=4e-6)
+
+
+@every_implementation
+def test_layout_of_the_batch(op, implementation):
+    """The tensors inside of `Sequences` and `Dropout`, which kernels read by their addresses too."""
+    batch = BATCHES["holes, packed"]
+    every_other = [each.repeat_interleave(2)[::2] if isinstance(each, Tensor) else each for each in batch.sequences]
+    columns = batch.columns.repeat_interleave(2)[::2]
+    strided = replace(batch, sequences=Sequences(*every_other), columns=columns)
+    found = []
+    with use_implementations(**{op: implementation}):
+        for each in (batch, strided):
+            torch.manual_seed(0)
+            problem = problem_of(op, batch=each, p=0.3)
+            found.append(solve(problem.ours, problem.leaves, torch.randn(TOKENS, 96)))
+    assert all(torch.equal(found[1][name], each) for name, each in found[0].items())
 
 
 @every_implementation
@@ -186,10 +204,12 @@ def test_each_leaf_alone_gets_its_gradient(op):
 def test_without_autograd(op, mode):
     problem = problem_of(op)
     expected = problem.ours(*(leaf.requires_grad_() for leaf in problem.leaves.values()))
-    with mode():
+    with mode(), torch.profiler.profile() as profile:
         out = problem.ours(*problem.leaves.values())
     assert not out.requires_grad
     assert torch.equal(out, expected)
+    # The custom op would cost time, and would save tensors for a backward that does not come.
+    assert not any(event.name.startswith("erniem_fast::") for event in profile.events())
 
 
 def test_float64_to_the_last_digits():

@@ -1,6 +1,7 @@
 """What an op's declaration makes: custom ops, their fakes and gradients, and results in an input's memory."""
 
 import itertools
+from dataclasses import replace
 from typing import NamedTuple
 
 import pytest
@@ -104,7 +105,7 @@ def test_opcheck(call, implementation, dtype, p, layout):
 
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_ops_compile_in_one_graph(p):
-    """Forward and backward of all four, in a graph without breaks."""
+    """Forward and backward of all four, and the forward without autograd, in a graph without breaks."""
     torch.compiler.reset()
     for op in flags.OPS:
         problem = problem_of(op, p=p)
@@ -113,6 +114,8 @@ def test_ops_compile_in_one_graph(p):
         compiled = torch.compile(problem.ours, fullgraph=True, backend="aot_eager")
         for name, value in solve(compiled, problem.leaves, grad).items():
             assert torch.equal(value, expected[name]), (op, name)
+        with torch.no_grad():
+            assert torch.equal(compiled(*problem.leaves.values()), expected["result"]), op
 
 
 def gelu_of(product, dropout):
@@ -153,6 +156,24 @@ def test_a_norm_overwrites_nothing_of_a_narrower_dtype():
         out = ops.add_norm(residual, Product(x, reusable=True), norm)
     assert out.dtype == torch.float32
     assert torch.equal(x, before)
+
+
+def test_results_are_made_contiguous(monkeypatch):
+    """As the fakes say they are."""
+    torch_s = ops.IMPLEMENTATIONS["bias_gelu"]["torch"]
+
+    def transposed(function):
+        return lambda x, bias, activation, dropout: function(x, bias, activation, dropout).t().contiguous().t()
+
+    monkeypatch.setitem(
+        ops.IMPLEMENTATIONS["bias_gelu"], "transposed", replace(torch_s, forward=transposed(torch_s.forward))
+    )
+    x = randn(TOKENS, 97, dtype=torch.float32)
+    with use_kernels(bias_gelu="transposed"):
+        for leaf in (x, x.clone().requires_grad_()):
+            out = gelu_of(Product(leaf), None)
+            assert out.is_contiguous()
+            assert torch.equal(out, torch.nn.functional.gelu(x))
 
 
 def test_no_gradient_is_made_of_what_is_only_saved():

@@ -7,6 +7,10 @@ from ..batch import Sequences
 from .bias_gelu import ACTIVATIONS
 from .function import FLOAT, INT, Function
 
+# A call for more tokens would gain little: at base size on two cores, a forward of 128 tokens takes 0.93 times as long
+# as op by op, and one of 160 as long.
+MOST_TOKENS = 128
+
 _FORWARD = Function(
     "layer_forward",
     {

@@ -12,7 +12,7 @@ import torch
 import transformers
 
 from . import flags, ops
-from .matmul import fastest
+from .matmul import fastest, may_choose
 from .native import library
 from .native.build import build
 from .ops.choose import choose
@@ -44,7 +44,7 @@ def _build() -> int:
         print(error, file=sys.stderr)
         return 1
     fastest.measure_all()
-    print("products: measured; `python -m erniem_fast status` shows the times")
+    print("products: measured; `python -m erniem_fast status` shows the choice")
     return 0
 
 
@@ -81,8 +81,15 @@ def status() -> str:
                 reason = implementation.refuses(device, torch.float32)
                 lines += [f"    {implementation_name:10} {reason or 'available'}"]
         if device.type == "cpu":
-            lines += ["  products in float32", *(f"    {line}" for line in fastest.report())]
+            lines += _products()
     return "\n".join(lines)
+
+
+def _products() -> list[str]:
+    if not may_choose():
+        return ["  products     run by torch, as the flags or torch's settings ask"]
+    title = f"  products in float32, by number of tokens, with {torch.get_num_threads()} threads"
+    return [title, *(f"    {line}" for line in fastest.report())]
 
 
 def _chosen(op: str, device: torch.device) -> str:

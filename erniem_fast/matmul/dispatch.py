@@ -46,14 +46,14 @@ def library_of(kind: str, x: Tensor, weight: Tensor | None = None, bias: Tensor 
         and x.numel() > 0
         and all(tensor is None or tensor.dtype == torch.float32 for tensor in (x, weight, bias))
         and (weight is None or (weight.numel() > 0 and weight.shape[1] == x.shape[1]))
-        and _is_free()
+        and may_choose()
     )
     return fastest(kind, x.shape[0]) if measured else TORCH
 
 
 @flags.while_held
-def _is_free() -> bool:
-    """Whether the flags allow kernels, unverified, and the user has not asked PyTorch for products of bfloat16."""
+def may_choose() -> bool:
+    """Whether the flags allow kernels, unverified, and PyTorch is not set to multiply float32 in bfloat16."""
     kernels = flags.read(flags.KERNELS) == "auto" and flags.read(flags.VERIFY) == "0"
     return kernels and torch.backends.mkldnn.matmul.fp32_precision != "bf16"
 

@@ -75,24 +75,25 @@ def measure_all() -> None:
 
 
 def report() -> list[str]:
-    """A line for each kind and range: the choice, and the milliseconds of all libraries."""
-    known, lines = _known.get(_situation()) or _kept(), []
-    for kind in KINDS:
-        for limit in RANGES:
-            seconds = known.get(_label(kind, limit))
-            if seconds is None:
-                reason = "not measured yet; the first use will, or `python -m erniem_fast build`"
-            else:
-                times = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
-                reason = f"{choice(seconds):7} {times}"
-            lines.append(f"{_label(kind, limit):30} {reason}")
-    return lines
+    """A line for each kind and range of tokens: the choice, and the milliseconds of all libraries."""
+    known = _known.get(_situation()) or _kept()
+    return [
+        f"{label:17} {_described(known.get(label))}" for label in (_label(k, limit) for k in KINDS for limit in RANGES)
+    ]
+
+
+def _described(seconds: Seconds | None) -> str:
+    if seconds is None:
+        return "is not measured yet: `python -m erniem_fast build`, or the first use, does"
+    times = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
+    return f"by {choice(seconds):7} {times}"
 
 
 def _label(kind: str, limit: float) -> str:
+    """As "forward 4-16" and "forward 257+"."""
     limits = [0, *RANGES]
     first = limits[limits.index(limit) - 1] + 1
-    return f"{kind}, {first} tokens or more" if limit == inf else f"{kind}, {first} to {limit} tokens"
+    return f"{kind} {first}+" if limit == inf else f"{kind} {first}-{limit}"
 
 
 def _seconds(kind: str, limit: float) -> Seconds:
@@ -203,7 +204,7 @@ def _kept() -> dict[str, Seconds]:
 
 def _is_complete(label: str, seconds: object) -> bool:
     """Whether these are times of all libraries for a kind."""
-    names = _candidates(label.partition(",")[0])
+    names = _candidates(label.split()[0])
     return tuple(seconds) == names and all(isinstance(each, float) and 0 < each < inf for each in seconds.values())
 
 

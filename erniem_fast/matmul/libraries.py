@@ -29,8 +29,7 @@ def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | N
 
 
 def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
-    dense = weight.is_contiguous() or weight.t().is_contiguous()  # oneDNN reads these two as they are
-    product = onednn_linear(x, weight if dense else weight.contiguous(), bias)
+    product = onednn_linear(x, weight, bias)
     return product if out is None else out.copy_(product)
 
 

@@ -17,6 +17,8 @@ from erniem_fast.matmul.libraries import LIBRARIES, available
 from erniem_fast.native import library
 from tests.products import every_library, products_by
 
+needs_onednn = pytest.mark.skipif("onednn" not in available(), reason="there is no oneDNN here")
+
 EPS = torch.finfo(torch.float32).eps
 
 
@@ -79,6 +81,16 @@ def test_gradients_beside_float64(name, tokens):
     assert_product(weight.grad, grad.t(), x.t())
     assert_product(bias.grad[:, None], grad.t(), torch.ones(1, tokens))
     assert weight.grad.is_contiguous()
+
+
+@needs_onednn
+@pytest.mark.parametrize("kind", KINDS)
+def test_each_kind_has_a_library_of_its_own(kind, monkeypatch):
+    x, weight = torch.randn(7, 48, requires_grad=True), torch.randn(36, 48, requires_grad=True)
+    with products_by("onednn") as calls:
+        monkeypatch.setattr(dispatch, "fastest", lambda each, tokens: "onednn" if each == kind else "torch")
+        linear(x, weight).sum().backward()
+    assert calls == [{"forward": (7, 36), "grad_x": (7, 48), "grad_weight": (36, 48)}[kind]]
 
 
 def saved_by(multiply, *operands):
@@ -258,9 +270,6 @@ def measured(cache, monkeypatch):
     return kinds
 
 
-needs_onednn = pytest.mark.skipif("onednn" not in available(), reason="there is no oneDNN here")
-
-
 def restart():
     fastest._known.clear()
 
@@ -289,6 +298,17 @@ def test_each_number_of_threads_has_a_choice_of_its_own(measured, cache):
         torch.set_num_threads(threads)
     assert measured == ["forward"] * 2
     assert len(files) == 2
+
+
+@needs_onednn
+def test_processes_that_measure_at_the_same_time_keep_each_other_s_times(measured, cache):
+    fastest.fastest("forward", 4)
+    own = dict(fastest._known)
+    restart()
+    fastest.fastest("grad_x", 4)  # by another process
+    fastest._known.update(own)
+    fastest.fastest("grad_weight", 4)
+    assert set(json.loads(cache().read_text())["seconds"]) == {f"{kind} 4-16" for kind in KINDS}
 
 
 def damage(content):
@@ -367,7 +387,8 @@ def test_a_measurement_leaves_no_trace(cache):
     torch.set_default_dtype(torch.float64)
     try:
         with torch.device("meta"), torch.inference_mode():
-            fastest.fastest("grad_weight", 2)
+            for kind in KINDS:
+                fastest.fastest(kind, 2)
     finally:
         torch.set_default_dtype(before)
     assert torch.equal(torch.random.get_rng_state(), state)

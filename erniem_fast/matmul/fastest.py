@@ -78,7 +78,7 @@ def report() -> list[str]:
     """A line for each kind and range of tokens: the choice, and the milliseconds of all libraries."""
     known = _known.get(_situation()) or _kept()
     return [
-        f"{label:17} {_described(known.get(label))}" for label in (_label(k, limit) for k in KINDS for limit in RANGES)
+        f"{label:18} {_described(known.get(label))}" for label in (_label(k, limit) for k in KINDS for limit in RANGES)
     ]
 
 

@@ -24,7 +24,7 @@ namespace {
 void project(const LayerForward& op, const float* x, int64_t in_features, const float* weight, const float* bias,
              float* out, int64_t out_features, ParallelFor run) {
   const Product product = {weight, bias, out, out_features, out_features};
-  multiply_few_tokens(x, op.tokens, in_features, &product, 1, run);
+  multiply_tokens(x, op.tokens, in_features, &product, 1, run);
 }
 
 void attend(const LayerForward& op, const float* qkv, float* out, ParallelFor run) {
@@ -74,7 +74,7 @@ void run_layer(const LayerForward& op, ParallelFor run) {
                                  {op.k_weight, op.k_bias, qkv + op.projected, op.projected, width},
                                  {op.v_weight, op.v_bias, qkv + 2 * op.projected, op.projected, width}};
 
-  multiply_few_tokens(op.x, op.tokens, hidden, projections, 3, run);
+  multiply_tokens(op.x, op.tokens, hidden, projections, 3, run);
   attend(op, qkv, context, run);
   project(op, context, op.projected, op.out_weight, op.out_bias, x, hidden, run);
   add_norm(op, op.x, x, op.norm1_weight, op.norm1_bias, op.norm1_eps, attended, run);

@@ -1,4 +1,4 @@
-// x W^T + b for so few tokens that reading the weight takes longer than multiplying with it; float32.
+// x W^T + b in float32, for tokens in blocks that are so small that they stay in the caches.
 #pragma once
 
 #include "parallel.h"
@@ -14,7 +14,7 @@ struct Product {
 };
 
 // Computes products of x, (tokens, in_features).
-void multiply_few_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
-                         ParallelFor run);
+void multiply_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
+                     ParallelFor run);
 
 }  // namespace erniem_fast

@@ -1,5 +1,5 @@
-// The product of few tokens on a CPU, in float32. The weight is read once, in the order of its memory; x is transposed
-// and stays in the caches.
+// The product x W^T + b on a CPU, in float32, for blocks of few tokens: each reads the weight once, in the order of its
+// memory, and is transposed to stay in the caches.
 #include <memory>
 #include <vector>
 
@@ -128,35 +128,39 @@ void multiply(const Operand& x, const Product* products, int count, ParallelFor 
   });
 }
 
-}  // namespace
+// A vector that would be three quarters empty costs more than it saves: its tokens are not transposed.
+constexpr int64_t MOST = 4 * WIDTH, FEW = WIDTH / 4;
 
-void multiply_few_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
-                         ParallelFor run) {
-  // A vector that would be three quarters empty costs more than it saves: its tokens are not transposed.
-  constexpr int64_t MOST = 4 * WIDTH, FEW = WIDTH / 4;
-  if (tokens > MOST + FEW) {
-    std::vector<Product> rest(products, products + count);
-    for (Product& product : rest) product.out += MOST * product.out_stride;
-    multiply_few_tokens(x, MOST, in_features, products, count, run);
-    return multiply_few_tokens(x + MOST * in_features, tokens - MOST, in_features, rest.data(), count, run);
-  }
-  const Operand operand = {x, nullptr, tokens, 0, in_features};
-  switch ((tokens + WIDTH - 1 - FEW) / WIDTH) {
+// Up to MOST + FEW tokens.
+void multiply_block(const Operand& x, const Product* products, int count, ParallelFor run) {
+  switch ((x.tokens + WIDTH - 1 - FEW) / WIDTH) {
     case 0:
     case 1:
-      return multiply<1>(operand, products, count, run);
+      return multiply<1>(x, products, count, run);
     case 2:
-      return multiply<2>(operand, products, count, run);
+      return multiply<2>(x, products, count, run);
     case 3:
-      return multiply<3>(operand, products, count, run);
+      return multiply<3>(x, products, count, run);
     default:
-      return multiply<4>(operand, products, count, run);
+      return multiply<4>(x, products, count, run);
+  }
+}
+
+}  // namespace
+
+void multiply_tokens(const float* x, int64_t tokens, int64_t in_features, const Product* products, int count,
+                     ParallelFor run) {
+  std::vector<Product> blocks(products, products + count);
+  for (int64_t first = 0, size; first < tokens; first += size) {
+    size = tokens - first > MOST + FEW ? MOST : tokens - first;
+    for (int i = 0; i < count; ++i) blocks[i].out = products[i].out + first * products[i].out_stride;
+    multiply_block({x + first * in_features, nullptr, size, 0, in_features}, blocks.data(), count, run);
   }
 }
 
 extern "C" const char* linear_forward(const LinearForward* op, int, ParallelFor run) {
   const Product product = {op->weight, op->bias, op->out, op->out_features, op->out_stride};
-  return error_of([&] { multiply_few_tokens(op->x, op->tokens, op->in_features, &product, 1, run); });
+  return error_of([&] { multiply_tokens(op->x, op->tokens, op->in_features, &product, 1, run); });
 }
 
 }  // namespace erniem_fast

@@ -1,5 +1,6 @@
 """`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
-libraries; `verify` compares every kernel that runs here with the reference."""
+libraries and times the libraries for matrix products; `verify` compares every kernel that runs here with the
+reference."""
 
 import argparse
 import os
@@ -11,6 +12,7 @@ import torch
 import transformers
 
 from . import flags, ops
+from .matmul import fastest, may_choose
 from .native import library
 from .native.build import build
 from .ops.choose import choose
@@ -21,7 +23,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m erniem_fast", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
     commands.add_parser("status", help="show versions, flags, and which implementation runs each op here")
-    commands.add_parser("build", help="compile the native libraries for this machine's devices")
+    commands.add_parser(
+        "build", help="compile the native libraries for this machine's devices, and time the libraries for products"
+    )
     commands.add_parser("verify", help="compare every kernel that runs here with the reference, forward and backward")
     command = parser.parse_args().command
     return {"status": _status, "build": _build, "verify": _verify}[command]()
@@ -39,6 +43,8 @@ def _build() -> int:
     except library.BuildError as error:
         print(error, file=sys.stderr)
         return 1
+    fastest.measure_all()
+    print("products: measured; `python -m erniem_fast status` shows the choice")
     return 0
 
 
@@ -74,7 +80,16 @@ def status() -> str:
             for implementation_name, implementation in implementations.items():
                 reason = implementation.refuses(device, torch.float32)
                 lines += [f"    {implementation_name:10} {reason or 'available'}"]
+        if device.type == "cpu":
+            lines += _products()
     return "\n".join(lines)
+
+
+def _products() -> list[str]:
+    if not may_choose():
+        return ["  products     run by torch, as the flags or torch's settings ask"]
+    title = f"  products in float32, by number of tokens, with {torch.get_num_threads()} threads"
+    return [title, *(f"    {line}" for line in fastest.report())]
 
 
 def _chosen(op: str, device: torch.device) -> str:

@@ -17,12 +17,13 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import prune_linear_layer
 
-from . import flags, modes, ops
+from . import flags, matmul, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features
-from .linears import Scratch, project, project_side_by_side, scratch_for, takes_few_tokens
-from .modes import is_plain, is_untouched
+from .linears import Scratch, project, project_side_by_side, scratch_for
+from .modes import is_plain, is_untouched, may_write
+from .native.layer import MOST_TOKENS
 from .native.layer import forward as native_layer
 from .ops import Product
 from .ops.choose import choose
@@ -307,7 +308,8 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
     def _is_one_call(self, hidden: Tensor) -> bool:
         """Whether one native call can compute the whole layer: if none of its modules is replaced or hooked."""
-        if not takes_few_tokens(hidden):
+        few = may_write(hidden) and hidden.shape[0] <= MOST_TOKENS
+        if not few or matmul.library_of(matmul.FORWARD, hidden) != matmul.NATIVE:
             return False
         inner, linears, norms = self.self_attn.self_attn, self._linears().values(), (self.norm1, self.norm2)
         return (

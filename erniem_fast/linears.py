@@ -6,22 +6,12 @@ A module that is not a plain `nn.Linear` is called as it is, so that LoRA, quant
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import flags, ops
+from . import ops
+from .matmul import linear as multiply
 from .modes import is_plain, may_write
-from .native import library
-from .native.linear import forward as native_linear
 from .ops import Product
-
-# The numbers of tokens for which the native product is faster than PyTorch's, measured on two cores of a Xeon with
-# AVX-512: a forward at base size is 1.2 to 1.7 times as fast from 4 to 64 tokens, 1.07 times at 128, the same at 160.
-# Products of up to three tokens are products with vectors, which MKL does better.
-_FEW_TOKENS = range(4, 129)
-# With SSE vectors alone, the native product takes two to three times as long as MKL's, which finds better vectors by
-# itself.
-_CAPABILITIES = ("AVX2", "AVX512")
 
 
 class Scratch:
@@ -52,16 +42,10 @@ def project(linear: nn.Module, x: Tensor, into: str | None = None, scratch: Scra
     if not is_plain(linear, nn.Linear):
         return Product(linear(x))
     weight, bias = _parameters(linear)
-    few = takes_few_tokens(x, weight, bias)
-    out = _rows(scratch, x, weight.shape[0]) if few or scratch is not None else None
-    reusable = not torch.is_grad_enabled()  # a backward may need the product
-    if few:
-        native_linear(out, x, weight, bias)
-        return Product(out, None, reusable)
     left_to_op = bias if into is not None and ops.fuses_bias(into, x) else None
-    bias = bias if left_to_op is None else None
-    product = F.linear(x, weight, bias) if out is None else _linear_into(out, x, weight, bias)
-    return Product(product, left_to_op, reusable)
+    out = None if scratch is None else _rows(scratch, x, weight.shape[0])
+    reusable = not torch.is_grad_enabled()  # a backward may need the product
+    return Product(multiply(x, weight, bias if left_to_op is None else None, out), left_to_op, reusable)
 
 
 def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scratch | None = None) -> Tensor:
@@ -87,11 +71,10 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scrat
     _check_widths(widths)
     if not may_write(x):
         weights, biases = zip(*parameters, strict=True)
-        return F.linear(x, torch.cat(weights), torch.cat(biases))
+        return multiply(x, torch.cat(weights), torch.cat(biases))
     out = _rows(scratch, x, sum(widths))
-    into = native_linear if takes_few_tokens(x, *parameters[0]) else _linear_into
     for columns, (weight, bias) in zip(out.split(widths, dim=1), parameters, strict=True):
-        into(columns, x, weight, bias)
+        multiply(x, weight, bias, columns)
     return out
 
 
@@ -128,27 +111,3 @@ def _rows(scratch: Scratch | None, x: Tensor, width: int) -> Tensor:
     size, memory = x.shape[0] * width, None if scratch is None else scratch.memory
     fits = memory is not None and (memory.dtype, memory.device) == (x.dtype, x.device) and size <= memory.numel()
     return memory[:size].view(x.shape[0], width) if fits else x.new_empty(x.shape[0], width)
-
-
-def _linear_into(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if bias is None:
-        return torch.mm(x, weight.t(), out=out)
-    return torch.addmm(bias, x, weight.t(), out=out)
-
-
-def takes_few_tokens(x: Tensor, *parameters: Tensor | None) -> bool:
-    """Whether the native product can be used and is faster: for few tokens, in inference on the CPU in float32."""
-    return (
-        may_write(x)
-        and x.shape[0] in _FEW_TOKENS
-        and type(x) is Tensor  # a fake tensor has no memory
-        and x.device.type == "cpu"
-        and all(tensor is None or tensor.dtype == torch.float32 for tensor in (x, *parameters))
-        and _has_native_product()
-    )
-
-
-@flags.while_held
-def _has_native_product() -> bool:
-    capable = torch.backends.cpu.get_cpu_capability() in _CAPABILITIES
-    return capable and flags.read(flags.KERNELS) == "auto" and library.is_built("cpu")

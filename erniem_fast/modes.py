@@ -1,6 +1,6 @@
 """What observes a forward: recording of graphs, transforms, autocast, and hooks on modules.
 
-This is the only module that uses torch's private API.
+This is the only module that uses torch's private API; so it also holds the call of oneDNN's linear.
 """
 
 import torch
@@ -9,6 +9,7 @@ from torch._C import _functorch as functorch
 from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
 
 def is_transformed() -> bool:
@@ -48,8 +49,31 @@ def is_exported() -> bool:
 
 def may_write(x: Tensor) -> bool:
     """Whether a product of `x` may be written into existing memory: not under autograd, autocast or while recorded."""
-    observed = torch.is_grad_enabled() or is_transformed() or is_recorded() or not has_values(x)
+    return not torch.is_grad_enabled() and _is_eager(x)
+
+
+def is_plain_call(x: Tensor) -> bool:
+    """Whether a product of `x` need not be made of PyTorch's operators: nothing but autograd follows it.
+
+    Dispatch modes, as those that count FLOPs or choose what a checkpoint saves, know PyTorch's operators by name. And
+    `torch.autograd.grad(..., is_grads_batched=True)` maps over gradients in a way of its own.
+    """
+    return _is_eager(x) and _get_current_dispatch_mode() is None and not functorch.is_legacy_batchedtensor(x)
+
+
+def _is_eager(x: Tensor) -> bool:
+    observed = is_transformed() or is_recorded() or not has_values(x)
     return not (observed or torch.is_autocast_enabled(x.device.type))
+
+
+def has_onednn() -> bool:
+    """Whether `onednn_linear` is there, and the user has not turned oneDNN off."""
+    return torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """`F.linear` on the CPU by oneDNN, in memory of its own, without autograd."""
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

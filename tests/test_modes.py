@@ -7,10 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch._subclasses import FakeTensorMode
 from torch.autograd import forward_ad
 from torch.nn.modules import module as global_hooks
+from torch.utils.flop_counter import FlopCounterMode
 
 from erniem_fast import modes
 
@@ -111,6 +113,40 @@ def test_where_memory_may_be_written():
             assert not modes.may_write(x)
         torch.vmap(lambda each: answers.append(modes.may_write(each)) or each)(x)
     assert answers == [False]
+
+
+def test_what_is_a_plain_call():
+    x = torch.ones(2, requires_grad=True)
+    assert modes.is_plain_call(x)
+    with FlopCounterMode(display=False):
+        assert not modes.is_plain_call(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not modes.is_plain_call(x)
+    torch.autograd.grad(Asking.apply(x), x, torch.eye(2), is_grads_batched=True)
+    torch.autograd.grad(Asking.apply(x), x, torch.ones(2))
+    assert answers == [False, True]
+
+
+class Asking(torch.autograd.Function):
+    """Notes what its backward is."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        answers.append(modes.is_plain_call(grad))
+        return grad
+
+
+def test_onednn_is_where_torch_has_it():
+    x, weight, bias = torch.randn(3, 5), torch.randn(4, 5), torch.randn(4)
+    assert modes.has_onednn() == torch.backends.mkldnn.is_available()
+    if modes.has_onednn():
+        torch.testing.assert_close(modes.onednn_linear(x, weight, bias), F.linear(x, weight, bias))
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert not modes.has_onednn()
 
 
 def nothing(*_):

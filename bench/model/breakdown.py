@@ -13,6 +13,7 @@ import pathlib
 import statistics
 import sys
 from collections.abc import Callable, Iterable
+from unittest import mock
 
 import torch
 from torch.profiler import ProfilerActivity, profile, record_function
@@ -30,6 +31,7 @@ from bench.report.breakdown import markdown, plot
 from bench.roofline import Rates, measure_rates
 from bench.timing import seconds_of
 from erniem_fast import ErnieMModel, ops
+from erniem_fast.matmul.libraries import LIBRARIES
 
 CPU = torch.device("cpu")
 REST = "everything else"
@@ -172,20 +174,16 @@ def _op(event):
 
 @contextlib.contextmanager
 def _labelled_ops():
-    """In inference the ops leave no event of their own; here they do."""
-    originals = {op: getattr(ops, op) for op in OPS}
+    """In inference the ops leave no event of their own, nor do the products of some libraries; here they do."""
 
-    def labelled(op):
+    def labelled(op, function):
         def call(*args):
             with record_function(f"erniem_fast::{op}"):
-                return originals[op](*args)
+                return function(*args)
 
         return call
 
-    for op in OPS:
-        setattr(ops, op, labelled(op))
-    try:
+    products = {name: labelled(MATRIX_PRODUCTS, function) for name, function in LIBRARIES.items()}
+    functions = {op: labelled(op, getattr(ops, op)) for op in OPS}
+    with mock.patch.multiple(ops, **functions), mock.patch.dict(LIBRARIES, products):
         yield
-    finally:
-        for op in OPS:
-            setattr(ops, op, originals[op])

@@ -7,6 +7,10 @@ from ..batch import Sequences
 from .bias_gelu import ACTIVATIONS
 from .function import FLOAT, INT, Function
 
+# For more tokens Python between the ops hardly shows. On two cores of an EPYC (Zen 5), a forward at base size takes
+# 0.90 times as long as op by op at 24 tokens, 0.93 times at 64, and 0.98 times at 256.
+MOST_TOKENS = 128
+
 _FORWARD = Function(
     "layer_forward",
     {

@@ -119,7 +119,7 @@ def check_trust(path: Path) -> None:
     Raises:
         BuildError: the message names the path, its owner or mode, and the remedy.
     """
-    found, user = path.stat(), os.geteuid()
+    found, user = path.stat(), os.geteuid() if hasattr(os, "geteuid") else 0  # Windows has no numbers of users
     if found.st_uid not in (user, 0):
         fault, remedy = f"belongs to user {found.st_uid}, not to you (user {user})", f"chown {user}"
     elif found.st_mode & (stat.S_IWGRP | stat.S_IWOTH):

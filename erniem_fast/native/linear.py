@@ -1,4 +1,4 @@
-"""The matrix product of few tokens, on the CPU in float32."""
+"""The matrix product x Wᵀ + b, on the CPU in float32."""
 
 from torch import Tensor
 
@@ -24,7 +24,7 @@ def forward(out: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None) -> None
 
     Args:
         out: float32 `(tokens, out_features)` on the CPU; its rows need not be adjacent in memory.
-        x: float32 `(tokens, in_features)`, a few tens of tokens: for more, PyTorch's product is faster.
+        x: float32 `(tokens, in_features)`.
         weight, bias: float32 `(out_features, in_features)`, and `(out_features,)` or None.
 
     Raises:

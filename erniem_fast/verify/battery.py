@@ -93,7 +93,7 @@ class Check:
 
 @dataclass(frozen=True)
 class ProductCheck:
-    """The native matrix product of few tokens, which is not an op: it serves inference in float32 without gradients.
+    """The native matrix product, which is not an op: it serves float32 without autograd.
 
     Attributes:
         tokens, inputs, outputs: the sizes of the product.
@@ -439,9 +439,9 @@ def _small(sizes: Iterable[int]) -> tuple[Case, ...]:
     )
 
 
-# Numbers of tokens around the vectors' widths, and above what one pass takes; sizes around the tiles', and the models'.
+# Numbers of tokens around the vectors' widths, and in several blocks; sizes around the tiles', and the models'.
 _PRODUCTS = (
-    *(ProductCheck(tokens, 31, 41) for tokens in (1, 4, 15, 16, 17, 20, 33, 39, 64, 65, 71)),
+    *(ProductCheck(tokens, 31, 41) for tokens in (1, 4, 15, 16, 17, 20, 33, 39, 64, 65, 71, 150)),
     ProductCheck(7, 96, 24, bias=False),
     ProductCheck(33, 7, 1),
     ProductCheck(17, 33, 97, gap=5),

@@ -3,7 +3,9 @@
 import types
 
 import pytest
+import torch
 from runs import TINY
+from torch.profiler import ProfilerActivity, profile
 
 from bench import roofline
 from bench.model import breakdown
@@ -12,6 +14,8 @@ from bench.model.jobs import Spec
 from bench.model.work import count_work
 from bench.record import read
 from erniem_fast import ErnieMConfig, ErnieMModel
+from erniem_fast.matmul import linear
+from tests.products import every_library, products_by
 
 
 def test_the_work_of_an_op_is_counted_by_hand():
@@ -42,6 +46,18 @@ def test_time_inside_an_op_is_that_op_s_alone():
     linear = event("aten::linear", 10)
     events = [attention, inner, linear, event("aten::addmm", 9, parent=linear), event("aten::add", 7)]
     assert breakdown.by_op(events) == {"attention": 5e-5, "matrix products": 1e-5}
+
+
+@every_library
+def test_products_of_every_library_are_seen(name):
+    x, weight = torch.ones(5, 8), torch.ones(4, 8, requires_grad=True)
+    with products_by(name), breakdown._labelled_ops(), profile(activities=[ProfilerActivity.CPU]) as profiler:
+        linear(x, weight).sum().backward()
+        with torch.no_grad():
+            linear(x, weight, out=torch.empty(5, 4))
+    assert breakdown.by_op(profiler.events())["matrix products"] > 0
+    labels = [event.name for event in profiler.events() if event.name == "erniem_fast::matrix products"]
+    assert len(labels) == (1 if name == "torch" else 3)
 
 
 def test_the_breakdown_accounts_for_every_moment(arguments, capsys, monkeypatch):

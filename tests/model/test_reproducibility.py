@@ -1,6 +1,6 @@
 """What the README promises of repeated results, with the weights at any address.
 
-The products are PyTorch's, whose library may add up in another order where an operand is not aligned to a vector, and
+The libraries of the matrix products may add up in another order where an operand is not aligned to a vector, and
 safetensors maps weights to any multiple of 8 bytes. So nothing here compares two models bit for bit: only a model with
 itself.
 """
@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from erniem_fast import ErnieMConfig, ErnieMForTokenClassification
+from tests.products import every_library, products_by
 
 LINE = 64  # bytes of a line of the cache, to which PyTorch aligns its own tensors
 DTYPES = {"float32": torch.float32, "float64": torch.float64, "bfloat16": torch.bfloat16}
@@ -87,6 +88,20 @@ def test_a_forward_repeats_bit_for_bit(model, batch, packed, kernels):
 def test_a_step_of_training_repeats_bit_for_bit(model, batch, packed, kernels):
     first = step(model, batch)
     assert_same_bits(step(model, {name: each.clone() for name, each in batch.items()}), first)
+
+
+@every_library
+@pytest.mark.parametrize("dtype", [torch.float32], ids=["float32"], indirect=True)
+def test_every_library_of_products_repeats_bit_for_bit(name, model, batch):
+    with products_by(name) as calls, torch.inference_mode():
+        forward = model.eval()(**batch).logits
+        assert torch.equal(model(**batch).logits, forward)
+    with products_by(name):
+        first = step(model, batch)
+        assert_same_bits(step(model, {name: each.clone() for name, each in batch.items()}), first)
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+        assert_same_bits(step(model, batch), first)
+    assert calls or name == "native"  # which may be a call for a whole layer
 
 
 def test_checkpoints_that_are_not_reentrant_change_no_bit(model, batch, packed, kernels):

@@ -93,8 +93,8 @@ def test_inference_between_training_steps(mode, packed):
 def test_gradient_checkpointing(reentrant, attentions, packed):
     """With dropout: the backward runs every layer again and draws the masks of the forward.
 
-    Bit for bit, except that a reentrant checkpoint's first run has no autograd: its products of few tokens are the
-    native ones, which add up in another order.
+    Bit for bit, except that a reentrant checkpoint's first run has no autograd: queries, keys and values are products
+    of their own then, and few tokens may be one native call, which may add up in another order.
     """
     found = []
     for checkpointing in (True, False):

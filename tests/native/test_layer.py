@@ -1,5 +1,7 @@
 """The layer that is one native call: equal to its ops called one by one, and not taken where those are needed."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 from torch import nn
@@ -7,6 +9,7 @@ from torch import nn
 from erniem_fast import ErnieMConfig, ErnieMModel, encoder, linears
 from erniem_fast.flags import use_implementations
 from erniem_fast.native import library
+from tests.products import products_by
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
@@ -30,7 +33,7 @@ def any_capability(monkeypatch):
 
 
 @pytest.fixture
-def calls(monkeypatch) -> list[int]:
+def calls(monkeypatch) -> Iterator[list[int]]:
     """The token counts of the layers that were one call."""
     seen, original = [], encoder.native_layer
 
@@ -39,7 +42,8 @@ def calls(monkeypatch) -> list[int]:
         return original(x, *rest)
 
     monkeypatch.setattr(encoder, "native_layer", forward)
-    return seen
+    with products_by("native"):
+        yield seen
 
 
 def make_input(lengths: list[int]) -> dict[str, torch.Tensor]:

@@ -1,0 +1,222 @@
+"""Which library is fastest on this machine, measured once for each kind of product and range of tokens.
+
+The processor's vendor does not tell: MKL, PyTorch's own library, reaches its full rate on Intel's processors and less
+than half on AMD's. Results are kept in the cache folder, in a file for each machine, number of threads and version.
+"""
+
+import hashlib
+import json
+import os
+import platform
+import re
+import tempfile
+import threading
+import time
+from contextlib import suppress
+from functools import cache
+from itertools import cycle
+from math import inf
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from .. import flags
+from ..native import library
+from ..native.library import BuildError
+from .libraries import LIBRARIES, NATIVE, TORCH, available
+
+FORWARD, GRAD_X, GRAD_WEIGHT = KINDS = ("forward", "grad_x", "grad_weight")
+
+# The largest number of tokens of each range, and the numbers that stand for it. They differ, because oneDNN prepares
+# itself for every number that is new to it, which takes as long as a product of tens of tokens.
+RANGES = {3: range(1, 4), 16: range(8, 13), 64: range(36, 41), 256: range(128, 132), inf: range(288, 291)}
+
+# Products of the base model, as (in_features, out_features), and how many of a forward have the same shape.
+SHAPES = ((768, 3072), (3072, 768))
+_LAYERS = 12
+# Weights that take turns, so that they do not stay in the caches, as those of a model do not.
+_WEIGHTS = 3
+
+# Another library than PyTorch's has to save this part of its time: less may be noise.
+_LEAST_GAIN = 0.05
+
+Seconds = dict[str, float]  # by library
+
+_known: dict[tuple, dict[str, Seconds]] = {}  # by `_situation`: the seconds of each `_label`
+_lock = threading.Lock()  # measurements at the same time would disturb each other
+
+
+@flags.while_held
+def fastest(kind: str, tokens: int) -> str:
+    """The library for a product of a kind; the same at every call with as many threads.
+
+    The first call for a range of tokens measures, for about a tenth of a second, unless an earlier process did.
+
+    Args:
+        kind: one of `KINDS`.
+        tokens: at least 1.
+    """
+    limit = next(limit for limit in RANGES if tokens <= limit)
+    return choice(_seconds(kind, limit))
+
+
+def choice(seconds: Seconds) -> str:
+    """The library with the least time; PyTorch's, if that saves too little."""
+    name = min(seconds, key=seconds.get)
+    return name if seconds[name] <= (1 - _LEAST_GAIN) * seconds[TORCH] else TORCH
+
+
+def measure_all() -> None:
+    """Measures what was not measured yet, in one to two seconds."""
+    for kind in KINDS:
+        for limit in RANGES:
+            _seconds(kind, limit)
+
+
+def report() -> list[str]:
+    """A line for each kind and range of tokens: the choice, and the milliseconds of all libraries."""
+    known = _known.get(_situation()) or _kept()
+    return [
+        f"{label:18} {_described(known.get(label))}" for label in (_label(k, limit) for k in KINDS for limit in RANGES)
+    ]
+
+
+def _described(seconds: Seconds | None) -> str:
+    if seconds is None:
+        return "is not measured yet: `python -m erniem_fast build`, or the first use, does"
+    times = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
+    return f"by {choice(seconds):7} {times}"
+
+
+def _label(kind: str, limit: float) -> str:
+    """As "forward 4-16" and "forward 257+"."""
+    limits = [0, *RANGES]
+    first = limits[limits.index(limit) - 1] + 1
+    return f"{kind} {first}+" if limit == inf else f"{kind} {first}-{limit}"
+
+
+def _seconds(kind: str, limit: float) -> Seconds:
+    """The times of all libraries: those of this process, else those in the cache, else measured now."""
+    situation, label = _situation(), _label(kind, limit)
+    with _lock:
+        if situation not in _known:
+            _known[situation] = _kept()
+        known = _known[situation]
+        if label not in known:
+            known[label] = _measure(kind, RANGES[limit])
+            _keep(known)
+        return known[label]
+
+
+def _situation() -> tuple:
+    """What can change in a process of that on which the times depend."""
+    return torch.get_num_threads(), _native_path(), *available()
+
+
+def _candidates(kind: str) -> tuple[str, ...]:
+    """The libraries for a kind. The native product would have to copy the transposed operands of gradients."""
+    return tuple(name for name in available() if kind == FORWARD or name != NATIVE)
+
+
+@torch.no_grad()
+def _measure(kind: str, sizes: range) -> Seconds:
+    """The time of one product of each of `SHAPES`, by library: the least of several rounds, in which all take turns.
+
+    It contains the part of what a library does at its first product of a shape that falls to each of a model's layers.
+    """
+    weights = cycle(torch.ones(_WEIGHTS, SHAPES[0][0] * SHAPES[0][1], dtype=torch.float32, device="cpu"))
+    names = _candidates(kind)
+    first = {(name, shape): inf for name in names for shape in SHAPES}
+    again = dict(first)
+    for tokens in sizes:
+        for shape in SHAPES:
+            operands = _operands(kind, tokens, *shape)
+            for name in names:
+                for times in (first, again):
+                    seconds = _time(name, kind, operands, next(weights))
+                    times[name, shape] = min(times[name, shape], seconds)
+    # A first call cannot take less than the others; what it took more is the preparation.
+    extra = {each: max(0.0, first[each] - again[each]) / _LAYERS for each in first}
+    return {name: sum(again[name, shape] + extra[name, shape] for shape in SHAPES) for name in names}
+
+
+def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, the gradient of the result, and memory for the result if that is reused, as it is in a forward."""
+    x, grad = (torch.ones(tokens, width, dtype=torch.float32, device="cpu") for width in (inputs, outputs))
+    return x, grad, torch.ones_like(grad) if kind == FORWARD else None
+
+
+def _time(name: str, kind: str, operands: tuple[Tensor, Tensor, Tensor | None], memory: Tensor) -> float:
+    x, grad, out = operands
+    weight = memory.view(grad.shape[1], x.shape[1])
+    arguments = {FORWARD: (x, weight), GRAD_X: (grad, weight.t()), GRAD_WEIGHT: (grad.t(), x.t())}[kind]
+    start = time.perf_counter()
+    LIBRARIES[name](*arguments, None, out)
+    return time.perf_counter() - start
+
+
+def _machine() -> dict[str, object]:
+    """What the times depend on."""
+    return {
+        "processor": _processor(),
+        "instructions": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "libraries": list(available()),
+        "native": Path(_native_path()).name,
+    }
+
+
+def _native_path() -> str:
+    """The path of the native library, whether it is built or not; its name has a digest of what it depends on."""
+    try:
+        return str(library.path("cpu"))
+    except BuildError:
+        return ""
+
+
+@cache
+def _processor() -> str:
+    """The processor's model."""
+    with suppress(OSError):
+        found = re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text(), re.MULTILINE)
+        if found:
+            return found[1]
+    return platform.processor() or platform.machine()
+
+
+def _file() -> Path:
+    digest = hashlib.sha256(json.dumps(_machine()).encode()).hexdigest()
+    return library.cache() / f"matmul-{digest[:16]}.json"
+
+
+def _kept() -> dict[str, Seconds]:
+    """The times in the cache; without those that are damaged, or for another machine."""
+    try:
+        path = library.trusted(_file())
+        content = json.loads(path.read_text()) if path is not None else {}
+        found = content["seconds"].items() if content["machine"] == _machine() else ()
+        return {label: seconds for label, seconds in found if _is_complete(label, seconds)}
+    except (BuildError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _is_complete(label: str, seconds: object) -> bool:
+    """Whether these are times of all libraries for a kind."""
+    names = _candidates(label.split()[0])
+    return tuple(seconds) == names and all(isinstance(each, float) and 0 < each < inf for each in seconds.values())
+
+
+def _keep(known: dict[str, Seconds]) -> None:
+    """Writes the times into the cache, if it can be written: without it, each process measures for itself."""
+    with suppress(BuildError, OSError):
+        path = _file()
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        library.check_trust(path.parent)
+        content = json.dumps({"machine": _machine(), "seconds": {**_kept(), **known}}, indent=1)
+        with tempfile.TemporaryDirectory(dir=path.parent) as folder:
+            file = Path(folder, path.name)
+            file.touch(mode=0o644)
+            file.write_text(content + "\n")
+            os.replace(file, path)

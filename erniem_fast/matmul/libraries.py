@@ -1,0 +1,49 @@
+"""The libraries that can compute x Wᵀ + b in float32 on the CPU.
+
+Both gradients of a linear are such products too, of transposed operands: g W, and gᵀ x.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..modes import has_onednn, onednn_linear
+from ..native import library
+from ..native.linear import forward as native_linear
+
+TORCH, ONEDNN, NATIVE = "torch", "onednn", "native"
+
+# Takes x `(tokens, in_features)`, a weight `(out_features, in_features)`, both with any strides, a bias or None, and
+# memory for the result, whose rows may be apart, or None to allocate it. Returns the result.
+Linear = Callable[[Tensor, Tensor, Tensor | None, Tensor | None], Tensor]
+
+
+def torch_linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        return F.linear(x, weight, bias)
+    if bias is None:
+        return torch.mm(x, weight.t(), out=out)
+    return torch.addmm(bias, x, weight.t(), out=out)
+
+
+def _onednn(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    product = onednn_linear(x, weight, bias)
+    return product if out is None else out.copy_(product)
+
+
+def _native(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    if out is None:
+        out = x.new_empty(x.shape[0], weight.shape[0])
+    native_linear(out, x, weight, bias)
+    return out
+
+
+LIBRARIES: dict[str, Linear] = {TORCH: torch_linear, ONEDNN: _onednn, NATIVE: _native}
+
+
+def available() -> tuple[str, ...]:
+    """The names of the libraries that this process can use."""
+    present = {TORCH: True, ONEDNN: has_onednn(), NATIVE: library.is_built("cpu")}
+    return tuple(name for name in LIBRARIES if present[name])

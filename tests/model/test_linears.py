@@ -23,22 +23,6 @@ def seeded():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def any_capability(monkeypatch):
-    """Takes few tokens to the native product without AVX2 too, where PyTorch's is faster."""
-    monkeypatch.setattr(products, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
-
-
-@pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
-@pytest.mark.parametrize("capability", ["AVX512", "AVX2", "DEFAULT"])
-def test_few_tokens_need_vectors(capability, monkeypatch):
-    monkeypatch.undo()
-    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    with torch.no_grad(), monkeypatch.context() as patched:
-        patched.setattr(library, "is_built", lambda device: True)
-        assert products.takes_few_tokens(torch.zeros(8, 4)) == (capability != "DEFAULT")
-
-
 @pytest.fixture(params=["add_norm", None], ids=["into an op", "into none"])
 def into(request):
     """The op that products go into, by an implementation that adds the bias itself."""

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from erniem_fast import ErnieMConfig, ErnieMModel, encoder, linears
+from erniem_fast import ErnieMConfig, ErnieMModel, encoder
 from erniem_fast.flags import use_implementations
 from erniem_fast.native import library
 from tests.products import products_by
@@ -24,12 +24,6 @@ def make_model(**changes) -> ErnieMModel:
         for parameter in model.parameters():
             parameter.normal_(std=0.5)  # biases and layer norms too, which start as zeros and ones
     return model
-
-
-@pytest.fixture(autouse=True)
-def any_capability(monkeypatch):
-    """Takes few tokens to the native product without AVX2 too, where PyTorch's is faster."""
-    monkeypatch.setattr(linears, "_CAPABILITIES", (torch.backends.cpu.get_cpu_capability(),))
 
 
 @pytest.fixture

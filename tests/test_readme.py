@@ -133,7 +133,7 @@ def test_the_example_counts_as_the_reference(install):
         ("backward", ").sum(0,", ").mean(0,"),
     ],
 )
-def test_the_example_with_a_mistake_is_refused(install, direction, right, wrong):
+def test_the_example_with_a_mistake_is_refused(install, direction, right, wrong, poisoned_memory):
     assert EXAMPLE.count(right) == 1
     install(EXAMPLE.replace(right, wrong))
     with pytest.raises(RuntimeError, match=rf"bias_gelu {direction} \(rows\) disagrees with the reference"):

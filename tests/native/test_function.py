@@ -15,6 +15,7 @@ from erniem_fast.flags import use_implementations
 from erniem_fast.native import attention, compiler, function, library, linear
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
+from tests.products import products_by
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
@@ -86,7 +87,7 @@ def run_ops(dtype: torch.dtype) -> None:
 def run_layer() -> None:
     sizes = {"num_hidden_layers": 1, "num_attention_heads": 3, "hidden_size": HIDDEN, "intermediate_size": 41}
     model = ErnieMModel(ErnieMConfig(vocab_size=50, **sizes)).eval()
-    with torch.no_grad(), use_implementations(**NATIVE):
+    with torch.no_grad(), use_implementations(**NATIVE), products_by("native"):
         model(torch.full(mask().shape, 7), attention_mask=mask().long())
 
 

@@ -27,7 +27,7 @@ struct Lanes {
   static constexpr bool aligned = ALIGNED;
   int lane, count;
 
-  // The sum over the lanes of a warp, all of which must call this.
+  // The sum over the lanes of a warp. Every lane of the warp must call this.
   __device__ float sum(float x) const {
     for (int step = WARP / 2; step > 0; step /= 2) x += __shfl_xor_sync(0xffffffffu, x, step);
     return x;

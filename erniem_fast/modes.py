@@ -72,7 +72,7 @@ def has_onednn() -> bool:
 
 
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    """`F.linear` on the CPU by oneDNN, in memory of its own, without autograd."""
+    """`F.linear` on the CPU by oneDNN. It allocates the result, and autograd does not record it."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
 
 

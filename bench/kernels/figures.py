@@ -9,7 +9,7 @@ from bench.timing import Quartiles
 
 @dataclasses.dataclass(frozen=True)
 class KernelSettings:
-    """What was asked for, the version of torch, and what each step means."""
+    """The options of the run, the version of torch, and a description of each step."""
 
     dtype: str
     rounds: int

@@ -165,7 +165,7 @@ def _varlen(qkv, grad, batch, heads, head_dim):
 
 
 def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
-    """Triton's kernels, with each design of the backward; which one the op takes is a choice of its own."""
+    """Triton's kernels with each design of the backward, so that the report shows which one is faster."""
     if choose("attention", qkv.device, qkv.dtype) != "triton":
         return
     from erniem_fast.kernels import attention

@@ -76,7 +76,7 @@ def flatten(arguments: list[Argument], values: Iterable[object]) -> list[object]
 
 
 def restore(arguments: list[Argument], flat: Iterable[object]) -> list[object]:
-    """The values of which `flatten` made these."""
+    """The inverse of `flatten`: the arguments' values, with their NamedTuples."""
     flat, values = iter(flat), []
     for argument in arguments:
         if argument.kind in _SCHEMA_TYPES:

@@ -33,19 +33,7 @@ _BACKWARD = replace(_FORWARD, name="attention_backward", optional=("key_mask", "
 
 def forward(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None) -> Tensor:
     out = qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3)
-    _FORWARD(
-        qkv.device,
-        qkv.dtype,
-        qkv=qkv,
-        longest_first=sequences.longest_first,
-        cu_seqlens=sequences.cu_seqlens,
-        key_mask=sequences.key_mask,
-        out=out,
-        heads=heads,
-        threads=torch.get_num_threads(),
-        scale=scale,
-        **dropout_values(dropout),
-    )
+    _FORWARD(qkv.device, qkv.dtype, out=out, **_values(qkv, sequences, heads, scale, dropout))
     return out
 
 
@@ -53,18 +41,20 @@ def backward(
     grad: Tensor, qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None
 ) -> Tensor:
     grad_qkv = torch.empty_like(qkv)
-    _BACKWARD(
-        qkv.device,
-        qkv.dtype,
-        grad=grad,
-        qkv=qkv,
-        longest_first=sequences.longest_first,
-        cu_seqlens=sequences.cu_seqlens,
-        key_mask=sequences.key_mask,
-        grad_qkv=grad_qkv,
-        heads=heads,
-        threads=torch.get_num_threads(),
-        scale=scale,
-        **dropout_values(dropout),
-    )
+    values = _values(qkv, sequences, heads, scale, dropout)
+    _BACKWARD(qkv.device, qkv.dtype, grad=grad, grad_qkv=grad_qkv, **values)
     return grad_qkv
+
+
+def _values(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None) -> dict[str, object]:
+    """The values of `_INPUTS` and of the numbers, which both directions take."""
+    return {
+        "qkv": qkv,
+        "longest_first": sequences.longest_first,
+        "cu_seqlens": sequences.cu_seqlens,
+        "key_mask": sequences.key_mask,
+        "heads": heads,
+        "threads": torch.get_num_threads(),
+        "scale": scale,
+        **dropout_values(dropout),
+    }

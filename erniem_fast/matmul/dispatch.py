@@ -31,7 +31,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None, out: Tensor | 
 
 
 def library_of(kind: str, x: Tensor, weight: Tensor | None = None, bias: Tensor | None = None) -> str:
-    """The library for a product of `x`, a key of `LIBRARIES`: PyTorch's unless it is computed here in float32.
+    """The library for a product of `x`, a key of `LIBRARIES`; PyTorch's unless it is eager, in float32, on the CPU.
 
     Args:
         kind: one of `KINDS`.
@@ -59,7 +59,7 @@ def may_choose() -> bool:
 
 
 class _Linear(torch.autograd.Function):
-    """Saves what `F.linear` saves, in the same order and form, so that a checkpoint may compute either again."""
+    """Saves the tensors that `F.linear` saves, in its order and form: a checkpoint may recompute with either one."""
 
     @staticmethod
     def forward(
@@ -73,7 +73,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def backward(ctx: FunctionCtx, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, transposed = ctx.saved_tensors
-        # PyTorch can differentiate its own products again, map over them, and show them to what observes them.
+        # Second derivatives, maps over gradients, and dispatch modes need PyTorch's own products.
         plain = not torch.is_grad_enabled() and modes.is_plain_call(grad)
 
         def multiply(kind: str, *operands: Tensor) -> Tensor:

@@ -110,7 +110,7 @@ def _seconds(kind: str, limit: float) -> Seconds:
 
 
 def _situation() -> tuple:
-    """What can change in a process of that on which the times depend."""
+    """The conditions of a measurement that can change within a process."""
     return torch.get_num_threads(), _native_path(), *available()
 
 
@@ -123,7 +123,8 @@ def _candidates(kind: str) -> tuple[str, ...]:
 def _measure(kind: str, sizes: range) -> Seconds:
     """The time of one product of each of `SHAPES`, by library: the least of several rounds, in which all take turns.
 
-    It contains the part of what a library does at its first product of a shape that falls to each of a model's layers.
+    It includes a share of the time that a library takes to prepare for a new shape: all layers of a model multiply the
+    same shapes, so each layer bears a part of the preparation.
     """
     weights = cycle(torch.ones(_WEIGHTS, SHAPES[0][0] * SHAPES[0][1], dtype=torch.float32, device="cpu"))
     names = _candidates(kind)
@@ -136,13 +137,13 @@ def _measure(kind: str, sizes: range) -> Seconds:
                 for times in (first, again):
                     seconds = _time(name, kind, operands, next(weights))
                     times[name, shape] = min(times[name, shape], seconds)
-    # A first call cannot take less than the others; what it took more is the preparation.
+    # The first call of a shape includes the preparation: the time beyond that of later calls.
     extra = {each: max(0.0, first[each] - again[each]) / _LAYERS for each in first}
     return {name: sum(again[name, shape] + extra[name, shape] for shape in SHAPES) for name in names}
 
 
 def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, the gradient of the result, and memory for the result if that is reused, as it is in a forward."""
+    """x, the gradient of the result, and for a forward, which reuses memory, memory for the result."""
     x, grad = (torch.ones(tokens, width, dtype=torch.float32, device="cpu") for width in (inputs, outputs))
     return x, grad, torch.ones_like(grad) if kind == FORWARD else None
 
@@ -157,7 +158,7 @@ def _time(name: str, kind: str, operands: tuple[Tensor, Tensor, Tensor | None], 
 
 
 def _machine() -> dict[str, object]:
-    """What the times depend on."""
+    """The conditions under which the times in the cache hold."""
     return {
         "processor": _processor(),
         "instructions": torch.backends.cpu.get_cpu_capability(),

@@ -26,7 +26,7 @@ bench: $(VENV)/installed $(PEERS)/installed
 # A machine with a GPU may have no network, so the environment is made from what $(PYTHON) has installed.
 gpu:
 	$(PYTHON) -m bench.gpu.environment $(GPU)
-	$(GPU)/bin/python -m bench gpu $(if $(RESULTS),--results '$(RESULTS)')
+	$(GPU)/bin/python -m bench gpu $(PART) $(if $(RESULTS),--results '$(RESULTS)')
 
 # Every rival, training, the kernels one by one, and where the time goes.
 bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed

@@ -15,7 +15,7 @@ import torch
 from bench.machine import available_cores
 from erniem_fast.verify.battery import battery
 
-MOST_PROCESSES = 8
+MOST_PROCESSES = 16
 
 
 def run_share(device: str, index: int, count: int) -> None:

@@ -1,25 +1,32 @@
-"""Everything that a GPU is needed for, one step after another: verification, tests, benchmarks.
+"""What a GPU is needed for, in parts of at most 8 minutes: verification and tests, the kernels' speed, the model's.
 
 A step that fails does not keep the next ones from running; a step whose packages are missing is left out, and the
-remedy is told. The exit code is 1 if anything failed or was left out.
+remedy is told. The exit code is 1 if anything failed or was left out. Each part leaves its report when it ends, so that
+a machine that is lent for a short time can be given back between parts.
 """
 
+import argparse
 import contextlib
 import importlib.util
 import os
 import pathlib
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+import triton
 
-from bench import ROOT
+from bench import RESULTS, ROOT
+from bench.machine import describe
 from bench.parser import make_parser
+from bench.record import now
 
-BUDGET = 465  # seconds of all steps: 8 minutes, less the time to make the environment
-RESERVED = 90  # of them, for the last step
+BUDGET = 465  # seconds of a part: 8 minutes, less the time to make the environment
+BENCH = ("tqdm", "psutil")
 
 
 @dataclass(frozen=True)
@@ -36,66 +43,142 @@ class Step:
     name: str
     command: list[str]
     needs: tuple[str, ...] = ()
-    limit: float = 240
+    limit: float = BUDGET
 
 
-def steps(results: pathlib.Path | None) -> list[Step]:
-    """The steps, whose figures go into the folder `results`, or beside all others' where it is None."""
-    output = [] if results is None else ["--output", str(results)]
-    bench = ("tqdm", "psutil")
-    device = ["--device", "cuda", "--dtype", "bfloat16"]
+@dataclass(frozen=True)
+class Outcome:
+    """What became of a step, in words; the seconds that it took; the last line that it printed."""
+
+    name: str
+    verdict: str
+    seconds: float
+    last_line: str
+
+
+def parts(results: pathlib.Path) -> dict[str, list[Step]]:
+    """The steps of each part; their figures go into the folder `results`."""
+    device, output = ["--device", "cuda", "--dtype", "bfloat16"], ["--output", str(results)]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
-    return [
-        Step("what runs each op", ["-m", "erniem_fast", "status"]),
-        Step("building the native libraries", ["-m", "erniem_fast", "build"]),
-        Step("compiling the kernels", ["-m", "bench.gpu.compile_ahead", "cuda"], ("psutil",), limit=90),
-        Step("verification", ["-m", "erniem_fast", "verify"]),
-        Step("tests on the GPU", tests, ("pytest",)),
-        Step("bench of the kernels", ["-m", "bench", "kernels", *device, "--budget", "80", *output], bench),
-        Step("bench of the model", ["-m", "bench", "throughput", *device, *output], (*bench, "matplotlib")),
-    ]
+    return {
+        "correctness": [
+            Step("what runs each op", ["-m", "erniem_fast", "status"]),
+            Step("building the native libraries", ["-m", "erniem_fast", "build"]),
+            Step("compiling the kernels", ["-m", "bench.gpu.compile_ahead", "cuda"], ("psutil",), limit=120),
+            Step("verification", ["-m", "erniem_fast", "verify"], limit=240),
+            Step("tests on the GPU", tests, ("pytest",)),
+        ],
+        "kernels": [
+            Step("bench of the kernels", ["-m", "bench", "kernels", *device, "--budget", "360", *output], BENCH),
+        ],
+        "model": [
+            Step("bench of the model", ["-m", "bench", "throughput", *device, *output], (*BENCH, "matplotlib")),
+        ],
+    }
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = make_parser("gpu", __doc__)
-    parser.add_argument("--results", type=pathlib.Path, metavar="DIR", help="default: bench/results/MACHINE")
-    results = parser.parse_args(argv).results
+    arguments = parse_arguments(argv)
     if not torch.cuda.is_available():
         sys.exit("make gpu: torch finds no CUDA device, so there is nothing to run; `make test` needs none.")
-    return run_all(steps(results))
+    results = arguments.results or RESULTS / describe("cuda").slug
+    passed = [run_part(part, parts(results)[part], results) for part in arguments.part or parts(results)]
+    return int(not all(passed))
 
 
-def run_all(steps: list[Step]) -> int:
-    """Runs steps; returns the exit code, after a summary."""
+def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = make_parser("gpu", __doc__)
+    names = parts(RESULTS)
+    parser.add_argument("part", nargs="*", metavar="PART", help=f"{', '.join(names)} (default: all)")
+    parser.add_argument("--results", type=pathlib.Path, metavar="DIR", help="default: bench/results/MACHINE")
+    arguments = parser.parse_args(argv)
+    for part in arguments.part:
+        if part not in names:
+            parser.error(f"argument PART: there is no part {part!r}; choose from {', '.join(names)}")
+    return arguments
+
+
+def run_part(part: str, steps: Sequence[Step], results: pathlib.Path) -> bool:
+    """Runs a part's steps and writes what became of them to `results`; returns whether all passed."""
     end = time.monotonic() + BUDGET
-    verdicts = []
+    outcomes = []
     for step in steps:
-        print(f"\n=== {step.name}", flush=True)
-        start = time.monotonic()
-        limit = min(step.limit, end - start - (0 if step is steps[-1] else RESERVED))
-        verdict = run(step, limit)
-        print(f"--- {step.name}: {verdict}, {time.monotonic() - start:.0f} s", flush=True)
-        verdicts.append(verdict)
-    print("\n" + "\n".join(f"{verdict:8} {step.name}" for step, verdict in zip(steps, verdicts, strict=True)))
-    return int(any(verdict != "passed" for verdict in verdicts))
+        outcomes.append(run(step, min(step.limit, end - time.monotonic())))
+        report = markdown(part, outcomes)
+        results.mkdir(parents=True, exist_ok=True)
+        (results / f"gpu-{part}.md").write_text(report, encoding="utf-8")
+    print(f"\n{report}", flush=True)
+    return all(outcome.verdict == "passed" for outcome in outcomes)
 
 
-def run(step: Step, limit: float) -> str:
-    """Runs a step for so many seconds at most; returns what became of it in words."""
+def markdown(part: str, outcomes: Sequence[Outcome]) -> str:
+    machine = describe("cuda" if torch.cuda.is_available() else "cpu")
+    versions = f"torch {torch.__version__}, Triton {triton.__version__}, CUDA {torch.version.cuda}"
+    rows = [f"| {each.name} | {each.verdict} | {each.seconds:.0f} | {each.last_line} |" for each in outcomes]
+    return "\n".join(
+        [
+            f"# make gpu PART={part}",
+            "",
+            f"{machine.gpu or machine.cpu}, {versions}, {now()}.",
+            "",
+            "| step | verdict | seconds | last line |",
+            "|---|---|---:|---|",
+            *rows,
+            "",
+        ]
+    )
+
+
+def run(step: Step, limit: float) -> Outcome:
+    """Runs a step for so many seconds at most."""
+    print(f"\n=== {step.name}", flush=True)
     missing = [module for module in step.needs if importlib.util.find_spec(module) is None]
     if missing:
-        return f"left out, for want of {', '.join(missing)} (`pip install {' '.join(missing)}`)"
-    if limit <= 0:
-        return "left out, for want of time"
+        names = " ".join(missing)
+        verdict = f"left out, for want of {', '.join(missing)} (`pip install {names}`)"
+        outcome = Outcome(step.name, verdict, 0.0, "")
+    elif limit <= 0:
+        outcome = Outcome(step.name, "left out, for want of time", 0.0, "")
+    else:
+        outcome = run_process(step, limit)
+    print(f"--- {step.name}: {outcome.verdict}, {outcome.seconds:.0f} s", flush=True)
+    return outcome
+
+
+def run_process(step: Step, limit: float) -> Outcome:
+    """Runs a step's command, whose output goes to this process's, and ends what it leaves behind."""
+    start = time.monotonic()
     environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen([sys.executable, *step.command], cwd=ROOT, env=environment, start_new_session=True)
+    process = subprocess.Popen(
+        [sys.executable, *step.command],
+        cwd=ROOT,
+        env=environment,
+        start_new_session=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
+    lines = [""]
+    reader = threading.Thread(target=echo, args=(process.stdout, lines), daemon=True)
+    reader.start()
     try:
         code = process.wait(limit)
+        verdict = "passed" if code == 0 else f"failed with exit code {code}"
     except subprocess.TimeoutExpired:
-        return f"ended after {limit:.0f} s"
+        verdict = f"ended after {limit:.0f} s"
     finally:
         end_group(process)
-    return "passed" if code == 0 else f"failed with exit code {code}"
+    reader.join()
+    return Outcome(step.name, verdict, time.monotonic() - start, lines[0])
+
+
+def echo(stream, last: list[str]) -> None:
+    """Prints a stream's lines as they come, and keeps the last one that is not blank in `last`."""
+    for line in stream:
+        print(line, end="", flush=True)
+        if line.strip():
+            last[0] = line.strip()
 
 
 def end_group(process: subprocess.Popen) -> None:

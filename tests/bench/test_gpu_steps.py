@@ -1,6 +1,7 @@
 """`make gpu` as far as it goes without one: its environment, its steps, and what it says when something is missing."""
 
 import importlib.util
+import itertools
 import os
 import pathlib
 import subprocess
@@ -34,38 +35,50 @@ def test_the_environment_says_what_is_missing(tmp_path, monkeypatch, capsys):
     assert "-m pip install package_of_the_future`" in capsys.readouterr().err
 
 
-def test_steps_go_on_after_one_that_fails(capfd):
+def test_steps_go_on_after_one_that_fails_and_are_reported(tmp_path, capfd):
     commands = [
-        python("first", "raise SystemExit(3)"),
+        python("first", "print('why'); raise SystemExit(3)"),
         python("second", "print('second ran')", needs=("json", "package_of_the_future")),
-        python("third", "import time; time.sleep(60)", limit=0.5),
+        python("third", "import time; print('begun', flush=True); time.sleep(60)", limit=3),
         python("fourth", "print('fourth ran')", needs=("json",)),
     ]
-    assert steps.run_all(commands) == 1
+    assert not steps.run_part("some", commands, tmp_path)
     out = capfd.readouterr().out
-    assert "first: failed with exit code 3" in out
-    assert "second: left out, for want of package_of_the_future (`pip install package_of_the_future`)" in out
-    assert "third: ended after 0 s" in out
-    assert "fourth ran" in out
+    assert "fourth ran\n" in out
     assert "second ran" not in out
-    assert steps.run_all(commands[3:]) == 0
+    rows = [line.strip("| ").split(" | ") for line in (tmp_path / "gpu-some.md").read_text().splitlines()[6:]]
+    assert [(name, verdict, rest[1:]) for name, verdict, *rest in rows] == [
+        ("first", "failed with exit code 3", ["why"]),
+        ("second", "left out, for want of package_of_the_future (`pip install package_of_the_future`)", []),
+        ("third", "ended after 3 s", ["begun"]),
+        ("fourth", "passed", ["fourth ran"]),
+    ]
+    assert steps.run_part("some", commands[3:], tmp_path)
 
 
-def test_the_last_step_keeps_its_time(monkeypatch, capfd):
-    monkeypatch.setattr(steps, "BUDGET", steps.RESERVED)
-    assert steps.run_all([python("first", ""), python("last", "print('last ran')")]) == 1
-    out = capfd.readouterr().out
-    assert "first: left out, for want of time" in out
-    assert "last ran" in out
+def test_a_part_ends_in_time_and_keeps_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "BUDGET", 3)
+    slow = "import time; time.sleep(60)"
+    assert not steps.run_part("some", [python("first", ""), python("slow", slow), python("last", "")], tmp_path)
+    verdicts = [line.split(" | ")[1] for line in (tmp_path / "gpu-some.md").read_text().splitlines()[6:]]
+    assert verdicts[0] == "passed"
+    assert verdicts[1].startswith("ended after")
+    assert verdicts[2] == "left out, for want of time"
 
 
 def test_every_step_is_there():
-    for step in steps.steps(pathlib.Path("results")):
+    for step in itertools.chain(*steps.parts(pathlib.Path("results")).values()):
         option, module, *arguments = step.command
         assert (option, importlib.util.find_spec(module) is None) == ("-m", False)
         if module == "bench":
             assert arguments[0] in __main__.COMMANDS
             assert arguments[-2:] == ["--output", "results"]
+
+
+def test_a_part_that_is_not_there_is_refused_by_name(capsys):
+    with pytest.raises(SystemExit):
+        steps.main(["colours"])
+    assert "there is no part 'colours'; choose from correctness, kernels, model" in capsys.readouterr().err
 
 
 def test_every_check_is_in_one_share_and_failures_are_left_to_verify(monkeypatch):

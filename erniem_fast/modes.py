@@ -3,6 +3,8 @@
 This is the only module that uses torch's private API; so it also holds the call of oneDNN's linear.
 """
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from torch._C import _functorch as functorch
@@ -44,7 +46,8 @@ def is_exported() -> bool:
     Such a graph must run without this library, for any sizes and masks. So it may contain only PyTorch's own operators,
     and nothing that was read from the example's values.
     """
-    return torch.compiler.is_exporting() or torch.jit.is_tracing()
+    # `torch.compiler.is_exporting()` reads the same flag, but is True in graphs of torch.compile before torch 2.13.
+    return torch.compiler._is_exporting_flag or torch.jit.is_tracing()
 
 
 def may_write(x: Tensor) -> bool:
@@ -59,6 +62,24 @@ def is_plain_call(x: Tensor) -> bool:
     `torch.autograd.grad(..., is_grads_batched=True)` maps over gradients in a way of its own.
     """
     return _is_eager(x) and _get_current_dispatch_mode() is None and not functorch.is_legacy_batchedtensor(x)
+
+
+def is_followed(values: Iterable[object]) -> bool:
+    """Whether more than autograd follows what is computed from these values, so that it must be a registered operator.
+
+    Graphs, dispatch modes, subclasses of tensors, tensors without values and batched gradients do.
+    """
+    if is_recorded() or _get_current_dispatch_mode() is not None:
+        return True
+    for each in values:
+        if isinstance(each, Tensor) and (
+            type(each) not in _PLAIN or each.is_meta or functorch.is_legacy_batchedtensor(each)
+        ):
+            return True
+    return False
+
+
+_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
 
 
 def _is_eager(x: Tensor) -> bool:

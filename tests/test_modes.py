@@ -127,6 +127,27 @@ def test_what_is_a_plain_call():
     assert answers == [False, True]
 
 
+class TensorSubclass(torch.Tensor):
+    pass
+
+
+def test_what_more_than_autograd_follows():
+    x = torch.ones(2, requires_grad=True)
+    assert not modes.is_followed([x, None, 3, nn.Parameter(x)])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not modes.is_followed([x])
+    for value in (x.detach().as_subclass(TensorSubclass), torch.ones(2, device="meta")):
+        assert modes.is_followed([x, value])
+    with FlopCounterMode(display=False):
+        assert modes.is_followed([x])
+    with FakeTensorMode():
+        assert modes.is_followed([])
+    batched = torch._C._functorch.is_legacy_batchedtensor
+    found = torch._vmap_internals._vmap(lambda each: answers.append((batched(each), modes.is_followed([each]))) or each)
+    found(torch.ones(2, 2))
+    assert answers == [(True, True)]
+
+
 class Asking(torch.autograd.Function):
     """Notes what its backward is."""
 

@@ -1,6 +1,7 @@
 """The arguments of an op: as its declaration annotates them, and flattened for a custom op's schema."""
 
 from collections.abc import Callable, Iterable
+from itertools import islice
 from types import NoneType
 from typing import NamedTuple, get_args, get_type_hints
 
@@ -78,13 +79,13 @@ def flatten(arguments: list[Argument], values: Iterable[object]) -> list[object]
 def restore(arguments: list[Argument], flat: Iterable[object]) -> list[object]:
     """The inverse of `flatten`: the arguments' values, with their NamedTuples."""
     flat, values = iter(flat), []
-    for argument in arguments:
-        if argument.kind in _SCHEMA_TYPES:
+    for _, kind, optional in arguments:
+        if kind in _SCHEMA_TYPES:
             values.append(next(flat))
             continue
-        fields = [next(flat) for _ in argument.kind._fields]
-        absent = argument.optional and all(each is None for each in fields)
-        values.append(None if absent else argument.kind(*fields))
+        fields = tuple(islice(flat, len(kind._fields)))
+        absent = optional and all(each is None for each in fields)
+        values.append(None if absent else kind._make(fields))
     return values
 
 

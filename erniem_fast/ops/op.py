@@ -60,6 +60,7 @@ class Op:
         self._gradients = get_type_hints(backward)["return"]
         self._plan_autograd()
         self._forward_op, self._backward_op = self._register_forward(), self._register_backward()
+        self._eager = self._make_eager()
 
     def _plan_autograd(self) -> None:
         """Finds out once where among the custom op's inputs and results the values to save and the gradients belong."""
@@ -79,8 +80,9 @@ class Op:
     def __call__(self, implementation: str, *inputs: object, overwrite: bool = False) -> Tensor:
         """The op's result.
 
-        A custom op computes it if autograd, a graph or a tensor without values needs one; otherwise the implementation
-        is called directly. Transforms of torch.func get the reference, which has PyTorch's own operators only.
+        A custom op computes it if anything but autograd follows the call, as a graph or a dispatch mode; otherwise the
+        implementation is called directly, which takes the host a quarter of the time. Transforms of torch.func get the
+        reference, which has PyTorch's own operators only.
 
         Args:
             implementation: its name, as `choose` returns it.
@@ -93,9 +95,11 @@ class Op:
         save = torch.is_grad_enabled() and any(_requires_grad(each) for each in inputs)
         if modes.is_transformed():
             return self._run("reference", "forward", self._named(map(_plain, inputs), save))[0]
-        first = inputs[0]
-        if save or modes.is_recorded() or type(first) is not Tensor or first.is_meta:
-            return _as_tuple(self._forward_op(*flatten(self._arguments, inputs), save, implementation))[0]
+        flat = flatten(self._arguments, inputs)
+        if modes.is_followed(flat):
+            return _as_tuple(self._forward_op(*flat, save, implementation))[0]
+        if save:
+            return self._eager.apply(*flat, save, implementation)
         # Verification runs the reference on the same inputs, so do not overwrite them.
         overwrite = overwrite and self._implementations[implementation].forward_in_place is not None
         direction = "forward_in_place" if overwrite and flags.read(flags.VERIFY) == "0" else "forward"
@@ -104,12 +108,22 @@ class Op:
     def _named(self, inputs: Iterable[object], save: bool) -> dict[str, object]:
         return {**by_name(self._arguments, inputs), "save": save}
 
+    def _run_forward(self, *flat: object) -> tuple[Tensor, ...]:
+        """The forward of a custom op's inputs."""
+        *flat, save, implementation = map(_plain, flat)
+        return self._run(implementation, "forward", self._named(restore(self._arguments, flat), save))
+
+    def _run_backward(self, *flat: object) -> tuple[Tensor, ...]:
+        """The backward of a custom op's inputs."""
+        grad, *flat, implementation = map(_plain, flat)
+        values = by_name(self._saved, restore(self._saved, flat))
+        return self._run(implementation, "backward", {"grad": grad, **values})
+
     # --- The custom ops ---
 
     def _register_forward(self) -> torch.library.CustomOpDef:
         def run(*flat):
-            *flat, save, implementation = map(_plain, flat)
-            return _unpacked(self._run(implementation, "forward", self._named(restore(self._arguments, flat), save)))
+            return _unpacked(self._run_forward(*flat))
 
         def fake(*flat):
             *flat, save, implementation = flat
@@ -124,9 +138,7 @@ class Op:
 
     def _register_backward(self) -> torch.library.CustomOpDef:
         def run(*flat):
-            grad, *flat, implementation = map(_plain, flat)
-            values = by_name(self._saved, restore(self._saved, flat))
-            return _unpacked(self._run(implementation, "backward", {"grad": grad, **values}))
+            return _unpacked(self._run_backward(*flat))
 
         def fake(grad, *flat):
             return _unpacked(self._backward(grad, *restore(self._saved, flat[:-1])))
@@ -137,6 +149,19 @@ class Op:
         op.register_autograd(_refuse_second_derivatives(self.name))
         return op
 
+    def _make_eager(self) -> type[torch.autograd.Function]:
+        """The function for autograd alone, without the dispatcher; profilers show it by the op's name."""
+
+        def forward(ctx, *flat):
+            outputs = self._run_forward(*flat)
+            self._keep(ctx, flat, outputs)
+            return outputs[0]
+
+        methods = {"forward": staticmethod(forward), "backward": staticmethod(self._differentiate)}
+        return type(self.name, (torch.autograd.Function,), methods)
+
+    # --- Autograd ---
+
     def _keep(self, ctx: torch.autograd.function.FunctionCtx, inputs: tuple, output: Tensors) -> None:
         """Saves the values that the backward takes."""
         ctx.set_materialize_grads(False)  # only the result has a gradient; the others need no zeros
@@ -144,7 +169,7 @@ class Op:
         sources = (*inputs, *_as_tuple(output))
         saved = [sources[place] for place in self._places]
         for index in self._shapes:
-            saved[index] = saved[index].shape
+            saved[index] = list(saved[index].shape)  # what a custom op makes of a shape
         ctx.save_for_backward(*(each for each in saved if isinstance(each, Tensor)))
         ctx.rest = [None if isinstance(each, Tensor) else (each,) for each in saved]
 
@@ -155,7 +180,10 @@ class Op:
         for index in self._wanted_shapes:
             if not ctx.needs_input_grad[self._places[index]]:
                 saved[index] = None
-        grads = self._gradients(*_as_tuple(self._backward_op(grad, *saved, ctx.implementation)))
+        # A second derivative is asked for where gradients are enabled: the custom op refuses it by name.
+        followed = torch.is_grad_enabled() or modes.is_followed((grad, *saved))
+        backward = self._backward_op if followed else self._run_backward
+        grads = self._gradients(*_as_tuple(backward(grad, *saved, ctx.implementation)))
         if self._finish is not None:
             values = {"grads": grads, **by_name(self._saved, restore(self._saved, saved))}
             grads = self._finish(**arguments_of(self._finish, values))

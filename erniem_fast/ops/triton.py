@@ -1,6 +1,7 @@
 """The `triton` implementation of an op: its kernels, imported by the first call that runs them."""
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -28,7 +29,7 @@ def triton_implementation(
         largest: the largest size that the kernels serve; see `choose`.
         capability: the lowest compute capability of NVIDIA GPUs that they serve.
     """
-    forward, backward = (_on_device(lambda name=name: _kernels(kernels, name)) for name in ("forward", "backward"))
+    forward, backward = (_on_device(partial(_kernels, kernels, name)) for name in ("forward", "backward"))
     refuses = partial(_refuses, capability)
     return Implementation(forward, backward, refuses, automatic=_on_gpu, largest=largest, fuses_bias=True)
 
@@ -50,11 +51,17 @@ def _on_device(load: Callable[[], Callable[..., Tensors]]) -> Callable[..., Tens
     def run(**values: object) -> Tensors:
         function = load()
         device = next(each.device for each in values.values() if isinstance(each, Tensor))
-        # Triton launches on the current device, which may not be the tensors'.
-        with torch.cuda.device(device) if device.type == "cuda" else mended_bfloat16():
+        with _current(device):
             return function(**arguments_of(function, values))
 
     return run
+
+
+def _current(device: torch.device) -> AbstractContextManager[object]:
+    """What kernels run in: Triton launches on the current device, which may not be the tensors'."""
+    if device.type != "cuda":
+        return mended_bfloat16()
+    return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
 def _on_gpu(device: torch.device) -> bool:

@@ -7,6 +7,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from erniem_fast import flags, ops
 from erniem_fast.batch import Sequences, TokenBatch
@@ -210,6 +211,26 @@ def test_without_autograd(op, mode):
     assert torch.equal(out, expected)
     # The custom op would cost time, and would save tensors for a backward that does not come.
     assert not any(event.name.startswith("erniem_fast::") for event in profile.events())
+
+
+@pytest.mark.parametrize("op", flags.OPS)
+def test_autograd_alone_needs_no_custom_op(op):
+    """The dispatcher's part of a custom op takes the host longer than the launch of a kernel."""
+    problem = problem_of(op)
+    grad = torch.randn_like(problem.ours(*problem.leaves.values()))
+    expected = solve(problem.ours, problem.leaves, grad)
+    with torch.profiler.profile() as profile:
+        result = solve(problem.ours, problem.leaves, grad)
+    names = {event.name for event in profile.events()}
+    assert op in names  # by its autograd function
+    assert not any(name.startswith("erniem_fast::") for name in names)
+    with FlopCounterMode(display=False), torch.profiler.profile() as profile:  # sees operators of the dispatcher only
+        counted = solve(problem.ours, problem.leaves, grad)
+    names = {event.name for event in profile.events()}
+    assert {f"erniem_fast::{op}", f"erniem_fast::{op}_backward"} <= names
+    for name, value in expected.items():
+        assert torch.equal(result[name], value), name
+        assert torch.equal(counted[name], value), name
 
 
 def test_float64_to_the_last_digits():

@@ -59,6 +59,8 @@ class Outcome:
 def parts(results: pathlib.Path) -> dict[str, list[Step]]:
     """The steps of each part; their figures go into the folder `results`."""
     device, output = ["--device", "cuda", "--dtype", "bfloat16"], ["--output", str(results)]
+    model, plotted = ["-m", "bench", "throughput", *device, "--against", "all"], (*BENCH, "matplotlib")
+    lengths = ["--lengths", "text", "modernbert"]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
     return {
         "correctness": [
@@ -72,7 +74,8 @@ def parts(results: pathlib.Path) -> dict[str, list[Step]]:
             Step("bench of the kernels", ["-m", "bench", "kernels", *device, "--budget", "360", *output], BENCH),
         ],
         "model": [
-            Step("bench of the model", ["-m", "bench", "throughput", *device, *output], (*BENCH, "matplotlib")),
+            Step("bench of the model", [*model, "--batch-size", "256", "1", *lengths, *output], plotted),
+            Step("bench of training", [*model, "--train", "--batch-size", "64", *lengths, *output], plotted),
         ],
     }
 

@@ -39,12 +39,16 @@ ALL = (
     _peer("CTranslate2 int8", RIVALS, "ctranslate2_peer", "int8", int8=True),
     _peer("ONNX Runtime int8", RIVALS, "onnxruntime_peer", "onnx-int8", int8=True),
 )
-# On a GPU packed PyTorch takes the place of the CPU's runtimes.
-ON_CUDA = (
-    *(peer for peer in ALL if peer.trains),
-    _peer("packed, varlen_attn", RIVALS, "packed", "varlen"),
-    _peer("packed, varlen_attn, compiled", RIVALS, "packed", "compile"),
-    _peer("packed, flash-attn", RIVALS, "packed", "flash"),
+# On a GPU packed PyTorch takes the place of the CPU's runtimes. A machine with a GPU may have no network to install the
+# rivals' environment from; these need no more than ours does.
+ON_CUDA = tuple(
+    peer if peer.python != RIVALS or RIVALS.exists() else dataclasses.replace(peer, python=OURS_PYTHON)
+    for peer in (
+        *(peer for peer in ALL if peer.trains),
+        _peer("packed, varlen_attn", RIVALS, "packed", "varlen"),
+        _peer("packed, varlen_attn, compiled", RIVALS, "packed", "compile"),
+        _peer("packed, flash-attn", RIVALS, "packed", "flash"),
+    )
 )
 
 

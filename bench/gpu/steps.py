@@ -66,8 +66,7 @@ def parts(results: pathlib.Path) -> dict[str, list[Step]]:
         "correctness": [
             Step("what runs each op", ["-m", "erniem_fast", "status"]),
             Step("building the native libraries", ["-m", "erniem_fast", "build"]),
-            Step("compiling the kernels", ["-m", "bench.gpu.compile_ahead", "cuda"], ("psutil",), limit=120),
-            Step("verification", ["-m", "erniem_fast", "verify"], limit=240),
+            Step("verification", ["-m", "bench.gpu.verify_in_parallel", "cuda"], ("psutil",), limit=240),
             Step("tests on the GPU", tests, ("pytest",)),
         ],
         "kernels": [

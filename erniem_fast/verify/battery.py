@@ -132,9 +132,7 @@ class ProductCheck:
 
 
 def verify(device: torch.device) -> bool:
-    """Runs the battery on a device and prints each check as it finishes, with the error that came closest to its bound.
-
-    An error is named `result`, or by the leaf with that gradient.
+    """Runs the battery on a device and prints the outcome of each check as it finishes.
 
     Returns:
         Whether there were any checks, and all passed.
@@ -148,19 +146,26 @@ def verify(device: torch.device) -> bool:
             print(f"{op}: {name} is not checked: {reason}")
     checks, failures = battery(device), 0
     for number, check in enumerate(checks, 1):
-        dtype = str(check.dtype).removeprefix("torch.")
-        line = f"{number:3}/{len(checks)} {check.op:10} {check.implementation:6} {dtype:8} {check.shape:42}"
-        try:
-            name, worst = max(check.run().items(), key=lambda item: item[1].ratio)
-            line += f" {name:14} error {worst.error:.1e}, bound {worst.bound:.1e}"
-            passed = worst.holds
-        except Exception as error:  # a kernel that cannot run must not keep the others from being checked
-            line += f" {type(error).__name__}: {error}"
-            passed = False
+        line, passed = outcome(check)
         failures += not passed
-        print(f"{line}  {'pass' if passed else 'FAIL'}", flush=True)
+        print(f"{number:3}/{len(checks)} {line}", flush=True)
     print(f"{len(checks)} checks, {failures} failures")
     return bool(checks) and not failures
+
+
+def outcome(check: Check | ProductCheck) -> tuple[str, bool]:
+    """A check's outcome in a line, with the error that came closest to its bound, and whether it passed.
+
+    The error is named `result`, or by the leaf with that gradient.
+    """
+    dtype = str(check.dtype).removeprefix("torch.")
+    line = f"{check.op:10} {check.implementation:6} {dtype:8} {check.shape:42}"
+    try:
+        name, worst = max(check.run().items(), key=lambda item: item[1].ratio)
+    except Exception as error:  # a kernel that cannot run must not keep the others from being checked
+        return f"{line} {type(error).__name__}: {error}  FAIL", False
+    line += f" {name:14} error {worst.error:.1e}, bound {worst.bound:.1e}"
+    return f"{line}  {'pass' if worst.holds else 'FAIL'}", worst.holds
 
 
 def battery(device: torch.device) -> list[Check | ProductCheck]:

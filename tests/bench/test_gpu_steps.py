@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from bench import ROOT, __main__
-from bench.gpu import compile_ahead, environment, steps
+from bench.gpu import environment, steps, verify_in_parallel
 from bench.gpu.steps import Step
 
 
@@ -81,21 +81,12 @@ def test_a_part_that_is_not_there_is_refused_by_name(capsys):
     assert "there is no part 'colours'; choose from correctness, kernels, model" in capsys.readouterr().err
 
 
-def test_every_check_is_in_one_share_and_failures_are_left_to_verify(monkeypatch):
-    ran = []
-
-    class Check:
-        def __init__(self, number):
-            self.number = number
-
-        def run(self):
-            ran.append(self.number)
-            raise RuntimeError
-
-    monkeypatch.setattr(compile_ahead, "battery", lambda device: [Check(number) for number in range(7)])
-    for index in range(3):
-        compile_ahead.run_share("cpu", index, 3)
-    assert sorted(ran) == list(range(7))
+def test_every_check_is_in_one_share_and_failures_are_told(monkeypatch, capsys):
+    monkeypatch.setattr(verify_in_parallel, "battery", lambda device: range(7))
+    monkeypatch.setattr(verify_in_parallel, "outcome", lambda check: (f"check {check}", check % 3 != 0))
+    shares = [verify_in_parallel.run_share("cpu", index, 3) for index in range(3)]
+    assert shares == [(3, 3), (2, 0), (2, 0)]
+    assert capsys.readouterr().out.split("\n") == ["check 0", "check 3", "check 6", ""]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

@@ -26,11 +26,12 @@ class StepFigures:
         step: "inference", "forward" or "backward".
         contender: its name.
         bytes, flops, floor: the least work of the step, and the seconds that it takes at the least.
-        seconds: by round; None where the contender was refused.
+        seconds: over the rounds; None where the contender was refused.
         speedup: its seconds over ours, paired round by round.
-        difference: largest difference of its results from ours; None where it failed.
+        difference: of its results from those in float64, see `row_error`; None where it failed.
         problem: why it was refused.
         rounds: seconds of each round.
+        host: the host's seconds on a GPU, where `seconds` are the kernels' own; None on a CPU.
     """
 
     op: str
@@ -47,6 +48,7 @@ class StepFigures:
     difference: float | None
     problem: str | None
     rounds: list[float]
+    host: Quartiles | None = None
 
 
 @dataclasses.dataclass

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,7 @@ from erniem_fast.ops.choose import choose
 from erniem_fast.reference import Norm
 
 P, EPS, PADDING = 0.1, 1e-12, 1
-OURS = "erniem_fast"
+OURS, EAGER = "erniem_fast", "torch eager"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class Job:
         tokens: real tokens.
         work: the least work of each step.
         contenders: ours first.
+        exact: makes the contender that computes in float64 from the same values, to compare the others with.
     """
 
     op: str
@@ -60,6 +62,7 @@ class Job:
     tokens: int
     work: dict[str, Work]
     contenders: list[Contender]
+    exact: Callable[[], Contender]
 
     @property
     def name(self) -> str:
@@ -77,16 +80,26 @@ def make_job(
         dtype, device: of the tensors.
         compiled: whether torch.compile takes part, which takes seconds to start.
     """
-    torch.manual_seed(0)
     torch.compiler.reset()
-    settings = SIZES[size]
     batch = _batch(lengths, tokens, device)
-    work, contenders = MAKERS[op](settings, batch, dtype)
+
+    def make(computed):
+        torch.manual_seed(0)
+        return MAKERS[op](SIZES[size], batch, Values(device, dtype, computed))
+
+    def exact():
+        return _eager(make(torch.float64)[1])
+
+    work, contenders = make(dtype)
     if compiled:
-        eager = next(each for each in contenders if each.name == "torch eager")
+        eager = _eager(contenders)
         fast = torch.compile(eager.forward, dynamic=False)
         contenders.append(dataclasses.replace(eager, name="torch.compile", forward=fast))
-    return Job(op, size, lengths, batch.tokens, work, contenders)
+    return Job(op, size, lengths, batch.tokens, work, contenders, exact)
+
+
+def _eager(contenders):
+    return next(each for each in contenders if each.name == EAGER)
 
 
 def _batch(lengths, tokens, device):
@@ -101,19 +114,25 @@ def _batch(lengths, tokens, device):
     return TokenBatch.from_mask(mask, keep_first=False)
 
 
-def _random(device, dtype):
-    return lambda *shape: torch.randn(shape, device=device).to(dtype)
+class Values(NamedTuple):
+    """Random values: numbers of `dtype`, in tensors of the dtype that is computed with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    computed: torch.dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype).to(self.computed)
 
 
 def _dropout(batch: TokenBatch, p: float) -> Dropout | None:
     return batch.dropout(p, torch.tensor([42], device=batch.columns.device)) if p else None
 
 
-def _attention(settings, batch, dtype):
+def _attention(settings, batch, random):
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     head_dim = hidden // heads
-    device, (rows, columns) = batch.columns.device, batch.grid
-    random = _random(device, dtype)
+    rows, columns = batch.grid
     qkv, grad = random(batch.tokens, 3 * hidden), random(batch.tokens, hidden)
     padded, padded_grad = batch.unpack(qkv).contiguous(), batch.unpack(grad).contiguous()
     full = batch.tokens == rows * columns
@@ -128,7 +147,7 @@ def _attention(settings, batch, dtype):
     def eager(p):
         query, key, value = heads_of_grid()
         scores = query @ key.transpose(-1, -2) * head_dim**-0.5
-        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(dtype).min)
+        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return (F.dropout(scores.softmax(-1), p) @ value).transpose(1, 2).flatten(2)
 
     def sdpa(p):
@@ -137,12 +156,12 @@ def _attention(settings, batch, dtype):
 
     contenders = [
         Contender(OURS, ours, (qkv,), grad),
-        Contender("torch eager", eager, (padded,), padded_grad, batch.pack),
+        Contender(EAGER, eager, (padded,), padded_grad, batch.pack),
         Contender("torch SDPA", sdpa, (padded,), padded_grad, batch.pack),
         *_varlen(qkv, grad, batch, heads, head_dim),
         *_designs_of_the_backward(qkv, grad, batch, heads, head_dim),
     ]
-    row = batch.tokens * hidden * dtype.itemsize
+    row = batch.tokens * hidden * random.dtype.itemsize
     product = 2 * batch.sequences.cu_seqlens.diff().long().square().sum().item() * hidden
     forward = Work(4 * row, 2 * product)
     return {"inference": forward, "forward": forward, "backward": Work(8 * row, 5 * product)}, contenders
@@ -166,7 +185,7 @@ def _varlen(qkv, grad, batch, heads, head_dim):
 
 def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
     """Triton's kernels with each design of the backward, so that the report shows which one is faster."""
-    if choose("attention", qkv.device, qkv.dtype) != "triton":
+    if qkv.dtype == torch.float64 or choose("attention", qkv.device, qkv.dtype) != "triton":
         return
     from erniem_fast.kernels import attention
     from erniem_fast.kernels.device import describe
@@ -192,8 +211,7 @@ def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
         yield Contender(f"erniem_fast, backward in {name}", forward, (qkv,), grad, steps=("backward",))
 
 
-def _bias_gelu(settings, batch, dtype):
-    random = _random(batch.columns.device, dtype)
+def _bias_gelu(settings, batch, random):
     features = settings["intermediate_size"]
     x, bias, grad = random(batch.tokens, features), random(features), random(batch.tokens, features)
 
@@ -203,13 +221,12 @@ def _bias_gelu(settings, batch, dtype):
     def eager(p):
         return F.dropout(F.gelu(x + bias), p)
 
-    contenders = [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), ("torch eager", eager))]
-    row = batch.tokens * features * dtype.itemsize
+    contenders = [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), (EAGER, eager))]
+    row = batch.tokens * features * random.dtype.itemsize
     return {"inference": Work(2 * row), "forward": Work(2 * row), "backward": Work(3 * row)}, contenders
 
 
-def _add_norm(settings, batch, dtype):
-    random = _random(batch.columns.device, dtype)
+def _add_norm(settings, batch, random):
     hidden = settings["hidden_size"]
     residual, x, grad = (random(batch.tokens, hidden) for _ in range(3))
     bias, weight, norm_bias = (random(hidden) for _ in range(3))
@@ -221,18 +238,17 @@ def _add_norm(settings, batch, dtype):
         return F.layer_norm(residual + F.dropout(x + bias, p), (hidden,), weight, norm_bias, EPS)
 
     leaves = (x, residual, bias, weight, norm_bias)
-    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
-    row = batch.tokens * hidden * dtype.itemsize
+    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
+    row = batch.tokens * hidden * random.dtype.itemsize
     return {"inference": Work(3 * row), "forward": Work(4 * row), "backward": Work(4 * row)}, contenders
 
 
-def _embeddings(settings, batch, dtype, words=250_002, max_positions=514):
+def _embeddings(settings, batch, random, words=250_002, max_positions=514):
     """The word table's gradient is sparse: a dense one costs as much as writing the table, in any implementation."""
-    device, hidden = batch.columns.device, settings["hidden_size"]
-    random = _random(device, dtype)
+    hidden = settings["hidden_size"]
     word_table, position_table = random(words, hidden), random(max_positions, hidden)
     weight, norm_bias, grad = random(hidden), random(hidden), random(batch.tokens, hidden)
-    ids, positions = torch.randint(3, words, (batch.tokens,), device=device), batch.columns + 2
+    ids, positions = torch.randint(3, words, (batch.tokens,), device=random.device), batch.columns + 2
 
     def ours(p):
         norm, tables = Norm(weight, norm_bias, EPS), (word_table, position_table)
@@ -243,9 +259,9 @@ def _embeddings(settings, batch, dtype, words=250_002, max_positions=514):
         rows = words + F.embedding(positions, position_table, PADDING)
         return F.dropout(F.layer_norm(rows, (hidden,), weight, norm_bias, EPS), p)
 
-    leaves = (weight, norm_bias, position_table, word_table)
-    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
-    row = batch.tokens * hidden * dtype.itemsize
+    leaves = (word_table, position_table, weight, norm_bias)
+    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
+    row = batch.tokens * hidden * random.dtype.itemsize
     return {"inference": Work(2 * row), "forward": Work(3 * row), "backward": Work(3 * row)}, contenders
 
 

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor
 
-
 # The largest relative error of a row that is right: after some roundings to 16 bits, and in float32 after sums of
 # thousands of terms. One of k independent roundings adds at most half an epsilon, so all add up to √k / 2 epsilons at
 # the most: 4 allow for 64. Attention in bfloat16, with scores and probabilities rounded too, has errors of 1.1.

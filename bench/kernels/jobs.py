@@ -22,6 +22,15 @@ from erniem_fast.reference import Norm
 P, EPS, PADDING = 0.1, 1e-12, 1
 OURS, EAGER = "erniem_fast", "torch eager"
 
+# How many rows of a token an op reads and writes in each step, and how many matrix products of all pairs it takes.
+ROWS = {
+    "embeddings": {"inference": 2, "forward": 3, "backward": 3},
+    "attention": {"inference": 4, "forward": 4, "backward": 8},
+    "bias_gelu": {"inference": 2, "forward": 2, "backward": 3},
+    "add_norm": {"inference": 3, "forward": 4, "backward": 4},
+}
+PRODUCTS = {"attention": {"inference": 2, "forward": 2, "backward": 5}}
+
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
@@ -81,28 +90,40 @@ def make_job(
         compiled: whether torch.compile takes part, which takes seconds to start.
     """
     torch.compiler.reset()
-    batch = _batch(lengths, tokens, device)
+    batch = make_batch(lengths, tokens, device)
 
     def make(computed):
         torch.manual_seed(0)
         return MAKERS[op](SIZES[size], batch, Values(device, dtype, computed))
 
     def exact():
-        return _eager(make(torch.float64)[1])
+        return _eager(make(torch.float64))
 
-    work, contenders = make(dtype)
+    contenders = make(dtype)
     if compiled:
         eager = _eager(contenders)
         fast = torch.compile(eager.forward, dynamic=False)
         contenders.append(dataclasses.replace(eager, name="torch.compile", forward=fast))
+    work = least_work(op, size, batch, dtype)
     return Job(op, size, lengths, batch.tokens, work, contenders, exact)
+
+
+def least_work(op: str, size: str, batch: TokenBatch, dtype: torch.dtype) -> dict[str, Work]:
+    """The least work of each step: rows of tokens that an op reads and writes, and attention's products."""
+    settings = SIZES[size]
+    features = settings["intermediate_size" if op == "bias_gelu" else "hidden_size"]
+    row = batch.tokens * features * dtype.itemsize
+    product = 2 * batch.sequences.cu_seqlens.diff().long().square().sum().item() * features
+    rows, products = ROWS[op], PRODUCTS.get(op, {})
+    return {step: Work(rows[step] * row, products.get(step, 0) * product) for step in rows}
 
 
 def _eager(contenders):
     return next(each for each in contenders if each.name == EAGER)
 
 
-def _batch(lengths, tokens, device):
+def make_batch(lengths: str, tokens: int, device: torch.device) -> TokenBatch:
+    """About so many tokens in sequences of one length, or of `lengths` "ragged"."""
     if lengths == "ragged":
         rows = max(1, tokens // 256)
         spec = Spec(rows, "modernbert", rows=rows, rounds=1)
@@ -125,7 +146,7 @@ class Values(NamedTuple):
         return torch.randn(shape, device=self.device).to(self.dtype).to(self.computed)
 
 
-def _dropout(batch: TokenBatch, p: float) -> Dropout | None:
+def dropout_of(batch: TokenBatch, p: float) -> Dropout | None:
     return batch.dropout(p, torch.tensor([42], device=batch.columns.device)) if p else None
 
 
@@ -139,7 +160,7 @@ def _attention(settings, batch, random):
     mask = None if full else batch.unpack(torch.ones_like(batch.columns, dtype=torch.bool))[:, None, None, :]
 
     def ours(p):
-        return ops.attention(qkv, batch, heads, head_dim**-0.5, _dropout(batch, p))
+        return ops.attention(qkv, batch, heads, head_dim**-0.5, dropout_of(batch, p))
 
     def heads_of_grid():
         return padded.view(rows, columns, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
@@ -154,17 +175,13 @@ def _attention(settings, batch, random):
         out = F.scaled_dot_product_attention(*heads_of_grid(), attn_mask=mask, dropout_p=p)
         return out.transpose(1, 2).flatten(2)
 
-    contenders = [
+    return [
         Contender(OURS, ours, (qkv,), grad),
         Contender(EAGER, eager, (padded,), padded_grad, batch.pack),
         Contender("torch SDPA", sdpa, (padded,), padded_grad, batch.pack),
         *_varlen(qkv, grad, batch, heads, head_dim),
         *_designs_of_the_backward(qkv, grad, batch, heads, head_dim),
     ]
-    row = batch.tokens * hidden * random.dtype.itemsize
-    product = 2 * batch.sequences.cu_seqlens.diff().long().square().sum().item() * hidden
-    forward = Work(4 * row, 2 * product)
-    return {"inference": forward, "forward": forward, "backward": Work(8 * row, 5 * product)}, contenders
 
 
 def _varlen(qkv, grad, batch, heads, head_dim):
@@ -193,7 +210,7 @@ def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, qkv, p, one_pass):
-            ctx.case, ctx.one_pass = (batch.sequences, heads, head_dim**-0.5, _dropout(batch, p)), one_pass
+            ctx.case, ctx.one_pass = (batch.sequences, heads, head_dim**-0.5, dropout_of(batch, p)), one_pass
             out, statistics = attention.forward(qkv, *ctx.case)
             ctx.save_for_backward(out, statistics, qkv)
             return out
@@ -216,14 +233,12 @@ def _bias_gelu(settings, batch, random):
     x, bias, grad = random(batch.tokens, features), random(features), random(batch.tokens, features)
 
     def ours(p):
-        return ops.bias_gelu(Product(x, bias), "gelu", _dropout(batch, p))
+        return ops.bias_gelu(Product(x, bias), "gelu", dropout_of(batch, p))
 
     def eager(p):
         return F.dropout(F.gelu(x + bias), p)
 
-    contenders = [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), (EAGER, eager))]
-    row = batch.tokens * features * random.dtype.itemsize
-    return {"inference": Work(2 * row), "forward": Work(2 * row), "backward": Work(3 * row)}, contenders
+    return [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), (EAGER, eager))]
 
 
 def _add_norm(settings, batch, random):
@@ -232,15 +247,13 @@ def _add_norm(settings, batch, random):
     bias, weight, norm_bias = (random(hidden) for _ in range(3))
 
     def ours(p):
-        return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), _dropout(batch, p))
+        return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), dropout_of(batch, p))
 
     def eager(p):
         return F.layer_norm(residual + F.dropout(x + bias, p), (hidden,), weight, norm_bias, EPS)
 
     leaves = (x, residual, bias, weight, norm_bias)
-    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
-    row = batch.tokens * hidden * random.dtype.itemsize
-    return {"inference": Work(3 * row), "forward": Work(4 * row), "backward": Work(4 * row)}, contenders
+    return [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
 
 
 def _embeddings(settings, batch, random, words=250_002, max_positions=514):
@@ -252,7 +265,7 @@ def _embeddings(settings, batch, random, words=250_002, max_positions=514):
 
     def ours(p):
         norm, tables = Norm(weight, norm_bias, EPS), (word_table, position_table)
-        return ops.embeddings(ids, positions, *tables, norm, PADDING, _dropout(batch, p), sparse=True)
+        return ops.embeddings(ids, positions, *tables, norm, PADDING, dropout_of(batch, p), sparse=True)
 
     def eager(p):
         words = F.embedding(ids, word_table, PADDING, sparse=True)
@@ -260,9 +273,7 @@ def _embeddings(settings, batch, random, words=250_002, max_positions=514):
         return F.dropout(F.layer_norm(rows, (hidden,), weight, norm_bias, EPS), p)
 
     leaves = (word_table, position_table, weight, norm_bias)
-    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
-    row = batch.tokens * hidden * random.dtype.itemsize
-    return {"inference": Work(2 * row), "forward": Work(3 * row), "backward": Work(3 * row)}, contenders
+    return [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
 
 
 MAKERS = {

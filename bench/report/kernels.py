@@ -18,8 +18,8 @@ def markdown(run: KernelRun) -> str:
     rates, settings = run.rates, run.settings
     method = (
         f"Medians and quartiles of {settings.rounds} rounds, contenders in turn, results compared with float64 first;"
-        f" ratios are taken round by round. A floor is what a copy at {rates.bytes_per_second / 1e9:,.0f} GB/s or a matrix"
-        f" product at {rates.flops_per_second / 1e12:,.2f} TFLOP/s takes, both measured here. torch"
+        f" ratios are taken round by round. A floor is what a copy at {rates.bytes_per_second / 1e9:,.0f} GB/s or a"
+        f" matrix product at {rates.flops_per_second / 1e12:,.2f} TFLOP/s takes, both measured here. torch"
         f" {settings.torch}. {run.date[:10]}."
     )
     ours = ", ".join(f"{op} by {name}" for op, name in run.implementations.items())

@@ -77,6 +77,7 @@ class LaunchFigures:
 
     Attributes:
         launch: the configuration in words.
+        takes: what its kernels take of a multiprocessor, in words; empty where that is not known.
         seconds: over the rounds; None where it was not timed.
         gain: the shipped one's seconds over its own, paired round by round.
         difference: of its results from the shipped one's, see `row_error`.
@@ -85,6 +86,7 @@ class LaunchFigures:
     """
 
     launch: str
+    takes: str
     seconds: Quartiles | None
     gain: Quartiles | None
     difference: float | None

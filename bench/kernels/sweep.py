@@ -13,20 +13,24 @@ import pathlib
 import sys
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, wait
+from functools import partial
 from time import monotonic as seconds_now
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from bench import INTERRUPTED, RESULTS
 from bench.difference import LARGEST_ERROR, row_error
+from bench.kernels.assembly import of_kernel
 from bench.kernels.candidates import SIZE, Call, Launch, Problem, describe_launch, launches, make_call, problems
+from bench.kernels.compiling import compiled
 from bench.kernels.figures import LaunchFigures, ProblemFigures, SweepRun
 from bench.kernels.jobs import Values, least_work, make_batch
 from bench.machine import available_cores, describe
 from bench.parser import make_parser
-from bench.record import keep, now, write
-from bench.report.sweep import markdown
+from bench.record import keep, now
+from bench.report.sweep import markdown, summary
 from bench.roofline import measure_rates
 from bench.timing import quartiles, take_turns
 from erniem_fast.kernels import device as kernels_device
@@ -69,25 +73,26 @@ def main(argv: list[str] | None = None) -> int:
     )
     stem = (arguments.output or RESULTS / run.machine.slug) / "sweep-bfloat16"
     try:
-        with compiling(wanted, arguments.tokens, device) as compiled:
+        with compiling(wanted, arguments.tokens, device) as compilations:
             for problem in wanted:
                 if seconds_now() >= end:
                     run.left_out.append(problem.name)
                     continue
-                wait(compiled[problem], timeout=end - seconds_now())
-                run.problems.append(measure(problem, run, device, compiled[problem]))
+                wait(compilations[problem], timeout=end - seconds_now())
+                run.problems.append(measure(problem, run, device, compilations[problem]))
                 keep(run, markdown(run), stem)
                 print(f"{problem.name}: {len(run.problems[-1].launches)} launches", flush=True)
     except KeyboardInterrupt:
         run.interrupted = True
-    write(run, markdown(run), stem)
+    keep(run, markdown(run), stem)
+    print(f"\n{summary(run)}\n{stem}.* hold this, all launches and every round")
     return INTERRUPTED if run.interrupted else 0
 
 
 @contextlib.contextmanager
 def compiling(
     wanted: Sequence[Problem], tokens: int, device: torch.device
-) -> Iterator[dict[Problem, list[Future[str | None]]]]:
+) -> Iterator[dict[Problem, list[Future["Compiled"]]]]:
     """Compiles the launches of all problems in other processes, in order; lends what comes of each.
 
     The processes use no GPU: they compile for its architecture what tensors on the CPU of the same shapes are launched
@@ -107,40 +112,59 @@ def compiling(
         pool.shutdown(wait=False, cancel_futures=True)
 
 
-def compile_launch(arch: str, problem: Problem, tokens: int, launch: Launch) -> str | None:
-    """Why a launch cannot be compiled; None if it is in Triton's cache now."""
-    from bench.kernels.compiling import compiled  # replaces Triton's driver
+class Compiled(NamedTuple):
+    """What comes of a compilation: why it failed, or what the kernels take; they are in Triton's cache then."""
 
-    def run():
-        batch = make_batch(problem.lengths, tokens, torch.device("cpu"))
-        make_call(problem, batch, lambda *shape: torch.empty(shape, dtype=DTYPE))(**launch)
+    failure: str | None
+    takes: str = ""
 
+
+def compile_launch(arch: str, problem: Problem, tokens: int, launch: Launch) -> Compiled:
+    """Compiles a launch for an architecture; replaces Triton's driver in this process."""
+    batch, calls = make_batch(problem.lengths, tokens, torch.device("cpu")), []
     try:
-        compiled(arch, run)
+        compiled(arch, lambda: calls.append(make_call(problem, batch, lambda *shape: torch.empty(shape, dtype=DTYPE))))
+        kernels = compiled(arch, partial(calls[0], **launch))
+        return Compiled(None, "; ".join(takes(arch, kernel) for kernel in kernels))
     except Exception as error:  # whatever Triton's compiler may raise
-        return f"does not compile: {first_line(error)}"
-    return None
+        return Compiled(f"does not compile: {first_line(error)}")
 
 
-def measure(problem: Problem, run: SweepRun, device: torch.device, compiled: Sequence[Future]) -> ProblemFigures:
+def takes(arch: str, kernel) -> str:
+    """The registers of a thread, the bytes of them that go to memory, and a program's shared memory."""
+    figures = of_kernel(arch, kernel)
+    spills = f", {figures['spills']} B spilled" if figures["spills"] else ""
+    return f"{figures['registers']} registers{spills}, {kernel.metadata.shared / 1024:.0f} KiB"
+
+
+def measure(
+    problem: Problem, run: SweepRun, device: torch.device, compilations: Sequence[Future[Compiled]]
+) -> ProblemFigures:
     """The figures of a problem: of each launch whose result is that of the shipped one."""
     torch.manual_seed(0)
     batch = make_batch(problem.lengths, run.tokens, device)
     call = make_call(problem, batch, Values(device, DTYPE, DTYPE))
     candidates = launches(problem, batch, kernels_device.describe(device), DTYPE)
-    failed = [future.result() if future.done() else NOT_COMPILED for future in compiled]
-    checked = check(call, candidates, failed)
+    outcomes = [outcome_of(future) for future in compilations]
+    checked = check(call, candidates, [outcome.failure for outcome in outcomes])
     right = [launch for launch, (_, failure) in zip(candidates, checked, strict=True) if failure is None]
     turns = take_turns([lambda launch=launch: call(**launch) for launch in right], run.rounds, device, warm_up=WARM_UP)
     seconds = [[taken.seconds for taken in each] for each in turns]
     rounds = iter(seconds)
     shipped = seconds[0] if seconds else None
     figures = [
-        launch_figures(launch, next(rounds) if failure is None else [], shipped, difference, failure)
-        for launch, (difference, failure) in zip(candidates, checked, strict=True)
+        launch_figures(launch, outcome.takes, next(rounds) if failure is None else [], shipped, difference, failure)
+        for launch, outcome, (difference, failure) in zip(candidates, outcomes, checked, strict=True)
     ]
     work = least_work(problem.op, SIZE, batch, DTYPE)[problem.step]
     return ProblemFigures(*problem, batch.tokens, **work._asdict(), floor=work.floor(run.rates), launches=figures)
+
+
+def outcome_of(future: Future[Compiled]) -> Compiled:
+    """What has come of a compilation so far; if its process was killed, the launch will compile here."""
+    if not future.done():
+        return Compiled(NOT_COMPILED)
+    return Compiled(None) if future.exception() else future.result()
 
 
 def check(
@@ -180,11 +204,17 @@ def poisoned(call: Call, launch: Launch) -> tuple[Tensor, ...]:
 
 
 def launch_figures(
-    launch: Launch, seconds: list[float], shipped: list[float] | None, difference: float | None, problem: str | None
+    launch: Launch,
+    takes: str,
+    seconds: list[float],
+    shipped: list[float] | None,
+    difference: float | None,
+    problem: str | None,
 ) -> LaunchFigures:
     gains = [base / own for base, own in zip(shipped, seconds, strict=True)] if shipped and seconds else None
     return LaunchFigures(
         launch=describe_launch(launch),
+        takes=takes,
         seconds=quartiles(seconds) if seconds else None,
         gain=quartiles(gains) if gains else None,
         difference=difference,

@@ -16,12 +16,13 @@ def markdown(run: SweepRun) -> str:
         f" takes, both measured here. torch {run.torch}. {run.date[:10]}."
     )
     title = f"### Launches of the kernels in bfloat16 on {run.machine.gpu or run.machine.cpu}"
-    return "\n\n".join([title, method, _summary(run), *_notes(run), *map(_all, run.problems)]) + "\n"
+    return "\n\n".join([title, method, summary(run), *map(_all, run.problems)]) + "\n"
 
 
-def _summary(run):
+def summary(run: SweepRun) -> str:
+    """The best launch of each problem, and what is missing."""
     header = ["problem", "floor us", "shipped us", "floor / shipped", "fastest us", "gain (quartiles)", "fastest"]
-    return table(header, [_best(problem) for problem in run.problems])
+    return "\n\n".join([table(header, [_best(problem) for problem in run.problems]), *_notes(run)])
 
 
 def _best(problem):
@@ -44,15 +45,19 @@ def _notes(run) -> Iterator[str]:
 
 def _all(problem: ProblemFigures) -> str:
     rows = [[_launch(problem, each), *_cells(problem, each)] for each in _timed(problem)]
-    rows += [[_launch(problem, each), "", "", "", each.problem] for each in problem.launches if each.seconds is None]
-    header = ["launch", "microseconds (quartiles)", "floor / time", "gain (quartiles)", "problem"]
+    rows += [
+        [_launch(problem, each), "", "", "", each.takes, each.problem]
+        for each in problem.launches
+        if each.seconds is None
+    ]
+    header = ["launch", "microseconds (quartiles)", "floor / time", "gain (quartiles)", "takes", "problem"]
     return f"#### {_name(problem)}, {problem.tokens:,} tokens, floor {_us(problem.floor)}\n\n{table(header, rows)}"
 
 
 def _cells(problem, launch: LaunchFigures) -> list[str]:
     seconds = launch.seconds
     times = f"{_us(seconds.median)} ({_us(seconds.q1)}-{_us(seconds.q3)})"
-    return [times, f"{problem.floor / seconds.median:.0%}", _gain(launch), ""]
+    return [times, f"{problem.floor / seconds.median:.0%}", _gain(launch), launch.takes, ""]
 
 
 def _launch(problem, launch):

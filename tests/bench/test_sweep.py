@@ -1,6 +1,7 @@
 """The sweep of launch configurations: what it tries, what it refuses, and a run of it in the interpreter."""
 
 import dataclasses
+import re
 from concurrent.futures import Future
 
 import pytest
@@ -112,7 +113,7 @@ def test_without_the_shipped_one_nothing_is_compared():
 
 def done(failure=None):
     future = Future()
-    future.set_result(failure)
+    future.set_result(sweep.Compiled(failure, "128 registers"))
     return future
 
 
@@ -150,7 +151,9 @@ def test_problems_run(op, monkeypatch):
 def test_launches_compile_ahead():
     """For a GPU that is not here, from tensors on the CPU; a tile that is no power of two does not."""
     code = """
-import json, torch
+import json, os
+os.environ["TRITON_INTERPRET"] = "0"
+import torch
 from bench.kernels.candidates import Problem, launches
 from bench.kernels.jobs import make_batch
 from bench.kernels.sweep import compile_launch
@@ -161,17 +164,18 @@ shipped, *_ = launches(problem, make_batch("64", 128, torch.device("cpu")), devi
 wrong = {**shipped, "config": replace(shipped["config"], step=48)}
 print(json.dumps([compile_launch("sm_90", problem, 128, launch) for launch in (shipped, wrong)]))
 """
-    right, wrong = in_process_of_its_own(code)
-    assert right is None
-    assert wrong.startswith("does not compile: ")
+    (failure, takes), (of_wrong, _) = in_process_of_its_own(code)
+    assert failure is None
+    assert re.fullmatch(r"\d+ registers, \d+ KiB", takes)
+    assert of_wrong.startswith("does not compile: ")
 
 
 def test_the_report_has_the_best_and_the_losers(tmp_path):
     def launch(name, microseconds, gain, problem=None):
         if microseconds is None:
-            return LaunchFigures(name, None, None, None, problem, [])
+            return LaunchFigures(name, "", None, None, None, problem, [])
         seconds, gain = (Quartiles(value, value, value) for value in (microseconds * 1e-6, gain))
-        return LaunchFigures(name, seconds, gain, 0.0, None, [microseconds * 1e-6])
+        return LaunchFigures(name, "128 registers", seconds, gain, 0.0, None, [microseconds * 1e-6])
 
     found = [launch("block 64", 40, 1.0), launch("block 128", 50, 0.8), launch("block 32", 25, 1.6)]
     found.append(launch("block 256", None, None, "fails: out of resource"))
@@ -183,6 +187,7 @@ def test_the_report_has_the_best_and_the_losers(tmp_path):
         "attention forward, 512, dropout", "20.0", "40.0", "50%", "25.0", "1.60x (1.60-1.60)", "block 32"
     ]  # fmt: skip
     assert [row[0] for row in cells[5:]] == ["block 32", "**block 64** (shipped)", "block 128", "block 256"]
+    assert cells[5][-1] == "128 registers"
     assert cells[-1][-1] == "fails: out of resource"
     assert "**Left out** for lack of time: bias_gelu forward, 512, dropout." in text
     write(run, text, tmp_path / "sweep-bfloat16")

@@ -13,6 +13,7 @@ COMMANDS = {
     "everything": ("bench.model.everything", "every rival, training, ablations and the breakdown (make bench-all)"),
     "breakdown": ("bench.model.breakdown", "where the time of a forward and of a training step goes, op by op"),
     "kernels": ("bench.kernels.speed", "each op beside PyTorch's ways to do the same work, and beside its floor"),
+    "sweep": ("bench.kernels.sweep", "ways to launch the Triton kernels, timed on a GPU beside the shipped ones"),
     "codegen": ("bench.kernels.codegen", "what the Triton kernels compile to for every architecture, without a GPU"),
     "gpu": ("bench.gpu.steps", "all that needs a GPU: verification, tests, kernels, throughput (make gpu)"),
     "readme": ("bench.report.readme", "rewrites the README's table from the results of this machine (make readme)"),

@@ -61,12 +61,17 @@ def stem_of(run: Run, output: pathlib.Path | None) -> pathlib.Path:
 
 
 def write(result, text: str, stem: pathlib.Path) -> None:
-    """Print the report `text`, and write it as Markdown beside the JSON of `result`, a dataclass."""
+    """Print the report `text`, and keep both."""
+    keep(result, text, stem)
+    print(f"\n{text}\n{stem}.* hold this, every round and, where matplotlib is installed, pictures")
+
+
+def keep(result, text: str, stem: pathlib.Path) -> None:
+    """Write the report `text` as Markdown beside the JSON of `result`, a dataclass."""
     stem.parent.mkdir(parents=True, exist_ok=True)
     encoded = json.dumps(dataclasses.asdict(result), indent=1, ensure_ascii=False)
     stem.with_suffix(".json").write_text(encoded + "\n", encoding="utf-8")
     stem.with_suffix(".md").write_text(text, encoding="utf-8")
-    print(f"\n{text}\n{stem}.* hold this, every round and, where matplotlib is installed, pictures")
 
 
 def read(kind: type, path: pathlib.Path):

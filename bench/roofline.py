@@ -42,9 +42,9 @@ def measure_rates(device: torch.device, dtype: torch.dtype, rounds: int = 10, wa
     size = MATRIX[device.type]
     left, right, product = (torch.randn(size, size, device=device).to(dtype) for _ in range(3))
     calls = [lambda: target.copy_(source), *_products(left, right, product)]
-    copy, *products = take_turns(calls, rounds, device, warm_up=warm_up)
-    fastest = min(quartiles(seconds).median for seconds in products)
-    return Rates(2 * source.numel() / quartiles(copy).median, 2 * size**3 / fastest)
+    taken = take_turns(calls, rounds, device, warm_up=warm_up)
+    copy, *products = (quartiles([each.seconds for each in turns]).median for turns in taken)
+    return Rates(2 * source.numel() / copy, 2 * size**3 / min(products))
 
 
 def _products(left: Tensor, right: Tensor, out: Tensor) -> list[Callable[[], Tensor]]:

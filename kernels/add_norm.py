@@ -70,14 +70,23 @@ def backward_config(device: Device, hidden: int, itemsize: int) -> Config:
 
 
 def forward(
-    residual: Tensor, x: Tensor | None, bias: Tensor | None, norm: Norm, dropout: Dropout | None, save: bool
+    residual: Tensor,
+    x: Tensor | None,
+    bias: Tensor | None,
+    norm: Norm,
+    dropout: Dropout | None,
+    save: bool,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """The result and, for the backward, the layer norm's input (None unless `save`); both `(tokens, hidden)`."""
+    """The result and, for the backward, the layer norm's input (None unless `save`); both `(tokens, hidden)`.
+
+    `config` is the launch, None for that of `forward_config`.
+    """
     tokens, hidden = residual.shape
     out = torch.empty_like(residual, dtype=torch.promote_types(residual.dtype, (residual if x is None else x).dtype))
     z = torch.empty_like(out) if save else None
     device = describe(residual.device)
-    config = forward_config(device, hidden, out.itemsize)
+    config = config or forward_config(device, hidden, out.itemsize)
     programs, rows_per_program = share(tokens, config.rows, config.programs * device.multiprocessors)
     _forward_kernel[(programs,)](
         residual,
@@ -100,17 +109,18 @@ def forward(
 
 
 def backward(
-    grad: Tensor, z: Tensor, norm: NormScale, dropout: Dropout | None
+    grad: Tensor, z: Tensor, norm: NormScale, dropout: Dropout | None, config: Config | None = None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The gradients of residual, x, bias, and the norm's weight and bias.
 
-    Without dropout, x has the same gradient as the residual, and an empty tensor is returned for it.
+    Without dropout, x has the same gradient as the residual, and an empty tensor is returned for it. `config` is the
+    launch, None for that of `backward_config`.
     """
     tokens, hidden = z.shape
     grad_z = torch.empty_like(z)
     grad_x = None if dropout is None else torch.empty_like(z)
     device = describe(z.device)
-    config = backward_config(device, hidden, z.itemsize)
+    config = config or backward_config(device, hidden, z.itemsize)
     programs, rows_per_program = share(tokens, config.rows, config.programs * device.multiprocessors)
     partials = torch.empty(3, programs, hidden, dtype=torch.float32, device=z.device)
     _backward_kernel[(programs,)](

@@ -33,9 +33,14 @@ LOG2_E = tl.constexpr(log2(e))
 
 
 def forward(
-    qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None
+    qkv: Tensor,
+    sequences: Sequences,
+    heads: int,
+    scale: float,
+    dropout: Dropout | None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Attention as `ops.attention` defines it.
+    """Attention as `ops.attention` defines it; launched by `config`, None for that of `forward_config`.
 
     Returns:
         The result, `(tokens, heads · head_dim)`; and `statistics`, float32 `(heads, tokens, 2)`: the largest score of
@@ -45,7 +50,7 @@ def forward(
     out = qkv.new_empty(tokens, heads * head_dim)
     statistics = torch.empty(heads, tokens, 2, dtype=torch.float32, device=qkv.device)
     arch = describe(qkv.device).arch
-    config = forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None)
+    config = config or forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None)
     blocks = triton.cdiv(sequences.max_seqlen, config.block)
     if tokens:
         _forward_kernel[(sequences.longest_first.shape[0] * blocks * heads,)](
@@ -72,18 +77,23 @@ def backward(
     scale: float,
     dropout: Dropout | None,
     one_pass: bool | None = None,
+    config: Config | None = None,
 ) -> Tensor:
-    """The gradient of `qkv`; `one_pass` is the design, None for the one that `takes_one_pass` chooses."""
+    """The gradient of `qkv`.
+
+    `one_pass` is the design, None for the one that `takes_one_pass` chooses; `config` goes with a design, None for that
+    of `one_pass_config` or `backward_config`.
+    """
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     grad_qkv = torch.empty_like(qkv)
     if not tokens:
         return grad_qkv
     device, pairs = describe(qkv.device), sequences.longest_first.shape[0] * heads
     case = (device.arch, qkv.dtype, head_dim, sequences.max_seqlen)
-    config = one_pass_config(*case)
+    single = one_pass_config(*case)
     if one_pass is None:
-        one_pass = takes_one_pass(config, pairs, sequences.max_seqlen, dropout is not None, device)
-    config = config if one_pass else backward_config(*case)
+        one_pass = takes_one_pass(single, pairs, sequences.max_seqlen, dropout is not None, device)
+    config = config or (single if one_pass else backward_config(*case))
     blocks = triton.cdiv(sequences.max_seqlen, config.block)
     shared = (qkv, *_pointers(sequences, dropout), grad_qkv, tokens)
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))

@@ -51,12 +51,14 @@ def backward_config(lanes: int, features: int, itemsize: int) -> Config:
     return Config.for_tile(lanes, features, itemsize, elements=16, programs=4)
 
 
-def forward(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:
-    """`(tokens, features)` in the dtype of x."""
+def forward(
+    x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None, config: Config | None = None
+) -> Tensor:
+    """`(tokens, features)` in the dtype of x; launched by `config`, None for that of `forward_config`."""
     tokens, features = x.shape
     out = torch.empty_like(x)
     device = describe(x.device)
-    config = forward_config(device.lanes, features, x.itemsize)
+    config = config or forward_config(device.lanes, features, x.itemsize)
     programs, rows_per_program = _share(tokens, features, config, device)
     _forward_kernel[(programs * triton.cdiv(features, config.block),)](
         x,
@@ -76,13 +78,18 @@ def forward(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | 
 
 
 def backward(
-    grad: Tensor, x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None
+    grad: Tensor,
+    x: Tensor,
+    bias: Tensor | None,
+    activation: str,
+    dropout: Dropout | None,
+    config: Config | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and bias; that of the bias is empty if there is none."""
+    """The gradients of x and bias, empty if there is none; launched by `config`, None for that of `backward_config`."""
     tokens, features = x.shape
     grad_x = torch.empty_like(x)
     device = describe(x.device)
-    config = backward_config(device.lanes, features, x.itemsize)
+    config = config or backward_config(device.lanes, features, x.itemsize)
     programs, rows_per_program = _share(tokens, features, config, device)
     partials = None if bias is None else torch.empty(programs, features, dtype=torch.float32, device=x.device)
     _backward_kernel[(programs * triton.cdiv(features, config.block),)](

@@ -72,6 +72,9 @@ def parts(results: pathlib.Path) -> dict[str, list[Step]]:
         "kernels": [
             Step("bench of the kernels", ["-m", "bench", "kernels", *device, "--budget", "360", *output], BENCH),
         ],
+        "sweep": [
+            Step("sweep of launches", ["-m", "bench", "sweep", "--budget", "150", *output], ("psutil",), limit=200),
+        ],
         "model": [
             Step("bench of the model", [*model, "--batch-size", "256", "1", *lengths, *output], plotted),
             Step("bench of training", [*model, "--train", "--batch-size", "64", *lengths, *output], plotted),

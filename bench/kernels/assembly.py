@@ -7,6 +7,13 @@ from pathlib import Path
 
 import triton
 
+from erniem_fast.kernels.device import is_amd
+
+
+def of_kernel(arch: str, kernel) -> dict[str, int | str]:
+    """A row's figures of a kernel that Triton has compiled for an architecture."""
+    return of_amdgcn(kernel.asm["amdgcn"]) if is_amd(arch) else of_ptx(kernel.asm["ptx"], kernel.asm["cubin"])
+
 
 def of_ptx(ptx: str, cubin: bytes) -> dict[str, int | str]:
     """A row's figures of what was compiled for one of NVIDIA's."""

@@ -19,7 +19,7 @@ import torch
 import triton
 
 from bench import RESULTS
-from bench.kernels.assembly import of_amdgcn, of_ptx
+from bench.kernels.assembly import of_kernel
 from bench.kernels.compiling import ARCHITECTURES, compiled
 from bench.kernels.launches import is_tabled, launches
 from bench.parser import make_parser
@@ -117,7 +117,7 @@ def row(arch: str, op: str, dtype: torch.dtype, size: int, dropout: bool, kernel
         arch=arch,
         warps=kernel.metadata.num_warps,
         shared=kernel.metadata.shared,
-        **(of_amdgcn(kernel.asm["amdgcn"]) if device.is_amd(arch) else of_ptx(kernel.asm["ptx"], kernel.asm["cubin"])),
+        **of_kernel(arch, kernel),
     )
 
 

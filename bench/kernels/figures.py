@@ -26,11 +26,12 @@ class StepFigures:
         step: "inference", "forward" or "backward".
         contender: its name.
         bytes, flops, floor: the least work of the step, and the seconds that it takes at the least.
-        seconds: by round; None where the contender was refused.
+        seconds: over the rounds; None where the contender was refused.
         speedup: its seconds over ours, paired round by round.
-        difference: largest difference of its results from ours; None where it failed.
+        difference: of its results from those in float64, see `row_error`; None where it failed.
         problem: why it was refused.
         rounds: seconds of each round.
+        host: the host's seconds on a GPU, where `seconds` are the kernels' own; None on a CPU.
     """
 
     op: str
@@ -47,6 +48,7 @@ class StepFigures:
     difference: float | None
     problem: str | None
     rounds: list[float]
+    host: Quartiles | None = None
 
 
 @dataclasses.dataclass
@@ -65,5 +67,71 @@ class KernelRun:
     implementations: dict[str, str]
     rates: Rates
     results: list[StepFigures]
+    left_out: list[str]
+    interrupted: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class LaunchFigures:
+    """One way to launch a kernel.
+
+    Attributes:
+        launch: the configuration in words.
+        takes: what its kernels take of a multiprocessor, in words; empty where that is not known.
+        seconds: over the rounds; None where it was not timed.
+        gain: the shipped one's seconds over its own, paired round by round.
+        difference: of its results from the shipped one's, see `row_error`.
+        problem: why it was not timed.
+        rounds: seconds of each round.
+    """
+
+    launch: str
+    takes: str
+    seconds: Quartiles | None
+    gain: Quartiles | None
+    difference: float | None
+    problem: str | None
+    rounds: list[float]
+
+
+@dataclasses.dataclass(frozen=True)
+class ProblemFigures:
+    """The launches of a problem.
+
+    Attributes:
+        op, step, lengths, dropout: as in `candidates.Problem`.
+        tokens: their number.
+        bytes, flops, floor: the least work, and the seconds that it takes at the least.
+        launches: the shipped one first.
+    """
+
+    op: str
+    step: str
+    lengths: str
+    dropout: bool
+    tokens: int
+    bytes: int
+    flops: int
+    floor: float
+    launches: list[LaunchFigures]
+
+
+@dataclasses.dataclass
+class SweepRun:
+    """Launches in turn, problem after problem.
+
+    Attributes:
+        tokens: how many were asked for.
+        left_out: names of problems for which there was no time.
+        interrupted: by Ctrl-C.
+    """
+
+    date: str
+    machine: Machine
+    torch: str
+    rounds: int
+    tokens: int
+    rates: Rates
+    problems: list[ProblemFigures]
     left_out: list[str]
     interrupted: bool

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -19,7 +20,16 @@ from erniem_fast.ops.choose import choose
 from erniem_fast.reference import Norm
 
 P, EPS, PADDING = 0.1, 1e-12, 1
-OURS = "erniem_fast"
+OURS, EAGER = "erniem_fast", "torch eager"
+
+# How many rows of a token an op reads and writes in each step, and how many matrix products of all pairs it takes.
+ROWS = {
+    "embeddings": {"inference": 2, "forward": 3, "backward": 3},
+    "attention": {"inference": 4, "forward": 4, "backward": 8},
+    "bias_gelu": {"inference": 2, "forward": 2, "backward": 3},
+    "add_norm": {"inference": 3, "forward": 4, "backward": 4},
+}
+PRODUCTS = {"attention": {"inference": 2, "forward": 2, "backward": 5}}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +62,7 @@ class Job:
         tokens: real tokens.
         work: the least work of each step.
         contenders: ours first.
+        exact: makes the contender that computes in float64 from the same values, to compare the others with.
     """
 
     op: str
@@ -60,6 +71,7 @@ class Job:
     tokens: int
     work: dict[str, Work]
     contenders: list[Contender]
+    exact: Callable[[], Contender]
 
     @property
     def name(self) -> str:
@@ -77,19 +89,41 @@ def make_job(
         dtype, device: of the tensors.
         compiled: whether torch.compile takes part, which takes seconds to start.
     """
-    torch.manual_seed(0)
     torch.compiler.reset()
-    settings = SIZES[size]
-    batch = _batch(lengths, tokens, device)
-    work, contenders = MAKERS[op](settings, batch, dtype)
+    batch = make_batch(lengths, tokens, device)
+
+    def make(computed):
+        torch.manual_seed(0)
+        return MAKERS[op](SIZES[size], batch, Values(device, dtype, computed))
+
+    def exact():
+        return _eager(make(torch.float64))
+
+    contenders = make(dtype)
     if compiled:
-        eager = next(each for each in contenders if each.name == "torch eager")
+        eager = _eager(contenders)
         fast = torch.compile(eager.forward, dynamic=False)
         contenders.append(dataclasses.replace(eager, name="torch.compile", forward=fast))
-    return Job(op, size, lengths, batch.tokens, work, contenders)
+    work = least_work(op, size, batch, dtype)
+    return Job(op, size, lengths, batch.tokens, work, contenders, exact)
 
 
-def _batch(lengths, tokens, device):
+def least_work(op: str, size: str, batch: TokenBatch, dtype: torch.dtype) -> dict[str, Work]:
+    """The least work of each step: rows of tokens that an op reads and writes, and attention's products."""
+    settings = SIZES[size]
+    features = settings["intermediate_size" if op == "bias_gelu" else "hidden_size"]
+    row = batch.tokens * features * dtype.itemsize
+    product = 2 * batch.sequences.cu_seqlens.diff().long().square().sum().item() * features
+    rows, products = ROWS[op], PRODUCTS.get(op, {})
+    return {step: Work(rows[step] * row, products.get(step, 0) * product) for step in rows}
+
+
+def _eager(contenders):
+    return next(each for each in contenders if each.name == EAGER)
+
+
+def make_batch(lengths: str, tokens: int, device: torch.device) -> TokenBatch:
+    """About so many tokens in sequences of one length, or of `lengths` "ragged"."""
     if lengths == "ragged":
         rows = max(1, tokens // 256)
         spec = Spec(rows, "modernbert", rows=rows, rounds=1)
@@ -101,26 +135,32 @@ def _batch(lengths, tokens, device):
     return TokenBatch.from_mask(mask, keep_first=False)
 
 
-def _random(device, dtype):
-    return lambda *shape: torch.randn(shape, device=device).to(dtype)
+class Values(NamedTuple):
+    """Random values: numbers of `dtype`, in tensors of the dtype that is computed with."""
+
+    device: torch.device
+    dtype: torch.dtype
+    computed: torch.dtype
+
+    def __call__(self, *shape: int) -> Tensor:
+        return torch.randn(shape, device=self.device).to(self.dtype).to(self.computed)
 
 
-def _dropout(batch: TokenBatch, p: float) -> Dropout | None:
+def dropout_of(batch: TokenBatch, p: float) -> Dropout | None:
     return batch.dropout(p, torch.tensor([42], device=batch.columns.device)) if p else None
 
 
-def _attention(settings, batch, dtype):
+def _attention(settings, batch, random):
     heads, hidden = settings["num_attention_heads"], settings["hidden_size"]
     head_dim = hidden // heads
-    device, (rows, columns) = batch.columns.device, batch.grid
-    random = _random(device, dtype)
+    rows, columns = batch.grid
     qkv, grad = random(batch.tokens, 3 * hidden), random(batch.tokens, hidden)
     padded, padded_grad = batch.unpack(qkv).contiguous(), batch.unpack(grad).contiguous()
     full = batch.tokens == rows * columns
     mask = None if full else batch.unpack(torch.ones_like(batch.columns, dtype=torch.bool))[:, None, None, :]
 
     def ours(p):
-        return ops.attention(qkv, batch, heads, head_dim**-0.5, _dropout(batch, p))
+        return ops.attention(qkv, batch, heads, head_dim**-0.5, dropout_of(batch, p))
 
     def heads_of_grid():
         return padded.view(rows, columns, 3, heads, head_dim).permute(2, 0, 3, 1, 4)
@@ -128,24 +168,20 @@ def _attention(settings, batch, dtype):
     def eager(p):
         query, key, value = heads_of_grid()
         scores = query @ key.transpose(-1, -2) * head_dim**-0.5
-        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(dtype).min)
+        scores = scores if mask is None else scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
         return (F.dropout(scores.softmax(-1), p) @ value).transpose(1, 2).flatten(2)
 
     def sdpa(p):
         out = F.scaled_dot_product_attention(*heads_of_grid(), attn_mask=mask, dropout_p=p)
         return out.transpose(1, 2).flatten(2)
 
-    contenders = [
+    return [
         Contender(OURS, ours, (qkv,), grad),
-        Contender("torch eager", eager, (padded,), padded_grad, batch.pack),
+        Contender(EAGER, eager, (padded,), padded_grad, batch.pack),
         Contender("torch SDPA", sdpa, (padded,), padded_grad, batch.pack),
         *_varlen(qkv, grad, batch, heads, head_dim),
         *_designs_of_the_backward(qkv, grad, batch, heads, head_dim),
     ]
-    row = batch.tokens * hidden * dtype.itemsize
-    product = 2 * batch.sequences.cu_seqlens.diff().long().square().sum().item() * hidden
-    forward = Work(4 * row, 2 * product)
-    return {"inference": forward, "forward": forward, "backward": Work(8 * row, 5 * product)}, contenders
 
 
 def _varlen(qkv, grad, batch, heads, head_dim):
@@ -166,7 +202,7 @@ def _varlen(qkv, grad, batch, heads, head_dim):
 
 def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
     """Triton's kernels with each design of the backward, so that the report shows which one is faster."""
-    if choose("attention", qkv.device, qkv.dtype) != "triton":
+    if qkv.dtype == torch.float64 or choose("attention", qkv.device, qkv.dtype) != "triton":
         return
     from erniem_fast.kernels import attention
     from erniem_fast.kernels.device import describe
@@ -174,7 +210,7 @@ def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
     class Attention(torch.autograd.Function):
         @staticmethod
         def forward(ctx, qkv, p, one_pass):
-            ctx.case, ctx.one_pass = (batch.sequences, heads, head_dim**-0.5, _dropout(batch, p)), one_pass
+            ctx.case, ctx.one_pass = (batch.sequences, heads, head_dim**-0.5, dropout_of(batch, p)), one_pass
             out, statistics = attention.forward(qkv, *ctx.case)
             ctx.save_for_backward(out, statistics, qkv)
             return out
@@ -192,61 +228,52 @@ def _designs_of_the_backward(qkv, grad, batch, heads, head_dim):
         yield Contender(f"erniem_fast, backward in {name}", forward, (qkv,), grad, steps=("backward",))
 
 
-def _bias_gelu(settings, batch, dtype):
-    random = _random(batch.columns.device, dtype)
+def _bias_gelu(settings, batch, random):
     features = settings["intermediate_size"]
     x, bias, grad = random(batch.tokens, features), random(features), random(batch.tokens, features)
 
     def ours(p):
-        return ops.bias_gelu(Product(x, bias), "gelu", _dropout(batch, p))
+        return ops.bias_gelu(Product(x, bias), "gelu", dropout_of(batch, p))
 
     def eager(p):
         return F.dropout(F.gelu(x + bias), p)
 
-    contenders = [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), ("torch eager", eager))]
-    row = batch.tokens * features * dtype.itemsize
-    return {"inference": Work(2 * row), "forward": Work(2 * row), "backward": Work(3 * row)}, contenders
+    return [Contender(name, call, (x, bias), grad) for name, call in ((OURS, ours), (EAGER, eager))]
 
 
-def _add_norm(settings, batch, dtype):
-    random = _random(batch.columns.device, dtype)
+def _add_norm(settings, batch, random):
     hidden = settings["hidden_size"]
     residual, x, grad = (random(batch.tokens, hidden) for _ in range(3))
     bias, weight, norm_bias = (random(hidden) for _ in range(3))
 
     def ours(p):
-        return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), _dropout(batch, p))
+        return ops.add_norm(residual, Product(x, bias), Norm(weight, norm_bias, EPS), dropout_of(batch, p))
 
     def eager(p):
         return F.layer_norm(residual + F.dropout(x + bias, p), (hidden,), weight, norm_bias, EPS)
 
     leaves = (x, residual, bias, weight, norm_bias)
-    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
-    row = batch.tokens * hidden * dtype.itemsize
-    return {"inference": Work(3 * row), "forward": Work(4 * row), "backward": Work(4 * row)}, contenders
+    return [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
 
 
-def _embeddings(settings, batch, dtype, words=250_002, max_positions=514):
+def _embeddings(settings, batch, random, words=250_002, max_positions=514):
     """The word table's gradient is sparse: a dense one costs as much as writing the table, in any implementation."""
-    device, hidden = batch.columns.device, settings["hidden_size"]
-    random = _random(device, dtype)
+    hidden = settings["hidden_size"]
     word_table, position_table = random(words, hidden), random(max_positions, hidden)
     weight, norm_bias, grad = random(hidden), random(hidden), random(batch.tokens, hidden)
-    ids, positions = torch.randint(3, words, (batch.tokens,), device=device), batch.columns + 2
+    ids, positions = torch.randint(3, words, (batch.tokens,), device=random.device), batch.columns + 2
 
     def ours(p):
         norm, tables = Norm(weight, norm_bias, EPS), (word_table, position_table)
-        return ops.embeddings(ids, positions, *tables, norm, PADDING, _dropout(batch, p), sparse=True)
+        return ops.embeddings(ids, positions, *tables, norm, PADDING, dropout_of(batch, p), sparse=True)
 
     def eager(p):
         words = F.embedding(ids, word_table, PADDING, sparse=True)
         rows = words + F.embedding(positions, position_table, PADDING)
         return F.dropout(F.layer_norm(rows, (hidden,), weight, norm_bias, EPS), p)
 
-    leaves = (weight, norm_bias, position_table, word_table)
-    contenders = [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), ("torch eager", eager))]
-    row = batch.tokens * hidden * dtype.itemsize
-    return {"inference": Work(2 * row), "forward": Work(3 * row), "backward": Work(3 * row)}, contenders
+    leaves = (word_table, position_table, weight, norm_bias)
+    return [Contender(name, call, leaves, grad) for name, call in ((OURS, ours), (EAGER, eager))]
 
 
 MAKERS = {

@@ -29,7 +29,7 @@ from bench.parser import make_parser
 from bench.record import begin, stem_of, write
 from bench.report.breakdown import markdown, plot
 from bench.roofline import Rates, measure_rates
-from bench.timing import seconds_of
+from bench.timing import time_call
 from erniem_fast import ErnieMModel, ops
 from erniem_fast.matmul.libraries import LIBRARIES
 
@@ -123,9 +123,9 @@ def measure(step: Callable[[], object], name: str, dtype: torch.dtype) -> list[R
     """SPEC.rounds of a step, after one that warms up; what no op accounts for is REST."""
     taken = []
     for repeat in tqdm(range(SPEC.rounds + 1), desc=f"breakdown, {name}", unit="step", disable=None):
-        rates, seconds = measure_rates(CPU, dtype, rounds=1, warm_up=0), seconds_of(step, CPU)
+        rates, seconds = measure_rates(CPU, dtype, rounds=1, warm_up=0), time_call(step, CPU).seconds
         with _labelled_ops(), profile(activities=[ProfilerActivity.CPU]) as profiler:
-            total = seconds_of(step, CPU)
+            total = time_call(step, CPU).seconds
         if repeat:
             ops_seconds = by_op(profiler.events())
             ops_seconds[REST] = total - sum(ops_seconds.values())

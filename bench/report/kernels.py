@@ -6,6 +6,8 @@ from collections.abc import Iterator
 from bench.kernels.figures import KernelRun, StepFigures
 from bench.report.parts import COLOURS, table
 
+HOST = 4  # the column of the host's time, which only a GPU has
+
 
 def title(run: KernelRun) -> str:
     return f"The ops in {run.settings.dtype} on {run.machine.gpu or run.machine.cpu}"
@@ -15,9 +17,9 @@ def markdown(run: KernelRun) -> str:
     """The whole report: what ran, the table, and in words what lost or failed."""
     rates, settings = run.rates, run.settings
     method = (
-        f"Medians and quartiles of {settings.rounds} rounds, contenders in turn, results compared first; ratios are"
-        f" taken round by round. A floor is what a copy at {rates.bytes_per_second / 1e9:,.0f} GB/s or a matrix"
-        f" product at {rates.flops_per_second / 1e12:,.2f} TFLOP/s takes, both measured here. torch"
+        f"Medians and quartiles of {settings.rounds} rounds, contenders in turn, results compared with float64 first;"
+        f" ratios are taken round by round. A floor is what a copy at {rates.bytes_per_second / 1e9:,.0f} GB/s or a"
+        f" matrix product at {rates.flops_per_second / 1e12:,.2f} TFLOP/s takes, both measured here. torch"
         f" {settings.torch}. {run.date[:10]}."
     )
     ours = ", ".join(f"{op} by {name}" for op, name in run.implementations.items())
@@ -27,12 +29,14 @@ def markdown(run: KernelRun) -> str:
 
 
 def _results(run):
-    header = ["op", "step", "who", "microseconds (quartiles)", "floor / time", "time / ours"]
+    header = ["op", "step", "who", "microseconds (quartiles)", "host us", "floor / time", "time / ours"]
     rows, before = [], None
     for result in run.results:
         job = f"{result.op}, {result.size}, {result.lengths}, {result.tokens:,} tokens"
         rows.append([job if job != before else "", *_cells(result)])
         before = job
+    if not any(result.host for result in run.results):  # on a CPU
+        header, *rows = (row[:HOST] + row[HOST + 1 :] for row in (header, *rows))
     return table(header, rows)
 
 
@@ -40,12 +44,13 @@ def _cells(result: StepFigures) -> list[str]:
     seconds, speedup = result.seconds, result.speedup
     step = f"{result.step} (floor {result.floor * 1e6:,.1f})"
     if seconds is None:
-        return [step, result.contender, "not measured", "", ""]
+        return [step, result.contender, "not measured", "", "", ""]
     median, q1, q3 = (f"{value * 1e6:,.1f}" for value in (seconds.median, seconds.q1, seconds.q3))
     return [
         step,
         result.contender,
         f"{median} ({q1}-{q3})",
+        f"{result.host.median * 1e6:,.0f}" if result.host else "",
         f"{result.floor / seconds.median:.0%}",
         f"{speedup.median:.2f}x" if speedup else "",
     ]

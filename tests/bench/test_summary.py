@@ -5,7 +5,7 @@ import pytest
 import torch
 from runs import OURS_NAMES, measured
 
-from bench.difference import difference
+from bench.difference import difference, row_error
 from bench.model.figures import Latency
 from bench.model.summary import summarise
 from bench.timing import Quartiles
@@ -48,3 +48,12 @@ def test_difference_is_relative_to_the_root_mean_square():
     reference = torch.tensor([[3.0, -4.0]])
     assert difference(torch.tensor([[3.0, -3.0]]), reference) == pytest.approx(1 / np.sqrt(12.5))
     assert difference(reference[:, :1], reference) == float("inf")
+
+
+def test_the_error_of_a_row_is_relative_to_it_unless_it_is_small():
+    exact = torch.tensor([[3.0, 4.0], [30.0, 40.0], [0.0, 0.0]])
+    size = 5 * (101 / 6) ** 0.5  # the root mean square of all
+    assert row_error(exact + torch.tensor([0.0, 1.0]), exact) == pytest.approx(0.5**0.5 / size)
+    assert row_error(exact * torch.tensor([[1.0], [1.1], [1.0]]), exact) == pytest.approx(0.1)
+    assert row_error(exact[:, :1], exact) == float("inf")
+    assert np.isnan(row_error(exact * float("nan"), exact))

@@ -30,7 +30,7 @@ constexpr int N = Thread::piece;
 struct Gelu {
   static float value(float x) {
     const float size = fabsf(x);
-    return 0.5f * (x + size) - (size > 20.0f ? 20.0f : size) * normal(x).tail;
+    return 0.5f * x + 0.5f * size - (size > 20.0f ? 20.0f : size) * normal(x).tail;
   }
   static float slope(float x) {
     const Normal at = normal(x);
@@ -43,7 +43,7 @@ struct GeluTanh {
   static float power(float x) { return exponential(-1.59576912f * fabsf(x + 0.044715f * x * x * x)); }
   static float value(float x) {
     const float size = fabsf(x), tail = power(x);
-    return 0.5f * (x + size) - (size > 20.0f ? 20.0f : size) * (tail / (1.0f + tail));
+    return 0.5f * x + 0.5f * size - (size > 20.0f ? 20.0f : size) * (tail / (1.0f + tail));
   }
   static float slope(float x) {
     const float tail = power(x), whole = 1.0f + tail;

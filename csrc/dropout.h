@@ -100,8 +100,8 @@ HOST_DEVICE Words<N> draw(uint64_t seed, uint32_t group, uint32_t column, uint32
 template <typename Op, int N>
 HOST_DEVICE void drop(const Op& op, int64_t token, int piece, Piece<N>& values) {
   if (op.seed == nullptr) return;
-  const uint32_t column = uint32_t(op.columns[token]), sequence = uint32_t(op.sequence_ids[token]);
-  const Words<N> words = draw<N>(uint64_t(*op.seed), uint32_t(piece * (N / 4)), column, sequence, 0);
+  const uint32_t column = uint32_t(read(op.columns + token)), sequence = uint32_t(read(op.sequence_ids + token));
+  const Words<N> words = draw<N>(uint64_t(read(op.seed)), uint32_t(piece * (N / 4)), column, sequence, 0);
   const uint32_t threshold = uint32_t(op.threshold);
   const float rescale = float(op.rescale);
   for (int i = 0; i < N; ++i) values.x[i] = words.w[i] >= threshold ? values.x[i] * rescale : 0.0f;

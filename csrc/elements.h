@@ -36,6 +36,24 @@ HOST_DEVICE float as_float(uint32_t bits) {
   return x;
 }
 
+// Reads what no kernel of the launch writes, so that the load need not wait for stores that come before it.
+template <typename T>
+HOST_DEVICE T read(const T* from) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) % sizeof(uint4) == 0) {
+    uint4 parts[sizeof(T) / sizeof(uint4)];
+    for (int i = 0; i < int(sizeof(T) / sizeof(uint4)); ++i) parts[i] = __ldg(reinterpret_cast<const uint4*>(from) + i);
+    T value;
+    memcpy(&value, parts, sizeof value);
+    return value;
+  } else {
+    return __ldg(from);
+  }
+#else
+  return *from;
+#endif
+}
+
 HOST_DEVICE float to_float(float x) { return x; }
 
 HOST_DEVICE float to_float(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
@@ -57,9 +75,13 @@ HOST_DEVICE void from_float(float x, float& to) { to = x; }
 
 // The conversions to 16 bits round to nearest, ties to even.
 HOST_DEVICE void from_float(float x, BFloat16& to) {
+#ifdef __CUDA_ARCH__
+  to.bits = __bfloat16_as_ushort(__float2bfloat16_rn(x));
+#else
   const uint32_t bits = as_bits(x);
   const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
   to.bits = uint16_t((bits & 0x7fffffff) > 0x7f800000 ? 0x7fc0 : rounded);
+#endif
 }
 
 HOST_DEVICE void from_float(float x, Half& to) {

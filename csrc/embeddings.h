@@ -58,10 +58,9 @@ HOST_DEVICE const T* table_row(const void* table, int64_t row, int64_t rows, int
 }
 
 // out[token] = dropout(LN(word_table[id] + position_table[position])). A token whose id or position is outside of its
-// table gets NaN, so that nothing is read outside and the error shows. `row` is scratch for one row.
-template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token,
-                                        Piece<Lanes::piece>* row) {
+// table gets NaN, so that nothing is read outside and the error shows. `row` is scratch.
+template <typename T, typename Lanes, typename Row>
+HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token, Row& row) {
   constexpr int N = Lanes::piece;
   const T* word = table_row<T>(op.word_table, op.ids[token], op.words, op.hidden);
   const T* position = table_row<T>(op.position_table, op.positions[token], op.max_positions, op.hidden);
@@ -69,18 +68,22 @@ HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForw
   T* z = op.z == nullptr ? nullptr : static_cast<T*>(op.z) + token * op.hidden;
   T* out = static_cast<T*>(op.out) + token * op.hidden;
 
-  for_pieces(lanes, op.hidden, [&](int piece, auto count) {
-    Piece<N> sum = {};
-    if (found) {
-      sum = load<Lanes>(word + piece * N, count);
+  // All of the row is loaded before anything is stored, so that its loads are in flight together.
+  if (found) {
+    for_pieces(lanes, op.hidden, [&](int piece, auto count) {
+      Piece<N> sum = load<Lanes>(word + piece * N, count);
       const Piece<N> other = load<Lanes>(position + piece * N, count);
       for (int i = 0; i < N; ++i) sum.x[i] += other.x[i];
-    } else {
-      for (int i = 0; i < N; ++i) sum.x[i] = NAN;
-    }
-    row[piece] = sum;
-    if (z != nullptr) store<Lanes>(z + piece * N, sum, count);
-  });
+      row[piece] = sum;
+    });
+  } else {
+    for_pieces(lanes, op.hidden, [&](int piece, auto) {
+      for (int i = 0; i < N; ++i) row[piece].x[i] = NAN;
+    });
+  }
+  if (z != nullptr) {
+    for_pieces(lanes, op.hidden, [&](int piece, auto count) { store<Lanes>(z + piece * N, row[piece], count); });
+  }
   const float rstd = centre(lanes, op.hidden, op.eps, row);
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {
     const Piece<N> weight = load<Lanes>(op.weight + piece * N, count);
@@ -93,11 +96,10 @@ HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForw
 }
 
 // The gradient of a token's z; adds the token's share to the gradients of weight and norm_bias. `row` and `grad_y` are
-// scratch for one row each.
-template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token,
-                                         Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,
-                                         Piece<Lanes::piece>* grad_weight, Piece<Lanes::piece>* grad_norm_bias) {
+// scratch.
+template <typename T, typename Lanes, typename Row>
+HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBackward& op, int64_t token, Row& row,
+                                         Row& grad_y, Row& grad_weight, Row& grad_norm_bias) {
   constexpr int N = Lanes::piece;
   const T* z = static_cast<const T*>(op.z) + token * op.hidden;
   const T* grad = static_cast<const T*>(op.grad) + token * op.hidden;
@@ -113,19 +115,16 @@ HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBac
   });
 }
 
-// The backward of a chunk's tokens, one after another. `scratch` holds four rows.
-template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk,
-                                           Piece<Lanes::piece>* scratch) {
+// The backward of a chunk's tokens, one after another. The four rows are scratch.
+template <typename T, typename Lanes, typename Row>
+HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsBackward& op, int64_t chunk, Row& row,
+                                           Row& grad_y, Row& grad_weight, Row& grad_norm_bias) {
   constexpr int N = Lanes::piece;
-  const int pieces = pieces_of(op.hidden, N);
-  Piece<N>* grad_weight = scratch + 2 * pieces;
-  Piece<N>* grad_norm_bias = scratch + 3 * pieces;
   for_pieces(lanes, op.hidden, [&](int piece, auto) { grad_weight[piece] = grad_norm_bias[piece] = {}; });
 
   const int64_t begin = chunk * op.tokens_per_chunk, end = begin + op.tokens_per_chunk;
   for (int64_t token = begin; token < end && token < op.tokens; ++token) {
-    embeddings_backward_row<T>(lanes, op, token, scratch, scratch + pieces, grad_weight, grad_norm_bias);
+    embeddings_backward_row<T>(lanes, op, token, row, grad_y, grad_weight, grad_norm_bias);
   }
   float* grad_norm = op.grad_norm + chunk * 2 * op.hidden;
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {

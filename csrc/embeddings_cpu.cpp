@@ -17,10 +17,13 @@ extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype
 
 extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dtype, ParallelFor run) {
   const int64_t work = op->tokens_per_chunk * op->hidden;
+  const int pieces = pieces_of(op->hidden, Thread::piece);
   return error_of([&] {
     with_dtype(dtype, [&](auto element) {
       parallel_rows(run, chunks_of(*op), work, op->hidden, 4, [&](int64_t chunk, auto* scratch) {
-        embeddings_backward_chunk<decltype(element)>(Thread(), *op, chunk, scratch);
+        auto *grad_y = scratch + pieces, *grad_weight = grad_y + pieces, *grad_norm_bias = grad_weight + pieces;
+        embeddings_backward_chunk<decltype(element)>(Thread(), *op, chunk, scratch, grad_y, grad_weight,
+                                                     grad_norm_bias);
       });
     });
   });

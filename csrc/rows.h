@@ -3,6 +3,8 @@
 // A row is the work of `lanes.count` lanes; each takes every count-th piece of `Lanes::piece` neighbouring elements.
 // On a GPU the lanes are the threads of a warp, and one or two accesses of 16 bytes move a piece. On a CPU there is one
 // lane with long pieces, so that the compiler vectorises the loops over them. Arithmetic is in float32.
+//
+// Between passes a row is kept in a `Row`: something that gives the piece with an index, for those of the lane at least.
 #pragma once
 
 #include <cmath>
@@ -34,7 +36,7 @@ HOST_DEVICE Piece<Lanes::piece> load(const T* from, Count count) {
   constexpr int N = Lanes::piece;
   Piece<N> piece = {};
   if constexpr (Lanes::aligned) {
-    const auto packed = *reinterpret_cast<const Packed<T, N>*>(from);
+    const Packed<T, N> packed = read(reinterpret_cast<const Packed<T, N>*>(from));
     for (int i = 0; i < N; ++i) piece.x[i] = to_float(packed.x[i]);
   } else {
     for (int i = 0; i < count; ++i) piece.x[i] = to_float(from[i]);
@@ -57,9 +59,15 @@ HOST_DEVICE void store(T* to, const Piece<Lanes::piece>& piece, Count count) {
 HOST_DEVICE int pieces_of(int64_t hidden, int piece) { return int((hidden + piece - 1) / piece); }
 
 // Calls `body(piece, count)` for each of the lane's pieces; only the last piece of a row can have less than N elements.
+// `Lanes::held` is their number where it is known to the compiler, otherwise 0.
 template <typename Lanes, typename Body>
 HOST_DEVICE void for_pieces(const Lanes& lanes, int64_t hidden, const Body& body) {
   constexpr int N = Lanes::piece;
+  if constexpr (Lanes::held > 0) {
+#pragma unroll
+    for (int i = 0; i < Lanes::held; ++i) body(lanes.lane + i * lanes.count, Whole<N>());
+    return;
+  }
   const int whole = int(hidden / N);
   int piece = lanes.lane;
   for (; piece < whole; piece += lanes.count) body(piece, Whole<N>());
@@ -93,8 +101,8 @@ HOST_DEVICE int64_t chunks_of(const Op& op) {
 
 // Subtracts the mean from a row in place; returns 1 / the standard deviation. The mean is subtracted twice, as in
 // `normalise` of erniem_fast/reference.py, because rounding the first one leaves the same small error in all elements.
-template <typename Lanes>
-HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<Lanes::piece>* row) {
+template <typename Lanes, typename Row>
+HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Row& row) {
   const float mean = row_sum(lanes, hidden, [&](int piece, int i) { return row[piece].x[i]; }) / float(hidden);
   const float left = row_sum(lanes, hidden, [&](int piece, int i) { return row[piece].x[i] -= mean; }) / float(hidden);
   const float squares = row_sum(lanes, hidden, [&](int piece, int i) {
@@ -106,10 +114,9 @@ HOST_DEVICE float centre(const Lanes& lanes, int64_t hidden, double eps, Piece<L
 
 // Turns `grad_y`, the gradient of a row's layer norm, into the gradient of the row; adds the row's share to the
 // gradients of weight and norm_bias. `row` holds the row and is normalised in place.
-template <typename Lanes>
-HOST_DEVICE void layer_norm_backward(const Lanes& lanes, int64_t hidden, const float* norm_weight, double eps,
-                                     Piece<Lanes::piece>* row, Piece<Lanes::piece>* grad_y,
-                                     Piece<Lanes::piece>* grad_weight, Piece<Lanes::piece>* grad_norm_bias) {
+template <typename Lanes, typename Row>
+HOST_DEVICE void layer_norm_backward(const Lanes& lanes, int64_t hidden, const float* norm_weight, double eps, Row& row,
+                                     Row& grad_y, Row& grad_weight, Row& grad_norm_bias) {
   constexpr int N = Lanes::piece;
   const float rstd = centre(lanes, hidden, eps, row);
   for_pieces(lanes, hidden, [&](int piece, auto count) {

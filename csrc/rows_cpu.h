@@ -12,6 +12,7 @@ namespace erniem_fast {
 struct Thread {
   static constexpr int piece = 64;
   static constexpr bool aligned = false;
+  static constexpr int held = 0;
   static constexpr int lane = 0;
   static constexpr int count = 1;
   float sum(float x) const { return x; }

@@ -21,6 +21,7 @@ from .function import (
 )
 
 _LARGE = 1 << 24  # bytes from which a table gets its own memory mapping
+_FEWEST_TOKENS = 4  # of a chunk on CUDA; with fewer, the chunks' sums would be most of what is written
 
 _FORWARD = Function(
     "embeddings_forward",
@@ -123,7 +124,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, hidden = z.shape
     grad_z = z.new_empty(z.shape, dtype=torch.float32)
-    grad_norm = grad_z.new_empty(chunks_of(tokens), 2, hidden)
+    tokens_per_chunk = _tokens_per_chunk(z.device, tokens, hidden)
+    grad_norm = grad_z.new_empty(chunks_of(tokens, tokens_per_chunk), 2, hidden)
     _BACKWARD(
         z.device,
         z.dtype,
@@ -132,7 +134,7 @@ def backward(
         weight=norm.weight,
         grad_z=grad_z,
         grad_norm=grad_norm,
-        tokens_per_chunk=TOKENS_PER_CHUNK,
+        tokens_per_chunk=tokens_per_chunk,
         eps=norm.eps,
         **dropout_values(dropout),
     )
@@ -140,6 +142,14 @@ def backward(
     grad_words = grad_z.to(z.dtype) if rows_only else _scatter(grad_z, ids, word_table[0], padding_idx, z.dtype)
     grad_positions = _scatter(grad_z, positions, position_table[0], padding_idx, z.dtype)
     return grad_words, grad_positions, grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
+
+
+def _tokens_per_chunk(device: torch.device, tokens: int, hidden: int) -> int:
+    """On CUDA a warp computes a chunk: as many chunks as warps are resident, by the registers that their rows take."""
+    if device.type == "cpu":
+        return TOKENS_PER_CHUNK
+    warps = (12 if hidden <= 768 else 8) * torch.cuda.get_device_properties(device).multi_processor_count
+    return max(_FEWEST_TOKENS, -(-tokens // warps))
 
 
 def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int, dtype: torch.dtype) -> Tensor:

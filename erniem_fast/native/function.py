@@ -20,7 +20,7 @@ from . import library
 # The dtypes of elements, with their numbers in `Dtype` of csrc/elements.h.
 DTYPES = {torch.float32: 0, torch.float16: 1, torch.bfloat16: 2}
 
-# Fixed, so that the sums over tokens do not depend on the number of threads.
+# On a CPU. Fixed, so that the sums over tokens do not depend on the number of threads.
 TOKENS_PER_CHUNK = 32
 
 INT, FLOAT, ELEMENT = torch.int64, torch.float32, None
@@ -49,9 +49,9 @@ def norm_values(norm: Norm) -> dict[str, object]:
     return {"weight": norm.weight, "norm_bias": norm.bias, "eps": norm.eps}
 
 
-def chunks_of(tokens: int) -> int:
-    """The number of chunks of `TOKENS_PER_CHUNK` tokens; each chunk has its own row in the sums over tokens."""
-    return -(-tokens // TOKENS_PER_CHUNK)
+def chunks_of(tokens: int, tokens_per_chunk: int = TOKENS_PER_CHUNK) -> int:
+    """The number of chunks of so many tokens; each chunk has its own row in the sums over tokens."""
+    return -(-tokens // tokens_per_chunk)
 
 
 # `chunks_of` as a dimension of a `Function`'s tensor.

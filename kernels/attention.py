@@ -4,11 +4,15 @@ A program owns one head and one block of a sequence's queries or keys, and strea
 "FlashAttention-2", arXiv 2307.08691). Queries, keys and values are read where the projection wrote them. Programs start
 in the order of their sequences' lengths, longest first, so that no long sequence starts when the others have finished.
 
-Softmax computes exp2 of `(score - largest) · scale · log₂ e`. The scale must be positive. It is applied after the
-subtraction so that scores that tie differ by exactly 0. If it came before, a compiler that fuses the multiplication
-with the subtraction would round one of the two scores and not the other, and ties would differ by a rounding error of
-their size. For the same reason the forward saves a row's largest score and log₂ of the sum of its exponentials as two
-numbers: added up, they would keep few digits of the logarithm beside a large score.
+Softmax computes exp2 of `score · factor + offset`, where `factor = scale · log₂ e` and `offset = -largest · factor`, in
+one fused multiply-add. The scale must be positive. The offset is rounded, by up to 2⁻²⁴ of its size, but the product is
+not. So the rounding multiplies all exponentials of a row, and their sum, by one number, and cancels, as long as the
+backward uses the very offset of the forward. (The number is below 2¹⁶, the range of float16, for scores up to 2²⁷.)
+That is also why the forward saves a row's offset and sum apart: added up as logarithms, they would keep few digits of
+the sum beside a large offset.
+
+Tiles that lie within the sequence are computed in a loop of their own, without masks; the last keys of a sequence, if
+they fill no tile, come after it. Key masks apply in both.
 
 The backward uses no atomics in either of its two designs (`takes_one_pass` chooses), so it is deterministic. With two
 passes, a program owns a block of queries in the first and a block of keys in the second, and keeps its sums in
@@ -27,9 +31,10 @@ from ..batch import Sequences
 from ..dropout import Dropout
 from .attention_configs import Config, backward_config, forward_config, one_pass_config, takes_one_pass
 from .device import describe, is_amd
-from .dropout import dropout_mask, dropout_mask_of_columns, launch_arguments
+from .dropout import dropout_mask, dropout_mask_of_columns, interleaved, launch_arguments
 
 LOG2_E = tl.constexpr(log2(e))
+LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
 
 
 def forward(
@@ -43,12 +48,12 @@ def forward(
     """Attention as `ops.attention` defines it; launched by `config`, None for that of `forward_config`.
 
     Returns:
-        The result, `(tokens, heads · head_dim)`; and `statistics`, float32 `(heads, tokens, 2)`: the largest score of
-        each row, before scaling, and log₂ of the sum of the row's exponentials.
+        The result, `(tokens, heads · head_dim)`; and `statistics`, float32 `(2, heads, tokens)`: the offset of each
+        row, and 1 over the sum of its exponentials.
     """
     tokens, head_dim = qkv.shape[0], qkv.shape[1] // (3 * heads)
     out = qkv.new_empty(tokens, heads * head_dim)
-    statistics = torch.empty(heads, tokens, 2, dtype=torch.float32, device=qkv.device)
+    statistics = torch.empty(2, heads, tokens, dtype=torch.float32, device=qkv.device)
     arch = describe(qkv.device).arch
     config = config or forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None)
     blocks = triton.cdiv(sequences.max_seqlen, config.block)
@@ -62,6 +67,8 @@ def forward(
             blocks,
             scale,
             *_constants(arch, qkv.dtype, heads, head_dim, config, sequences),
+            dropout is not None and sequences.contiguous and not is_amd(arch),
+            sequences.max_seqlen <= config.step,
             num_warps=config.warps,
         )
     return out, statistics
@@ -145,22 +152,36 @@ def _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS: tl.constexpr, BLOCK:
 
 
 @triton.jit
-def _load(ptr, row, length, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    """Loads the rows `row`, `[N, 1]`, of a head, with zeros beyond the sequence and the head."""
-    dim = tl.arange(0, BLOCK_DIM)[None, :]
+def _element_mask(row, length, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
+    """Which elements of the rows `row`, `[N, 1]`, lie in the sequence and in the head."""
     mask = row < length
     if HEAD_DIM < BLOCK_DIM:
-        mask = mask & (dim < HEAD_DIM)
-    return tl.load(ptr + row * STRIDE + dim, mask=mask, other=0.0)
+        mask = mask & (tl.arange(0, BLOCK_DIM)[None, :] < HEAD_DIM)
+    return mask
+
+
+@triton.jit
+def _load(
+    ptr,
+    row,
+    length,
+    STRIDE: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    BLOCK_DIM: tl.constexpr,
+    WHOLE: tl.constexpr = False,
+):
+    """Loads the rows `row`, `[N, 1]`, of a head, with zeros beyond the sequence and the head; WHOLE: all rows exist."""
+    elements = ptr + row * STRIDE + tl.arange(0, BLOCK_DIM)[None, :]
+    if WHOLE and HEAD_DIM == BLOCK_DIM:
+        return tl.load(elements)
+    else:
+        return tl.load(elements, mask=_element_mask(row, length, HEAD_DIM, BLOCK_DIM), other=0.0)
 
 
 @triton.jit
 def _store(ptr, row, length, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BLOCK_DIM: tl.constexpr):
-    dim = tl.arange(0, BLOCK_DIM)[None, :]
-    mask = row < length
-    if HEAD_DIM < BLOCK_DIM:
-        mask = mask & (dim < HEAD_DIM)
-    tl.store(ptr + row * STRIDE + dim, x.to(ptr.dtype.element_ty), mask=mask)
+    elements = ptr + row * STRIDE + tl.arange(0, BLOCK_DIM)[None, :]
+    tl.store(elements, x.to(ptr.dtype.element_ty), mask=_element_mask(row, length, HEAD_DIM, BLOCK_DIM))
 
 
 @triton.jit
@@ -185,16 +206,59 @@ def _dropout_mask(
     threshold,
     KEYS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
+    INTERLEAVED: tl.constexpr = False,
 ):
     """The dropout mask `[M, KEYS]` of the queries `query`, `[M, 1]`, and the keys from `first_key` on."""
     if CONTIGUOUS:
         groups = first_key // 4 + tl.arange(0, KEYS // 4)[None, :]
-        return dropout_mask(seed, threshold, groups, query, sequence, head)
+        return dropout_mask(seed, threshold, groups, query, sequence, head, INTERLEAVED)
     else:
         key = first_key + tl.arange(0, KEYS)[None, :]
         query_column = tl.load(columns_ptr + start + query, mask=query < length, other=0).to(tl.int32)
         key_column = tl.load(columns_ptr + start + key, mask=key < length, other=0).to(tl.int32)
         return dropout_mask_of_columns(seed, threshold, key_column, query_column, sequence, head)
+
+
+@triton.jit
+def _forward_tile(
+    sums,
+    first_key,
+    case,
+    draw,
+    HIDDEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STEP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The sums of a program's queries after the keys from `first_key` on; WHOLE: the tile ends within the sequence."""
+    offset, total, out = sums
+    query, row, key_ptr, key_mask_ptr, start, length, factor = case
+    columns_ptr, sequence, head, seed, threshold = draw
+    BLOCK_DIM: tl.constexpr = query.shape[1]
+
+    index = tl.arange(0, STEP)
+    if INTERLEAVED:
+        index = interleaved(index)
+    key = _load(key_ptr, first_key + index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    value = _load(key_ptr + HIDDEN, first_key + index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if not WHOLE or key_mask_ptr is not None:
+        scores = tl.where(_key_mask(key_mask_ptr, start, first_key + index[None, :], length), scores, float("-inf"))
+
+    less = tl.minimum(offset, tl.max(scores, axis=1)[:, None] * -factor)
+    probabilities = tl.exp2(tl.fma(scores, factor, less))
+    shrink = tl.exp2(less - offset)
+    total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
+    if columns_ptr is not None:
+        dropout_mask = _dropout_mask(
+            columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS, INTERLEAVED
+        )
+        probabilities = tl.where(dropout_mask, probabilities, 0.0)
+    out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
+    return less, total, out
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
@@ -208,7 +272,7 @@ def _forward_kernel(
     threshold,
     rescale,
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
-    statistics_ptr,  # (HEADS, tokens, 2)
+    statistics_ptr,  # (2, HEADS, tokens)
     tokens,
     blocks,  # blocks of the longest sequence
     scale,
@@ -220,6 +284,8 @@ def _forward_kernel(
     STAGES: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     PRECISION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
     sequence, start, length, first, head = _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS, BLOCK)
@@ -227,65 +293,57 @@ def _forward_kernel(
         return
     token = start.to(tl.int64)
     query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
     row = first + tl.arange(0, BLOCK)[:, None]
     query = _load(query_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-    largest = tl.full([BLOCK, 1], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK, 1], tl.float32)
-    out = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    for first_key in tl.range(0, length, STEP, num_stages=STAGES):
-        key_row = first_key + tl.arange(0, STEP)[:, None]
-        key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        key_mask = _key_mask(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-        scores = tl.where(key_mask, scores, float("-inf"))
-
-        larger = tl.maximum(largest, tl.max(scores, axis=1)[:, None])
-        # `larger` is -inf until the row meets a key that is attended to, and -inf - -inf would be NaN.
-        shift = tl.where(larger == float("-inf"), 0.0, larger)
-        probabilities = tl.exp2((scores - shift) * (scale * LOG2_E))
-        shrink = tl.exp2((largest - shift) * (scale * LOG2_E))
-        total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
-        largest = larger
-        if seed_ptr is not None:
-            dropout_mask = _dropout_mask(
-                columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS
+    sums = (
+        tl.full([BLOCK, 1], LARGEST_FLOAT, tl.float32),  # not inf, to which masked scores would add up to NaN
+        tl.zeros([BLOCK, 1], tl.float32),
+        tl.zeros([BLOCK, BLOCK_DIM], tl.float32),
+    )
+    case = (query, row, query_ptr + HIDDEN, key_mask_ptr, start, length, scale * LOG2_E)
+    draw = (columns_ptr, sequence, head, seed, threshold)
+    whole = 0
+    if not ONE_TILE:
+        whole = length // STEP * STEP
+        for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
+            sums = _forward_tile(
+                sums, first_key, case, draw, HIDDEN, HEAD_DIM, STEP, CONTIGUOUS, INTERLEAVED, PRECISION, WHOLE=True
             )
-            probabilities = tl.where(dropout_mask, probabilities, 0.0)
-        out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
+    if whole < length:
+        sums = _forward_tile(
+            sums, whole, case, draw, HIDDEN, HEAD_DIM, STEP, CONTIGUOUS, INTERLEAVED, PRECISION, WHOLE=False
+        )
 
-    total = tl.where(total == 0.0, 1.0, total)  # a row without keys gives zeros
-    out *= 1.0 / total
-    if seed_ptr is not None:
-        out *= rescale
+    offset, total, out = sums
+    inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row without keys gives zeros
+    out *= inverse if seed_ptr is None else inverse * rescale
     _store(out_ptr + token * HIDDEN + head * HEAD_DIM, row, length, out, HIDDEN, HEAD_DIM, BLOCK_DIM)
-    statistics_ptr += 2 * (head.to(tl.int64) * tokens + start)
-    tl.store(statistics_ptr + 2 * row, largest, mask=row < length)
-    tl.store(statistics_ptr + 2 * row + 1, tl.log2(total), mask=row < length)
+    statistics_ptr += head.to(tl.int64) * tokens + start + row
+    tl.store(statistics_ptr, offset, mask=row < length)
+    tl.store(statistics_ptr + HEADS * tokens, inverse, mask=row < length)
 
 
 @triton.jit
-def _load_statistics(ptr, row, length):
+def _load_statistics(ptr, distance, row, length):
     """Loads the statistics of the queries `row`, of any shape, see `forward`; 0 beyond the sequence."""
-    largest = tl.load(ptr + 2 * row, mask=row < length, other=0.0)
-    return largest, tl.load(ptr + 2 * row + 1, mask=row < length, other=0.0)
+    offset = tl.load(ptr + row, mask=row < length, other=0.0)
+    return offset, tl.load(ptr + distance + row, mask=row < length, other=0.0)
 
 
 @triton.jit
-def _probabilities(rows, columns, key_mask, largest, log_total, scale, PRECISION: tl.constexpr):
+def _probabilities(rows, columns, key_mask, offset, inverse, scale, PRECISION: tl.constexpr):
     """The probabilities of a tile whose rows are queries and whose columns are keys, or the other way round."""
     scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
-    return tl.where(key_mask, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)
+    return tl.where(key_mask, tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse, 0.0)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
 def _backward_queries_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
-    statistics_ptr,  # (HEADS, tokens, 2)
+    statistics_ptr,  # (2, HEADS, tokens)
     delta_ptr,  # (HEADS, tokens): each row's sum of grad · out, written here
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
@@ -323,7 +381,7 @@ def _backward_queries_kernel(
     query = _load(query_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     grad = _load(grad_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
     out = _load(out_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
-    largest, log_total = _load_statistics(statistics_ptr + 2 * row_offset, row, length)
+    offset, inverse = _load_statistics(statistics_ptr + row_offset, HEADS * tokens, row, length)
     delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[:, None]
     tl.store(delta_ptr + row_offset + row, delta, mask=row < length)
 
@@ -333,7 +391,7 @@ def _backward_queries_kernel(
         key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         key_mask = _key_mask(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        probabilities = _probabilities(query, key, key_mask, largest, log_total, scale, PRECISION)
+        probabilities = _probabilities(query, key, key_mask, offset, inverse, scale, PRECISION)
         grad_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
         if seed_ptr is not None:
             dropout_mask = _dropout_mask(
@@ -350,7 +408,7 @@ def _backward_queries_kernel(
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
 def _backward_keys_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
-    statistics_ptr,  # (HEADS, tokens, 2)
+    statistics_ptr,  # (2, HEADS, tokens)
     delta_ptr,  # (HEADS, tokens)
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
@@ -395,9 +453,9 @@ def _backward_keys_kernel(
         query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         grad = _load(grad_ptr, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
         column = first_query + tl.arange(0, STEP)[None, :]
-        largest, log_total = _load_statistics(statistics_ptr + 2 * row_offset, column, length)
+        offset, inverse = _load_statistics(statistics_ptr + row_offset, HEADS * tokens, column, length)
         # Keys by queries: the transpose of the forward's tile.
-        probabilities = _probabilities(key, query, key_mask, largest, log_total, scale, PRECISION)
+        probabilities = _probabilities(key, query, key_mask, offset, inverse, scale, PRECISION)
         dropped = probabilities
         if seed_ptr is not None:
             dropout_mask = tl.trans(
@@ -426,7 +484,7 @@ def _backward_keys_kernel(
 def _backward_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
-    statistics_ptr,  # (HEADS, tokens, 2)
+    statistics_ptr,  # (2, HEADS, tokens)
     sums_ptr,  # (tokens, HEADS · HEAD_DIM) float32, sums for the queries' gradients; None if a block holds all keys
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
@@ -454,7 +512,7 @@ def _backward_kernel(
     query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
     grad_query_ptr = grad_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
     out_offset = token * HIDDEN + head * HEAD_DIM
-    statistics_ptr += 2 * (head.to(tl.int64) * tokens + start)
+    statistics_ptr += head.to(tl.int64) * tokens + start
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
 
@@ -475,8 +533,8 @@ def _backward_kernel(
             if seed_ptr is not None:  # drawn here rather than between the products, so that all fits into registers
                 case = (columns_ptr, start, length, sequence, head, query_row, first, seed, threshold)
                 dropout_mask = tl.trans(_dropout_mask(*case, BLOCK, CONTIGUOUS))
-            largest, log_total = _load_statistics(statistics_ptr, column, length)
-            probabilities = _probabilities(key, query, key_mask, largest, log_total, scale, PRECISION)
+            offset, inverse = _load_statistics(statistics_ptr, HEADS * tokens, column, length)
+            probabilities = _probabilities(key, query, key_mask, offset, inverse, scale, PRECISION)
             dropped = probabilities
             if seed_ptr is not None:
                 dropped = tl.where(dropout_mask, probabilities, 0.0)

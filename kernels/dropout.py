@@ -21,7 +21,7 @@ def launch_arguments(
 
 
 @triton.jit
-def dropout_mask(seed, threshold, groups, column, sequence, head):
+def dropout_mask(seed, threshold, groups, column, sequence, head, INTERLEAVED: tl.constexpr = False):
     """The dropout mask of a tile; one evaluation of Philox decides for four neighbours.
 
     Args:
@@ -29,13 +29,27 @@ def dropout_mask(seed, threshold, groups, column, sequence, head):
         threshold: an element is kept if its 32-bit word is at least this.
         groups: int32 `[1, N / 4]`, the elements' last coordinate divided by 4.
         column, sequence, head: int32, the other coordinates, each a scalar or `[M, 1]`.
+        INTERLEAVED: whether the elements stand in the order of `interleaved`; N is then a multiple of 16.
 
     Returns:
         bool `[M, N]`, True for elements that are kept.
     """
     w0, w1, w2, w3 = tl.philox(seed, groups, column, sequence, head, n_rounds=ROUNDS)
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))
+    if INTERLEAVED:
+        words = tl.permute(tl.reshape(words, [words.shape[0], words.shape[1] // 4, 4, 2, 2]), [0, 1, 3, 2, 4])
+        words = tl.reshape(words, [words.shape[0], words.shape[1] * 4, 2, 2])
     return tl.reshape(words, [words.shape[0], words.shape[1] * 4]) >= threshold.to(tl.uint32)
+
+
+@triton.jit
+def interleaved(index):
+    """The elements that stand at `index`: of every 16, in the order 0 1 4 5 8 9 12 13 2 3 6 7 10 11 14 15.
+
+    A thread of NVIDIA's matrix products holds four numbers in every 16 columns of a row: two neighbours, and the two
+    that are 8 further. In this order they are four neighbours, for which one evaluation of Philox decides.
+    """
+    return index // 16 * 16 + index % 8 // 2 * 4 + index % 16 // 8 * 2 + index % 2
 
 
 @triton.jit

@@ -86,7 +86,7 @@ class _Gradients(NamedTuple):
 
 
 def _forward(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None) -> _Results:
-    statistics = qkv.new_empty(heads, qkv.shape[0], 2, dtype=torch.float32)
+    statistics = qkv.new_empty(2, heads, qkv.shape[0], dtype=torch.float32)
     return _Results(qkv.new_empty(qkv.shape[0], qkv.shape[1] // 3), statistics)
 
 

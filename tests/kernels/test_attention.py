@@ -113,10 +113,16 @@ def test_packed_and_padded_give_the_same_tokens_the_same_mask(design):
 
 
 @pytest.mark.parametrize("contiguous", [True, False])
-@pytest.mark.parametrize(("block", "step"), [(16, 8), (32, 64), (64, 32)])
-def test_dropout_draws_the_bits_of_the_reference(block, step, contiguous, design, monkeypatch):
-    """Equal scores, and values that are the unit vectors of the keys: the output is the mask, whatever the tiles."""
+@pytest.mark.parametrize(
+    ("arch", "block", "step"), [("sm_90", 16, 16), ("sm_90", 32, 64), ("sm_90", 64, 32), ("gfx942", 16, 8)]
+)
+def test_dropout_draws_the_bits_of_the_reference(arch, block, step, contiguous, design, monkeypatch):
+    """Equal scores, and values that are the unit vectors of the keys: the output is the mask, whatever the tiles.
+
+    Architectures differ in the order in which keys are read.
+    """
     config = Config(block, step, warps=4, stages=1)
+    monkeypatch.setattr(attention, "describe", lambda _: Device(arch, 132, 32))
     for name in ("forward_config", "backward_config", "one_pass_config"):
         monkeypatch.setattr(attention, name, lambda *_: config)
     length, heads = 64, 2

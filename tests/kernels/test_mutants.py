@@ -35,14 +35,12 @@ OF_KEYS = [
 ]
 # And of all kernels, by file and function:
 ATTENTION = {
-    "_load": [
+    "_element_mask": [
         ("row < length", "row < length - 1"),
-        ("dim < HEAD_DIM)", "dim < HEAD_DIM - 1)"),
+        ("< HEAD_DIM)", "< HEAD_DIM - 1)"),
     ],
-    "_store": [
-        ("row < length", "row < length - 1"),
-        ("dim < HEAD_DIM)", "dim < HEAD_DIM - 1)"),
-    ],
+    "_load": [("mask=_element_mask(row, length,", "mask=_element_mask(row, length - 1,")],
+    "_store": [("mask=_element_mask(row, length,", "mask=_element_mask(row, length - 1,")],
     "_key_mask": [
         ("key < length", "key <= length"),
         ("key < length", "key < length - 1"),
@@ -57,35 +55,47 @@ ATTENTION = {
         ("key_column, query_column, sequence", "key, query_column, sequence"),
         ("key_column, query_column, sequence", "key_column, query, sequence"),
     ],
-    "_forward_kernel": [
-        ("(scores - shift) * (scale * LOG2_E)", "(scores - shift) * LOG2_E"),
-        ("(scores - shift) * (scale * LOG2_E)", "(scores - shift) * scale"),
-        ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * LOG2_E"),
-        ("(largest - shift) * (scale * LOG2_E)", "(largest - shift) * scale"),
-        ('tl.where(key_mask, scores, float("-inf"))', "scores"),
-        ('tl.where(larger == float("-inf"), 0.0, larger)', "larger"),
-        ("tl.where(total == 0.0, 1.0, total)", "total"),
+    "_forward_tile": [
+        (
+            "first_key + index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)\n    value",
+            "index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)\n    value",
+        ),
+        ("index = interleaved(index)", "pass"),
+        ("if not WHOLE or key_mask_ptr is not None:", "if key_mask_ptr is not None:"),
+        ("if not WHOLE or key_mask_ptr is not None:", "if not WHOLE:"),
+        ("[:, None] * -factor", "[:, None] * factor"),
+        ("tl.fma(scores, factor, less)", "tl.fma(scores, factor, offset)"),
+        ("tl.exp2(less - offset)", "tl.exp2(offset - less)"),
         ("total * shrink + tl.sum", "total + tl.sum"),
         ("acc=out * shrink", "acc=out"),
         ("tl.where(dropout_mask, probabilities, 0.0)", "probabilities"),
-        ("out *= rescale", "out *= 1.0"),
-        ("+ 2 * row, largest, mask=row < length)", "+ 2 * row, largest, mask=row < length - 1)"),
-        ("tl.log2(total), mask=row < length)", "tl.log2(total), mask=row < length - 1)"),
-        ("tl.log2(total)", "0.0 * total"),
-        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
-        ("tl.range(0, length, STEP", "tl.range(STEP, length, STEP"),
+    ],
+    "_forward_kernel": [
+        ("LARGEST_FLOAT", 'float("inf")'),
+        ("scale * LOG2_E", "LOG2_E"),
+        ("scale * LOG2_E", "scale"),
+        ("tl.where(total == 0.0, 1.0, total)", "total"),
+        ("else inverse * rescale", "else inverse"),
+        ("offset, mask=row < length)", "offset, mask=row < length - 1)"),
+        ("inverse, mask=row < length)", "inverse, mask=row < length - 1)"),
+        ("HEADS * tokens, inverse", "HEADS * tokens, 1.0 + 0.0 * inverse"),
+        ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
+        ("tl.range(0, whole, STEP", "tl.range(0, whole - STEP, STEP"),
+        ("if whole < length:", "if whole < length - 1:"),
+        ("PRECISION, WHOLE=False", "PRECISION, WHOLE=True"),
+        ("sums, whole, case", "sums, 0, case"),
     ],
     "_load_statistics": [
-        ("2 * row, mask", "row, mask"),
-        ("2 * row + 1", "2 * row"),
+        ("offset = tl.load(ptr + row, mask=row < length", "offset = tl.load(ptr + row, mask=row < length - 1"),
+        ("ptr + distance + row, mask=row < length", "ptr + distance + row, mask=row < length - 1"),
     ],
     "_probabilities": [
-        ("* (scale * LOG2_E)", "* LOG2_E"),
-        ("* (scale * LOG2_E)", "* scale"),
-        (" - log_total", ""),
+        ("scale * LOG2_E", "LOG2_E"),
+        ("scale * LOG2_E", "scale"),
+        (" * inverse", ""),
         (
-            "tl.where(key_mask, tl.exp2((scores - largest) * (scale * LOG2_E) - log_total), 0.0)",
-            "tl.exp2((scores - largest) * (scale * LOG2_E) - log_total)",
+            "tl.where(key_mask, tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse, 0.0)",
+            "tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse",
         ),
     ],
     "_backward_queries_kernel": [
@@ -213,6 +223,10 @@ DROPOUT = {
         ("n_rounds=ROUNDS", "n_rounds=10"),
     ],
 }
+DROPOUT_OF_ATTENTION = {
+    "dropout_mask": [("[0, 1, 3, 2, 4]", "[0, 1, 2, 3, 4]")],
+    "interleaved": [("index % 8 // 2 * 4 + index % 16 // 8 * 2", "index % 16 // 2 * 2")],
+}
 DROPOUT_OF_FEATURES = {
     "drop_features": [
         ("x * rescale", "x"),
@@ -235,6 +249,7 @@ MUTANTS = (
     ("add_norm", "add_norm", ADD_NORM),
     *((op, "dropout", DROPOUT) for op in OPS),
     *((op, "dropout", DROPOUT_OF_FEATURES) for op in ("bias_gelu", "add_norm")),
+    ("attention", "dropout", DROPOUT_OF_ATTENTION),
     ("attention", "dropout", DROPOUT_OF_COLUMNS),
 )
 
@@ -244,13 +259,12 @@ DIGITS = (
         "attention",
         "attention",
         {
-            "_forward_kernel": [
-                ("(scores - shift) * (scale * LOG2_E)", "scores * (scale * LOG2_E) - shift * (scale * LOG2_E)"),
-            ],
+            "_forward_tile": [("tl.fma(scores, factor, less)", "scores * factor + less")],
             "_probabilities": [
+                ("tl.fma(scores, scale * LOG2_E, offset)", "scores * (scale * LOG2_E) + offset"),
                 (
-                    "(scores - largest) * (scale * LOG2_E) - log_total",
-                    "scores * (scale * LOG2_E) - (largest * (scale * LOG2_E) + log_total)",
+                    "tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse",
+                    "tl.exp2(tl.fma(scores, scale * LOG2_E, offset + tl.log2(inverse)))",
                 ),
             ],
         },
@@ -287,7 +301,7 @@ DIGITS = (
 )
 # In bfloat16 alone: operands of a product that are left in float32,
 CASTS = {
-    "_forward_kernel": [("probabilities.to(value.dtype)", "probabilities")],
+    "_forward_tile": [("probabilities.to(value.dtype)", "probabilities")],
     "_backward_queries_kernel": [("grad_scores.to(key.dtype)", "grad_scores")],
     "_backward_keys_kernel": [
         ("dropped.to(grad.dtype)", "dropped"),
@@ -307,7 +321,7 @@ ROUNDINGS = (
         "attention",
         "attention",
         {
-            "_forward_kernel": [
+            "_forward_tile": [
                 ("(key), input_precision=PRECISION)", "(key), input_precision=PRECISION).to(key.dtype).to(tl.float32)"),
                 ("acc=out * shrink", "acc=(out * shrink).to(value.dtype).to(tl.float32)"),
             ],
@@ -326,7 +340,7 @@ ROUNDINGS = (
                 ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
                 ("acc=grad_value", "acc=grad_value.to(key.dtype).to(tl.float32)"),
             ],
-            "forward": [("dtype=torch.float32", "dtype=qkv.dtype")],
+            "forward": [("tokens, dtype=torch.float32", "tokens, dtype=qkv.dtype")],
             "backward": [("head_dim, dtype=torch.float32", "head_dim, dtype=qkv.dtype")],
         },
     ),

@@ -8,6 +8,7 @@ are computed in float32, from values in registers, in two passes.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from ..dropout import Dropout
 from ..reference import Norm, NormScale
-from .device import Device, describe, is_rdna, share
+from .device import Device, cdiv, describe, is_rdna, share
 from .dropout import drop_features, launch_arguments
 
 _FEATURES_PER_LANE = 24  # the registers that a lane needs for one value of a row; the backward holds seven such values
@@ -48,22 +49,24 @@ class Config:
     def for_rows(cls, device: Device, hidden: int, itemsize: int, warps: int, stages: int, programs: int) -> "Config":
         """Gives each row the fewest warps that can hold it, 16-byte loads, and the least padding in up to 8 chunks."""
         features = device.lanes * (_FEATURES_PER_LANE_OF_RDNA if is_rdna(device.arch) else _FEATURES_PER_LANE)
-        row_warps = min(warps, triton.next_power_of_2(triton.cdiv(hidden, features)))
+        row_warps = min(warps, triton.next_power_of_2(cdiv(hidden, features)))
         vector = 16 // itemsize
         span = row_warps * device.lanes * vector
         blocks = [span >> shift for shift in range((span // vector).bit_length())]
         few = (block for block in blocks if hidden <= _MAX_CHUNKS * block)
         block = min(few, key=lambda block: -hidden % block, default=span)
         rows = warps // row_warps * (span // block)
-        return cls(block, triton.cdiv(hidden, block), rows, warps, stages, programs)
+        return cls(block, cdiv(hidden, block), rows, warps, stages, programs)
 
 
+@cache
 def forward_config(device: Device, hidden: int, itemsize: int) -> Config:
     """Four warps per program and four programs per multiprocessor: calculated, not yet timed on a GPU."""
     warps = 8 if is_rdna(device.arch) else 4  # on AMD's RDNA, four warps lack the registers for 4096 features
     return Config.for_rows(device, hidden, itemsize, warps, stages=2, programs=4)
 
 
+@cache
 def backward_config(device: Device, hidden: int, itemsize: int) -> Config:
     """One large program per multiprocessor, for few partial sums of the parameters' gradients: not yet timed."""
     return Config.for_rows(device, hidden, itemsize, warps=8, stages=2, programs=1)

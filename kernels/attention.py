@@ -20,6 +20,7 @@ registers. With one pass, a program owns a whole sequence and head: each probabi
 of the queries are added up in memory.
 """
 
+from functools import cache
 from math import e, log2
 
 import torch
@@ -30,7 +31,7 @@ from torch import Tensor
 from ..batch import Sequences
 from ..dropout import Dropout
 from .attention_configs import Config, backward_config, forward_config, one_pass_config, takes_one_pass
-from .device import describe, is_amd
+from .device import cdiv, describe, is_amd
 from .dropout import dropout_mask, dropout_mask_of_columns, interleaved, launch_arguments
 
 LOG2_E = tl.constexpr(log2(e))
@@ -56,7 +57,7 @@ def forward(
     statistics = torch.empty(2, heads, tokens, dtype=torch.float32, device=qkv.device)
     arch = describe(qkv.device).arch
     config = config or forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None)
-    blocks = triton.cdiv(sequences.max_seqlen, config.block)
+    blocks = cdiv(sequences.max_seqlen, config.block)
     if tokens:
         _forward_kernel[(sequences.longest_first.shape[0] * blocks * heads,)](
             qkv,
@@ -101,7 +102,7 @@ def backward(
     if one_pass is None:
         one_pass = takes_one_pass(single, pairs, sequences.max_seqlen, dropout is not None, device)
     config = config or (single if one_pass else backward_config(*case))
-    blocks = triton.cdiv(sequences.max_seqlen, config.block)
+    blocks = cdiv(sequences.max_seqlen, config.block)
     shared = (qkv, *_pointers(sequences, dropout), grad_qkv, tokens)
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
     if one_pass:
@@ -127,6 +128,7 @@ def _constants(
     return heads, head_dim, _padded(head_dim), *tiles, sequences.contiguous, _precision(arch, dtype)
 
 
+@cache
 def _padded(head_dim: int) -> int:
     return max(16, triton.next_power_of_2(head_dim))
 

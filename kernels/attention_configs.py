@@ -5,6 +5,7 @@ timed yet.
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 
@@ -30,6 +31,7 @@ class Config:
 _LARGE_TILES = ("sm_90", "sm_100")  # wgmma and tcgen05 read operands from shared memory, which leaves registers free
 
 
+@cache
 def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
     if is_rdna(arch):
         return _rdna_forward_config(dtype, head_dim, max_seqlen)
@@ -46,6 +48,7 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
     return Config(128, 128 if arch in _LARGE_TILES and not dropout else 64, warps=8, stages=3)
 
 
+@cache
 def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
     """The tiles of both passes. Each holds two operands and one or two sums, so they are smaller than the forward's."""
     if is_rdna(arch):
@@ -66,6 +69,7 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     return Config(128, step, warps=8, stages=1 if is_cdna(arch) else 2)
 
 
+@cache
 def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config | None:
     """The tiles of the one-pass backward, which adds a third sum, over `step` queries, to two operands and two sums.
 

@@ -6,6 +6,7 @@ them, and without prefetching a program takes fewer registers and instructions, 
 """
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import triton
@@ -13,7 +14,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..dropout import Dropout
-from .device import Device, describe, share
+from .device import Device, cdiv, describe, share
 from .dropout import drop_features, launch_arguments
 
 
@@ -40,11 +41,13 @@ class Config:
         return cls(block, warps * lanes * elements // block, warps, programs)
 
 
+@cache
 def forward_config(lanes: int, features: int, itemsize: int) -> Config:
     """With 8 programs of 4 warps, the arithmetic of the others takes longer than the loads that a warp waits for."""
     return Config.for_tile(lanes, features, itemsize, elements=16, programs=8)
 
 
+@cache
 def backward_config(lanes: int, features: int, itemsize: int) -> Config:
     """Like the forward's with half as many programs, because derivative and gradient of the bias take registers."""
     return Config.for_tile(lanes, features, itemsize, elements=16, programs=4)
@@ -59,7 +62,7 @@ def forward(
     device = describe(x.device)
     config = config or forward_config(device.lanes, features, x.itemsize)
     programs, rows_per_program = _share(tokens, features, config, device)
-    _forward_kernel[(programs * triton.cdiv(features, config.block),)](
+    _forward_kernel[(programs * cdiv(features, config.block),)](
         x,
         bias,
         *launch_arguments(dropout),
@@ -90,7 +93,7 @@ def backward(
     config = config or backward_config(device.lanes, features, x.itemsize)
     programs, rows_per_program = _share(tokens, features, config, device)
     partials = None if bias is None else torch.empty(programs, features, dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs * triton.cdiv(features, config.block),)](
+    _backward_kernel[(programs * cdiv(features, config.block),)](
         grad,
         x,
         bias,
@@ -110,7 +113,7 @@ def backward(
 
 def _share(tokens: int, features: int, config: Config, device: Device) -> tuple[int, int]:
     """The number of programs that share the rows of a block of features, and the number of rows of each program."""
-    programs = config.programs * device.multiprocessors // triton.cdiv(features, config.block)
+    programs = config.programs * device.multiprocessors // cdiv(features, config.block)
     return share(tokens, config.rows, programs)
 
 

@@ -147,7 +147,13 @@ class Values(NamedTuple):
 
 
 def dropout_of(batch: TokenBatch, p: float) -> Dropout | None:
-    return batch.dropout(p, torch.tensor([42], device=batch.columns.device)) if p else None
+    return batch.dropout(p, _seed(batch.columns.device)) if p else None
+
+
+@functools.cache
+def _seed(device):
+    """Kept, because the host waits for a GPU when it copies a value there, and what is timed calls `dropout_of`."""
+    return torch.tensor([42], device=device)
 
 
 def _attention(settings, batch, random):

@@ -12,6 +12,7 @@ from transformers import (
 
 from .configuration import ErnieMConfig
 from .flags import check_names, use_kernels
+from .graphs import use_graphs
 from .modeling import (
     ErnieMForInformationExtraction,
     ErnieMForMultipleChoice,
@@ -33,6 +34,7 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "use_graphs",
     "use_kernels",
 ]
 

@@ -16,7 +16,7 @@ and the padded layout. The same bits come out of `tl.philox(seed, c0, c1, c2, c3
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 ROUNDS = 7
 
@@ -39,6 +39,11 @@ class Dropout(NamedTuple):
     seed: Tensor
     columns: Tensor
     sequence_ids: Tensor
+
+
+def is_active(dropout: nn.Module) -> bool:
+    """Whether a dropout module drops anything now; a module in its place, such as `nn.Identity`, never does."""
+    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
 
 
 def draw_seeds(count: int, device: torch.device) -> Tensor:

@@ -20,7 +20,7 @@ from transformers.pytorch_utils import prune_linear_layer
 from . import flags, matmul, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
-from .dropout import Dropout, drop_features
+from .dropout import Dropout, drop_features, is_active
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched, may_write
 from .native.layer import MOST_TOKENS
@@ -32,11 +32,6 @@ from .reference import Norm
 # The dropouts of a layer, each with its own seed.
 SEEDS_PER_LAYER = 4
 _ATTENTION, _AFTER_ATTENTION, _AFTER_ACTIVATION, _AFTER_FEED_FORWARD = range(SEEDS_PER_LAYER)
-
-
-def is_active(dropout: nn.Module) -> bool:
-    """Whether a dropout module drops anything now; a module in its place, such as `nn.Identity`, never does."""
-    return isinstance(dropout, nn.Dropout) and dropout.training and dropout.p > 0.0
 
 
 def _dropout(module: nn.Module, batch: TokenBatch, seeds: Tensor | None, place: int) -> Dropout | None:

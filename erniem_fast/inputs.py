@@ -286,7 +286,7 @@ def _may_read(values: dict[str, Tensor]) -> bool:
     """Whether the host can wait for the values: not while a graph is recorded or captured, and only if they exist."""
     if modes.is_recorded() or not values or not all(map(modes.has_values, values.values())):
         return False
-    return not (torch.cuda.is_available() and torch.cuda.is_current_stream_capturing())
+    return not modes.is_captured()
 
 
 # --- Checks of the values that were read -----------------------------------------------------------------------------

@@ -15,8 +15,8 @@ from transformers.modeling_outputs import (
 
 from . import flags, inputs, modes
 from .configuration import ErnieMConfig
-from .dropout import draw_seeds
-from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer, is_active
+from .dropout import draw_seeds, is_active
+from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 
 IGNORED_LABEL = -100
 
@@ -110,6 +110,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         self.embeddings = ErnieMEmbeddings(config)
         self.encoder = ErnieMEncoder(config)
         self.pooler = ErnieMPooler(config) if add_pooling_layer else None
+        self._graphs = None  # see `use_graphs`
         for layer, heads in config.pruned_heads.items():
             self.encoder.layers[layer].self_attn.prune_heads(set(heads))
         self.post_init()
@@ -180,7 +181,11 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
             )
-            output = self._encode(ready, head_mask, output_attentions, output_hidden_states)
+            output = None
+            if self._graphs is not None and head_mask is None and not (output_attentions or output_hidden_states):
+                output = self._graphs.encode(self, ready)
+            if output is None:
+                output = self._encode(ready, head_mask, output_attentions, output_hidden_states)
         if _as_dict(config, return_dict):
             return output
         # As in the original, the tuple has a None for a missing pooler.
@@ -190,9 +195,9 @@ class ErnieMModel(ErnieMPreTrainedModel):
     def _encode(
         self,
         ready: inputs.EncoderInputs,
-        head_mask: Tensor | None,
-        output_attentions: bool,
-        output_hidden_states: bool,
+        head_mask: Tensor | None = None,
+        output_attentions: bool = False,
+        output_hidden_states: bool = False,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Runs embeddings, layers and pooler on prepared input, and unpacks their results."""
         batch = ready.batch

@@ -13,6 +13,8 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
+from .dropout import is_active
+
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode AD transforms what is computed now: they know only PyTorch's own operators."""
@@ -87,6 +89,11 @@ def _is_eager(x: Tensor) -> bool:
     return not (observed or torch.is_autocast_enabled(x.device.type))
 
 
+def is_captured() -> bool:
+    """Whether a CUDA graph is being captured: the host can neither wait for values nor capture another one."""
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
+
+
 def has_onednn() -> bool:
     """Whether `onednn_linear` is there, and the user has not turned oneDNN off."""
     return torch._C._get_mkldnn_enabled() and torch._C._has_mkldnn and hasattr(torch.ops.mkldnn, "_linear_pointwise")
@@ -118,8 +125,32 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         not is_exported()
         and type(module) is kind
-        and "forward" not in module.__dict__  # accelerate's offloading sets one on the instance
-        and not (module._forward_hooks or module._forward_pre_hooks)
-        and not (module._backward_hooks or module._backward_pre_hooks)
+        and not (_is_hooked(module) or module._backward_hooks or module._backward_pre_hooks)
         and not _has_any_global_hook()
     )
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    # accelerate's offloading sets a forward on the instance
+    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+
+
+def footprint(model: nn.Module) -> list[int] | None:
+    """The modules inside a model, and where their weights lie: what a captured forward of the model depends on.
+
+    None if a replay would leave out code that runs in every forward, such as hooks, or draw the same dropout again; or
+    if a weight has no address, because it is a tensor of another kind.
+    """
+    modules = [model]
+    for module in modules:  # which grows meanwhile
+        modules += [each for each in module._modules.values() if each is not None]
+    hooked = any(_is_hooked(module) for module in modules[1:]) or _has_any_global_hook()
+    if hooked or any(is_active(module) for module in modules if module.training):
+        return None
+    kept = (tensors for module in modules for tensors in (module._parameters, module._buffers))
+    weights = [weight for tensors in kept for weight in tensors.values() if weight is not None]
+    try:
+        addresses = [weight.data_ptr() for weight in weights]
+    except RuntimeError:
+        return None
+    return [*map(id, modules), *(module.training for module in modules), *addresses]

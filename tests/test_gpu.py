@@ -15,9 +15,10 @@ import pytest
 import torch
 from triton import knobs
 
-from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference
+from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference, use_graphs
 from erniem_fast.dropout import Dropout
 from erniem_fast.flags import use_implementations, use_kernels
+from erniem_fast.graphs import Graphs, Recorder
 from erniem_fast.kernels import add_norm, bias_gelu
 from erniem_fast.native.build import build
 from erniem_fast.ops import Product
@@ -25,6 +26,8 @@ from erniem_fast.reference import Norm
 from tests import ROOT
 from tests.batches import dropout_of, sequences, two_sequences
 from tests.kernels.comparison import assert_equivalent, run
+from tests.model.tiny import relative_error
+from tests.reruns import Reruns
 
 EPS = 1e-5
 HARD_LENGTHS = (1, 2, 15, 16, 17, 63, 64, 65, 0, 127, 128, 129, 257, 512)
@@ -264,6 +267,44 @@ def test_a_forward_is_captured_in_a_graph(device, monkeypatch):
         assert not torch.equal(out, expected)
         ids.copy_(others)
         assert torch.equal(replay(), expected)
+
+
+def test_graphs_by_bucket(device):
+    """Of batches in the same and in other buckets, on two streams in turn; the products of a bucket round otherwise."""
+    model = model_of(device, HALF).eval()
+    model._graphs = Graphs(model, 64, Recorder if device.type == "cuda" else Reruns)
+    batches = [rows_of(lengths, device) for lengths in ((9,), (16,), (5, 9, 2), (7, 7), (3, 8, 1), (40, 24), (9,))]
+    streams = [torch.cuda.Stream(), torch.cuda.Stream()] if device.type == "cuda" else [None, None]
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    with use_implementations(**KERNELS), torch.inference_mode():
+        results = []
+        for index, (ids, mask) in enumerate(batches):
+            with torch.cuda.stream(streams[index % 2]):
+                results.append(model(ids, attention_mask=mask))
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        model._graphs = None
+        for (ids, mask), result in zip(batches, results, strict=True):
+            expected = model(ids, attention_mask=mask)
+            for name in ("last_hidden_state", "pooler_output"):
+                assert relative_error(result[name], expected[name]) <= 4 * torch.finfo(HALF).eps
+
+
+@pytest.mark.gpu
+def test_use_graphs_follows_the_weights():
+    device = torch.device("cuda")
+    model = model_of(device, HALF).eval()
+    ids, mask = rows_of((9, 4), device)
+    use_graphs(model)
+    with torch.no_grad():
+        first = model(ids, attention_mask=mask).pooler_output
+        assert torch.equal(model(ids, attention_mask=mask).pooler_output, first)
+        model.pooler.dense.bias.add_(1)
+        changed = model(ids, attention_mask=mask).pooler_output
+        assert (changed > first).all()
+        model.pooler.dense.bias = torch.nn.Parameter(model.pooler.dense.bias - 1)
+        assert relative_error(model(ids, attention_mask=mask).pooler_output, first) <= 4 * torch.finfo(HALF).eps
 
 
 def captured(forward, device):

@@ -73,20 +73,28 @@ def main(argv: list[str] | None = None) -> int:
     )
     stem = (arguments.output or RESULTS / run.machine.slug) / "sweep-bfloat16"
     try:
-        with compiling(wanted, arguments.tokens, device) as compilations:
-            for problem in wanted:
-                if seconds_now() >= end:
-                    run.left_out.append(problem.name)
-                    continue
-                wait(compilations[problem], timeout=end - seconds_now())
-                run.problems.append(measure(problem, run, device, compilations[problem]))
-                keep(run, markdown(run), stem)
-                print(f"{problem.name}: {len(run.problems[-1].launches)} launches", flush=True)
+        run_problems(wanted, run, device, end, stem)
     except KeyboardInterrupt:
         run.interrupted = True
     keep(run, markdown(run), stem)
     print(f"\n{summary(run)}\n{stem}.* hold this, all launches and every round")
     return INTERRUPTED if run.interrupted else 0
+
+
+def run_problems(
+    wanted: Sequence[Problem], run: SweepRun, device: torch.device, end: float, stem: pathlib.Path
+) -> None:
+    """Measure problem after problem into `run`, and keep it after each, until the moment `end`."""
+    with compiling(wanted, run.tokens, device) as compilations:
+        for problem in wanted:
+            left = end - seconds_now()
+            if left <= 0:
+                run.left_out.append(problem.name)
+                continue
+            wait(compilations[problem], timeout=left)
+            run.problems.append(measure(problem, run, device, compilations[problem]))
+            keep(run, markdown(run), stem)
+            print(f"{problem.name}: {len(run.problems[-1].launches)} launches", flush=True)
 
 
 @contextlib.contextmanager

@@ -24,6 +24,7 @@ def _peer(name, python, module, *arguments, **options):
 
 OURS = _peer("erniem_fast", OURS_PYTHON, "ours", trains=True)
 OURS_INT8 = _peer(f"{OURS.name} int8", OURS_PYTHON, "ours", "int8", int8=True)
+OURS_GRAPHS = _peer(f"{OURS.name}, CUDA graphs", OURS_PYTHON, "ours", "graphs")
 ORIGINAL = _peer("transformers 4.57.6", TRANSFORMERS4, "transformers4", trains=True)
 # In the order in which they get memory, where there is not enough for all.
 ALL = (
@@ -45,6 +46,7 @@ ON_CUDA = tuple(
     peer if peer.python != RIVALS or RIVALS.exists() else dataclasses.replace(peer, python=OURS_PYTHON)
     for peer in (
         *(peer for peer in ALL if peer.trains),
+        OURS_GRAPHS,
         _peer("packed, varlen_attn", RIVALS, "packed", "varlen"),
         _peer("packed, varlen_attn, compiled", RIVALS, "packed", "compile"),
         _peer("packed, flash-attn", RIVALS, "packed", "flash"),
@@ -61,9 +63,10 @@ def rivals(against: str, device: str, dtype: str) -> tuple[Peer, ...]:
     """
     if against == "itself":
         return OURS, *_ablations(torch.device(device), getattr(torch, dtype))
+    on_cuda = torch.device(device).type == "cuda"
     if against == "original":
-        return OURS, ORIGINAL
-    return ON_CUDA if torch.device(device).type == "cuda" else ALL
+        return (OURS, OURS_GRAPHS, ORIGINAL) if on_cuda else (OURS, ORIGINAL)
+    return ON_CUDA if on_cuda else ALL
 
 
 def _ablations(device: torch.device, dtype: torch.dtype) -> Iterator[Peer]:

@@ -1,4 +1,7 @@
-"""Worker: erniem_fast.ErnieMModel, called as any user calls it; with the argument "int8" as the README rounds it."""
+"""Worker: erniem_fast.ErnieMModel, called as any user calls it.
+
+With the argument "int8" it is rounded as in the README, with "graphs" it replays CUDA graphs.
+"""
 
 import sys
 import warnings
@@ -21,6 +24,12 @@ class ErnieMFast(TorchPeer):
             torch.backends.quantized.engine = "onednn"
             module.encoder = quantize_dynamic(module.encoder, {torch.nn.Linear: per_channel_dynamic_qconfig})
         return module, {"transformers": transformers.__version__}
+
+    def load(self, model, device, dtype, threads):
+        versions = super().load(model, device, dtype, threads)
+        if "graphs" in sys.argv[1:]:
+            erniem_fast.use_graphs(self.module)
+        return versions
 
 
 if __name__ == "__main__":

@@ -22,6 +22,13 @@ def test_an_ablation_switches_off_each_kernel_that_runs_here(monkeypatch):
     }
 
 
+def test_graphs_take_part_on_a_gpu():
+    original = [rivals.rivals("original", device, "bfloat16") for device in ("cpu", "cuda")]
+    assert original == [(rivals.OURS, rivals.ORIGINAL), (rivals.OURS, rivals.OURS_GRAPHS, rivals.ORIGINAL)]
+    everything = [rivals.rivals("all", device, "bfloat16") for device in ("cpu", "cuda:1")]
+    assert [rivals.OURS_GRAPHS in peers for peers in everything] == [False, True]
+
+
 def test_every_peer_has_a_worker():
     for peer in (*rivals.ALL, *rivals.ON_CUDA):
         option, module, *_ = peer.command

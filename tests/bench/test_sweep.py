@@ -1,5 +1,6 @@
 """The sweep of launch configurations: what it tries, what it refuses, and a run of it in the interpreter."""
 
+import contextlib
 import dataclasses
 import re
 from concurrent.futures import Future
@@ -146,6 +147,31 @@ def test_problems_run(op, monkeypatch):
         assert shipped.difference == 0.0
         assert (shipped.gain.median, other.gain.median) == (1.0, shipped.seconds.median / other.seconds.median)
         assert figures.floor > 0
+
+
+def test_figures_are_kept_after_each_problem_and_the_rest_is_told(tmp_path, monkeypatch):
+    moments = iter([0.0, 5.0, 11.0, 12.0])
+    monkeypatch.setattr(sweep, "seconds_now", lambda: next(moments))
+
+    @contextlib.contextmanager
+    def compiled(wanted, *_):
+        yield {problem: [done()] for problem in wanted}
+
+    monkeypatch.setattr(sweep, "compiling", compiled)
+    stem, kept = tmp_path / "sweep", []
+
+    def measure(problem, run, device, compilations):
+        kept.append(stem.with_suffix(".json").exists() and len(read(SweepRun, stem.with_suffix(".json")).problems))
+        assert [each.result().failure for each in compilations] == [None]
+        return ProblemFigures(*problem, 16, 1, 2, 3.0, [LaunchFigures("a", "", None, None, None, "fails", [])])
+
+    monkeypatch.setattr(sweep, "measure", measure)
+    run = run_of()
+    wanted = problems()[:4]
+    sweep.run_problems(wanted, run, CPU, 10.0, stem)
+    assert kept == [False, 1]
+    assert [each.op for each in read(SweepRun, stem.with_suffix(".json")).problems] == ["attention", "attention"]
+    assert run.left_out == [problem.name for problem in wanted[2:]]
 
 
 def test_launches_compile_ahead():

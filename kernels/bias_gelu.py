@@ -46,8 +46,8 @@ def forward_config(lanes: int, features: int, itemsize: int) -> Config:
 
 
 def backward_config(lanes: int, features: int, itemsize: int) -> Config:
-    """Like the forward's with half as many programs, because derivative and gradient of the bias take registers."""
-    return Config.for_tile(lanes, features, itemsize, elements=16, programs=4)
+    """Like the forward's with fewer programs, because derivative and gradient of the bias take registers."""
+    return Config.for_tile(lanes, features, itemsize, elements=16, programs=5)
 
 
 def forward(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None) -> Tensor:

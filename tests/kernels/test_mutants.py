@@ -189,13 +189,13 @@ ADD_NORM = {
         ("tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0)", "z[chunk] - mean"),
     ],
     "_forward_kernel": [
-        ("x = _add(x, bias, CHUNKS)", "pass"),
+        ("x = _add(x, _load_vector(bias_ptr, HIDDEN, ROWS, BLOCK, CHUNKS), CHUNKS)", "pass"),
         ("x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "pass"),
         ("_add(z, x, CHUNKS)", "x"),
         ("z_ptr, rows, tokens, z,", "z_ptr, rows, tokens, x,"),
         ("_multiply(normal, weight, CHUNKS)", "normal"),
         ("_add(_multiply(normal, weight, CHUNKS), norm_bias, CHUNKS)", "_multiply(normal, weight, CHUNKS)"),
-        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+        ("tl.program_id(0) * ROWS", "tl.program_id(0) * (ROWS - 1)"),
     ],
     "_backward_kernel": [
         ("_add(grad_weight, _multiply(grad, normal, CHUNKS), CHUNKS)", "_multiply(grad, normal, CHUNKS)"),
@@ -211,6 +211,14 @@ ADD_NORM = {
         ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
     ],
     "_store_sums": [("features < HIDDEN", "features < HIDDEN - 1")],
+    "_sum_kernel": [
+        ("vector * programs * HIDDEN", "vector * HIDDEN"),
+        ("rows < programs", "rows < programs - 1"),
+        ("(features < HIDDEN)[None, :]", "(features < HIDDEN - 1)[None, :]"),
+        ("grad_bias_ptr + features, total", "grad_weight_ptr + features, total"),
+        ("vector == 0", "vector == 2"),
+        ("vector == 1", "vector != 1"),
+    ],
 }
 DROPOUT = {
     "launch_arguments": [

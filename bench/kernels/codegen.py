@@ -38,16 +38,21 @@ matrix products, `loads` and `stores` the bytes of the widest of a thread. `stag
 kernel asks for them, `in_flight` copies that the loop leaves on their way, on NVIDIA's from 8.0 on. `loop` are the
 instructions of the main loop, `elements` a thread's elements of one of its tiles, `masks` the loop's selections and
 comparisons of integers (`loop` and `masks` on NVIDIA's alone), `exchanges` the tensors that it exchanges among threads.
-`ctas` are the programs that fit a multiprocessor, `launched` those that are launched for each, where they share rows.
+`ctas` are the programs that fit a multiprocessor, `launched` those that are launched for each, where they make partial
+sums.
 
 """
 
 # The instructions of the main loop on sm_90 in 16 bits, by op, kernel, dropout and elements: as counted, 5 % more are
 # too many; for attention the most that are allowed.
 LOOPS = {
+    ("bias_gelu", "forward", "no", 8): 133 * 1.05,
     ("bias_gelu", "forward", "no", 16): 261 * 1.05,
+    ("bias_gelu", "forward", "yes", 8): 248 * 1.05,
     ("bias_gelu", "forward", "yes", 16): 492 * 1.05,
+    ("bias_gelu", "backward", "no", 8): 188 * 1.05,
     ("bias_gelu", "backward", "no", 16): 372 * 1.05,
+    ("bias_gelu", "backward", "yes", 8): 293 * 1.05,
     ("bias_gelu", "backward", "yes", 16): 595 * 1.05,
     ("add_norm", "backward", "no", 24): 604 * 1.05,
     ("add_norm", "backward", "yes", 24): 908 * 1.05,
@@ -200,7 +205,7 @@ def row(arch: str, op: str, dtype: torch.dtype, size: int, dropout: bool, launch
         stages=launch.constant("STAGES") or 1,
         elements=elements(launch) // (warps * architecture.lanes),
         ctas=architecture.fits(figures["registers"], shared, warps),
-        launched=-(-launch.programs // MULTIPROCESSORS) if launch.takes("rows_per_program") else 0,
+        launched=-(-launch.programs // MULTIPROCESSORS) if launch.takes("partials_ptr") else 0,
         **of_ttgir(kernel.asm["ttgir"]),
         **figures,
     )

@@ -35,18 +35,22 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
         return _rdna_forward_config(dtype, head_dim, max_seqlen)
     if dtype == torch.float32:
         return Config(32, 32 if head_dim <= 64 else 16, warps=8, stages=1)
+    if is_cdna(arch):
+        return _cdna_forward_config(head_dim, max_seqlen, dropout)
     if head_dim > 128:
-        return Config(64, 32, warps=8, stages=2)
+        return Config(64, 16, warps=8, stages=3)
     if head_dim > 64:
         if dropout or max_seqlen <= 64:
-            return Config(64, 32, warps=4, stages=2)
-        return Config(128, 64, warps=8, stages=1 if is_cdna(arch) else 2)
-    if max_seqlen <= 64:
-        return Config(64, 64, warps=4, stages=2)
-    return Config(128, 128 if arch in _LARGE_TILES and not dropout else 64, warps=8, stages=3)
+            return Config(64, 32, warps=4, stages=3)
+        return Config(128, 64, warps=8, stages=3)
+    if arch in _LARGE_TILES and max_seqlen > 64 and not dropout:
+        # On sm_90: 115 registers, so 2 programs. On sm_100, whose products are twice as fast with 128 rows: 1.
+        return Config(128, 64 if arch == "sm_90" else 128, warps=8, stages=3)
+    # 113 to 179 registers, so 2 or 3 programs. A wider tile takes as many instructions a score.
+    return Config(64, 64, warps=4, stages=3)
 
 
-def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
+def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Config:
     """The tiles of both passes. Each holds two operands and one or two sums, so they are smaller than the forward's."""
     if is_rdna(arch):
         return _rdna_backward_config(dtype, head_dim)
@@ -56,14 +60,16 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
         return Config(32, 16 if is_cdna(arch) else 32, warps=8, stages=1)
     if head_dim > 128:
         return Config(16, 32, warps=4, stages=1)
-    if head_dim > 64 and is_cdna(arch):
-        return Config(64, 16, warps=8, stages=2)
-    if head_dim > 64 or arch == "sm_120":
-        return Config(64, 32, warps=8, stages=1 if head_dim > 64 and arch == "sm_120" else 2)
-    step = 64 if arch in _LARGE_TILES else 32
-    if max_seqlen <= 64:
-        return Config(64, step, warps=4, stages=1)
-    return Config(128, step, warps=8, stages=1 if is_cdna(arch) else 2)
+    if is_cdna(arch):
+        return Config(64, 16, warps=8, stages=2) if head_dim > 64 else Config(128, 32, warps=8, stages=1)
+    if head_dim > 64:
+        return Config(64, 32, warps=8, stages=1 if arch == "sm_120" else 3)
+    if arch == "sm_100":
+        return Config(128, 64, warps=8, stages=3)
+    # Two programs of 4 warps can have 255 registers, which the second pass takes; the widest steps that do not spill:
+    if arch == "sm_90":
+        return Config(64, 32 if dropout else 64, warps=4, stages=3)
+    return Config(64, 16 if dropout and arch == "sm_120" else 32, warps=4, stages=3)
 
 
 def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config | None:
@@ -84,6 +90,18 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if max_seqlen <= 64:
         return Config(64, 32, warps=8 if arch == "sm_120" else 4, stages=1)
     return Config(128, step, warps=8, stages=1)
+
+
+def _cdna_forward_config(head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+    if head_dim > 128:
+        return Config(64, 32, warps=8, stages=2)
+    if head_dim > 64:
+        if dropout or max_seqlen <= 64:
+            return Config(64, 32, warps=4, stages=2)
+        return Config(128, 64, warps=8, stages=1)
+    if max_seqlen <= 64:
+        return Config(64, 64, warps=4, stages=2)
+    return Config(128, 64, warps=8, stages=3)
 
 
 def _rdna_forward_config(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:

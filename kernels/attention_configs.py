@@ -38,16 +38,17 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
     if is_cdna(arch):
         return _cdna_forward_config(head_dim, max_seqlen, dropout)
     if head_dim > 128:
-        return Config(64, 16, warps=8, stages=3)
+        return Config(64, 32 if arch in _LARGE_TILES else 16, warps=8, stages=3)
     if head_dim > 64:
-        if dropout or max_seqlen <= 64:
+        if dropout or max_seqlen <= 64 or arch not in _LARGE_TILES:
             return Config(64, 32, warps=4, stages=3)
         return Config(128, 64, warps=8, stages=3)
     if arch in _LARGE_TILES and max_seqlen > 64 and not dropout:
         # On sm_90: 115 registers, so 2 programs. On sm_100, whose products are twice as fast with 128 rows: 1.
         return Config(128, 64 if arch == "sm_90" else 128, warps=8, stages=3)
-    # 113 to 179 registers, so 2 or 3 programs. A wider tile takes as many instructions a score.
-    return Config(64, 64, warps=4, stages=3)
+    # 113 to 187 registers, so 2 or 3 programs; with dropout, a wider tile than 32 spills on sm_80.
+    narrow = dropout and max_seqlen > 64 and arch not in _LARGE_TILES
+    return Config(64, 32 if narrow else 64, warps=4, stages=3)
 
 
 def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Config:
@@ -57,7 +58,9 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool)
     if dtype == torch.float32:
         if head_dim > 64:
             return Config(16, 16, warps=8, stages=1)
-        return Config(32, 16 if is_cdna(arch) else 32, warps=8, stages=1)
+        if is_cdna(arch):
+            return Config(32, 16, warps=8, stages=1)
+        return Config(32, 32, warps=4 if head_dim <= 32 else 8, stages=1)
     if head_dim > 128:
         return Config(16, 32, warps=4, stages=1)
     if is_cdna(arch):

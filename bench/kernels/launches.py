@@ -84,5 +84,13 @@ def attention_launches(dtype: torch.dtype, seed: Tensor | None) -> Iterator[tupl
 
 
 def is_tabled(arch: str, op: str, _, dtype: torch.dtype, size: int, seed: Tensor | None, max_seqlen=512, *rest) -> bool:
-    plain, dropout = (attention.forward_config(arch, dtype, size, max_seqlen, drops) for drops in (False, True))
-    return seed is not None or op == "add_norm, plain" or (op.startswith("attention") and plain != dropout)
+    if seed is not None or not op.startswith("attention"):
+        return seed is not None or op == "add_norm, plain"
+    plain, dropout = (
+        (
+            attention.forward_config(arch, dtype, size, max_seqlen, drops),
+            attention.backward_config(arch, dtype, size, drops),
+        )
+        for drops in (False, True)
+    )
+    return plain != dropout

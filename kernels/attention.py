@@ -342,11 +342,11 @@ def _forward_kernel(
                 PRECISION,
                 WHOLE=True,
             )
-    for first_key in tl.range(whole, length, STEP, num_stages=1):  # at most once; an `if` would cost registers
+    if whole < length:
         sums = _forward_tile(
             sums,
             query,
-            first_key,
+            whole,
             keys,
             factor,
             draw,

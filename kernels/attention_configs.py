@@ -1,7 +1,9 @@
 """How attention's kernels are launched: the tiles for each architecture, and the design of the backward.
 
-The tiles are the largest that compile without spilling registers (bench/results/codegen.md). No alternative has been
-timed yet.
+The tiles are the largest that compile without spilling registers (bench/results/codegen.md); for 16-bit heads of up to
+64 on NVIDIA, the largest that also leave room for two programs on a multiprocessor, so that one multiplies while the
+other computes exponentials. Loops that stream tiles have three stages: with two, Triton waits for a copy as soon as it
+is issued. No alternative has been timed yet.
 """
 
 from dataclasses import dataclass
@@ -40,15 +42,16 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
     if head_dim > 128:
         return Config(64, 32 if arch in _LARGE_TILES else 16, warps=8, stages=3)
     if head_dim > 64:
-        if dropout or max_seqlen <= 64 or arch not in _LARGE_TILES:
+        if arch not in _LARGE_TILES:
+            return Config(64, 32, warps=8, stages=3)
+        if dropout or max_seqlen <= 64:
             return Config(64, 32, warps=4, stages=3)
         return Config(128, 64, warps=8, stages=3)
     if arch in _LARGE_TILES and max_seqlen > 64 and not dropout:
         # On sm_90: 115 registers, so 2 programs. On sm_100, whose products are twice as fast with 128 rows: 1.
         return Config(128, 64 if arch == "sm_90" else 128, warps=8, stages=3)
-    # 113 to 187 registers, so 2 or 3 programs; with dropout, a wider tile than 32 spills on sm_80.
-    narrow = dropout and max_seqlen > 64 and arch not in _LARGE_TILES
-    return Config(64, 32 if narrow else 64, warps=4, stages=3)
+    # 113 to 179 registers, so 2 or 3 programs. A wider tile takes as many instructions a score.
+    return Config(64, 64, warps=4, stages=3)
 
 
 def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Config:
@@ -83,13 +86,13 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if is_rdna(arch):
         return None
     if dtype == torch.float32:
-        block, step = (32, 16) if head_dim <= 32 else (16, 32 if head_dim <= 64 else 16)
+        block, step = (32, 32 if arch == "sm_100" else 16) if head_dim <= 32 else (16, 32 if head_dim <= 64 else 16)
         return Config(block, step, warps=8, stages=1)
     step = 16 if is_cdna(arch) else 32
     if head_dim > 128:
         return Config(32, step, warps=8, stages=1)
     if head_dim > 64:
-        return Config(64, 16, warps=8, stages=2)
+        return Config(64, 16, warps=8, stages=1 if arch == "sm_100" else 2)
     if max_seqlen <= 64:
         return Config(64, 32, warps=8 if arch == "sm_120" else 4, stages=1)
     return Config(128, step, warps=8, stages=1)

@@ -38,8 +38,8 @@ print(json.dumps({
     assert found["kernels"] == [
         *([op, kernel] for op in ("add_norm", "add_norm, plain") for kernel in ("backward", "forward")),
         *(["attention", kernel] for kernel in ("backward_keys", "backward_queries", "forward")),
-        ["attention ≤ 128", "backward"],
-        ["attention ≤ 16", "backward"],
+        *(["attention ≤ 128", kernel] for kernel in ("backward", "forward")),
+        *(["attention ≤ 16", kernel] for kernel in ("backward", "forward")),
         *(["attention ≤ 64", kernel] for kernel in ("backward", "forward")),
         ["attention, many", "backward"],
         *(["bias_gelu", kernel] for kernel in ("backward", "forward")),

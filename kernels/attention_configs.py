@@ -67,7 +67,9 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool)
     if head_dim > 128:
         return Config(16, 32, warps=4, stages=1)
     if is_cdna(arch):
-        return Config(64, 16, warps=8, stages=2) if head_dim > 64 else Config(128, 32, warps=8, stages=1)
+        if head_dim > 64:
+            return Config(64, 16, warps=8, stages=2)
+        return Config(128, 16 if dropout else 32, warps=8, stages=1)
     if head_dim > 64:
         return Config(64, 32, warps=8, stages=1 if arch == "sm_120" else 3)
     if arch == "sm_100":
@@ -92,7 +94,7 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if head_dim > 128:
         return Config(32, step, warps=8, stages=1)
     if head_dim > 64:
-        return Config(64, 16, warps=8, stages=1 if arch == "sm_100" else 2)
+        return Config(64, 16, warps=8, stages=1 if arch == "sm_100" or is_cdna(arch) else 2)
     if max_seqlen <= 64:
         return Config(64, 32, warps=8 if arch == "sm_120" else 4, stages=1)
     return Config(128, step, warps=8, stages=1)

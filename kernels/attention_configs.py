@@ -126,7 +126,7 @@ def _rdna_forward_config(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> 
 def _rdna_backward_config(dtype: torch.dtype, head_dim: int) -> Config:
     if dtype == torch.float32 or head_dim > 64:
         return Config(16, 8, warps=8, stages=1)
-    return Config(64, 16, warps=8, stages=1)
+    return Config(64, 8, warps=8, stages=1)
 
 
 def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:

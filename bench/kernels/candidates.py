@@ -168,7 +168,7 @@ def _attention_forward_launches(problem, batch, device, dtype):
 def _attention_backward_launches(problem, batch, device, dtype):
     length = batch.sequences.max_seqlen
     case = (device.arch, dtype, HEAD_DIM, length)
-    two, one = attention.backward_config(*case), attention.one_pass_config(*case)
+    two, one = attention.backward_config(*case[:3], problem.dropout), attention.one_pass_config(*case)
     pairs = batch.sequences.longest_first.shape[0] * HEADS
     one_pass = attention.takes_one_pass(one, pairs, length, problem.dropout, device)
     tiles = [{"block": 64, "warps": 4}, {"block": 64, "warps": 8}] + (_TILES[1:] if length > 64 else [])

@@ -411,6 +411,7 @@ _HARD = (
     _attention("packed with holes", 2, 32, p=0.3),
     _attention("padded at the left", 1, 128, p=0.3),
     _attention("padded with a mask", 2, 48, p=0.1),
+    _attention("padded with a mask", 1, 128),
     _attention("lengths around 128", 1, 128, p=0.1),
     _attention("lengths around 128", 1, 64),
     _attention("lengths 2, 512, 257", 1, 32, p=0.1),

@@ -21,6 +21,7 @@ from .modeling import (
     ErnieMModel,
     ErnieMPreTrainedModel,
 )
+from .optimize import optimize, restore
 from .tokenization import ErnieMTokenizer
 
 __all__ = [
@@ -33,6 +34,8 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "optimize",
+    "restore",
     "use_kernels",
 ]
 

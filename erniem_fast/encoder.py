@@ -21,6 +21,7 @@ from . import flags, matmul, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features
+from .inference import BFloat16Linear, InferenceEmbedding, is_plain_inference
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched, may_write
 from .native.layer import MOST_TOKENS
@@ -118,6 +119,8 @@ class ErnieMEmbeddings(nn.Module):
 
         NEFTune's hook (arXiv 2310.05914), for example, scales its noise by the length of the rows.
         """
+        if is_plain_inference(words, InferenceEmbedding):
+            return words(input_ids)
         if batch.fills_grid:
             return batch.pack(words(input_ids.unflatten(0, batch.grid)))
         rows = batch.unpack(input_ids - self.padding_idx) + self.padding_idx
@@ -268,10 +271,16 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             after_feed_forward = _dropout(self.dropout2, batch, seeds, _AFTER_FEED_FORWARD)
 
             dropout = _dropout(attention.dropout, batch, seeds, _ATTENTION)
-            context, probabilities = attention(hidden, batch, dropout, head_mask, scores_bias, attentions, scratch)
+            x = self._operand(hidden)
+            context, probabilities = attention(x, batch, dropout, head_mask, scores_bias, attentions, scratch)
             hidden = _add_norm(hidden, project(out_proj, context, "add_norm"), self.norm1, after_attention)
-            product = self._feed_forward(hidden, after_activation, scratch)
+            product = self._feed_forward(self._operand(hidden), after_activation, scratch)
             return _add_norm(hidden, product, self.norm2, after_feed_forward), probabilities
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        """The hidden states as the products take them, in bfloat16 if all linears do: then each is rounded once."""
+        narrow = all(is_plain_inference(linear, BFloat16Linear) for linear in self._linears().values())
+        return hidden.bfloat16() if narrow else hidden
 
     def _feed_forward(self, hidden: Tensor, dropout: Dropout | None, scratch: Scratch | None) -> Product:
         """The layer's second half, up to its layer norm."""

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import nan
+from math import inf, nan
 from typing import ClassVar
 
 import torch
@@ -21,11 +21,11 @@ from ..batch import TokenBatch
 from ..configuration import RESERVED_POSITIONS
 from ..dropout import Dropout
 from ..flags import use_implementations
-from ..native import library
+from ..native import int8, library
 from ..native.linear import forward as native_linear
 from ..ops import Product
 from ..ops.choose import Implementation
-from ..reference import Norm
+from ..reference import Norm, quantise_weight, quantised_linear
 from .equivalence import Comparison, compare, draw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -131,6 +131,44 @@ class ProductCheck:
         return {"result": compare(out, (expected, exact))}
 
 
+@dataclass(frozen=True)
+class Int8Check(ProductCheck):
+    """The native product of 8-bit integers by one of its kernels, which has to compute the reference's very bits."""
+
+    kernel: str = "plain"
+
+    op: ClassVar[str] = "int8"
+
+    @property
+    def shape(self) -> str:
+        return f"{super().shape}, {self.kernel}"
+
+    def run(self) -> dict[str, Comparison]:
+        """Compares as in `ProductCheck`; some tokens hold NaN or infinity, only zeros, or no zero in their range."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((self.tokens, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.tokens, self.gap))
+        x, weight, bias, beside = (_randn(generator, self.device, self.dtype, *shape) for shape in shapes)
+        weight[self.outputs // 2] = 0.0
+        x[2::7] = 0.0
+        x[3::7, self.inputs // 2] = nan
+        x[4::7, -1] = -inf
+        x[5::7] += 10.0
+        x[6::7] *= 1e-39
+        values, scale = quantise_weight(weight)
+        bias, levels = bias if self.bias else None, int8.kernels()[self.kernel]
+        expected = quantised_linear(x, values, scale, bias, levels)
+        out = torch.cat([beside, torch.full_like(expected, inf), beside], dim=1)
+        int8.linear(x, int8.pack(values), scale, bias, out[:, self.gap : self.gap + self.outputs], self.kernel)
+        return {"result": _same_bits(out, torch.cat([beside, expected, beside], dim=1))}
+
+
+def _same_bits(result: Tensor, expected: Tensor) -> Comparison:
+    """Whether a result equals the expected one, NaN where that is NaN."""
+    differences = (result - expected).abs().nan_to_num(nan=inf)
+    differences = differences.masked_fill(result.isnan() & expected.isnan(), 0.0)
+    return Comparison(F.pad(differences, (0, 1)).amax().item() if len(result) else 0.0, 0.0)
+
+
 def verify(device: torch.device) -> bool:
     """Runs the battery on a device and prints the outcome of each check as it finishes.
 
@@ -139,7 +177,7 @@ def verify(device: torch.device) -> bool:
     """
     reasons = [
         *((op, name, kernel.objection(device, torch.float32, size=0)) for op, name, kernel in _kernels()),
-        (ProductCheck.op, ProductCheck.implementation, _product_objection(device)),
+        *((check.op, check.implementation, _product_objection(device)) for check in (ProductCheck, Int8Check)),
     ]
     for op, name, reason in reasons:
         if reason is not None:
@@ -180,7 +218,9 @@ def battery(device: torch.device) -> list[Check | ProductCheck]:
         for dtype in _DTYPES
         if implementation.objection(device, dtype, case.size) is None
     ]
-    return [*checks, *(_PRODUCTS if _product_objection(device) is None else ())]
+    if _product_objection(device) is not None:
+        return checks
+    return [*checks, *_PRODUCTS, *(Int8Check(*sizes, kernel=kernel) for kernel in int8.kernels() for sizes in _INT8)]
 
 
 def _kernels() -> list[tuple[str, str, Implementation]]:
@@ -454,6 +494,15 @@ _PRODUCTS = (
     ProductCheck(20, 1024, 50),  # the product reads rows of a page or more in another order
     ProductCheck(64, 768, 768, gap=768),
     ProductCheck(0, 32, 8),
+)
+
+# Numbers of tokens around those of the kernels' tiles, and in several blocks; sizes around the blocks'.
+_INT8 = (
+    *((tokens, 31, 41) for tokens in (0, 1, 3, 5, 12, 13, 30, 200)),
+    (13, 97, 64),
+    (7, 96, 1, False),
+    (5, 1, 33),
+    (17, 1031, 70, True, 5),
 )
 
 # The sizes of the base and the large model.

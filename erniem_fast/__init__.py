@@ -22,6 +22,7 @@ from .modeling import (
     ErnieMPreTrainedModel,
 )
 from .optimize import optimize, restore
+from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
 
 __all__ = [
@@ -31,6 +32,7 @@ __all__ = [
     "ErnieMForQuestionAnswering",
     "ErnieMForSequenceClassification",
     "ErnieMForTokenClassification",
+    "ErnieMInt8Config",
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",

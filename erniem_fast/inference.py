@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import modes, reference
+from . import flags, modes, reference
+from .native import int8
 
 _ROWS = 4096  # of a weight that are rounded at once
 
@@ -69,6 +70,28 @@ def _compute_uncompiled(module: InferenceModule, x: Tensor) -> Tensor:
 def inference_module(model: nn.Module) -> InferenceModule | None:
     """The first module of this file in a model; None if its weights are as they were loaded."""
     return next((module for module in model.modules() if isinstance(module, InferenceModule)), None)
+
+
+# Where a bare ERNIE-M model holds its word table, and each layer its linears.
+_WORD_TABLE = "embeddings.word_embeddings"
+_OF_LAYER = (*(f"self_attn.self_attn.{each}_proj" for each in "qkv"), "self_attn.out_proj", "linear1", "linear2")
+
+
+def places(bare: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules of a bare ERNIE-M model that modules of this file can replace, by name; None for missing ones."""
+    layers = [f"encoder.layers.{index}" for index in range(len(bare.encoder.layers))]
+    names = [_WORD_TABLE, *(f"{layer}.{name}" for layer in layers for name in _OF_LAYER)]
+    present = dict(bare.named_modules(remove_duplicate=False))
+    return {name: present.get(name) for name in names}
+
+
+def freeze(bare: nn.Module) -> list[str]:
+    """Freezes the parameters of embeddings and layers; returns the names of those that were not frozen."""
+    parameters = dict(bare.named_parameters())
+    trained = [name for name, each in parameters.items() if each.requires_grad and not name.startswith("pooler.")]
+    for name in trained:
+        parameters[name].requires_grad_(False)
+    return trained
 
 
 class _OpaqueLinear(InferenceModule):
@@ -151,9 +174,10 @@ class Int8Linear(InferenceModule):
     `reference.quantised_linear`.
 
     Attributes:
-        weight: int8 `(out_features, in_features)`.
+        weight: int8 `(out_features, in_features)`; a copy if `packed` holds it.
         weight_scale: float32 `(out_features,)`.
         bias: float32 `(out_features,)`, or None.
+        packed: the weight in the native product's order; None until there is a native library.
     """
 
     weights = "int8"
@@ -163,7 +187,8 @@ class Int8Linear(InferenceModule):
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features, dtype=torch.float32)) if bias else None)
+        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.packed: Tensor | None = None
 
     @classmethod
     def of(cls, linear: nn.Linear) -> "Int8Linear":
@@ -172,14 +197,47 @@ class Int8Linear(InferenceModule):
             rounded = cls(*reversed(linear.weight.shape), bias=linear.bias is not None)
         rounded.weight, rounded.weight_scale = round_rows(linear.weight.detach())
         rounded.bias = linear.bias
+        rounded.pack()
         return rounded.train(linear.training)
+
+    def pack(self) -> None:
+        """Gives up the plain weight for the packed one, if there is a native library to use that."""
+        if self.packed is None and int8.objection() is None and self.in_features <= int8.MOST_FEATURES:
+            self.packed = int8.pack(self.weight)
+            self._buffers.pop("weight", None)
 
     def compute(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
-        return _int8_linear(rows, self.weight, self.weight_scale, self.bias).view(*x.shape[:-1], self.out_features)
+        self.pack()
+        if self.packed is not None and modes.is_plain_call(rows) and _runs_natively():
+            out = int8.linear(rows, self.packed, self.weight_scale, self.bias)
+        else:
+            out = _int8_linear(rows, self.weight, self.weight_scale, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def __getattr__(self, name: str) -> object:
+        if name == "weight" and self.__dict__.get("packed") is not None:
+            return int8.unpack(self.packed, self.out_features, self.in_features)
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        if self.packed is not None:
+            weight, self.packed = self.weight, None
+            self.register_buffer("weight", weight)
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the packed weight, which another machine may be unable to use."""
+        state = {**self.__dict__, "packed": None}
+        state["_buffers"] = {"weight": self.weight, "weight_scale": self.weight_scale}
+        return state
 
 
 LINEARS = {kind.weights: kind for kind in (PackedLinear, BFloat16Linear, Int8Linear)}
@@ -195,9 +253,14 @@ def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = N
     return isinstance(module, kind or InferenceModule) and modes.is_untouched(module, type(module))
 
 
+@flags.while_held
+def _runs_natively() -> bool:
+    return flags.read(flags.KERNELS) == "auto" and flags.read(flags.VERIFY) == "0"
+
+
 def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
-    """`reference.quantised_linear`, bit for bit, by a product of bytes."""
-    tokens = reference.quantise_tokens(x, levels=255)
+    """`reference.quantised_linear`, bit for bit, by PyTorch's product of bytes."""
+    tokens = reference.quantise_tokens(x, int8.levels() if int8.objection() is None else 255)
     # A row of ones gives the sums over the weight's rows, which are those of `zero` times a row.
     values = torch.cat([tokens.values.to(torch.uint8), x.new_ones(1, x.shape[1], dtype=torch.uint8)])
     products = modes.multiply_bytes(values, weight.t())

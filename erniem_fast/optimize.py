@@ -3,7 +3,6 @@
 import hashlib
 import logging
 from collections import Counter
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -11,18 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from . import modes
-from .encoder import ErnieMEncoderLayer
-from .inference import LINEARS, TABLES, InferenceModule, inference_module
+from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, places
 from .matmul import fastest
 from .modeling import ErnieMModel, ErnieMPreTrainedModel
 
 _LOG = logging.getLogger(__name__)
-
-_LINEARS_OF_LAYER = (
-    *(f"self_attn.self_attn.{name}_proj" for name in "qkv"),
-    *("self_attn.out_proj", "linear1", "linear2"),
-)
-_WORD_TABLE = "embeddings.word_embeddings"
 
 _REMEDY = (
     "Load the model again; or pass keep=True to erniem_fast.optimize, which keeps the original weights in memory too."
@@ -78,8 +70,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         return model
     bare = model.base_model
     modules = _replaceable(model, weights)
-    trained = [name for name, each in bare.named_parameters() if each.requires_grad and not name.startswith("pooler.")]
-    originals = {}
+    originals, trained = {}, freeze(bare)
     for name, module in modules.items():
         kind = (LINEARS if isinstance(module, nn.Linear) else TABLES)[weights]
         bare.set_submodule(name, kind.of(module))
@@ -88,7 +79,6 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         if lost or weights == "packed":
             module.weight = None
     bare.originals, bare.trained = originals, trained
-    _require_grad(bare, trained, False)
     return model
 
 
@@ -107,11 +97,17 @@ def restore(model: Model) -> Model:
 
     Raises:
         TypeError: the model is not one of this package's.
-        ValueError: the original weights are not in the checkpoint; or a module was replaced since.
+        ValueError: the original weights are not in the checkpoint; or the model was loaded with int8 weights; or a
+            module was replaced since.
     """
     _check_family(model)
     bare = model.base_model
     if not hasattr(bare, "originals"):
+        loaded = inference_module(bare)
+        if loaded is not None:
+            raise ValueError(
+                f"The model was loaded with {loaded.weights} weights; load its original checkpoint instead."
+            )
         return model
     for name in bare.originals:
         if not isinstance(bare.get_submodule(name), InferenceModule):
@@ -125,16 +121,12 @@ def restore(model: Model) -> Model:
         if isinstance(module, nn.Linear):
             module.bias = current.bias
         bare.set_submodule(name, module.train(current.training))
-    _require_grad(bare, bare.trained, True)
+    parameters = dict(bare.named_parameters())
+    for name in bare.trained:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
     del bare.originals, bare.trained
     return model
-
-
-def _require_grad(bare: ErnieMModel, names: list[str], required: bool) -> None:
-    parameters = dict(bare.named_parameters())
-    for name in names:
-        if name in parameters:
-            parameters[name].requires_grad_(required)
 
 
 # --- What can be replaced --------------------------------------------------------------------------------------------
@@ -157,7 +149,7 @@ def _check(model: nn.Module, weights: str | None) -> None:
         raise ValueError(f"The model has {present.weights} weights already; call erniem_fast.restore(model) first.")
     if weights is None:
         return
-    for name, module in _candidates(model.base_model):
+    for name, module in places(model.base_model).items():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
             raise ValueError(
@@ -172,21 +164,12 @@ def _check(model: nn.Module, weights: str | None) -> None:
         )
 
 
-def _candidates(bare: ErnieMModel) -> Iterator[tuple[str, nn.Module]]:
-    """The modules in the places of the layers' linears and of the word table."""
-    yield _WORD_TABLE, bare.get_submodule(_WORD_TABLE)
-    for index, layer in enumerate(bare.encoder.layers):
-        own = _LINEARS_OF_LAYER if isinstance(layer, ErnieMEncoderLayer) else ("",)
-        for path in own:
-            yield f"encoder.layers.{index}.{path}".rstrip("."), layer.get_submodule(path)
-
-
 def _replaceable(model: ErnieMPreTrainedModel, weights: str) -> dict[str, nn.Module]:
     """The modules to replace, by their names in the bare model. The log names those that stay."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    candidates = dict(_candidates(model.base_model))
+    candidates = places(model.base_model)
     if weights not in TABLES:
-        del candidates[_WORD_TABLE]
+        candidates = {name: each for name, each in candidates.items() if not isinstance(each, nn.Embedding)}
     found = {name: module for name, module in candidates.items() if _is_replaceable(module, uses)}
     left = [name for name in candidates if name not in found]
     if left:
@@ -194,7 +177,9 @@ def _replaceable(model: ErnieMPreTrainedModel, weights: str) -> dict[str, nn.Mod
     return found
 
 
-def _is_replaceable(module: nn.Module, uses: Counter) -> bool:
+def _is_replaceable(module: nn.Module | None, uses: Counter) -> bool:
+    if module is None:
+        return False
     if modes.is_plain(module, nn.Embedding):
         simple = module.max_norm is None
     else:

@@ -74,6 +74,14 @@ def pack(weight: Tensor) -> Tensor:
     return torch.cat([blocks.contiguous().view(torch.uint8), sums.view(torch.uint8)], dim=1).flatten()
 
 
+def unpack(packed: Tensor, out_features: int, in_features: int) -> Tensor:
+    """The weight that `pack` took, int8 `(out_features, in_features)`."""
+    groups = -(-in_features // _GROUP)
+    blocks = packed.view(torch.int8).view(-1, (groups + 1) * _COLUMNS * _GROUP)[:, : groups * _COLUMNS * _GROUP]
+    rows = blocks.reshape(-1, groups, _COLUMNS, _GROUP).transpose(1, 2).flatten(2).flatten(0, 1)
+    return rows[:out_features, :in_features].contiguous()
+
+
 def linear(
     x: Tensor,
     packed: Tensor,

@@ -17,6 +17,7 @@ from erniem_fast.inference import (
     Int8Linear,
     PackedLinear,
 )
+from erniem_fast.native import int8
 
 SERVED = {"packed": modes.has_onednn_packing(), "int8": True}
 SERVED["bfloat16"] = modes.has_onednn_packing() and modes.multiplies_bfloat16()
@@ -28,6 +29,7 @@ every_linear = pytest.mark.parametrize(
         for name, kind in LINEARS.items()
     ],
 )
+LEVELS = int8.levels() if int8.objection() is None else 255
 SIZES = [(96, 24), (1031, 7), (3, 5), (768, 40)]  # in_features, out_features
 
 
@@ -47,13 +49,16 @@ def make(inputs, outputs, bias=True):
 @pytest.mark.parametrize("tokens", [0, 1, 3, 5, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
 @pytest.mark.parametrize("bias", [True, False])
-def test_int8_equals_the_reference_bit_for_bit(inputs, outputs, tokens, bias):
+def test_int8_equals_the_reference_bit_for_bit(inputs, outputs, tokens, bias, monkeypatch):
     linear, x = make(inputs, outputs, bias), torch.randn(tokens, inputs) * torch.logspace(-6, 6, tokens)[:, None]
     weight, scale = reference.quantise_weight(linear.weight)
     rounded = Int8Linear.of(linear)
     assert torch.equal(rounded.weight, weight)
     assert torch.equal(rounded.weight_scale, scale)
-    assert torch.equal(rounded(x), reference.quantised_linear(x, weight, scale, linear.bias))
+    expected = reference.quantised_linear(x, weight, scale, linear.bias, LEVELS)
+    assert torch.equal(rounded(x), expected)
+    monkeypatch.setenv("ERNIEM_FAST_KERNELS", "off")
+    assert torch.equal(rounded(x), expected)
 
 
 def test_int8_of_a_token_does_not_depend_on_other_tokens():
@@ -140,7 +145,7 @@ def test_a_state_that_does_not_fit_is_refused(kind):
         module.load_state_dict({**state, "weight": state["weight"][:-1]})
     with pytest.raises(RuntimeError, match=r"Missing key.*weight"):
         module.load_state_dict({"bias": state["bias"]})
-    assert module.load_state_dict({"bias": state["bias"]}, strict=False).missing_keys[0] == "weight"
+    assert "weight" in module.load_state_dict({"bias": state["bias"]}, strict=False).missing_keys
 
 
 @every_linear

@@ -18,7 +18,7 @@ import erniem_fast
 from erniem_fast import ErnieMModel, reference
 from erniem_fast.inference import LINEARS, InferenceModule, Int8Embedding, Int8Linear, is_plain_inference
 from erniem_fast.matmul import fastest
-from tests.model.test_inference import SERVED
+from tests.model.test_inference import LEVELS, SERVED
 from tests.model.tiny import IDS, LAYOUT_CASES, MASK, REAL, assert_close, load, logits_of
 from tests.ops.problems import serving
 
@@ -101,7 +101,7 @@ class Oracle(nn.Module):
         self.rounded, self.bias = reference.quantise_weight(linear.weight), linear.bias
 
     def forward(self, x):
-        return reference.quantised_linear(x, *self.rounded, self.bias)
+        return reference.quantised_linear(x, *self.rounded, self.bias, LEVELS)
 
 
 def test_int8_equals_the_oracle_in_every_layer(kernels):

@@ -1,11 +1,16 @@
-"""The matrix product x Wᵀ + b by 8-bit integers, on the CPU: the bits of `reference.quantised_linear`."""
+"""Products of 8-bit integers on the CPU, alone and as a whole layer: the bits of `reference.quantised_linear`."""
+
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..batch import Sequences
+from ..reference import Norm
 from . import library
-from .function import FLOAT, Function
+from .bias_gelu import ACTIVATIONS
+from .function import FLOAT, INT, Function
 
 # The numbers of `Int8Kernel` in csrc/int8_tile.h, the best last.
 KERNELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx_vnni": 3, "avx512_vnni": 4}
@@ -16,13 +21,17 @@ _COLUMNS, _GROUP = 32, 4
 # Of more features the sums could overflow: 255 * 127 * 66,311 < 2^31.
 MOST_FEATURES = 66_311
 
-_BYTES = "-(-out_features // 32) * (-(-in_features // 4) * 128 + 128)"
+
+def _bytes(out_features: str, in_features: str) -> str:
+    """The size of a packed weight, as a dimension of a `Function`'s tensor."""
+    return f"-(-{out_features} // 32) * (-(-{in_features} // 4) * 128 + 128)"
+
 
 _LINEAR = Function(
     "int8_linear_forward",
     {
         "x": (FLOAT, "tokens", "in_features"),
-        "packed": (torch.uint8, _BYTES),
+        "packed": (torch.uint8, _bytes("out_features", "in_features")),
         "scale": (FLOAT, "out_features"),
         "bias": (FLOAT, "out_features"),
         "out": (FLOAT, "tokens", "out_features"),
@@ -32,6 +41,53 @@ _LINEAR = Function(
     optional=("bias",),
     strided=("out",),
 )
+
+# The features of a layer's products: those that they return, and those that they take.
+_SHAPES = {
+    "q": ("projected", "hidden"),
+    "k": ("projected", "hidden"),
+    "v": ("projected", "hidden"),
+    "out": ("hidden", "projected"),
+    "up": ("intermediate", "hidden"),
+    "down": ("hidden", "intermediate"),
+}
+
+_LAYER = Function(
+    "int8_layer_forward",
+    {
+        "x": (FLOAT, "tokens", "hidden"),
+        **{
+            f"{name}_{part}": tensor
+            for name, (out_features, in_features) in _SHAPES.items()
+            for part, tensor in (
+                ("packed", (torch.uint8, _bytes(out_features, in_features))),
+                ("scale", (FLOAT, out_features)),
+                ("bias", (FLOAT, out_features)),
+            )
+        },
+        "norm1_weight": (FLOAT, "hidden"),
+        "norm1_bias": (FLOAT, "hidden"),
+        "norm2_weight": (FLOAT, "hidden"),
+        "norm2_bias": (FLOAT, "hidden"),
+        "longest_first": (INT, "sequences"),
+        "cu_seqlens": (torch.int32, "sequences + 1"),
+        "key_mask": (torch.bool, "tokens"),
+        "scratch": (FLOAT, "tokens", "4 * projected"),
+        "out": (FLOAT, "tokens", "hidden"),
+    },
+    written=("scratch", "out"),
+    sizes="tokens hidden projected intermediate sequences heads threads activation kernel",
+    factors="norm1_eps norm2_eps scale",
+    optional=(*(f"{name}_bias" for name in _SHAPES), "key_mask"),
+)
+
+
+class PackedLinear(NamedTuple):
+    """A linear's parameters: `pack(weight)`, the scales of the weight's rows, and the bias or None; see `linear`."""
+
+    packed: Tensor
+    scale: Tensor
+    bias: Tensor | None
 
 
 def objection() -> str | None:
@@ -117,6 +173,59 @@ def linear(
         out=out,
         out_stride=out.stride(0),
         threads=torch.get_num_threads(),
-        kernel=KERNELS[kernel or list(kernels())[-1]],
+        kernel=_number(kernel),
     )
     return out
+
+
+def layer(
+    x: Tensor,
+    sequences: Sequences,
+    linears: dict[str, PackedLinear],
+    norms: dict[str, Norm],
+    heads: int,
+    scale: float,
+    activation: str,
+    kernel: str | None = None,
+) -> Tensor:
+    """The bits of `linear` and of the native ops in turn, without dropout, head mask or probabilities.
+
+    Args:
+        x: float32 `(tokens, hidden)` on the CPU.
+        sequences: how tokens are cut into sequences.
+        linears: `q`, `k`, `v`, `out`, `up` and `down`.
+        norms: `norm1` and `norm2`, in float32, each with a bias.
+        heads, scale: as in `ops.attention`.
+        activation: a key of `ACTIVATIONS`.
+        kernel: as in `linear`.
+
+    Returns:
+        float32 `(tokens, hidden)`.
+
+    Raises:
+        ValueError, BuildError, RuntimeError: see `Function.__call__`.
+    """
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+    _LAYER(
+        x.device,
+        x.dtype,
+        x=x,
+        **{f"{name}_{part}": value for name, each in linears.items() for part, value in each._asdict().items()},
+        **{f"{name}_{part}": value for name, norm in norms.items() for part, value in norm._asdict().items()},
+        longest_first=sequences.longest_first,
+        cu_seqlens=sequences.cu_seqlens,
+        key_mask=sequences.key_mask,
+        scratch=x.new_empty(x.shape[0], 4 * linears["q"].scale.shape[0]),
+        out=out,
+        heads=heads,
+        threads=torch.get_num_threads(),
+        activation=ACTIVATIONS[activation],
+        kernel=_number(kernel),
+        scale=scale,
+    )
+    return out
+
+
+def _number(kernel: str | None) -> int:
+    """The kernel's number in csrc/; that of the best one for None."""
+    return KERNELS[kernel or list(kernels())[-1]]

@@ -21,9 +21,10 @@ from . import flags, matmul, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features
-from .inference import BFloat16Linear, InferenceEmbedding, is_plain_inference
+from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, is_plain_inference
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched, may_write
+from .native.int8 import layer as int8_layer
 from .native.layer import MOST_TOKENS
 from .native.layer import forward as native_layer
 from .ops import Product
@@ -317,26 +318,44 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
     def _is_one_call(self, hidden: Tensor) -> bool:
         """Whether one native call can compute the whole layer: if none of its modules is replaced or hooked."""
-        few = may_write(hidden) and hidden.shape[0] <= MOST_TOKENS
-        if not few or matmul.library_of(matmul.FORWARD, hidden) != matmul.NATIVE:
+        if not (may_write(hidden) and self._multiplies_natively(hidden)):
             return False
-        inner, linears, norms = self.self_attn.self_attn, self._linears().values(), (self.norm1, self.norm2)
+        inner, norms = self.self_attn.self_attn, (self.norm1, self.norm2)
+        query = inner.q_proj
+        features = query.out_features if isinstance(query, Int8Linear) else query.weight.shape[0]
         return (
             self._fused_activation() is not None
             and is_untouched(inner, ErnieMSelfAttention)
-            and all(is_plain(linear, nn.Linear) for linear in linears)
-            and all(is_plain(norm, nn.LayerNorm) for norm in norms)
-            and all(module.bias is not None for module in (*linears, *norms))
-            and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
-            and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` raises an error
+            and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+            and features % inner.num_attention_heads == 0  # else `ops.attention` raises an error
             and _runs_natively()
         )
 
+    def _multiplies_natively(self, hidden: Tensor) -> bool:
+        """Whether all products are native in float32, for few tokens, or in int8."""
+        linears = self._linears().values()
+        if isinstance(self.linear1, Int8Linear):
+            return hidden.dtype == torch.float32 and all(
+                is_plain_inference(linear, Int8Linear) and linear.native(hidden) is not None for linear in linears
+            )
+        if hidden.shape[0] > MOST_TOKENS or matmul.library_of(matmul.FORWARD, hidden) != matmul.NATIVE:
+            return False
+        return all(
+            is_plain(linear, nn.Linear)
+            and linear.bias is not None
+            and linear.weight.dtype == linear.bias.dtype == hidden.dtype
+            for linear in linears
+        )
+
     def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
-        inner = self.self_attn.self_attn
+        inner, linears = self.self_attn.self_attn, self._linears()
         norms = {"norm1": self.norm1, "norm2": self.norm2}
-        heads, scale = inner.num_attention_heads, inner.scale
-        return native_layer(hidden, batch.sequences, self._linears(), norms, heads, scale, self._fused_activation())
+        rest = inner.num_attention_heads, inner.scale, self._fused_activation()
+        if isinstance(self.linear1, Int8Linear):
+            packed = {name: linear.native(hidden) for name, linear in linears.items()}
+            norms = {name: _norm_of(norm) for name, norm in norms.items()}
+            return int8_layer(hidden, batch.sequences, packed, norms, *rest)
+        return native_layer(hidden, batch.sequences, linears, norms, *rest)
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2

@@ -206,11 +206,18 @@ class Int8Linear(InferenceModule):
             self.packed = int8.pack(self.weight)
             self._buffers.pop("weight", None)
 
+    def native(self, x: Tensor) -> int8.PackedLinear | None:
+        """What native products of x take; None if there are none, or if the flags or an observer forbid them."""
+        if not (modes.is_plain_call(x) and _allows_native()):
+            return None
+        self.pack()
+        return None if self.packed is None else int8.PackedLinear(self.packed, self.weight_scale, self.bias)
+
     def compute(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
-        self.pack()
-        if self.packed is not None and modes.is_plain_call(rows) and _runs_natively():
-            out = int8.linear(rows, self.packed, self.weight_scale, self.bias)
+        packed = self.native(rows)
+        if packed is not None:
+            out = int8.linear(rows, *packed)
         else:
             out = _int8_linear(rows, self.weight, self.weight_scale, self.bias)
         return out.view(*x.shape[:-1], self.out_features)
@@ -254,7 +261,7 @@ def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = N
 
 
 @flags.while_held
-def _runs_natively() -> bool:
+def _allows_native() -> bool:
     return flags.read(flags.KERNELS) == "auto" and flags.read(flags.VERIFY) == "0"
 
 

@@ -104,24 +104,30 @@ class ErnieMEmbeddings(nn.Module):
         rows = positions + RESERVED_POSITIONS
         dropout = _dropout(self.dropout, batch, seeds, 0)
         words, places, norm = self.word_embeddings, self.position_embeddings, self.layer_norm
-        plain = is_plain(words, nn.Embedding) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
-        # The op supports only these values of a table's options.
-        options = (words.padding_idx, words.max_norm, words.scale_grad_by_freq) if plain else None
-        plain = options == (self.padding_idx, None, False)
+        plain = self._is_plain_table(words) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
         if inputs_embeds is None and plain:
-            parameters = (words.weight, places.weight, _norm_of(norm))
-            return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, dropout, words.sparse)
+            parameters = (words.weight, places.weight, _norm_of(norm), self.padding_idx, dropout)
+            if isinstance(words, InferenceEmbedding):
+                words.check_inference(input_ids)
+                return ops.embeddings(input_ids, rows, *parameters, word_scale=words.weight_scale)
+            return ops.embeddings(input_ids, rows, *parameters, words.sparse)
         positioned = places(rows)
         embedded = self._embed(words, input_ids, batch) if inputs_embeds is None else inputs_embeds.to(positioned.dtype)
         return drop_features(_add_norm(embedded, Product(positioned), norm), dropout)
+
+    def _is_plain_table(self, words: nn.Module) -> bool:
+        """Whether the op can read the word table: it supports only these values of a table's options."""
+        if is_plain_inference(words, InferenceEmbedding):
+            return True
+        options = ("padding_idx", "max_norm", "scale_grad_by_freq")
+        wanted = [self.padding_idx, None, False]
+        return is_plain(words, nn.Embedding) and [getattr(words, name) for name in options] == wanted
 
     def _embed(self, words: nn.Module, input_ids: Tensor, batch: TokenBatch) -> Tensor:
         """Calls a word table that is replaced or hooked with rows of ids, as other models do, `padding_idx` at padding.
 
         NEFTune's hook (arXiv 2310.05914), for example, scales its noise by the length of the rows.
         """
-        if is_plain_inference(words, InferenceEmbedding):
-            return words(input_ids)
         if batch.fills_grid:
             return batch.pack(words(input_ids.unflatten(0, batch.grid)))
         rows = batch.unpack(input_ids - self.padding_idx) + self.padding_idx

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import flags, modes, reference
@@ -26,14 +25,15 @@ class InferenceModule(nn.Module):
     weights: ClassVar[str]
 
     def forward(self, x: Tensor) -> Tensor:
-        self._check_inference(x)
+        self.check_inference(x)
         return _compute_uncompiled(self, x) if torch.compiler.is_compiling() else self.compute(x)
 
     def compute(self, x: Tensor) -> Tensor:
         """The result of a call."""
         raise NotImplementedError
 
-    def _check_inference(self, x: Tensor) -> None:
+    def check_inference(self, x: Tensor) -> None:
+        """Refuses a call with this input where gradients are needed, or while a graph is exported."""
         if torch.is_grad_enabled() and (self.training or x.requires_grad):
             raise RuntimeError(
                 f"A {type(self).__name__} cannot be trained, and no gradient flows through it: {self.weights} weights "
@@ -286,6 +286,7 @@ class InferenceEmbedding(InferenceModule):
 
     Attributes:
         weight: `(num_embeddings, embedding_dim)` in `dtype`.
+        weight_scale: factors of the rows, float32 `(num_embeddings,)`; None for none.
         padding_idx: as in `nn.Embedding`; it has no effect without gradients.
     """
 
@@ -295,6 +296,7 @@ class InferenceEmbedding(InferenceModule):
         super().__init__()
         self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
         self.register_buffer("weight", torch.empty(num_embeddings, embedding_dim, dtype=self.dtype))
+        self.register_buffer("weight_scale", None)
 
     @classmethod
     def of(cls, table: nn.Embedding) -> "InferenceEmbedding":
@@ -309,7 +311,7 @@ class InferenceEmbedding(InferenceModule):
         self.weight = weight.to(self.dtype)
 
     def compute(self, ids: Tensor) -> Tensor:
-        return F.embedding(ids, self.weight).float()
+        return reference.word_rows(ids, self.weight, scale=self.weight_scale).float()
 
     def extra_repr(self) -> str:
         return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
@@ -323,20 +325,17 @@ class BFloat16Embedding(InferenceEmbedding):
 
 
 class Int8Embedding(InferenceEmbedding):
-    """A table with its rows in int8, and a scale for each, `weight_scale`, float32 `(num_embeddings,)`."""
+    """A table with its rows in int8, and a scale for each."""
 
     weights = "int8"
     dtype = torch.int8
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None) -> None:
         super().__init__(num_embeddings, embedding_dim, padding_idx)
-        self.register_buffer("weight_scale", torch.empty(num_embeddings, dtype=torch.float32))
+        self.weight_scale = torch.empty(num_embeddings, dtype=torch.float32)
 
     def hold(self, weight: Tensor) -> None:
         self.weight, self.weight_scale = round_rows(weight)
-
-    def compute(self, ids: Tensor) -> Tensor:
-        return super().compute(ids) * self.weight_scale[ids].unsqueeze(-1)
 
 
 TABLES = {kind.weights: kind for kind in (BFloat16Embedding, Int8Embedding)}

@@ -47,6 +47,7 @@ def embeddings(
     norm: Norm,
     padding_idx: int,
     dropout: Dropout | None = None,
+    word_scale: Tensor | None = None,
 ) -> Tensor:
     """dropout(LN(word_table[ids] + position_table[positions])).
 
@@ -56,12 +57,19 @@ def embeddings(
         norm: the parameters of LN.
         padding_idx: the row of both tables that gets no gradient.
         dropout: the dropout of the result; None for no dropout.
+        word_scale: `(vocabulary,)`, factors of the word table's rows if they are int8; otherwise None.
 
     Returns:
         `(tokens, hidden)`.
     """
-    x = F.embedding(ids, word_table, padding_idx) + F.embedding(positions, position_table, padding_idx)
+    x = word_rows(ids, word_table, padding_idx, word_scale) + F.embedding(positions, position_table, padding_idx)
     return drop_features(layer_norm(x, norm), dropout)
+
+
+def word_rows(ids: Tensor, table: Tensor, padding_idx: int | None = None, scale: Tensor | None = None) -> Tensor:
+    """The rows of a word table, which are int8 if there is a scale for each."""
+    rows = F.embedding(ids, table, padding_idx)
+    return rows if scale is None else rows * scale[ids].unsqueeze(-1)
 
 
 def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None = None) -> Tensor:

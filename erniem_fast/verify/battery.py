@@ -394,8 +394,13 @@ def _add_norm(
     return Case("add_norm", name, make)
 
 
-def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: bool = False) -> Case:
-    """With `equal`, all values of a row are large and equal."""
+def _embeddings(
+    layout: str, words: int, hidden: int, p: float = 0.0, equal: bool = False, table: torch.dtype | None = None
+) -> Case:
+    """With `equal`, all values of a row are large and equal.
+
+    With `table`, the word table has that dtype, if all else is in float32 on the CPU.
+    """
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch = _LAYOUTS[layout](device)
@@ -411,13 +416,22 @@ def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: boo
             for name in ("word_table", "position_table"):
                 leaves[name][:] = 1000 * leaves[name][:, :1]
 
-        def call(word_table: Tensor, position_table: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
-            norm = Norm(weight, norm_bias, _EPS)
-            return ops.embeddings(ids, positions, word_table, position_table, norm, _PADDING, _dropout(batch, p))
+        rounded = None
+        if table is not None and dtype == torch.float32 and device.type == "cpu":
+            word_table = leaves.pop("word_table")
+            rounded = quantise_weight(word_table) if table == torch.int8 else (word_table.to(table), None)
+
+        def call(*tensors: Tensor) -> Tensor:
+            *words, position_table, weight, norm_bias = tensors
+            word_table, scale = rounded or (*words, None)
+            norm, dropout = Norm(weight, norm_bias, _EPS), _dropout(batch, p)
+            tables = (word_table, position_table)
+            return ops.embeddings(ids, positions, *tables, norm, _PADDING, dropout, word_scale=scale)
 
         return call, leaves
 
-    return Case("embeddings", f"{layout} x {hidden}, p {p}{', equal' if equal else ''}", make)
+    note = f"{', equal' if equal else ''}{f', words in {table}' if table else ''}"
+    return Case("embeddings", f"{layout} x {hidden}, p {p}{note}", make)
 
 
 # The cheapest cases come first; they find most faults.
@@ -427,6 +441,8 @@ _HARD = (
     _embeddings("lengths 2, 512, 257", 300, 768),
     _embeddings("lengths around 64", 50, 1024, p=0.1),
     _embeddings("18 tokens", 9, 97, equal=True),
+    _embeddings("18 tokens", 9, 97, p=0.3, table=torch.int8),
+    _embeddings("lengths around 16", 50, 768, table=torch.bfloat16),
     _embeddings("18 tokens", 9, 96, p=1.0),
     _embeddings("no tokens", 9, 96, p=0.1),
     _attention("18 tokens", 2, 8, p=0.5),

@@ -29,6 +29,8 @@ pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native 
 EMBEDDINGS = {
     "embeddings_forward_row": [
         ("sum.x[i] += other.x[i];", ";"),
+        ("sum.x[i] *= op.word_scale[op.ids[token]];", ";"),
+        ("table_row<W>(op.word_table, op.ids[token]", "table_row<W>(op.word_table, token % op.words"),
         ("* rstd *", "*"),
         (" * weight.x[i]", ""),
         (" + norm_bias.x[i]", ""),

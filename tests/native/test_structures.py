@@ -23,6 +23,8 @@ POINTED = {
     torch.uint8: "uint8_t",
     torch.bool: "bool",
     torch.float32: "float",
+    torch.int8: "void",
+    torch.bfloat16: "void",
     None: "void",
 }
 NUMBERS = {ctypes.c_int64: "int64_t", ctypes.c_double: "double"}

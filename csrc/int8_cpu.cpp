@@ -120,9 +120,7 @@ void Int8Tokens::quantise(const float* x, int64_t its_tokens, int64_t features, 
   tokens = its_tokens, stride = round_up(features, GROUP);
   parallel(run, tokens, 2 * features, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
-      uint8_t* row = rows.get() + token * stride;
-      roundings[token] = quantise_row(x + token * features, features, levels, row);
-      memset(row + features, 0, stride - features);
+      roundings[token] = quantise_row(x + token * features, features, levels, rows.get() + token * stride);
     }
   });
 }

@@ -96,7 +96,7 @@ struct Avx2 {
   }
 };
 
-// The processor's features of leaf 7.
+// The processor's features of leaf 7. Asking for them is slow in a virtual machine, so callers keep the answer.
 struct Features {
   unsigned eax = 0, ebx = 0, ecx = 0, edx = 0;
   explicit Features(unsigned subleaf) { __get_cpuid_count(7, subleaf, &eax, &ebx, &ecx, &edx); }
@@ -128,7 +128,10 @@ struct Avx512 {
 struct AvxVnni {
   using Vector = __m256i;
   static constexpr int LEVELS = 255, MOST_ROWS = 6;
-  static bool is_available() { return Features(1).eax >> 4 & 1; }
+  static bool is_available() {
+    static const bool has_it = Features(1).eax >> 4 & 1;
+    return has_it;
+  }
   static Vector broadcast(int32_t group) { return _mm256_set1_epi32(group); }
   __attribute__((target("avxvnni"))) static Vector add(Vector sums, Vector x, Vector weight) {
     return _mm256_dpbusd_avx_epi32(sums, x, weight);
@@ -148,7 +151,10 @@ struct AvxVnni {
 struct Avx512Vnni {
   using Vector = __m512i;
   static constexpr int LEVELS = 255, MOST_ROWS = 12;
-  static bool is_available() { return Features(0).ecx >> 11 & 1; }
+  static bool is_available() {
+    static const bool has_it = Features(0).ecx >> 11 & 1;
+    return has_it;
+  }
   static Vector broadcast(int32_t group) { return _mm512_set1_epi32(group); }
   __attribute__((target("avx512vnni"))) static Vector add(Vector sums, Vector x, Vector weight) {
     return _mm512_dpbusd_epi32(sums, x, weight);

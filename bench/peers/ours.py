@@ -1,9 +1,10 @@
-"""Worker: erniem_fast.ErnieMModel, called as any user calls it; with the argument "int8" as the README rounds it."""
+"""Worker: erniem_fast.ErnieMModel, called as any user calls it; an argument names the form of its weights.
+
+The forms are those of `erniem_fast.optimize`: "packed", "bfloat16" and "int8".
+"""
 
 import sys
-import warnings
 
-import torch
 import transformers
 
 import erniem_fast
@@ -14,13 +15,7 @@ from bench.peers.torch_peer import TorchPeer
 class ErnieMFast(TorchPeer):
     def build(self, model, dtype):
         module = erniem_fast.ErnieMModel.from_pretrained(model, dtype=dtype)
-        if "int8" in sys.argv[1:]:
-            from torch.ao.quantization import per_channel_dynamic_qconfig, quantize_dynamic
-
-            warnings.filterwarnings("ignore", "torch.ao.quantization is deprecated")
-            torch.backends.quantized.engine = "onednn"
-            module.encoder = quantize_dynamic(module.encoder, {torch.nn.Linear: per_channel_dynamic_qconfig})
-        return module, {"transformers": transformers.__version__}
+        return erniem_fast.optimize(module, *sys.argv[1:]), {"transformers": transformers.__version__}
 
 
 if __name__ == "__main__":

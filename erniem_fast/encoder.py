@@ -21,7 +21,7 @@ from . import flags, matmul, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features
-from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, is_plain_inference
+from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, is_plain_inference, multiplies_natively
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched, may_write
 from .native.int8 import layer as int8_layer
@@ -286,6 +286,8 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
     def _operand(self, hidden: Tensor) -> Tensor:
         """The hidden states as the products take them, in bfloat16 if all linears do: then each is rounded once."""
+        if not isinstance(self.linear1, BFloat16Linear):
+            return hidden
         narrow = all(is_plain_inference(linear, BFloat16Linear) for linear in self._linears().values())
         return hidden.bfloat16() if narrow else hidden
 
@@ -341,9 +343,8 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         """Whether all products are native in float32, for few tokens, or in int8."""
         linears = self._linears().values()
         if isinstance(self.linear1, Int8Linear):
-            return hidden.dtype == torch.float32 and all(
-                is_plain_inference(linear, Int8Linear) and linear.native(hidden) is not None for linear in linears
-            )
+            packed = all(is_plain_inference(linear, Int8Linear) and linear.packed is not None for linear in linears)
+            return packed and hidden.dtype == torch.float32 and multiplies_natively(hidden)
         if hidden.shape[0] > MOST_TOKENS or matmul.library_of(matmul.FORWARD, hidden) != matmul.NATIVE:
             return False
         return all(
@@ -358,7 +359,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         norms = {"norm1": self.norm1, "norm2": self.norm2}
         rest = inner.num_attention_heads, inner.scale, self._fused_activation()
         if isinstance(self.linear1, Int8Linear):
-            packed = {name: linear.native(hidden) for name, linear in linears.items()}
+            packed = {name: linear.operands() for name, linear in linears.items()}
             norms = {name: _norm_of(norm) for name, norm in norms.items()}
             return int8_layer(hidden, batch.sequences, packed, norms, *rest)
         return native_layer(hidden, batch.sequences, linears, norms, *rest)

@@ -34,7 +34,8 @@ class InferenceModule(nn.Module):
 
     def check_inference(self, x: Tensor) -> None:
         """Refuses a call with this input where gradients are needed, or while a graph is exported."""
-        if torch.is_grad_enabled() and (self.training or x.requires_grad):
+        needed = torch.is_grad_enabled() and (self.training or any(each.requires_grad for each in (x, *self.parameters())))
+        if needed or modes.is_transformed():
             raise RuntimeError(
                 f"A {type(self).__name__} cannot be trained, and no gradient flows through it: {self.weights} weights "
                 f"are for inference. Call model.eval() and use torch.inference_mode(), or erniem_fast.restore(model) "
@@ -187,7 +188,7 @@ class Int8Linear(InferenceModule):
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
         self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32))
-        self.register_parameter("bias", nn.Parameter(torch.empty(out_features)) if bias else None)
+        self.register_parameter("bias", _bias(out_features) if bias else None)
         self.packed: Tensor | None = None
 
     @classmethod
@@ -206,18 +207,15 @@ class Int8Linear(InferenceModule):
             self.packed = int8.pack(self.weight)
             self._buffers.pop("weight", None)
 
-    def native(self, x: Tensor) -> int8.PackedLinear | None:
-        """What native products of x take; None if there are none, or if the flags or an observer forbid them."""
-        if not (modes.is_plain_call(x) and _allows_native()):
-            return None
-        self.pack()
-        return None if self.packed is None else int8.PackedLinear(self.packed, self.weight_scale, self.bias)
+    def operands(self) -> int8.PackedLinear:
+        """What native products take, if there is `packed`."""
+        return int8.PackedLinear(self.packed, self.weight_scale, self.bias)
 
     def compute(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
-        packed = self.native(rows)
-        if packed is not None:
-            out = int8.linear(rows, *packed)
+        self.pack()
+        if self.packed is not None and multiplies_natively(rows):
+            out = int8.linear(rows, *self.operands())
         else:
             out = _int8_linear(rows, self.weight, self.weight_scale, self.bias)
         return out.view(*x.shape[:-1], self.out_features)
@@ -247,6 +245,10 @@ class Int8Linear(InferenceModule):
         return state
 
 
+def _bias(features: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(features, dtype=torch.float32))
+
+
 LINEARS = {kind.weights: kind for kind in (PackedLinear, BFloat16Linear, Int8Linear)}
 
 
@@ -258,6 +260,11 @@ def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = N
         kind: the class that is wanted; None for any of this file.
     """
     return isinstance(module, kind or InferenceModule) and modes.is_untouched(module, type(module))
+
+
+def multiplies_natively(x: Tensor) -> bool:
+    """Whether int8 products of x are native where a linear is packed: neither the flags nor an observer forbid it."""
+    return modes.is_plain_call(x) and _allows_native()
 
 
 @flags.while_held

@@ -20,7 +20,7 @@ from .configuration import ErnieMConfig
 from .dropout import draw_seeds
 from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer, is_active
 from .inference import inference_module
-from .quantization import ErnieMInt8Config
+from .quantization import describe
 
 IGNORED_LABEL = -100
 
@@ -83,11 +83,7 @@ class ErnieMPreTrainedModel(PreTrainedModel):
 
     def save_pretrained(self, *arguments, **options) -> None:
         """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8."""
-        form = ErnieMInt8Config.of(self.base_model)
-        if form is not None:
-            self.config.quantization_config = form
-        elif isinstance(getattr(self.config, "quantization_config", None), ErnieMInt8Config):
-            del self.config.quantization_config
+        describe(self.config, self.base_model)
         super().save_pretrained(*arguments, **options)
 
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:

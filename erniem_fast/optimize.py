@@ -70,15 +70,15 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         return model
     bare = model.base_model
     modules = _replaceable(model, weights)
-    originals, trained = {}, freeze(bare)
+    bare.originals, bare.trained = {}, freeze(bare)
     for name, module in modules.items():
         kind = (LINEARS if isinstance(module, nn.Linear) else TABLES)[weights]
-        bare.set_submodule(name, kind.of(module))
         lost = weights != "packed" and not keep
-        originals[name] = _Original(module, _digest(module.weight) if lost else None)
+        original = _Original(module, _digest(module.weight) if lost else None)
+        bare.set_submodule(name, kind.of(module))
+        bare.originals[name] = original
         if lost or weights == "packed":
             module.weight = None
-    bare.originals, bare.trained = originals, trained
     return model
 
 
@@ -156,12 +156,16 @@ def _check(model: nn.Module, weights: str | None) -> None:
                 f"weights={weights!r} needs a model in float32 on the CPU, but {name} is in {weight.dtype} on "
                 f"{weight.device}; load the model so, with dtype=torch.float32, or call model.float().cpu()."
             )
-    if weights == "bfloat16" and not (modes.multiplies_bfloat16() and modes.has_onednn_packing()):
-        missing = "oneDNN is missing or off" if modes.multiplies_bfloat16() else "the CPU lacks AVX512_BF16 and AMX"
-        raise ValueError(
-            f"weights='bfloat16' is not for this machine: {missing}, so products in bfloat16 would be emulated, many "
-            f"times slower than in float32; use weights='int8' or 'packed'."
-        )
+    reason = bfloat16_objection() if weights == "bfloat16" else None
+    if reason is not None:
+        raise ValueError(f"weights='bfloat16' is not for this machine: {reason}; use weights='int8' or 'packed'.")
+
+
+def bfloat16_objection() -> str | None:
+    """Why this machine does not serve weights in bfloat16; None if it does."""
+    if not modes.multiplies_bfloat16():
+        return "the CPU lacks AVX512_BF16 and AMX, and would emulate the products, many times slower than in float32"
+    return None if modes.has_onednn_packing() else "oneDNN is missing or off"
 
 
 def _replaceable(model: ErnieMPreTrainedModel, weights: str) -> dict[str, nn.Module]:

@@ -4,7 +4,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
@@ -37,12 +37,17 @@ class ErnieMInt8Config(QuantizationConfigMixin):
         self.quant_method = quant_method
         self.modules_to_not_convert = list(modules_to_not_convert or ())
 
-    @classmethod
-    def of(cls, bare: nn.Module) -> "ErnieMInt8Config | None":
-        """The config that says which weights of a bare model are in int8; None if none are."""
-        found = places(bare)
-        rounded = [name for name, module in found.items() if isinstance(module, (Int8Linear, Int8Embedding))]
-        return cls([name for name in found if name not in rounded]) if rounded else None
+
+def describe(config: PreTrainedConfig, bare: nn.Module) -> None:
+    """Makes a config say which weights of its bare model are int8, so that the saved model loads again."""
+    found = places(bare)
+    kept = [name for name, module in found.items() if not isinstance(module, (Int8Linear, Int8Embedding))]
+    present = getattr(config, "quantization_config", None)
+    method = present.get("quant_method") if isinstance(present, dict) else getattr(present, "quant_method", None)
+    if len(kept) < len(found):
+        config.quantization_config = ErnieMInt8Config(kept)
+    elif method == METHOD:
+        del config.quantization_config
 
 
 @register_quantizer(METHOD)
@@ -105,9 +110,8 @@ class _Round(ConversionOps):
     """A float32 weight to an int8 one and its scales, while it is read."""
 
     def convert(
-        self, input_dict: dict[str, list[Tensor]], full_layer_name: str, missing_keys: set[str], **_: Any
+        self, input_dict: dict[str, list[Tensor]], full_layer_name: str, **_: Any
     ) -> dict[str, Tensor]:
         (tensors,) = input_dict.values()
         weight, scale = round_rows(tensors[0].float())
-        missing_keys.discard(f"{full_layer_name}_scale")
         return {full_layer_name: weight, f"{full_layer_name}_scale": scale}

@@ -27,7 +27,7 @@ TESTS = {
         "test_largest_integers",
         "test_a_token_does_not_depend_on_others",
         "test_a_layer_has_the_bits_of_its_ops",
-        "test_a_layer_with_a_mask",
+        "test_activations",
         "test_a_sequence_with_nan_disturbs_no_other",
     ],
     "native/test_layer.py": [

@@ -10,9 +10,9 @@ import pytest
 from erniem_fast.native import compiler, library
 from tests import ROOT
 
-FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
-# What the battery has no case of, and a whole layer.
+# What the battery has no case of, and whole layers.
 TESTS = {
     "native/test_embeddings.py": [
         "test_every_value_of_a_half_is_read_and_rounded_as_by_torch",

@@ -31,7 +31,7 @@ struct Int8Tokens {
 
   int64_t kernel, tokens = 0, stride = 0;
   int levels;
-  std::unique_ptr<uint8_t[]> rows;        // (tokens, stride): whole groups; the weight has zeros for what is beyond a row
+  std::unique_ptr<uint8_t[]> rows;  // (tokens, stride): whole groups; the weight has zeros for what is beyond a row
   std::unique_ptr<Rounding[]> roundings;  // (tokens,)
 };
 

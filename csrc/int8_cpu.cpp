@@ -134,7 +134,7 @@ extern "C" const char* int8_linear_forward(const Int8LinearForward* op, int, Par
     for_token_blocks(op->tokens, op->threads, run, [&](int64_t first, int64_t count) {
       Int8Tokens tokens(op->kernel, count, op->in_features);
       tokens.quantise(op->x + first * op->in_features, count, op->in_features, run);
-      const Int8Product product = {op->packed,       op->scale,       op->bias, op->out + first * op->out_stride,
+      const Int8Product product = {op->packed,       op->scale,     op->bias, op->out + first * op->out_stride,
                                    op->out_features, op->out_stride};
       tokens.multiply(&product, 1, run);
     });

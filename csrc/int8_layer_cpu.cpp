@@ -57,8 +57,7 @@ void finish(const Int8LayerForward& op, int64_t first, int64_t count, const floa
     tokens.multiply(&product, 1, run);
   };
 
-  multiply(context + first * op.projected, op.projected,
-           {op.out_packed, op.out_scale, op.out_bias, x, hidden, hidden});
+  multiply(context + first * op.projected, op.projected, {op.out_packed, op.out_scale, op.out_bias, x, hidden, hidden});
   add_norm(op.x + first * hidden, x, norm1, count, hidden, attended, run);
   multiply(attended, hidden, {op.up_packed, op.up_scale, op.up_bias, activations, inner, inner});
   activate(activations, count, inner, op.activation, run);

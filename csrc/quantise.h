@@ -11,7 +11,7 @@ namespace erniem_fast {
 
 // x = scale (q - zero) but for rounding.
 struct Rounding {
-  float scale;  // 0 for a row of zeros, NaN for one without a finite range
+  float scale;  // 0 for a row of zeros; NaN or infinite, with integers 0, for a row without a finite range
   int32_t zero;
 };
 
@@ -43,7 +43,7 @@ class Extent {
 inline Rounding quantise_row(const float* x, int64_t size, int levels, uint8_t* to) {
   const Extent range(x, size);
   const float scale = range.size() / float(levels);
-  if (!(scale >= FLT_MIN && scale < INFINITY)) {
+  if (!(scale >= FLT_MIN)) {
     memset(to, 0, size);
     return {scale < FLT_MIN ? 0.0f : NAN, 0};
   }

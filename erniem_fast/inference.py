@@ -34,7 +34,9 @@ class InferenceModule(nn.Module):
 
     def check_inference(self, x: Tensor) -> None:
         """Refuses a call with this input where gradients are needed, or while a graph is exported."""
-        needed = torch.is_grad_enabled() and (self.training or any(each.requires_grad for each in (x, *self.parameters())))
+        needed = torch.is_grad_enabled() and (
+            self.training or any(each.requires_grad for each in (x, *self.parameters()))
+        )
         if needed or modes.is_transformed():
             raise RuntimeError(
                 f"A {type(self).__name__} cannot be trained, and no gradient flows through it: {self.weights} weights "

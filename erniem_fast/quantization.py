@@ -109,9 +109,7 @@ class _Quantizer(HfQuantizer):
 class _Round(ConversionOps):
     """A float32 weight to an int8 one and its scales, while it is read."""
 
-    def convert(
-        self, input_dict: dict[str, list[Tensor]], full_layer_name: str, **_: Any
-    ) -> dict[str, Tensor]:
+    def convert(self, input_dict: dict[str, list[Tensor]], full_layer_name: str, **_: Any) -> dict[str, Tensor]:
         (tensors,) = input_dict.values()
         weight, scale = round_rows(tensors[0].float())
         return {full_layer_name: weight, f"{full_layer_name}_scale": scale}

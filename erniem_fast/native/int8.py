@@ -1,5 +1,8 @@
 """Products of 8-bit integers on the CPU, alone and as a whole layer: the bits of `reference.quantised_linear`."""
 
+import ctypes
+import functools
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -52,19 +55,23 @@ _SHAPES = {
     "down": ("hidden", "intermediate"),
 }
 
+# A layer's parameters in the order of the fields of `PackedLinear` and `Norm`.
+_LINEARS = {
+    f"{name}_{part}": tensor
+    for name, (out_features, in_features) in _SHAPES.items()
+    for part, tensor in (
+        ("packed", (torch.uint8, _bytes(out_features, in_features))),
+        ("scale", (FLOAT, out_features)),
+        ("bias", (FLOAT, out_features)),
+    )
+}
+_NORMS = [f"{name}_{part}" for name in ("norm1", "norm2") for part in Norm._fields]
+
 _LAYER = Function(
     "int8_layer_forward",
     {
         "x": (FLOAT, "tokens", "hidden"),
-        **{
-            f"{name}_{part}": tensor
-            for name, (out_features, in_features) in _SHAPES.items()
-            for part, tensor in (
-                ("packed", (torch.uint8, _bytes(out_features, in_features))),
-                ("scale", (FLOAT, out_features)),
-                ("bias", (FLOAT, out_features)),
-            )
-        },
+        **_LINEARS,
         "norm1_weight": (FLOAT, "hidden"),
         "norm1_bias": (FLOAT, "hidden"),
         "norm2_weight": (FLOAT, "hidden"),
@@ -96,14 +103,22 @@ def objection() -> str | None:
 
 
 def kernels() -> dict[str, int]:
-    """The kernels that the library and this processor have, each with the largest integer of its tokens."""
-    levels = library.load("cpu").int8_levels
-    return {name: found for name, number in KERNELS.items() if (found := levels(number))}
+    """The kernels that the library and this processor have, the best last, with the largest integer of a token."""
+    return _kernels(library.load("cpu"))
+
+
+@functools.cache
+def _kernels(loaded: ctypes.CDLL) -> dict[str, int]:
+    return {name: levels for name, number in KERNELS.items() if (levels := loaded.int8_levels(number))}
 
 
 def levels() -> int:
-    """The largest integer of tokens, which `reference.quantise_tokens` takes, by the kernel that `linear` takes."""
-    return list(kernels().values())[-1]
+    """The largest integer of a token by the best kernel, which `reference.quantise_tokens` takes."""
+    return kernels()[_best()]
+
+
+def _best() -> str:
+    return next(reversed(kernels()))
 
 
 def pack(weight: Tensor) -> Tensor:
@@ -210,8 +225,8 @@ def layer(
         x.device,
         x.dtype,
         x=x,
-        **{f"{name}_{part}": value for name, each in linears.items() for part, value in each._asdict().items()},
-        **{f"{name}_{part}": value for name, norm in norms.items() for part, value in norm._asdict().items()},
+        **dict(zip(_LINEARS, chain.from_iterable(linears[name] for name in _SHAPES), strict=True)),
+        **dict(zip(_NORMS, (*norms["norm1"], *norms["norm2"]), strict=True)),
         longest_first=sequences.longest_first,
         cu_seqlens=sequences.cu_seqlens,
         key_mask=sequences.key_mask,
@@ -228,4 +243,4 @@ def layer(
 
 def _number(kernel: str | None) -> int:
     """The kernel's number in csrc/; that of the best one for None."""
-    return KERNELS[kernel or list(kernels())[-1]]
+    return KERNELS[kernel or _best()]

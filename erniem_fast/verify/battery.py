@@ -144,16 +144,18 @@ class Int8Check(ProductCheck):
         return f"{super().shape}, {self.kernel}"
 
     def run(self) -> dict[str, Comparison]:
-        """Compares as in `ProductCheck`; some tokens hold NaN or infinity, only zeros, or no zero in their range."""
+        """Compares as in `ProductCheck`; some tokens are zeros, not finite, tiny, huge, of one sign, or two values."""
         generator = torch.Generator().manual_seed(0)
         shapes = ((self.tokens, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.tokens, self.gap))
         x, weight, bias, beside = (_randn(generator, self.device, self.dtype, *shape) for shape in shapes)
         weight[self.outputs // 2] = 0.0
-        x[2::7] = 0.0
-        x[3::7, self.inputs // 2] = nan
-        x[4::7, -1] = -inf
-        x[5::7] += 10.0
-        x[6::7] *= 1e-39
+        x[2::11] = 0.0
+        x[3::11, self.inputs // 2] = nan
+        x[4::11, -1] = -inf
+        x[5::11] += 10.0
+        x[6::11] *= 1e-39
+        x[7::11, 0], x[7::11, -1] = 3e38, -3e38  # the range overflows
+        x[8::11] = x[8::11].sign() * x[8::11, :1].abs()  # both ends of the range are near ties
         values, scale = quantise_weight(weight)
         bias, levels = bias if self.bias else None, int8.kernels()[self.kernel]
         expected = quantised_linear(x, values, scale, bias, levels)
@@ -164,8 +166,8 @@ class Int8Check(ProductCheck):
 
 def _same_bits(result: Tensor, expected: Tensor) -> Comparison:
     """Whether a result equals the expected one, NaN where that is NaN."""
-    differences = (result - expected).abs().nan_to_num(nan=inf)
-    differences = differences.masked_fill(result.isnan() & expected.isnan(), 0.0)
+    same = (result == expected) | (result.isnan() & expected.isnan())
+    differences = (result - expected).abs().nan_to_num(nan=inf).masked_fill(same, 0.0)
     return Comparison(F.pad(differences, (0, 1)).amax().item() if len(result) else 0.0, 0.0)
 
 
@@ -516,8 +518,9 @@ _PRODUCTS = (
 _INT8 = (
     *((tokens, 31, 41) for tokens in (0, 1, 3, 5, 12, 13, 30, 200)),
     (13, 97, 64),
-    (7, 96, 1, False),
+    (12, 96, 3, False),
     (5, 1, 33),
+    (2, 4, 1),
     (17, 1031, 70, True, 5),
 )
 

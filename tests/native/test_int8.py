@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from erniem_fast import ops
-from erniem_fast.batch import TokenBatch
-from erniem_fast.flags import use_implementations
 from erniem_fast.native import int8, library
-from erniem_fast.ops import Product
-from erniem_fast.reference import Norm, quantise_tokens, quantise_weight, quantised_linear
+from erniem_fast.reference import quantise_tokens, quantise_weight, quantised_linear
 from erniem_fast.verify import battery
 from tests.mutation import holds
+from tests.native.int8_layers import BATCHES, HEADS, HIDDEN, LINEARS, NORMS, SCALE, is_its_ops, packed, padded, whole
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
@@ -104,109 +101,48 @@ def test_a_weight_of_another_size_is_refused(weight):
 
 # ---- The whole layer
 
-SIZES = {"q": (24, 40), "k": (24, 40), "v": (24, 40), "out": (40, 24), "up": (97, 40), "down": (40, 97)}
-HEADS, SCALE = 3, 8**-0.5
-NATIVE = {"attention": "native", "bias_gelu": "native", "add_norm": "native"}
-
-
-@pytest.fixture(scope="module")
-def parameters() -> tuple[dict[str, int8.PackedLinear], dict[str, Norm]]:
-    """The linears and norms of a layer that was pruned to three heads; half of its linears have no bias."""
-    generator = torch.Generator().manual_seed(2)
-    linears, norms = {}, {}
-    for name, shape in SIZES.items():
-        values, scale = quantise_weight(torch.randn(shape, generator=generator))
-        bias = None if name in ("k", "out", "up") else torch.randn(shape[0], generator=generator)
-        linears[name] = int8.PackedLinear(int8.pack(values), scale, bias)
-    for name in ("norm1", "norm2"):
-        norms[name] = Norm(torch.randn(40, generator=generator), torch.randn(40, generator=generator), 0.1)
-    return linears, norms
-
-
-def one_by_one(x, batch, linears, norms, activation, kernel):
-    """The layer by one call for each product and op."""
-
-    def multiply(name, x):
-        return int8.linear(x, *linears[name], kernel=kernel)
-
-    with use_implementations(**NATIVE):
-        qkv = torch.cat([multiply(name, x) for name in "qkv"], dim=1)
-        context = ops.attention(qkv, batch, HEADS, SCALE)
-        attended = ops.add_norm(x, Product(multiply("out", context)), norms["norm1"])
-        activated = ops.bias_gelu(Product(multiply("up", attended)), activation)
-        return ops.add_norm(attended, Product(multiply("down", activated)), norms["norm2"])
-
-
-LAYOUTS = {
-    "one token": [1],
-    "two sequences": [3, 5],
-    "a sequence without tokens": [7, 0, 20],
-    "blocks": [100, 31, 2, 64],
-    "no tokens": [0, 0],
-}
-
-
-def packed(lengths: list[int]) -> TokenBatch:
-    return TokenBatch.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), max(lengths), sum(lengths))
-
 
 @every_kernel
-@pytest.mark.parametrize("lengths", LAYOUTS.values(), ids=LAYOUTS)
-def test_a_layer_has_the_bits_of_its_ops(kernel, lengths, threads, parameters):
-    batch, x = packed(lengths), torch.randn(sum(lengths), 40)
-    result = int8.layer(x, batch.sequences, *parameters, HEADS, SCALE, "gelu", kernel)
-    assert torch.equal(result, one_by_one(x, batch, *parameters, "gelu", kernel))
+@pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
+def test_a_layer_has_the_bits_of_its_ops(kernel, batch, threads):
+    assert is_its_ops(batch, kernel=kernel)
 
 
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
-def test_a_layer_with_a_mask(activation, parameters):
-    mask = torch.ones(3, 30, dtype=torch.bool)
-    mask[1, 7:], mask[2, ::3] = False, False
-    batch, x = TokenBatch.padded((3, 30), torch.device("cpu"), mask), torch.randn(90, 40)
-    result = int8.layer(x, batch.sequences, *parameters, HEADS, SCALE, activation)
-    assert torch.equal(result, one_by_one(x, batch, *parameters, activation, None))
+def test_activations(activation):
+    assert is_its_ops(BATCHES["two sequences"], activation)
 
 
-def test_a_sequence_has_the_same_bits_alone_and_in_any_batch(parameters):
+def test_a_sequence_has_the_same_bits_alone_and_in_any_batch():
     lengths = [100, 24, 1, 60]
-    x = torch.randn(sum(lengths), 40)
-
-    def run(x, batch):
-        return int8.layer(x, batch.sequences, *parameters, HEADS, SCALE, "gelu")
-
-    together = run(x, packed(lengths)).split(lengths)
-    for part, expected in zip(x.split(lengths), together, strict=True):
-        assert torch.equal(run(part, packed([len(part)])), expected)
+    parts = torch.randn(sum(lengths), HIDDEN).split(lengths)
+    together = whole(torch.cat(parts), packed(*lengths)).split(lengths)
+    for part, expected in zip(parts, together, strict=True):
+        assert torch.equal(whole(part, packed(len(part))), expected)
     order = [2, 0, 3, 1]
-    reordered = run(torch.cat([x.split(lengths)[i] for i in order]), packed([lengths[i] for i in order]))
+    reordered = whole(torch.cat([parts[i] for i in order]), packed(*(lengths[i] for i in order)))
     assert torch.equal(reordered, torch.cat([together[i] for i in order]))
 
 
-def test_a_layer_in_padding_has_the_bits_of_the_packed_one(parameters):
+def test_a_layer_in_padding_has_the_bits_of_the_packed_one():
     lengths, width = [40, 13, 29], 41
     mask = torch.arange(width) < torch.tensor(lengths)[:, None]
-    x = torch.randn(len(lengths) * width, 40)
-    padded = TokenBatch.padded((len(lengths), width), torch.device("cpu"), mask)
-    result = int8.layer(x, padded.sequences, *parameters, HEADS, SCALE, "gelu")[mask.flatten()]
-    expected = int8.layer(x[mask.flatten()], packed(lengths).sequences, *parameters, HEADS, SCALE, "gelu")
-    assert torch.equal(result, expected)
+    x, real = torch.randn(mask.numel(), HIDDEN), mask.flatten()
+    assert torch.equal(whole(x, padded(mask))[real], whole(x[real], packed(*lengths)))
 
 
-def test_a_sequence_with_nan_disturbs_no_other(parameters):
-    lengths = [5, 30, 8]
-    x = torch.randn(sum(lengths), 40)
-    expected = int8.layer(x, packed(lengths).sequences, *parameters, HEADS, SCALE, "gelu")
+def test_a_sequence_with_nan_disturbs_no_other():
+    batch, x = packed(5, 30, 8), torch.randn(43, HIDDEN)
+    expected = whole(x, batch)
     x[7, 3] = torch.nan
-    result = int8.layer(x, packed(lengths).sequences, *parameters, HEADS, SCALE, "gelu")
+    result = whole(x, batch)
     assert result[5:35].isnan().all()
     assert torch.equal(result[:5], expected[:5])
     assert torch.equal(result[35:], expected[35:])
 
 
-def test_a_layer_with_a_weight_of_another_size_is_refused(parameters):
-    linears, norms = parameters
-    x, batch = torch.randn(4, 40), packed([4])
-    for name in linears:
-        wrong = {**linears, name: linears[name]._replace(packed=linears[name].packed[128:])}
+def test_a_layer_with_a_weight_of_another_size_is_refused():
+    for name, linear in LINEARS.items():
+        wrong = {**LINEARS, name: linear._replace(packed=linear.packed[128:])}
         with pytest.raises(ValueError, match=f"{name}_packed has shape"):
-            int8.layer(x, batch.sequences, wrong, norms, HEADS, SCALE, "gelu")
+            int8.layer(torch.randn(4, HIDDEN), packed(4).sequences, wrong, NORMS, HEADS, SCALE, "gelu")

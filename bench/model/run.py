@@ -15,7 +15,7 @@ from bench.model.checkpoint import read_config
 from bench.model.figures import LoadedPeer, ModelRun
 from bench.model.jobs import Spec, make_jobs
 from bench.model.measure import measure
-from bench.model.rivals import OURS, OURS_INT8
+from bench.model.rivals import OURS_NAMES
 from bench.model.summary import summarise
 from bench.model.text import TOKENIZER, text_encoder
 from bench.model.workers import Peer, Worker, WorkerError
@@ -74,7 +74,7 @@ def benchmark(
             run.interrupted = True
     for worker, peer in zip(workers, run.peers, strict=False):
         peer.first_seconds = worker.first_seconds
-    run.jobs = summarise(measurements, (OURS.name, OURS_INT8.name))
+    run.jobs = summarise(measurements, OURS_NAMES)
 
 
 def choose(peers: Iterable[Peer], model: pathlib.Path, device: str, train: bool, absent: list[str]) -> Iterator[Peer]:

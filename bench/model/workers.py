@@ -11,6 +11,7 @@ import time
 from bench import ROOT
 
 STDERR_LINES = 12
+ROUNDED = ("bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +24,8 @@ class Peer:
         python: the Python of the environment that the worker runs in.
         environment: environment variables for it, beside our own.
         trains: whether it can train.
-        int8: whether it rounds to 8 bits, and is held to a tolerance of its own.
+        weights: what it makes of them, as in `erniem_fast.optimize`: "bfloat16" and "int8" round them, "packed" keeps
+            float32 in a layout of its own; None leaves them as they are.
     """
 
     name: str
@@ -31,7 +33,12 @@ class Peer:
     python: pathlib.Path
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     trains: bool = False
-    int8: bool = False
+    weights: str | None = None
+
+    @property
+    def rounds(self) -> bool:
+        """Whether it computes with fewer bits than the weights have; it is then held to a tolerance of its own."""
+        return self.weights in ROUNDED
 
 
 class WorkerError(Exception):
@@ -42,7 +49,7 @@ class Worker:
     """A running peer.
 
     Attributes:
-        name, int8: the peer's.
+        name, weights: the peer's.
         versions: versions of what it runs on, by name.
         load_seconds: from the start of the process until the model was ready, exports apart.
         first_seconds: of the first batch of all; None before it.
@@ -59,7 +66,7 @@ class Worker:
         """
         self.first_seconds = None
         self.name = peer.name
-        self.int8 = peer.int8
+        self.weights = peer.weights
         if not peer.python.exists():
             raise WorkerError(
                 f"its environment is missing: no {peer.python.parent.parent.name}; `make bench-all` makes it"

@@ -4,9 +4,10 @@ import dataclasses
 import json
 
 import pytest
-from runs import OURS_NAMES, job, measured, run_of
+from runs import job, measured, run_of
 
 from bench import ROOT
+from bench.model.rivals import OURS_NAMES
 from bench.model.summary import summarise
 from bench.report import readme
 from bench.report.bars import plot_panels

@@ -62,12 +62,13 @@ class JobFigures:
 
 @dataclasses.dataclass
 class LoadedPeer:
-    """A peer that takes part; `workers.Worker` says what its figures are."""
+    """A peer that takes part; `workers.Worker` says what its figures are. Older results have no `load_memory`."""
 
     name: str
     versions: dict[str, str]
     load_seconds: float
     first_seconds: float | None = None
+    load_memory: int | None = None
 
 
 @dataclasses.dataclass

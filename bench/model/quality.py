@@ -23,15 +23,16 @@ from bench.model.options import add_common_options, checkpoint_folder
 from bench.model.retrieval import cosines, embed, retrieve
 from bench.model.rivals import rivals
 from bench.model.text import Translation, read_translations, text_encoder
-from bench.model.workers import Peer, Worker, WorkerError
+from bench.model.workers import Peer, Worker, WorkerError, exports_folder
 from bench.parser import make_parser
-from bench.record import begin, stem_of, write
+from bench.record import Settings, begin, stem_of, write
 from bench.report.quality import markdown, plot
 from erniem_fast.configuration import RESERVED_POSITIONS
 
 REAL_WEIGHTS = ROOT / "build/multilingual-e5-small"
 PREFIX = "query: "  # so this model was trained
 BATCH_SIZE = 32
+CALIBRATED = 8  # one of so many batches is calibrated on, where a peer does that
 
 
 def main(argv: list[str] | None = None, peers: Sequence[Peer] | None = None) -> int:
@@ -91,16 +92,17 @@ def compare(arguments: argparse.Namespace, peers: Sequence[Peer], rows: Sequence
         peers=[],
     )
     reference = None
-    for peer in tqdm(peers, unit="peer", disable=None):
-        try:
-            embeddings = embed(hidden_states(peer, batches, run, arguments.model), lengths)
-        except WorkerError as error:
-            if reference is None:
-                raise
-            run.absent.append(f"{peer.name}: {error}")
-            continue
-        reference = embeddings if reference is None else reference
-        run.peers.append(judge(peer.name, embeddings, reference, texts, languages))
+    with exports_folder(batches[::CALIBRATED]) as exports:
+        for peer in tqdm(peers, unit="peer", disable=None):
+            try:
+                embeddings = embed(hidden_states(peer, batches, run.settings, arguments.model, exports), lengths)
+            except WorkerError as error:
+                if reference is None:
+                    raise
+                run.absent.append(f"{peer.name}: {error}")
+                continue
+            reference = embeddings if reference is None else reference
+            run.peers.append(judge(peer.name, embeddings, reference, texts, languages))
     return run
 
 
@@ -122,12 +124,12 @@ def make_batches(model: pathlib.Path, rows: Sequence[Translation]) -> tuple[list
     return texts, np.array([len(row) for row in ids]), batches
 
 
-def hidden_states(peer: Peer, batches: list[dict], run: QualityRun, model: pathlib.Path) -> np.ndarray:
+def hidden_states(peer: Peer, batches: list[dict], settings: Settings, model: pathlib.Path, exports: str) -> np.ndarray:
     """Those of all real tokens, `(tokens, features)`, as `peer` computes them in a process that ends with that."""
-    settings = {name: getattr(run.settings, name) for name in ("device", "dtype", "threads")}
+    options = {name: getattr(settings, name) for name in ("device", "dtype", "threads")}
     with tempfile.TemporaryDirectory() as folder:
-        with contextlib.closing(Worker(peer, str(model), folder, **settings)) as worker:
-            output = pathlib.Path(folder, "output.npy")
+        output = pathlib.Path(folder, "output.npy")
+        with contextlib.closing(Worker(peer, str(model), exports, **options)) as worker:
             worker.request("check", batches=batches, train=False, output=str(output))
         return np.load(output)
 

@@ -1,5 +1,6 @@
 """The benchmark's half of the protocol of peers/serve.py: workers are started, asked and ended here."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,8 +8,10 @@ import pathlib
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 
 from bench import ROOT
+from bench.peers.exports import CALIBRATION
 
 STDERR_LINES = 12
 ROUNDED = ("bfloat16", "int8")
@@ -52,6 +55,7 @@ class Worker:
         name, weights: the peer's.
         versions: versions of what it runs on, by name.
         load_seconds: from the start of the process until the model was ready, exports apart.
+        load_memory: the peak of the process until then, in bytes.
         first_seconds: of the first batch of all; None before it.
     """
 
@@ -85,11 +89,12 @@ class Worker:
         )
         try:
             export_seconds = self.request("export", model=model, exports=exports)["seconds"]
-            self.versions = self.request("load", model=model, **settings)["versions"]
+            loaded = self.request("load", model=model, **settings)
         except BaseException:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - start - export_seconds
+        self.versions, self.load_memory = loaded["versions"], loaded["peak_memory"]
 
     @property
     def dead(self) -> bool:
@@ -122,6 +127,14 @@ class Worker:
         self.process.kill()
         self.process.communicate()
         self.stderr.close()
+
+
+@contextlib.contextmanager
+def exports_folder(batches: list[dict]) -> Iterator[str]:
+    """Lend a temporary folder for what workers make of the checkpoint; those that calibrate read `batches` there."""
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, CALIBRATION).write_text(json.dumps(batches), encoding="utf-8")
+        yield folder
 
 
 def _module_path():

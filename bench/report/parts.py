@@ -10,7 +10,8 @@ FORMS = ("packed", "bfloat16", "int8")  # of weights, as the names of peers end
 def title(run: Run) -> str:
     """A run of the model, and the machine that it ran on."""
     settings, machine = run.settings, run.machine
-    where = machine.gpu or f"{machine.cpu}, {machine.instructions}, {settings.threads} threads"
+    instructions = ", ".join([machine.instructions, *(machine.product_instructions or [])])
+    where = machine.gpu or f"{machine.cpu}, {instructions}, {settings.threads} threads"
     return f"ERNIE-M {settings.model}, {settings.dtype}, on {where}"
 
 

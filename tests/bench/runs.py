@@ -20,8 +20,8 @@ def measured(peer, rounds, peak_memory=100, weights=None):
 def run_of(*jobs):
     """A run of the base model."""
     peers = [
-        LoadedPeer("erniem_fast", {"python": "3.11", "transformers": "5"}, 1.0, 0.5),
-        LoadedPeer("old", {"openvino": "1"}, 1.0, 0.5),
+        LoadedPeer("erniem_fast", {"python": "3.11", "transformers": "5"}, 1.0, 0.5, 2**31),
+        LoadedPeer("old", {"openvino": "1"}, 1.5, 0.5),
     ]
     return ModelRun(
         name="rivals",

@@ -15,6 +15,7 @@ from bench.report import readme
 from bench.report.bars import plot_panels
 from bench.report.curves import plot_curves
 from bench.report.model import losses, markdown, overview
+from bench.report.parts import form
 
 
 def test_table_shows_rates_ratios_and_losses():
@@ -49,6 +50,16 @@ def test_overview_has_a_row_for_every_peer_and_a_dash_for_what_was_not_measured(
         ["new", "-", "0.90x", "-", "-", "-"],
     ]
     assert losses(jobs) == ["**erniem_fast is slower** in 1 x text against new (0.90x)."]
+
+
+def test_the_form_of_a_peer_s_weights_ends_its_name():
+    names = ("erniem_fast packed", "OpenVINO static int8", "transformers 4.57.6", "erniem_fast")
+    assert [form(name) for name in names] == [
+        ("erniem_fast", "packed"),
+        ("OpenVINO static", "int8"),
+        ("transformers 4.57.6", None),
+        ("erniem_fast", None),
+    ]
 
 
 def test_pictures_leave_out_what_was_not_measured(tmp_path):
@@ -91,6 +102,8 @@ def test_the_readme_shows_what_rounds_and_what_that_costs(tmp_path):
     }
     for name, each in written.items():
         (tmp_path / name).write_text(json.dumps(dataclasses.asdict(each)))
+    (shared,) = readme.joined(run, written[readme.ROUNDED]).jobs
+    assert [peer.peer for peer in shared.peers] == ["erniem_fast", "old", "old int8"]
     lines = readme.section(tmp_path).splitlines()
     cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
     assert [row[:2] for row in cells if row[1].endswith(("x", "/s"))] == [

@@ -85,7 +85,7 @@ $(PEERS)/installed: bench/peers/requirements.txt
 $(RIVALS)/installed: bench/peers/rivals.txt
 	$(PYTHON) -m venv $(RIVALS)
 	$(RIVALS)/bin/python $(PIP) --constraint $< torch
-	for each in triton transformers 'onnx onnxscript onnxruntime' 'openvino nncf' ctranslate2 zentorch; do \
+	for each in triton transformers 'onnx onnxscript onnxruntime' openvino nncf ctranslate2 zentorch; do \
 	    $(RIVALS)/bin/python $(PIP) --constraint $< $$each || echo "$$each: not installed" >&2; done
 	touch $@
 

@@ -13,7 +13,6 @@ import tempfile
 from collections.abc import Sequence
 
 import numpy as np
-from tqdm import tqdm
 
 from bench import INTERRUPTED, ROOT
 from bench.model.checkpoint import read_config
@@ -93,7 +92,8 @@ def compare(arguments: argparse.Namespace, peers: Sequence[Peer], rows: Sequence
     )
     reference = None
     with exports_folder(batches[::CALIBRATED]) as exports:
-        for peer in tqdm(peers, unit="peer", disable=None):
+        for number, peer in enumerate(peers, start=1):
+            print(f"{peer.name}, {number} of {len(peers)}", file=sys.stderr)
             try:
                 embeddings = embed(hidden_states(peer, batches, run.settings, arguments.model, exports), lengths)
             except WorkerError as error:

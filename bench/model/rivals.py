@@ -81,7 +81,7 @@ def rivals(against: str, device: str, dtype: str) -> tuple[Peer, ...]:
         return (OURS, OURS_GRAPHS, ORIGINAL) if on_cuda else (OURS, ORIGINAL)
     if on_cuda:
         return ON_CUDA
-    return OURS, *(peer for peer in ALL[1:] if against == "all" or peer.rounds == (against == "rounded"))
+    return OURS, *(peer for peer in ALL[1:] if against == "all" or peer.is_rounded == (against == "rounded"))
 
 
 def _ablations(device: torch.device, dtype: torch.dtype) -> Iterator[Peer]:

@@ -39,8 +39,8 @@ class Peer:
     weights: str | None = None
 
     @property
-    def rounds(self) -> bool:
-        """Whether it computes with fewer bits than the weights have; it is then held to a tolerance of its own."""
+    def is_rounded(self) -> bool:
+        """Whether it computes with fewer bits than the weights of the checkpoint have."""
         return self.weights in ROUNDED
 
 

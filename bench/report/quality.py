@@ -1,13 +1,15 @@
 """What rounding costs, in Markdown and as a picture."""
 
+import itertools
 import pathlib
 
 from matplotlib.figure import Figure
 
 from bench.model.figures import PeerQuality, QualityRun
-from bench.report.parts import COLOURS, table, title
+from bench.report.parts import COLOURS, form, table, title
 
-MARKERS = "osD^vPX*"
+SPREAD = 0.7  # of the distance between two languages
+MARKERS = {"bfloat16": "o", "int8": "D"}
 
 
 def markdown(run: QualityRun) -> str:
@@ -76,16 +78,21 @@ def plot(run: QualityRun, path: pathlib.Path) -> None:
     figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
     axis = figure.subplots()
     languages = sorted(reference.retrieval, key=lambda language: -reference.retrieval[language].mean)
+    colours = dict(zip(dict.fromkeys(form(peer.peer)[0] for peer in others), itertools.cycle(COLOURS), strict=False))
     for i, peer in enumerate(others):
         differences = peer.differences(reference)
-        style = {"color": COLOURS[i % len(COLOURS)], "marker": MARKERS[i % len(MARKERS)], "label": peer.peer}
-        axis.plot(languages, [differences[language] for language in languages], linestyle="none", **style)
+        name, weights = form(peer.peer)
+        style = {"color": colours[name], "marker": MARKERS.get(weights, "s"), "label": peer.peer, "markersize": 4}
+        beside = (i + 0.5) / len(others) - 0.5  # points that are as high stand side by side
+        at = [place + SPREAD * beside for place in range(len(languages))]
+        axis.plot(at, [differences[language] for language in languages], linestyle="none", **style)
+    axis.set_xticks(range(len(languages)), languages)
     axis.axhline(0, color="black", linewidth=0.8)
     axis.set(
         ylabel="points",
         title="Retrieval of translations, difference to float32; from the language that it retrieves best",
     )
-    axis.grid(alpha=0.3)
+    axis.grid(axis="y", alpha=0.3)
     axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title(run), fontweight="bold")
     if others:

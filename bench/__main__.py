@@ -11,6 +11,10 @@ COMMANDS = {
         "tokens per second and memory of the model, beside its rivals (make bench)",
     ),
     "everything": ("bench.model.everything", "every rival, training, ablations and the breakdown (make bench-all)"),
+    "quality": (
+        "bench.model.quality",
+        "what rounding costs: embeddings and retrieval on real weights, by language (make quality)",
+    ),
     "breakdown": ("bench.model.breakdown", "where the time of a forward and of a training step goes, op by op"),
     "kernels": ("bench.kernels.speed", "each op beside PyTorch's ways to do the same work, and beside its floor"),
     "sweep": ("bench.kernels.sweep", "ways to launch the Triton kernels, timed on a GPU beside the shipped ones"),

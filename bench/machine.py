@@ -9,6 +9,9 @@ import re
 import psutil
 import torch
 
+CPUINFO = pathlib.Path("/proc/cpuinfo")
+PRODUCT_INSTRUCTIONS = ("avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
+
 
 @dataclasses.dataclass(frozen=True)
 class Machine:
@@ -21,6 +24,8 @@ class Machine:
         memory_gib: main memory.
         gpu: its model; None where a CPU is measured.
         system: as "Linux".
+        product_instructions: for products of 8 and 16 bits, as "AVX512_VNNI", whether PyTorch uses them or not; None
+            where the system does not tell, and in older results.
     """
 
     cpu: str
@@ -29,6 +34,7 @@ class Machine:
     memory_gib: int
     gpu: str | None
     system: str
+    product_instructions: list[str] | None = None
 
     @property
     def slug(self) -> str:
@@ -47,6 +53,7 @@ def describe(device: torch.device | str) -> Machine:
         memory_gib=round(psutil.virtual_memory().total / 2**30),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         system=platform.system(),
+        product_instructions=product_instructions(CPUINFO.read_text()) if CPUINFO.exists() else None,
     )
 
 
@@ -61,7 +68,12 @@ def available_memory() -> int:
     return psutil.virtual_memory().available
 
 
+def product_instructions(cpuinfo: str) -> list[str] | None:
+    """Those of PRODUCT_INSTRUCTIONS that the text of /proc/cpuinfo names."""
+    flags = re.search(r"^(flags|Features)\s*:(.*)$", cpuinfo, re.MULTILINE)  # the latter is Arm's
+    return [name.upper() for name in PRODUCT_INSTRUCTIONS if name in flags[2].split()] if flags else None
+
+
 def _cpu_name():
-    cpuinfo = pathlib.Path("/proc/cpuinfo")
-    names = re.findall(r"^model name\s*:\s*(.+)$", cpuinfo.read_text(), re.MULTILINE) if cpuinfo.exists() else []
+    names = re.findall(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
     return names[0] if names else platform.processor() or platform.machine()

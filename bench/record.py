@@ -63,7 +63,7 @@ def stem_of(run: Run, output: pathlib.Path | None) -> pathlib.Path:
 def write(result, text: str, stem: pathlib.Path) -> None:
     """Print the report `text`, and keep both."""
     keep(result, text, stem)
-    print(f"\n{text}\n{stem}.* hold this, every round and, where matplotlib is installed, pictures")
+    print(f"\n{text}\n{stem}.* hold this, all that was measured and, where matplotlib is installed, pictures")
 
 
 def keep(result, text: str, stem: pathlib.Path) -> None:

@@ -1,6 +1,7 @@
 """What the benchmarks of the model find: the fields of their JSON files."""
 
 import dataclasses
+import statistics
 
 from bench.record import Run
 from bench.roofline import Rates
@@ -61,12 +62,13 @@ class JobFigures:
 
 @dataclasses.dataclass
 class LoadedPeer:
-    """A peer that takes part; `workers.Worker` says what its figures are."""
+    """A peer that takes part; `workers.Worker` says what its figures are. Older results have no `load_memory`."""
 
     name: str
     versions: dict[str, str]
     load_seconds: float
     first_seconds: float | None = None
+    load_memory: int | None = None
 
 
 @dataclasses.dataclass
@@ -82,6 +84,64 @@ class ModelRun(Run):
     absent: list[str]
     interrupted: bool
     jobs: list[JobFigures]
+
+
+@dataclasses.dataclass(frozen=True)
+class Retrieval:
+    """Accuracy at 1 of finding the translation of a sentence, in both directions."""
+
+    from_english: float
+    to_english: float
+
+    @property
+    def mean(self) -> float:
+        return (self.from_english + self.to_english) / 2
+
+
+@dataclasses.dataclass(frozen=True)
+class PeerQuality:
+    """What one peer's sentence embeddings are worth.
+
+    Attributes:
+        peer: its name.
+        mean_cosine, least_cosine: over all sentences, to the embeddings of the reference.
+        retrieval: by language.
+    """
+
+    peer: str
+    mean_cosine: float
+    least_cosine: float
+    retrieval: dict[str, Retrieval]
+
+    @property
+    def mean_retrieval(self) -> float:
+        """Mean over the languages."""
+        return statistics.fmean(each.mean for each in self.retrieval.values())
+
+    def differences(self, reference: "PeerQuality") -> dict[str, float]:
+        """By language, how much better than `reference` it retrieves, in points; below zero where it is worse."""
+        return {
+            language: 100 * (each.mean - reference.retrieval[language].mean)
+            for language, each in self.retrieval.items()
+        }
+
+
+@dataclasses.dataclass
+class QualityRun(Run):
+    """What rounding costs.
+
+    Attributes:
+        sentences, tokens: that every peer computes.
+        pairs: of English sentences and their translations, by language.
+        absent: why the other peers take no part.
+        peers: the reference first, which computes in float32.
+    """
+
+    sentences: int
+    tokens: int
+    pairs: dict[str, int]
+    absent: list[str]
+    peers: list[PeerQuality]
 
 
 @dataclasses.dataclass(frozen=True)

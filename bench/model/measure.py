@@ -13,10 +13,8 @@ from bench.model.jobs import Job
 from bench.model.workers import Worker, WorkerError
 
 # Largest difference of a hidden state between two peers, in units of the reference's root mean square. Right peers were
-# seen to differ by 5e-6, 0.1 and 0.012, and by 0.29 where weights and activations are rounded to 8 bits (base size,
-# 2,600 tokens); a wrong one is off by 1 and more.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03}
-INT8_TOLERANCE = 0.6
+# seen to differ by 5e-6, 0.1, 0.012 and 0.29 (base size, 2,600 tokens); a wrong one is off by 1 and more.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03, "int8": 0.6}
 
 
 @dataclasses.dataclass
@@ -24,7 +22,7 @@ class Measurement:
     """What one peer did in one job.
 
     Attributes:
-        int8: whether the peer rounds to 8 bits.
+        weights: what the peer makes of them (see workers.Peer).
         difference: largest difference from the reference's output (see TOLERANCE); None for the reference itself.
         rounds: seconds of each batch, per round.
         peak_memory: bytes, at any time of the rounds; None before the first round.
@@ -33,7 +31,7 @@ class Measurement:
 
     job: Job
     peer: str
-    int8: bool = False
+    weights: str | None = None
     difference: float | None = None
     rounds: list[list[float]] = dataclasses.field(default_factory=list)
     peak_memory: int | None = None
@@ -50,10 +48,10 @@ def measure(job: Job, workers: list[Worker], dtype: str, measurements: list[Meas
         measurements: grows by one per worker at the start, so that an interrupted run keeps what it has.
         bar: tqdm's bar, which moves by one per worker and turn.
     """
-    entries = [(worker, Measurement(job, worker.name, worker.int8)) for worker in workers]
+    entries = [(worker, Measurement(job, worker.name, worker.weights)) for worker in workers]
     measurements.extend(entry for _, entry in entries)
     with tempfile.TemporaryDirectory() as folder:
-        _check(entries, TOLERANCE[dtype], pathlib.Path(folder, "output.npy"), bar)
+        _check(entries, dtype, pathlib.Path(folder, "output.npy"), bar)
     for turn in range(1, job.spec.rounds + 1):
         bar.set_description(f"{job.name}, round {turn} of {job.spec.rounds}")
         for worker, entry in entries if turn % 2 else entries[::-1]:
@@ -62,7 +60,7 @@ def measure(job: Job, workers: list[Worker], dtype: str, measurements: list[Meas
             bar.update()
 
 
-def _check(entries, tolerance, output, bar):
+def _check(entries, dtype, output, bar):
     """Run every batch on every worker, which also warms it up, and refuse those whose real tokens differ from ours."""
     reference = None
     for worker, entry in entries:
@@ -75,7 +73,7 @@ def _check(entries, tolerance, output, bar):
             reference, reference_name = hidden_states, worker.name
             continue
         entry.difference = difference(hidden_states, reference)
-        allowed = INT8_TOLERANCE if worker.int8 else tolerance
+        allowed = TOLERANCE.get(worker.weights, TOLERANCE[dtype])
         if not entry.difference <= allowed:  # NaN is refused too
             entry.problem = (
                 f"{worker.name} refused: its output differs from that of {reference_name} by {entry.difference:.2g}"

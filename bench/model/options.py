@@ -7,7 +7,8 @@ import pathlib
 import torch
 
 from bench.model.checkpoint import SIZES, random_checkpoint, read_config
-from bench.model.measure import TOLERANCE
+
+DTYPES = ("float32", "bfloat16", "float16")
 
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
@@ -18,8 +19,13 @@ def add_run_options(parser: argparse.ArgumentParser) -> None:
         "--model", type=checkpoint_folder, metavar="DIR", help="folder of a real ERNIE-M checkpoint with its tokenizer"
     )
     run = parser.add_argument_group("run")
-    run.add_argument("--dtype", choices=TOLERANCE, default="float32", help="of the weights (default: float32)")
+    run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
     run.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add_common_options(run)
+
+
+def add_common_options(run: argparse._ArgumentGroup) -> None:
+    """The options that runs on given weights have too."""
     run.add_argument("--threads", type=positive, metavar="N", help="CPU threads of each peer (default: one per core)")
     run.add_argument(
         "--output", type=pathlib.Path, metavar="DIR", help="folder for results (default: bench/results/MACHINE)"

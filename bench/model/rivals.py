@@ -23,22 +23,34 @@ def _peer(name, python, module, *arguments, **options):
 
 
 OURS = _peer("erniem_fast", OURS_PYTHON, "ours", trains=True)
-OURS_INT8 = _peer(f"{OURS.name} int8", OURS_PYTHON, "ours", "int8", int8=True)
 OURS_GRAPHS = _peer(f"{OURS.name}, CUDA graphs", OURS_PYTHON, "ours", "graphs")
+OPTIMIZED = {
+    weights: _peer(f"{OURS.name} {weights}", OURS_PYTHON, "ours", weights, weights=weights)
+    for weights in ("packed", "bfloat16", "int8")
+}
+OURS_NAMES = (OURS.name, *(peer.name for peer in OPTIMIZED.values()))
 ORIGINAL = _peer("transformers 4.57.6", TRANSFORMERS4, "transformers4", trains=True)
 # In the order in which they get memory, where there is not enough for all.
 ALL = (
     OURS,
     ORIGINAL,
     _peer("XLM-R SDPA", RIVALS, "transformers5", "sdpa", trains=True),
-    _peer("CTranslate2", RIVALS, "ctranslate2_peer", "float32"),
-    _peer("OpenVINO", RIVALS, "openvino_peer"),
-    _peer("ONNX Runtime", RIVALS, "onnxruntime_peer", "onnx"),
+    OPTIMIZED["packed"],
+    _peer("CTranslate2", RIVALS, "ctranslate2_peer", "float32", weights="packed"),
+    _peer("OpenVINO", RIVALS, "openvino_peer", "openvino", weights="packed"),
+    _peer("ONNX Runtime", RIVALS, "onnxruntime_peer", "onnx", weights="packed"),
+    _peer("zentorch", RIVALS, "zentorch_peer", weights="packed"),
     _peer("transformers 4, compiled", TRANSFORMERS4, "transformers4", "compile", trains=True),
     _peer("XLM-R eager", RIVALS, "transformers5", "eager", trains=True),
-    OURS_INT8,
-    _peer("CTranslate2 int8", RIVALS, "ctranslate2_peer", "int8", int8=True),
-    _peer("ONNX Runtime int8", RIVALS, "onnxruntime_peer", "onnx-int8", int8=True),
+    OPTIMIZED["bfloat16"],
+    _peer("OpenVINO bfloat16", RIVALS, "openvino_peer", "openvino", "bf16", weights="bfloat16"),
+    _peer("zentorch bfloat16", RIVALS, "zentorch_peer", "bfloat16", weights="bfloat16"),
+    OPTIMIZED["int8"],
+    _peer("CTranslate2 int8", RIVALS, "ctranslate2_peer", "int8", weights="int8"),
+    _peer("ONNX Runtime int8", RIVALS, "onnxruntime_peer", "onnx-int8", weights="int8"),
+    _peer("OpenVINO int8", RIVALS, "openvino_peer", "openvino-int8", weights="int8"),
+    _peer("OpenVINO static int8", RIVALS, "openvino_peer", "openvino-static-int8", weights="int8"),
+    _peer("zentorch int8", RIVALS, "zentorch_peer", "int8", weights="int8"),
 )
 # On a GPU packed PyTorch takes the place of the CPU's runtimes. A machine with a GPU may have no network to install the
 # rivals' environment from; these need no more than ours does.
@@ -58,7 +70,8 @@ def rivals(against: str, device: str, dtype: str) -> tuple[Peer, ...]:
     """The peers of a run, ours first.
 
     Args:
-        against: "original", "all", or "itself": erniem_fast with its kernels and its packing switched off.
+        against: "original"; "all"; of these, on a CPU, those that are "unrounded" or "rounded"; or "itself":
+            erniem_fast with its kernels and its packing switched off.
         device, dtype: names of what is measured; they decide which kernels there are to switch off.
     """
     if against == "itself":
@@ -66,7 +79,9 @@ def rivals(against: str, device: str, dtype: str) -> tuple[Peer, ...]:
     on_cuda = torch.device(device).type == "cuda"
     if against == "original":
         return (OURS, OURS_GRAPHS, ORIGINAL) if on_cuda else (OURS, ORIGINAL)
-    return ON_CUDA if on_cuda else ALL
+    if on_cuda:
+        return ON_CUDA
+    return OURS, *(peer for peer in ALL[1:] if against == "all" or peer.is_rounded == (against == "rounded"))
 
 
 def _ablations(device: torch.device, dtype: torch.dtype) -> Iterator[Peer]:

@@ -4,7 +4,6 @@ import argparse
 import contextlib
 import pathlib
 import sys
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 
 from tqdm import tqdm
@@ -15,10 +14,10 @@ from bench.model.checkpoint import read_config
 from bench.model.figures import LoadedPeer, ModelRun
 from bench.model.jobs import Spec, make_jobs
 from bench.model.measure import measure
-from bench.model.rivals import OURS, OURS_INT8
+from bench.model.rivals import OURS_NAMES
 from bench.model.summary import summarise
 from bench.model.text import TOKENIZER, text_encoder
-from bench.model.workers import Peer, Worker, WorkerError
+from bench.model.workers import Peer, Worker, WorkerError, exports_folder
 from bench.record import begin, stem_of, write
 from bench.report.bars import plot_bars, plot_panels
 from bench.report.curves import plot_curves
@@ -64,7 +63,7 @@ def benchmark(
     with contextlib.ExitStack() as stack:
         try:
             able = choose(peers, model, arguments.device, any(spec.train for spec in specs), run.absent)
-            workers.extend(start(able, arguments, model, run, stack))
+            workers.extend(start(able, arguments, model, run, stack, jobs[0].batches))
             turns = sum(spec.rounds + 1 for spec in specs) * len(workers)
             with tqdm(total=turns, unit="turn", disable=None) as bar:
                 for job in jobs:
@@ -74,7 +73,7 @@ def benchmark(
             run.interrupted = True
     for worker, peer in zip(workers, run.peers, strict=False):
         peer.first_seconds = worker.first_seconds
-    run.jobs = summarise(measurements, (OURS.name, OURS_INT8.name))
+    run.jobs = summarise(measurements, OURS_NAMES)
 
 
 def choose(peers: Iterable[Peer], model: pathlib.Path, device: str, train: bool, absent: list[str]) -> Iterator[Peer]:
@@ -102,9 +101,13 @@ def start(
     model: pathlib.Path,
     run: ModelRun,
     stack: contextlib.ExitStack,
+    batches: list[dict],
 ) -> Iterator[Worker]:
-    """Yield a loaded worker for each peer, to be closed by `stack`; `run` is told of them and of those that fail."""
-    exports = stack.enter_context(tempfile.TemporaryDirectory())
+    """Yield a loaded worker for each peer, to be closed by `stack`; `run` is told of them and of those that fail.
+
+    Those that calibrate themselves do it on `batches`.
+    """
+    exports = stack.enter_context(exports_folder(batches))
     threads = arguments.threads or available_cores()
     settings = {"device": arguments.device, "dtype": arguments.dtype, "threads": threads}
     for peer in peers:
@@ -114,7 +117,7 @@ def start(
         except WorkerError as error:
             run.absent.append(f"{peer.name}: {error}")
             continue
-        run.peers.append(LoadedPeer(peer.name, worker.versions, worker.load_seconds))
+        run.peers.append(LoadedPeer(peer.name, worker.versions, worker.load_seconds, load_memory=worker.load_memory))
         yield worker
 
 

@@ -12,8 +12,8 @@ def summarise(measurements: list[Measurement], ours: tuple[str, ...]) -> list[Jo
 
     Args:
         measurements: all of one run, those of one job together.
-        ours: names of the peers that are ours. Peers that round to 8 bits are compared with ours that does, where that
-            takes part.
+        ours: names of the peers that are ours, one for each form of the weights. A peer is compared with ours of its
+            form, or with ours that leaves the weights as they are where that takes no part.
     """
     jobs = {}
     for measurement in measurements:
@@ -23,7 +23,7 @@ def summarise(measurements: list[Measurement], ours: tuple[str, ...]) -> list[Jo
 
 def _summarise_job(entries, ours):
     job = entries[0].job
-    baselines = {entry.int8: entry for entry in entries if entry.peer in ours}
+    baselines = {entry.weights: entry for entry in entries if entry.peer in ours}
     return JobFigures(
         name=job.name,
         batch_size=job.spec.batch_size,
@@ -34,7 +34,7 @@ def _summarise_job(entries, ours):
         tokens=job.tokens,
         positions=job.positions,
         fill=job.fill,
-        peers=[_summarise_peer(entry, baselines.get(entry.int8, baselines.get(False))) for entry in entries],
+        peers=[_summarise_peer(entry, baselines.get(entry.weights, baselines.get(None))) for entry in entries],
     )
 
 

@@ -2,6 +2,7 @@
 
 import csv
 from collections.abc import Callable
+from typing import NamedTuple
 
 from bench import ROOT
 from erniem_fast import ErnieMTokenizer
@@ -14,11 +15,24 @@ TOKENIZER = ROOT / "tests/golden/tiny"  # for random weights, which have none
 SENTENCE_WORDS = 10
 
 
+class Translation(NamedTuple):
+    """A row of parallel.tsv."""
+
+    language: str
+    english: str
+    translation: str
+
+
+def read_translations() -> list[Translation]:
+    """All of parallel.tsv."""
+    with PARALLEL.open(encoding="utf-8", newline="") as file:
+        _, *rows = csv.reader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
+    return [Translation(*row) for row in rows]
+
+
 def read_sentences() -> list[str]:
     """The translations in parallel.tsv whose English has SENTENCE_WORDS words or more."""
-    with PARALLEL.open(encoding="utf-8", newline="") as file:
-        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
-    return [row["translation"] for row in rows if len(row["english"].split()) >= SENTENCE_WORDS]
+    return [row.translation for row in read_translations() if len(row.english.split()) >= SENTENCE_WORDS]
 
 
 def text_encoder(folder, max_length: int) -> Callable[[list[str]], list[list[int]]]:

@@ -61,10 +61,11 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     )
     jobs.add_argument(
         "--against",
-        choices=["original", "all", "itself"],
+        choices=["original", "all", "unrounded", "rounded", "itself"],
         default="original",
-        help="original: transformers 4.57.6; all: every rival; itself: erniem_fast with its kernels and its packing"
-        " switched off (default: original)",
+        help="original: transformers 4.57.6; all: every rival; unrounded, rounded: those of them that keep the weights'"
+        " precision, or that do not; itself: erniem_fast with its kernels and its packing switched off (default:"
+        " original)",
     )
     add_run_options(parser)
     return parser.parse_args(argv)

@@ -1,5 +1,6 @@
 """The benchmark's half of the protocol of peers/serve.py: workers are started, asked and ended here."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -7,10 +8,13 @@ import pathlib
 import subprocess
 import tempfile
 import time
+from collections.abc import Iterator
 
 from bench import ROOT
+from bench.peers.exports import CALIBRATION
 
 STDERR_LINES = 12
+ROUNDED = ("bfloat16", "int8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +27,8 @@ class Peer:
         python: the Python of the environment that the worker runs in.
         environment: environment variables for it, beside our own.
         trains: whether it can train.
-        int8: whether it rounds to 8 bits, and is held to a tolerance of its own.
+        weights: what it makes of them, as in `erniem_fast.optimize`: "bfloat16" and "int8" round them, "packed" keeps
+            float32 in a layout of its own; None leaves them as they are.
     """
 
     name: str
@@ -31,7 +36,12 @@ class Peer:
     python: pathlib.Path
     environment: dict[str, str] = dataclasses.field(default_factory=dict)
     trains: bool = False
-    int8: bool = False
+    weights: str | None = None
+
+    @property
+    def is_rounded(self) -> bool:
+        """Whether it computes with fewer bits than the weights of the checkpoint have."""
+        return self.weights in ROUNDED
 
 
 class WorkerError(Exception):
@@ -42,9 +52,10 @@ class Worker:
     """A running peer.
 
     Attributes:
-        name, int8: the peer's.
+        name, weights: the peer's.
         versions: versions of what it runs on, by name.
         load_seconds: from the start of the process until the model was ready, exports apart.
+        load_memory: the peak of the process until then, in bytes.
         first_seconds: of the first batch of all; None before it.
     """
 
@@ -59,7 +70,7 @@ class Worker:
         """
         self.first_seconds = None
         self.name = peer.name
-        self.int8 = peer.int8
+        self.weights = peer.weights
         if not peer.python.exists():
             raise WorkerError(
                 f"its environment is missing: no {peer.python.parent.parent.name}; `make bench-all` makes it"
@@ -78,11 +89,12 @@ class Worker:
         )
         try:
             export_seconds = self.request("export", model=model, exports=exports)["seconds"]
-            self.versions = self.request("load", model=model, **settings)["versions"]
+            loaded = self.request("load", model=model, **settings)
         except BaseException:
             self.close()
             raise
         self.load_seconds = time.perf_counter() - start - export_seconds
+        self.versions, self.load_memory = loaded["versions"], loaded["peak_memory"]
 
     @property
     def dead(self) -> bool:
@@ -115,6 +127,14 @@ class Worker:
         self.process.kill()
         self.process.communicate()
         self.stderr.close()
+
+
+@contextlib.contextmanager
+def exports_folder(batches: list[dict]) -> Iterator[str]:
+    """Lend a temporary folder for what workers make of the checkpoint; those that calibrate read `batches` there."""
+    with tempfile.TemporaryDirectory() as folder:
+        pathlib.Path(folder, CALIBRATION).write_text(json.dumps(batches), encoding="utf-8")
+        yield folder
 
 
 def _module_path():

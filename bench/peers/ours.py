@@ -1,7 +1,7 @@
 """Worker: erniem_fast.ErnieMModel, called as any user calls it.
 
-An argument names the form of its weights, "packed", "bfloat16" or "int8" (see `erniem_fast.optimize`), or is "graphs":
-then it replays CUDA graphs.
+The argument "packed", "bfloat16" or "int8" is the form that `erniem_fast.optimize` gives the weights; with "graphs" the
+model replays CUDA graphs.
 """
 
 import sys
@@ -14,17 +14,22 @@ from bench.peers.torch_peer import TorchPeer
 
 
 class ErnieMFast(TorchPeer):
+    def __init__(self, option=None):
+        self.graphs = option == "graphs"
+        self.weights = None if self.graphs else option
+
     def build(self, model, dtype):
         module = erniem_fast.ErnieMModel.from_pretrained(model, dtype=dtype)
-        forms = [each for each in sys.argv[1:] if each != "graphs"]
-        return erniem_fast.optimize(module, *forms), {"transformers": transformers.__version__}
+        if self.weights:
+            erniem_fast.optimize(module, weights=self.weights)
+        return module, {"transformers": transformers.__version__}
 
     def load(self, model, device, dtype, threads):
         versions = super().load(model, device, dtype, threads)
-        if "graphs" in sys.argv[1:]:
+        if self.graphs:
             erniem_fast.use_graphs(self.module)
         return versions
 
 
 if __name__ == "__main__":
-    serve(ErnieMFast())
+    serve(ErnieMFast(*sys.argv[1:]))

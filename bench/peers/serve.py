@@ -2,8 +2,8 @@
 
     request                                          reply
     {"op": "export", "model", "exports"}             {"seconds"}: what it makes of the checkpoint lies in `exports`
-    {"op": "load", "model", "device", "dtype",       {"versions": {name: version}}
-     "threads"}
+    {"op": "load", "model", "device", "dtype",       {"versions": {name: version}, "peak_memory": bytes since
+     "threads"}                                      the process began}
     {"op": "check", "batches": [{"input_ids",        {"first_seconds"}, of the first batch: every batch ran once, and
      "attention_mask"}], "train", "output"}          `output`, an .npy file, holds the hidden states of the real tokens,
                                                      float32 (tokens, hidden); to `train`, those after one step
@@ -83,7 +83,8 @@ class Server:
         return {"seconds": time.perf_counter() - start}
 
     def load(self, **load):
-        return {"versions": {"python": platform.python_version(), **self.peer.load(**load)}}
+        versions = {"python": platform.python_version(), **self.peer.load(**load)}
+        return {"versions": versions, "peak_memory": memory.peak()}
 
     def check(self, batches, train, output):
         self.inputs = [self.peer.prepare(**batch) for batch in batches]

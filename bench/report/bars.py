@@ -5,7 +5,7 @@ import pathlib
 from matplotlib.figure import Figure
 
 from bench.model.figures import JobFigures, ModelRun
-from bench.report.parts import COLOURS, INT8, title
+from bench.report.parts import COLOURS, form, title
 from bench.timing import Quartiles
 
 OURS, OTHERS = COLOURS[0], "#BBBBBB"
@@ -73,7 +73,7 @@ def plot_panels(run: ModelRun, path: pathlib.Path) -> None:
         else:
             axis.set_axis_off()
     figure.suptitle(
-        f"{title(run)}\nreal tokens per second: median, quartiles, and how much faster erniem_fast is (int8 than int8)"
+        f"{title(run)}\nreal tokens per second: median, quartiles, how much faster erniem_fast is (rounded alike)"
     )
     figure.savefig(path)
 
@@ -83,7 +83,7 @@ def _draw_panel(axis, job):
     peers = sorted(job.peers, key=lambda peer: -peer.tokens_per_second.median if peer.rounds else 0)
     rates = [peer.tokens_per_second or NOTHING for peer in peers]
     whiskers = [[rate.median - rate.q1 for rate in rates], [rate.q3 - rate.median for rate in rates]]
-    colours = [OURS if peer.peer.removesuffix(INT8) == ours else OTHERS for peer in peers]
+    colours = [OURS if form(peer.peer)[0] == ours else OTHERS for peer in peers]
     medians = [rate.median for rate in rates]
     bars = axis.barh([peer.peer for peer in peers], medians, xerr=whiskers, color=colours, error_kw={"capsize": 2})
     texts = [_figures(peer) for peer in peers]

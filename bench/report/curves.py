@@ -6,9 +6,10 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from bench.model.figures import ModelRun
-from bench.report.parts import COLOURS, INT8, title
+from bench.report.parts import COLOURS, form, title
 
 MARKERS = "osD^vPX*"
+LINES = {None: "-", "packed": ":", "bfloat16": "-.", "int8": "--"}  # by the form of the weights
 
 
 def plot_curves(run: ModelRun, path: pathlib.Path) -> None:
@@ -41,11 +42,11 @@ def _draw_curves(axis, points):
     for i, name in enumerate(names):
         measured = [(x, job.peers[i]) for x, job in points if job.peers[i].rounds]
         rates = [peer.tokens_per_second.median for _, peer in measured]
-        # Rounded to 8 bits, a rival keeps its colour and is dashed.
-        full = names.index(name.removesuffix(INT8)) if name.removesuffix(INT8) in names else i
+        plain, weights = form(name)
+        full = names.index(plain) if plain in names else i  # a rival keeps its colour in every form
         style = {"color": COLOURS[full % len(COLOURS)], "marker": MARKERS[full % len(MARKERS)], "label": name}
         style |= {"linewidth": 3, "zorder": 3} if i == 0 else {"linewidth": 1.2}
-        axis.plot([x for x, _ in measured], rates, "--" if name.endswith(INT8) else "-", **style)
+        axis.plot([x for x, _ in measured], rates, LINES[weights], **style)
     axis.set_yscale("log", base=2)
     axis.minorticks_off()
     axis.grid(axis="y", alpha=0.3)

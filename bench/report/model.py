@@ -8,7 +8,7 @@ STEADY = 0.1  # on a quiet machine the quartiles lie 0.01 to 0.03 of the median 
 
 def markdown(run: ModelRun) -> str:
     """The whole report: what ran where, the table, and in words what went wrong or is slower."""
-    parts = [f"### {title(run)}", _method(run), _peers(run), overview(run.jobs), _jobs(run), *_notes(run)]
+    parts = [f"### {title(run)}", _method(run), _peers(run), overview(run), _jobs(run), *_notes(run)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -17,7 +17,8 @@ def _method(run):
     return (
         f"Medians and quartiles of {' to '.join(map(str, dict.fromkeys((rounds[0], rounds[-1]))))} rounds of up to"
         f" {max(job.rows for job in run.jobs)} rows, peers in turn; ratios are taken round by round. Padding"
-        f" counts for nothing. Memory is that of the whole process, weights included. {run.date[:10]}."
+        f" counts for nothing. Memory is the peak of the whole process, while it runs a job or until it is ready;"
+        f" conversions of the checkpoint, which happen once, are left out. {run.date[:10]}."
     )
 
 
@@ -26,20 +27,36 @@ def _peers(run):
         [
             peer.name,
             ", ".join(f"{name} {version}" for name, version in peer.versions.items()),
-            f"{peer.load_seconds:.1f} s",
             f"{peer.first_seconds:.1f} s" if peer.first_seconds else "",
         ]
         for peer in run.peers
     ]
-    return table(["who", "runs on", "start to ready", "first batch"], rows)
+    return table(["who", "runs on", "first batch"], rows)
 
 
-def overview(jobs: list[JobFigures]) -> str:
-    """A row for every peer and a column for every job: our rate, and for the others how much faster we are."""
+def overview(run: ModelRun) -> str:
+    """A row for every peer and a column for every job: our rate, and for the others how much faster we are.
+
+    Beside them stand the memory that it takes in the first job, and to load, and the time until it is ready.
+    """
+    jobs, loaded = run.jobs, {peer.name: peer for peer in run.peers}
     names = list(dict.fromkeys(peer.peer for job in jobs for peer in job.peers))
     by_name = [{peer.peer: peer for peer in job.peers} for job in jobs]
-    rows = [[name, *(_overview_cell(peers.get(name)) for peers in by_name)] for name in names]
-    return table(["", *(f"{job.name}, {job.fill:.0%} full" for job in jobs)], rows)
+    rows = [
+        [name, *(_overview_cell(peers.get(name)) for peers in by_name), *_needs(by_name[0].get(name), loaded.get(name))]
+        for name in names
+    ]
+    columns = [f"{job.name}, {job.fill:.0%} full" for job in jobs]
+    return table(["", *columns, f"memory, {jobs[0].name}", "memory to load", "start to ready"], rows)
+
+
+def _needs(peer, loaded):
+    load = [_mebibytes(loaded.load_memory), f"{loaded.load_seconds:.1f} s"] if loaded else ["-", "-"]
+    return [_mebibytes(peer and peer.peak_memory), *load]
+
+
+def _mebibytes(size):
+    return f"{size / 2**20:,.0f} MiB" if size else "-"
 
 
 def _overview_cell(peer):

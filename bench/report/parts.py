@@ -4,14 +4,21 @@ from bench.record import Run
 
 # Okabe and Ito's: safe for the colour-blind.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999"]
-INT8 = " int8"  # how the name of a peer ends that rounds to 8 bits
+FORMS = ("packed", "bfloat16", "int8")  # of weights, as the names of peers end
 
 
 def title(run: Run) -> str:
     """A run of the model, and the machine that it ran on."""
     settings, machine = run.settings, run.machine
-    where = machine.gpu or f"{machine.cpu}, {machine.instructions}, {settings.threads} threads"
+    instructions = ", ".join([machine.instructions, *(machine.product_instructions or [])])
+    where = machine.gpu or f"{machine.cpu}, {instructions}, {settings.threads} threads"
     return f"ERNIE-M {settings.model}, {settings.dtype}, on {where}"
+
+
+def form(name: str) -> tuple[str, str | None]:
+    """The name of a peer without the form of its weights, and that form."""
+    rest, _, last = name.rpartition(" ")
+    return (rest, last) if last in FORMS else (name, None)
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

@@ -23,7 +23,7 @@ for line in sys.stdin:
     if request["op"] == "export":
         reply = {"seconds": 0}
     if request["op"] == "load":
-        reply = {"versions": {"python": "3"}}
+        reply = {"versions": {"python": "3"}, "peak_memory": 2 * MEMORY}
     if request["op"] == "check":
         batches = request["batches"]
         reply = {"first_seconds": 0.25}

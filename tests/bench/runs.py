@@ -5,25 +5,23 @@ from bench.machine import Machine
 from bench.model.figures import JobFigures, LoadedPeer, ModelRun, PeerFigures
 from bench.model.jobs import Job, Spec, pad
 from bench.model.measure import Measurement
-from bench.model.rivals import OURS, OURS_INT8
 from bench.record import Settings
 from bench.timing import Quartiles
 
 TINY = ROOT / "tests/golden/tiny"
-OURS_NAMES = (OURS.name, OURS_INT8.name)
 
 
-def measured(peer, rounds, peak_memory=100, int8=False):
+def measured(peer, rounds, peak_memory=100, weights=None):
     """A measurement of a job of 30 real tokens in two batches."""
     job = Job(Spec(2, "text", 4, len(rounds)), [pad([[5] * 10, [5] * 5]), pad([[5] * 7, [5] * 8])])
-    return Measurement(job, peer, int8, rounds=rounds, peak_memory=peak_memory)
+    return Measurement(job, peer, weights, rounds=rounds, peak_memory=peak_memory)
 
 
 def run_of(*jobs):
     """A run of the base model."""
     peers = [
-        LoadedPeer("erniem_fast", {"python": "3.11", "transformers": "5"}, 1.0, 0.5),
-        LoadedPeer("old", {"openvino": "1"}, 1.0, 0.5),
+        LoadedPeer("erniem_fast", {"python": "3.11", "transformers": "5"}, 1.0, 0.5, 2**31),
+        LoadedPeer("old", {"openvino": "1"}, 1.5, 0.5),
     ]
     return ModelRun(
         name="rivals",

@@ -31,6 +31,15 @@ def test_ctrl_c_ends_the_parts_that_are_left(arguments, parts):
     assert ran == ["a"]
 
 
+def test_what_rounds_is_measured_on_a_cpu_only(arguments, parts, monkeypatch):
+    ran, _ = parts
+    monkeypatch.setattr(everything, "PARTS", (("a", "rounded", ()), ("b", "unrounded", ())))
+    everything.run_parts(arguments, TINY)
+    arguments.device = "cuda"
+    everything.run_parts(arguments, TINY)
+    assert ran == ["a", "b", "breakdown", "b"]
+
+
 def test_a_long_run_adds_batches_of_128():
     assert everything.lengthen(everything.INFERENCE)[-1] == Spec(128, "text", rows=128, rounds=7)
     assert {spec.rounds for spec in everything.lengthen(everything.INFERENCE)} == {7}

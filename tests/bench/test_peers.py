@@ -1,6 +1,7 @@
 """The workers' models compute what ours does, and their exports are made once."""
 
 import itertools
+import json
 import pathlib
 import types
 
@@ -10,6 +11,7 @@ import torch.nn.functional as F
 from runs import TINY
 
 from bench.model.jobs import pad
+from bench.model.workers import exports_folder
 from bench.peers import exports, packed, xlm_roberta
 from erniem_fast import ErnieMModel
 
@@ -71,6 +73,13 @@ def test_an_export_is_made_once(tmp_path, monkeypatch):
         assert (exports.exported("onnx", "model", tmp_path) / "model.onnx").exists()
     assert calls == [["-m", "bench.peers.exports", "onnx", "model", tmp_path / "onnx.unfinished"]]
     assert [path.name for path in tmp_path.iterdir()] == ["onnx"]
+
+
+def test_batches_to_calibrate_on_lie_beside_the_exports():
+    batches = [pad([[5, 6], [7]])]
+    with exports_folder(batches) as folder:
+        assert json.loads(pathlib.Path(folder, exports.CALIBRATION).read_text()) == batches
+    assert not pathlib.Path(folder).exists()
 
 
 def test_an_export_that_fails_leaves_nothing_to_be_taken_for_one(tmp_path):

@@ -29,6 +29,16 @@ def test_graphs_take_part_on_a_gpu():
     assert [rivals.OURS_GRAPHS in peers for peers in everything] == [False, True]
 
 
+def test_those_that_round_are_compared_apart_from_those_that_do_not():
+    unrounded, rounded = (rivals.rivals(against, "cpu", "float32") for against in ("unrounded", "rounded"))
+    assert unrounded[0] is rounded[0] is rivals.OURS
+    assert {peer.weights for peer in unrounded} == {None, "packed"}
+    assert {peer.weights for peer in rounded[1:]} == {"bfloat16", "int8"}
+    both, every = [*unrounded, *rounded[1:]], rivals.rivals("all", "cpu", "float32")
+    assert sorted(peer.name for peer in both) == sorted(peer.name for peer in every)
+    assert [peer.name for peer in every if peer.python == rivals.OURS_PYTHON] == [*rivals.OURS_NAMES]
+
+
 def test_every_peer_has_a_worker():
     for peer in (*rivals.ALL, *rivals.ON_CUDA):
         option, module, *_ = peer.command

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from runs import OURS_NAMES, measured
+from runs import measured
 
 from bench.difference import difference, row_error
 from bench.model.figures import Latency
+from bench.model.rivals import OURS_NAMES
 from bench.model.summary import summarise
 from bench.timing import Quartiles
 
@@ -28,13 +29,17 @@ def test_ratio_uses_the_rounds_that_both_have():
     assert job.peers[1].speedup.median == 3.0
 
 
-def test_8_bits_are_compared_with_8_bits():
-    names = {"erniem_fast": 4.0, "old": 6.0, "erniem_fast int8": 2.0, "old int8": 1.0}
-    measurements = [measured(name, [[seconds]], int8="int8" in name) for name, seconds in names.items()]
-    ratios = [peer.speedup and peer.speedup.median for peer in summarise(measurements, OURS_NAMES)[0].peers]
-    assert ratios == [None, 1.5, None, 0.5]
-    (job,) = summarise(measurements[:2] + measurements[3:], OURS_NAMES)
-    assert job.peers[2].speedup.median == 0.25
+def test_a_peer_is_compared_with_ours_whose_weights_have_its_form():
+    seconds = {"erniem_fast": 4.0, "erniem_fast packed": 3.0, "erniem_fast bfloat16": 2.0, "erniem_fast int8": 1.0}
+    theirs = {None: 6.0, "packed": 6.0, "bfloat16": 6.0, "int8": 0.5}
+    ours = [measured(name, [[s]], weights=name.partition(" ")[2] or None) for name, s in seconds.items()]
+    others = [measured(f"old {form}", [[s]], weights=form) for form, s in theirs.items()]
+
+    def ratios(measurements):
+        return [peer.speedup and peer.speedup.median for peer in summarise(measurements, OURS_NAMES)[0].peers]
+
+    assert ratios([*ours, *others]) == [None] * 4 + [1.5, 2.0, 3.0, 0.5]
+    assert ratios([ours[0], *others]) == [None, 1.5, 1.5, 1.5, 0.125]
 
 
 def test_a_batch_s_time_is_that_of_all_rounds():

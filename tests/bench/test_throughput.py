@@ -26,6 +26,7 @@ def test_two_peers_end_to_end(benchmark, fake, capsys):
     assert ours.rounds == [[0.5, 0.5]] * 3
     assert ours.tokens_per_second.median == run.jobs[0].tokens
     assert (old.speedup.median, old.memory_ratio, old.output_difference) == (2.5, 2.0, 0.0)
+    assert [peer.load_memory for peer in run.peers] == [2**31, 2**30]
     assert "2.50x (2.50-2.50)" in capsys.readouterr().out
     assert json.dumps(dataclasses.asdict(run)).count(str(pathlib.Path.home())) == 0
 

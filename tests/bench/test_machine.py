@@ -1,0 +1,28 @@
+"""What is recorded of the machine."""
+
+import pytest
+
+from bench.machine import product_instructions
+
+INTEL = """processor\t: 0
+model name\t: Intel(R) Xeon(R) Processor
+flags\t\t: fpu avx2 avx512f avx512_bf16 avx512_vnni amx_bf16 amx_tile amx_int8
+bugs\t\t: avx_vnni
+"""
+ARM = """processor\t: 0
+Features\t: fp asimd asimddp sve i8mm bf16
+"""
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (INTEL, ["AVX512_VNNI", "AVX512_BF16", "AMX_INT8", "AMX_BF16"]),
+        (INTEL.replace("avx512_vnni", "avx512_vnnix").replace("amx", "max"), ["AVX512_BF16"]),
+        ("flags\t\t: fpu avx2\n", []),
+        (ARM, ["ASIMDDP", "I8MM", "BF16"]),
+        ("cpu\t: POWER9\n", None),
+    ],
+)
+def test_instructions_for_products_are_read_from_the_flags(cpuinfo, expected):
+    assert product_instructions(cpuinfo) == expected

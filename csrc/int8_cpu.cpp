@@ -60,7 +60,7 @@ template <typename Kernel, int... I>
 void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, int64_t groups, int32_t* sums,
                    std::integer_sequence<int, I...>) {
   using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
-  constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
+  static constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
   by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), groups, sums);
 }
 

@@ -43,11 +43,9 @@ constexpr int64_t FEW_PER_THREAD = 32;
 template <typename Body>
 void for_token_blocks(int64_t tokens, int64_t threads, ParallelFor run, const Body& body) {
   if (tokens <= FEW_PER_THREAD * threads) return body(0, tokens);
-  constexpr int64_t UNIT = 12;  // whole tiles of the widest kernel
-  parallel(run, (tokens + UNIT - 1) / UNIT, GRAIN, [&](int64_t begin, int64_t end) {
-    const int64_t last = std::min(end * UNIT, tokens);
-    for (int64_t first = begin * UNIT; first < last; first += TOKENS_PER_BLOCK) {
-      body(first, std::min(TOKENS_PER_BLOCK, last - first));
+  parallel(run, tokens, GRAIN, [&](int64_t begin, int64_t end) {
+    for (int64_t first = begin; first < end; first += TOKENS_PER_BLOCK) {
+      body(first, std::min(TOKENS_PER_BLOCK, end - first));
     }
   });
 }

@@ -11,6 +11,11 @@
 
 namespace erniem_fast {
 
+struct Int8Levels {
+  int64_t* levels;  // (kernels,), the largest integer of a token by each kernel; 0 if there is no such kernel here
+  int64_t kernels;
+};
+
 struct Int8LinearForward {
   const float* x;         // (tokens, in_features)
   const uint8_t* packed;  // see `Int8Product`
@@ -60,7 +65,7 @@ template <typename Kernel, int... I>
 void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, int64_t groups, int32_t* sums,
                    std::integer_sequence<int, I...>) {
   using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
-  constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
+  static constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
   by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), groups, sums);
 }
 
@@ -99,18 +104,17 @@ void multiply_tokens(const Int8Tokens& x, const Int8Product* products, int count
   });
 }
 
-}  // namespace
-
-// The largest integer of tokens by a kernel; 0 if this library or processor lacks the kernel.
-extern "C" int int8_levels(int kernel) {
+int levels_of(int64_t kernel) {
   int levels = 0;
   with_int8_kernel(kernel, [&](auto found) { levels = found.LEVELS; });
   return levels;
 }
 
+}  // namespace
+
 Int8Tokens::Int8Tokens(int64_t kernel, int64_t most_tokens, int64_t most_features)
     : kernel(kernel),
-      levels(int8_levels(kernel)),
+      levels(levels_of(kernel)),
       rows(new uint8_t[most_tokens * round_up(most_features, GROUP)]),
       roundings(new Rounding[most_tokens]) {
   if (levels == 0) throw std::invalid_argument("this processor lacks the kernel");
@@ -127,6 +131,12 @@ void Int8Tokens::quantise(const float* x, int64_t its_tokens, int64_t features, 
 
 void Int8Tokens::multiply(const Int8Product* products, int count, ParallelFor run) const {
   with_int8_kernel(kernel, [&](auto found) { multiply_tokens<decltype(found)>(*this, products, count, run); });
+}
+
+extern "C" const char* int8_levels(const Int8Levels* op, int, ParallelFor) {
+  return error_of([&] {
+    for (int64_t kernel = 0; kernel < op->kernels; ++kernel) op->levels[kernel] = levels_of(kernel);
+  });
 }
 
 extern "C" const char* int8_linear_forward(const Int8LinearForward* op, int, ParallelFor run) {

@@ -6,7 +6,6 @@ import functools
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
-from operator import itemgetter
 from pathlib import Path
 from types import CodeType
 
@@ -120,7 +119,7 @@ class Function:
                 raise self._contradiction(name, {**values, expression: value}, device)
         run, structure = _linked(library.load(device.type), self)
         with torch.cuda.device(device) if device.type == "cuda" else _HERE:
-            error = run(structure(*addresses, *self._numbers(values)), DTYPES[dtype], _context(device))
+            error = run(structure(*addresses, *map(values.__getitem__, self._numbers)), DTYPES[dtype], _context(device))
         if error is not None:
             raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
 
@@ -191,9 +190,9 @@ class Function:
         return list(found.values())
 
     @functools.cached_property
-    def _numbers(self) -> Callable[[dict[str, object]], tuple]:
-        """Takes the structure's numbers from values by name, in the order of its fields."""
-        return itemgetter(*self.sizes.split(), *self.factors.split())
+    def _numbers(self) -> list[str]:
+        """The names of the structure's numbers, in the order of its fields."""
+        return [*self.sizes.split(), *self.factors.split()]
 
 
 def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:

@@ -30,6 +30,8 @@ def _bytes(out_features: str, in_features: str) -> str:
     return f"-(-{out_features} // 32) * (-(-{in_features} // 4) * 128 + 128)"
 
 
+_LEVELS = Function("int8_levels", {"levels": (INT, "kernels")}, written=("levels",), sizes="kernels")
+
 _LINEAR = Function(
     "int8_linear_forward",
     {
@@ -109,7 +111,9 @@ def kernels() -> dict[str, int]:
 
 @functools.cache
 def _kernels(loaded: ctypes.CDLL) -> dict[str, int]:
-    return {name: levels for name, number in KERNELS.items() if (levels := loaded.int8_levels(number))}
+    levels = torch.empty(len(KERNELS), dtype=torch.int64)
+    _LEVELS(levels.device, torch.float32, levels=levels)
+    return {name: most for name, most in zip(KERNELS, levels.tolist(), strict=True) if most}
 
 
 def levels() -> int:

@@ -12,9 +12,10 @@ from torch import Tensor, nn
 from erniem_fast import ErnieMConfig, ErnieMModel, ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_implementations
-from erniem_fast.native import attention, compiler, function, library, linear
+from erniem_fast.native import attention, compiler, function, int8, library, linear
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
+from tests.native import int8_layers
 from tests.products import products_by
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
@@ -58,6 +59,7 @@ def calls(request) -> list[Call]:
         run_ops(request.param)
         run_layer()
         linear.forward(torch.empty(5, 7), torch.randn(5, HIDDEN), torch.randn(7, HIDDEN), torch.randn(7))
+        run_int8()
     return seen
 
 
@@ -89,6 +91,16 @@ def run_layer() -> None:
     model = ErnieMModel(ErnieMConfig(vocab_size=50, **sizes)).eval()
     with torch.no_grad(), use_implementations(**NATIVE), products_by("native"):
         model(torch.full(mask().shape, 7), attention_mask=mask().long())
+
+
+def run_int8() -> None:
+    assert int8._kernels.__wrapped__(library.load("cpu"))["plain"] == 255
+    int8.linear(torch.randn(5, int8_layers.HIDDEN), *int8_layers.LINEARS["q"], out=torch.empty(5, 24))
+    linears = {
+        name: linear._replace(bias=torch.randn_like(linear.scale)) for name, linear in int8_layers.LINEARS.items()
+    }
+    sequences, x = int8_layers.BATCHES["padded, with a mask"].sequences, torch.randn(90, int8_layers.HIDDEN)
+    int8.layer(x, sequences, linears, int8_layers.NORMS, int8_layers.HEADS, int8_layers.SCALE, "gelu")
 
 
 def test_every_function_is_called(calls):
@@ -181,7 +193,7 @@ def test_what_is_written_must_lie_as_the_function_writes_it(calls):
 def test_every_size_is_read_from_the_tensors(calls):
     """Callers pass only numbers that no shape says."""
     numbers = {"threshold", "rescale", "eps", "norm1_eps", "norm2_eps", "scale"}
-    numbers |= {"heads", "threads", "activation", "padding_idx", "tokens_per_chunk", "out_stride"}
+    numbers |= {"heads", "threads", "activation", "padding_idx", "tokens_per_chunk", "out_stride", "kernel"}
     for call in calls:
         assert {name for name, value in call.values.items() if isinstance(value, int | float)} <= numbers
 
@@ -203,6 +215,8 @@ def test_tensors_that_contradict_each_other_are_named(calls):
                 with pytest.raises(ValueError, match=message):
                     call(**{name: shorter})
     names = {"embeddings_forward": ("words", "max_positions"), "embeddings_scatter": ("table_rows",)}
+    # A packed weight consists of groups of four features, and is refused where x needs more or fewer of these.
+    names |= {"int8_linear_forward": ("in_features",), "int8_levels": ("kernels",)}
     assert free == {(function, each) for function, dimensions in names.items() for each in dimensions}
 
 

@@ -268,7 +268,7 @@ INT8_VECTORS = {
 INT8_BLOCKS = {
     "for_token_blocks": [
         ("first += TOKENS_PER_BLOCK", "first += TOKENS_PER_BLOCK + 1"),
-        ("last - first", "last - first - 1"),
+        ("end - first", "end - first - 1"),
     ]
 }
 QUANTISE = {

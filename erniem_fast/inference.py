@@ -97,6 +97,13 @@ def freeze(bare: nn.Module) -> list[str]:
     return trained
 
 
+@torch.no_grad()
+def leave_file(model: nn.Module) -> None:
+    """Copies the parameters that are left, so that the file can go that safetensors has mapped for all weights."""
+    for parameter in model.parameters():
+        parameter.data = parameter.data.clone()
+
+
 class _OpaqueLinear(InferenceModule):
     """A linear with a weight in oneDNN's own layout, which has no storage: it is saved and copied as a plain tensor.
 
@@ -286,8 +293,11 @@ def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor |
 
 def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     """`reference.quantise_weight`, some rows at a time: a word table's temporary tensors would take gigabytes."""
-    parts = [reference.quantise_weight(part) for part in weight.split(_ROWS)]
-    return tuple(map(torch.cat, zip(*parts, strict=True)))
+    values, scales = torch.empty_like(weight, dtype=torch.int8), weight.new_empty(len(weight), dtype=torch.float32)
+    for first in range(0, len(weight), _ROWS):
+        rows = slice(first, first + _ROWS)
+        values[rows], scales[rows] = reference.quantise_weight(weight[rows])
+    return values, scales
 
 
 class InferenceEmbedding(InferenceModule):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import modes
-from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, places
+from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, leave_file, places
 from .matmul import fastest
 from .modeling import ErnieMModel, ErnieMPreTrainedModel
 
@@ -79,6 +79,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         bare.originals[name] = original
         if lost or weights == "packed":
             module.weight = None
+    leave_file(model)
     return model
 
 

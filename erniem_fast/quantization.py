@@ -10,7 +10,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name, should_convert_module
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from .inference import Int8Embedding, Int8Linear, freeze, places, round_rows
+from .inference import Int8Embedding, Int8Linear, freeze, leave_file, places, round_rows
 
 METHOD = "erniem_int8"
 
@@ -101,6 +101,8 @@ class _Quantizer(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **_: Any) -> None:
         freeze(model.base_model)
+        if not self.pre_quantized:
+            leave_file(model)
         for module in model.modules():
             if isinstance(module, Int8Linear):
                 module.pack()

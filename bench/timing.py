@@ -10,8 +10,8 @@ import torch
 
 WARM_UP = 3
 FLUSH_BYTES = 512 * 2**20  # more than any cache holds
-# How often the buffer of that size is written before a call at first, and at most: an H200 takes 0.13 ms for each.
-WRITES, MOST_WRITES = 4, 64
+# How often the buffer of that size is read before a call at first, and at most: an H200 takes 0.13 ms for each.
+READS, MOST_READS = 4, 64
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,25 +34,26 @@ class Taken(NamedTuple):
 
 
 class Flush:
-    """Writes to a large buffer before a call on a GPU: they empty the caches and keep the GPU busy.
+    """Reads a large buffer before a call on a GPU, which empties the caches and keeps the GPU busy.
 
-    While it is busy, the host launches all that the call consists of, so that the kernels run without a gap and the
-    time between the events before and after them is theirs.
+    (Writes would leave changed lines in the caches, and the call would wait for their way to memory.) While the GPU is
+    busy, the host launches all that the call consists of, so that the kernels run without a gap and the time between
+    the events before and after them is theirs.
     """
 
     def __init__(self, buffer: torch.Tensor) -> None:
         self._buffer = buffer
-        self._writes = WRITES
+        self._reads = READS
 
     def start(self) -> None:
-        for _ in range(self._writes):
-            self._buffer.zero_()
+        for _ in range(self._reads):
+            self._buffer.sum()
 
     def lengthen(self) -> bool:
         """Doubles the time that `start` takes; returns False if it takes as long as it may."""
-        self._writes *= 2
-        may = self._writes <= MOST_WRITES
-        self._writes = min(self._writes, MOST_WRITES)
+        self._reads *= 2
+        may = self._reads <= MOST_READS
+        self._reads = min(self._reads, MOST_READS)
         return may
 
 
@@ -74,7 +75,7 @@ def take_turns(
         warm_up: rounds before, which are not timed.
     """
     on_gpu = device.type == "cuda"
-    flush = Flush(torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device)) if on_gpu else None
+    flush = Flush(torch.zeros(FLUSH_BYTES // 4, device=device)) if on_gpu else None
     taken = [[] for _ in calls]
     for turn in range(warm_up + rounds):
         for index in range(len(calls)) if turn % 2 else reversed(range(len(calls))):

@@ -56,6 +56,8 @@ HOST_DEVICE T read(const T* from) {
 
 HOST_DEVICE float to_float(float x) { return x; }
 
+HOST_DEVICE float to_float(int8_t x) { return float(x); }
+
 HOST_DEVICE float to_float(BFloat16 x) { return as_float(uint32_t(x.bits) << 16); }
 
 HOST_DEVICE float to_float(Half x) {

@@ -1,6 +1,8 @@
 // The row arithmetic of the `embeddings` op, one source for host and device.
 #pragma once
 
+#include <type_traits>
+
 #include "dropout.h"
 
 namespace erniem_fast {
@@ -14,7 +16,8 @@ namespace erniem_fast {
 struct EmbeddingsForward {
   const int64_t* ids;           // (tokens,)
   const int64_t* positions;     // (tokens,)
-  const void* word_table;       // (words, hidden) elements
+  const void* word_table;       // (words, hidden) elements, or narrower numbers: see embeddings_cpu.cpp
+  const float* word_scale;      // (words,), factors of the rows of int8, or null
   const void* position_table;   // (max_positions, hidden) elements
   const float* weight;          // (hidden,)
   const float* norm_bias;       // (hidden,)
@@ -57,12 +60,12 @@ HOST_DEVICE const T* table_row(const void* table, int64_t row, int64_t rows, int
   return row < 0 || row >= rows ? nullptr : static_cast<const T*>(table) + row * hidden;
 }
 
-// out[token] = dropout(LN(word_table[id] + position_table[position])). A token whose id or position is outside of its
-// table gets NaN, so that nothing is read outside and the error shows. `row` is scratch.
-template <typename T, typename Lanes, typename Row>
+// out[token] = dropout(LN(word_table[id] + position_table[position])), where the word table holds `W`. A token whose id
+// or position is outside of its table gets NaN, so that nothing is read outside and the error shows. `row` is scratch.
+template <typename T, typename W = T, typename Lanes, typename Row>
 HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForward& op, int64_t token, Row& row) {
   constexpr int N = Lanes::piece;
-  const T* word = table_row<T>(op.word_table, op.ids[token], op.words, op.hidden);
+  const W* word = table_row<W>(op.word_table, op.ids[token], op.words, op.hidden);
   const T* position = table_row<T>(op.position_table, op.positions[token], op.max_positions, op.hidden);
   const bool found = word != nullptr && position != nullptr;
   T* z = op.z == nullptr ? nullptr : static_cast<T*>(op.z) + token * op.hidden;
@@ -73,6 +76,9 @@ HOST_DEVICE void embeddings_forward_row(const Lanes& lanes, const EmbeddingsForw
     for_pieces(lanes, op.hidden, [&](int piece, auto count) {
       Piece<N> sum = load<Lanes>(word + piece * N, count);
       const Piece<N> other = load<Lanes>(position + piece * N, count);
+      if constexpr (std::is_same_v<W, int8_t>) {
+        for (int i = 0; i < N; ++i) sum.x[i] *= op.word_scale[op.ids[token]];
+      }
       for (int i = 0; i < N; ++i) sum.x[i] += other.x[i];
       row[piece] = sum;
     });

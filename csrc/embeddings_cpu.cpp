@@ -5,14 +5,30 @@
 
 namespace erniem_fast {
 
+namespace {
+
+// Elements are `T`, and those of the word table `W`.
+template <typename T, typename W>
+void forward(const EmbeddingsForward& op, ParallelFor run) {
+  parallel_rows(run, op.tokens, op.hidden, op.hidden, 1,
+                [&](int64_t token, auto* scratch) { embeddings_forward_row<T, W>(Thread(), op, token, scratch); });
+}
+
+}  // namespace
+
 extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype, ParallelFor run) {
-  return error_of([&] {
-    with_dtype(dtype, [&](auto element) {
-      parallel_rows(run, op->tokens, op->hidden, op->hidden, 1, [&](int64_t token, auto* scratch) {
-        embeddings_forward_row<decltype(element)>(Thread(), *op, token, scratch);
-      });
-    });
-  });
+  return error_of(
+      [&] { with_dtype(dtype, [&](auto element) { forward<decltype(element), decltype(element)>(*op, run); }); });
+}
+
+// Of a model in float32 with a word table in bfloat16, and in int8.
+
+extern "C" const char* embeddings_bfloat16_forward(const EmbeddingsForward* op, int, ParallelFor run) {
+  return error_of([&] { forward<float, BFloat16>(*op, run); });
+}
+
+extern "C" const char* embeddings_int8_forward(const EmbeddingsForward* op, int, ParallelFor run) {
+  return error_of([&] { forward<float, int8_t>(*op, run); });
 }
 
 extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dtype, ParallelFor run) {

@@ -1,7 +1,6 @@
 // A whole layer in one call, for so few tokens that returning to Python between its ops would take as long as some ops.
-#include "boundary.h"
+#include "layer.h"
 #include "linear.h"
-#include "ops.h"
 
 namespace erniem_fast {
 
@@ -27,49 +26,12 @@ void project(const LayerForward& op, const float* x, int64_t in_features, const 
   multiply_tokens(x, op.tokens, in_features, &product, 1, run);
 }
 
-void attend(const LayerForward& op, const float* qkv, float* out, ParallelFor run) {
-  Attention attention = {};
-  attention.qkv = qkv;
-  attention.longest_first = op.longest_first;
-  attention.cu_seqlens = op.cu_seqlens;
-  attention.key_mask = op.key_mask;
-  attention.out = out;
-  attention.tokens = op.tokens;
-  attention.sequences = op.sequences;
-  attention.hidden = op.projected;
-  attention.heads = op.heads;
-  attention.threads = op.threads;
-  attention.scale = op.scale;
-  throw_if(attention_forward(&attention, FLOAT32, run));
-}
-
-void add_norm(const LayerForward& op, const float* residual, const float* x, const float* weight, const float* bias,
-              double eps, float* out, ParallelFor run) {
-  AddNormForward norm = {};
-  norm.residual = residual;
-  norm.x = x;
-  norm.weight = weight;
-  norm.norm_bias = bias;
-  norm.out = out;
-  norm.tokens = op.tokens;
-  norm.hidden = op.hidden;
-  norm.eps = eps;
-  throw_if(add_norm_forward(&norm, FLOAT32, run));
-}
-
-void activate(const LayerForward& op, float* x, ParallelFor run) {
-  BiasGeluForward gelu = {};
-  gelu.x = gelu.out = x;
-  gelu.tokens = op.tokens;
-  gelu.features = op.intermediate;
-  gelu.activation = op.activation;
-  throw_if(bias_gelu_forward(&gelu, FLOAT32, run));
-}
-
 void run_layer(const LayerForward& op, ParallelFor run) {
   const int64_t width = 3 * op.projected, hidden = op.hidden, inner = op.intermediate;
   float *qkv = op.scratch, *context = qkv + op.tokens * width, *x = context + op.tokens * op.projected;
   float *attended = x + op.tokens * hidden, *activations = attended + op.tokens * hidden;
+  const LayerNorm norm1 = {op.norm1_weight, op.norm1_bias, op.norm1_eps};
+  const LayerNorm norm2 = {op.norm2_weight, op.norm2_bias, op.norm2_eps};
   const Product projections[] = {{op.q_weight, op.q_bias, qkv, op.projected, width},
                                  {op.k_weight, op.k_bias, qkv + op.projected, op.projected, width},
                                  {op.v_weight, op.v_bias, qkv + 2 * op.projected, op.projected, width}};
@@ -77,11 +39,11 @@ void run_layer(const LayerForward& op, ParallelFor run) {
   multiply_tokens(op.x, op.tokens, hidden, projections, 3, run);
   attend(op, qkv, context, run);
   project(op, context, op.projected, op.out_weight, op.out_bias, x, hidden, run);
-  add_norm(op, op.x, x, op.norm1_weight, op.norm1_bias, op.norm1_eps, attended, run);
+  add_norm(op.x, x, norm1, op.tokens, hidden, attended, run);
   project(op, attended, hidden, op.up_weight, op.up_bias, activations, inner, run);
-  activate(op, activations, run);
+  activate(activations, op.tokens, inner, op.activation, run);
   project(op, activations, inner, op.down_weight, op.down_bias, x, hidden, run);
-  add_norm(op, attended, x, op.norm2_weight, op.norm2_bias, op.norm2_eps, op.out, run);
+  add_norm(attended, x, norm2, op.tokens, hidden, op.out, run);
 }
 
 }  // namespace

@@ -22,6 +22,8 @@ from .modeling import (
     ErnieMModel,
     ErnieMPreTrainedModel,
 )
+from .optimize import optimize, restore
+from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
 
 __all__ = [
@@ -31,9 +33,12 @@ __all__ = [
     "ErnieMForQuestionAnswering",
     "ErnieMForSequenceClassification",
     "ErnieMForTokenClassification",
+    "ErnieMInt8Config",
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "optimize",
+    "restore",
     "use_graphs",
     "use_kernels",
 ]

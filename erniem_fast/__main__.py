@@ -13,9 +13,10 @@ import transformers
 
 from . import flags, ops
 from .matmul import fastest, may_choose
-from .native import library
+from .native import int8, library
 from .native.build import build
 from .ops.choose import choose
+from .optimize import bfloat16_objection
 from .verify.battery import verify
 
 
@@ -81,7 +82,7 @@ def status() -> str:
                 reason = implementation.refuses(device, torch.float32)
                 lines += [f"    {implementation_name:10} {reason or 'available'}"]
         if device.type == "cpu":
-            lines += _products()
+            lines += _products() + _weights()
     return "\n".join(lines)
 
 
@@ -90,6 +91,14 @@ def _products() -> list[str]:
         return ["  products     run by torch, as the flags or torch's settings ask"]
     title = f"  products in float32, by number of tokens, with {torch.get_num_threads()} threads"
     return [title, *(f"    {line}" for line in fastest.report())]
+
+
+def _weights() -> list[str]:
+    """What serves the weights of `optimize` that round."""
+    missing = int8.objection()
+    products = f"native ({list(int8.kernels())[-1]})" if missing is None else f"by torch: {missing}"
+    rounded = {"bfloat16": bfloat16_objection() or "available", "int8": products}
+    return ["  weights by optimize", *(f"    {name:10} {each}" for name, each in rounded.items())]
 
 
 def _chosen(op: str, device: torch.device) -> str:

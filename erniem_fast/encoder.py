@@ -21,8 +21,10 @@ from . import flags, matmul, modes, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features, is_active
+from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, is_plain_inference, multiplies_natively
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched, may_write
+from .native.int8 import layer as int8_layer
 from .native.layer import MOST_TOKENS
 from .native.layer import forward as native_layer
 from .ops import Product
@@ -97,16 +99,24 @@ class ErnieMEmbeddings(nn.Module):
         rows = positions + RESERVED_POSITIONS
         dropout = _dropout(self.dropout, batch, seeds, 0)
         words, places, norm = self.word_embeddings, self.position_embeddings, self.layer_norm
-        plain = is_plain(words, nn.Embedding) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
-        # The op supports only these values of a table's options.
-        options = (words.padding_idx, words.max_norm, words.scale_grad_by_freq) if plain else None
-        plain = options == (self.padding_idx, None, False)
+        plain = self._is_plain_table(words) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
         if inputs_embeds is None and plain:
-            parameters = (words.weight, places.weight, _norm_of(norm))
-            return ops.embeddings(input_ids, rows, *parameters, self.padding_idx, dropout, words.sparse)
+            parameters = (words.weight, places.weight, _norm_of(norm), self.padding_idx, dropout)
+            if isinstance(words, InferenceEmbedding):
+                words.check_inference(input_ids)
+                return ops.embeddings(input_ids, rows, *parameters, word_scale=words.weight_scale)
+            return ops.embeddings(input_ids, rows, *parameters, words.sparse)
         positioned = places(rows)
         embedded = self._embed(words, input_ids, batch) if inputs_embeds is None else inputs_embeds.to(positioned.dtype)
         return drop_features(_add_norm(embedded, Product(positioned), norm), dropout)
+
+    def _is_plain_table(self, words: nn.Module) -> bool:
+        """Whether the op can read the word table: it supports only these values of a table's options."""
+        if is_plain_inference(words, InferenceEmbedding):
+            return True
+        options = ("padding_idx", "max_norm", "scale_grad_by_freq")
+        wanted = [self.padding_idx, None, False]
+        return is_plain(words, nn.Embedding) and [getattr(words, name) for name in options] == wanted
 
     def _embed(self, words: nn.Module, input_ids: Tensor, batch: TokenBatch) -> Tensor:
         """Calls a word table that is replaced or hooked with rows of ids, as other models do, `padding_idx` at padding.
@@ -263,10 +273,18 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             after_feed_forward = _dropout(self.dropout2, batch, seeds, _AFTER_FEED_FORWARD)
 
             dropout = _dropout(attention.dropout, batch, seeds, _ATTENTION)
-            context, probabilities = attention(hidden, batch, dropout, head_mask, scores_bias, attentions, scratch)
+            x = self._operand(hidden)
+            context, probabilities = attention(x, batch, dropout, head_mask, scores_bias, attentions, scratch)
             hidden = _add_norm(hidden, project(out_proj, context, "add_norm"), self.norm1, after_attention)
-            product = self._feed_forward(hidden, after_activation, scratch)
+            product = self._feed_forward(self._operand(hidden), after_activation, scratch)
             return _add_norm(hidden, product, self.norm2, after_feed_forward), probabilities
+
+    def _operand(self, hidden: Tensor) -> Tensor:
+        """The hidden states as the products take them, in bfloat16 if all linears do: then each is rounded once."""
+        if not isinstance(self.linear1, BFloat16Linear):
+            return hidden
+        narrow = all(is_plain_inference(linear, BFloat16Linear) for linear in self._linears().values())
+        return hidden.bfloat16() if narrow else hidden
 
     def _feed_forward(self, hidden: Tensor, dropout: Dropout | None, scratch: Scratch | None) -> Product:
         """The layer's second half, up to its layer norm."""
@@ -303,26 +321,43 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
     def _is_one_call(self, hidden: Tensor) -> bool:
         """Whether one native call can compute the whole layer: if none of its modules is replaced or hooked."""
-        few = may_write(hidden) and hidden.shape[0] <= MOST_TOKENS
-        if not few or matmul.library_of(matmul.FORWARD, hidden) != matmul.NATIVE:
+        if not (may_write(hidden) and self._multiplies_natively(hidden)):
             return False
-        inner, linears, norms = self.self_attn.self_attn, self._linears().values(), (self.norm1, self.norm2)
+        inner, norms = self.self_attn.self_attn, (self.norm1, self.norm2)
+        query = inner.q_proj
+        features = query.out_features if isinstance(query, Int8Linear) else query.weight.shape[0]
         return (
             self._fused_activation() is not None
             and is_untouched(inner, ErnieMSelfAttention)
-            and all(is_plain(linear, nn.Linear) for linear in linears)
-            and all(is_plain(norm, nn.LayerNorm) for norm in norms)
-            and all(module.bias is not None for module in (*linears, *norms))
-            and all(linear.weight.dtype == linear.bias.dtype == hidden.dtype for linear in linears)
-            and inner.q_proj.weight.shape[0] % inner.num_attention_heads == 0  # else `ops.attention` raises an error
+            and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+            and features % inner.num_attention_heads == 0  # else `ops.attention` raises an error
             and _runs_natively()
         )
 
+    def _multiplies_natively(self, hidden: Tensor) -> bool:
+        """Whether all products are native in float32, for few tokens, or in int8."""
+        linears = self._linears().values()
+        if isinstance(self.linear1, Int8Linear):
+            packed = all(is_plain_inference(linear, Int8Linear) and linear.packed is not None for linear in linears)
+            return packed and hidden.dtype == torch.float32 and multiplies_natively(hidden)
+        if hidden.shape[0] > MOST_TOKENS or matmul.library_of(matmul.FORWARD, hidden) != matmul.NATIVE:
+            return False
+        return all(
+            is_plain(linear, nn.Linear)
+            and linear.bias is not None
+            and linear.weight.dtype == linear.bias.dtype == hidden.dtype
+            for linear in linears
+        )
+
     def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
-        inner = self.self_attn.self_attn
+        inner, linears = self.self_attn.self_attn, self._linears()
         norms = {"norm1": self.norm1, "norm2": self.norm2}
-        heads, scale = inner.num_attention_heads, inner.scale
-        return native_layer(hidden, batch.sequences, self._linears(), norms, heads, scale, self._fused_activation())
+        rest = inner.num_attention_heads, inner.scale, self._fused_activation()
+        if isinstance(self.linear1, Int8Linear):
+            packed = {name: linear.operands() for name, linear in linears.items()}
+            norms = {name: _norm_of(norm) for name, norm in norms.items()}
+            return int8_layer(hidden, batch.sequences, packed, norms, *rest)
+        return native_layer(hidden, batch.sequences, linears, norms, *rest)
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2

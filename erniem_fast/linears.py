@@ -1,6 +1,7 @@
 """The matrix products between the ops, behind the modules that hold their weights.
 
-A module that is not a plain `nn.Linear` is called as it is, so that LoRA, quantised linears and hooks keep working.
+A module that is not a plain `nn.Linear` is called as it is, so that LoRA, quantised linears and hooks keep working. The
+linears of `inference` are called too, but their results are new memory, which ops may reuse.
 """
 
 from collections.abc import Sequence
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from . import ops
+from .inference import is_plain_inference
 from .matmul import linear as multiply
 from .modes import is_plain, may_write
 from .ops import Product
@@ -40,7 +42,7 @@ def project(linear: nn.Module, x: Tensor, into: str | None = None, scratch: Scra
         ValueError: the lengths of a plain linear's bias and weight differ.
     """
     if not is_plain(linear, nn.Linear):
-        return Product(linear(x))
+        return Product(linear(x), reusable=is_plain_inference(linear) and not torch.is_grad_enabled())
     weight, bias = _parameters(linear)
     left_to_op = bias if into is not None and ops.fuses_bias(into, x) else None
     out = None if scratch is None else _rows(scratch, x, weight.shape[0])

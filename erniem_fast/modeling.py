@@ -1,5 +1,7 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -17,6 +19,8 @@ from . import flags, inputs, modes
 from .configuration import ErnieMConfig
 from .dropout import draw_seeds, is_active
 from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
+from .inference import inference_module
+from .quantization import describe
 
 IGNORED_LABEL = -100
 
@@ -71,6 +75,17 @@ class ErnieMPreTrainedModel(PreTrainedModel):
         hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
         self._require_grads_hooks = [hook]  # `disable_input_require_grads` removes these
 
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        found = inference_module(self)
+        if found is not None:
+            found.check_change(fn)  # before any tensor of the model has changed
+        return super()._apply(fn, recurse)
+
+    def save_pretrained(self, *arguments, **options) -> None:
+        """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8."""
+        describe(self.config, self.base_model)
+        super().save_pretrained(*arguments, **options)
+
     def prune_heads(self, heads_to_prune: dict[int, list[int]]) -> None:
         """Removes attention heads permanently, and records them in the config so that a saved model loads again.
 
@@ -78,8 +93,14 @@ class ErnieMPreTrainedModel(PreTrainedModel):
             heads_to_prune: the heads to remove, by layer, numbered as in the unpruned model.
 
         Raises:
-            ValueError: the model does not have a layer or head, or a layer would be left without heads.
+            ValueError: the model does not have a layer or head, or a layer would be left without heads; or its weights
+                are packed or rounded.
         """
+        found = inference_module(self)
+        if found is not None:
+            raise ValueError(
+                f"Heads with {found.weights} weights cannot be removed; call erniem_fast.restore(model) first."
+            )
         for layer, heads in heads_to_prune.items():
             self._check_heads(layer, heads)
         for layer, heads in heads_to_prune.items():

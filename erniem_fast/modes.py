@@ -1,6 +1,7 @@
 """What observes a forward: recording of graphs, transforms, autocast, and hooks on modules.
 
-This is the only module that uses torch's private API; so it also holds the call of oneDNN's linear.
+This is the only module that uses torch's private API; so it also holds the calls of oneDNN's linear and of the product
+of bytes, and asks what the CPU can do.
 """
 
 from collections.abc import Iterable
@@ -102,6 +103,30 @@ def has_onednn() -> bool:
 def onednn_linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """`F.linear` on the CPU by oneDNN. It allocates the result, and autograd does not record it."""
     return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+def has_onednn_packing() -> bool:
+    """Whether `onednn_pack` is there."""
+    return has_onednn() and hasattr(torch.ops.mkldnn, "_reorder_linear_weight")
+
+
+def onednn_pack(weight: Tensor) -> Tensor:
+    """A weight of `onednn_linear`, float32 or bfloat16, in the layout that oneDNN reads fastest.
+
+    The result is opaque: it can be multiplied, and `to_dense` gives the weight back bit for bit, but it has no storage
+    to copy or save.
+    """
+    return torch.ops.mkldnn._reorder_linear_weight(weight.detach(), None)
+
+
+def multiply_bytes(x: Tensor, weight: Tensor) -> Tensor:
+    """uint8 `(m, k)` times int8 `(k, n)` on the CPU: int32 `(m, n)`, exact."""
+    return torch._int_mm(x, weight)
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the CPU has instructions for products in bfloat16; elsewhere PyTorch emulates them."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
 
 
 def is_plain(module: nn.Module, kind: type[nn.Module]) -> bool:

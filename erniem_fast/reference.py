@@ -1,7 +1,9 @@
-"""The four ops in plain, obvious PyTorch: the oracle of every test, never optimised.
+"""The four ops, and products of 8-bit integers, in plain, obvious PyTorch: the oracle of every test, never optimised.
 
 Autograd can differentiate all four. The hand-written backwards are for use inside custom ops, where autograd does not
-work, and are tested against autograd. Everything computes in the dtype that the inputs promote to.
+work, and are tested against autograd. Everything computes in the dtype that the inputs promote to. Only products of
+integers, at the end of this file, are defined in float32, operation by operation, so that kernels can compute the same
+bits.
 """
 
 from collections.abc import Iterator
@@ -45,6 +47,7 @@ def embeddings(
     norm: Norm,
     padding_idx: int,
     dropout: Dropout | None = None,
+    word_scale: Tensor | None = None,
 ) -> Tensor:
     """dropout(LN(word_table[ids] + position_table[positions])).
 
@@ -54,12 +57,19 @@ def embeddings(
         norm: the parameters of LN.
         padding_idx: the row of both tables that gets no gradient.
         dropout: the dropout of the result; None for no dropout.
+        word_scale: `(vocabulary,)`, factors of the word table's rows if they are int8; otherwise None.
 
     Returns:
         `(tokens, hidden)`.
     """
-    x = F.embedding(ids, word_table, padding_idx) + F.embedding(positions, position_table, padding_idx)
+    x = word_rows(ids, word_table, padding_idx, word_scale) + F.embedding(positions, position_table, padding_idx)
     return drop_features(layer_norm(x, norm), dropout)
+
+
+def word_rows(ids: Tensor, table: Tensor, padding_idx: int | None = None, scale: Tensor | None = None) -> Tensor:
+    """The rows of a word table, which are int8 if there is a scale for each."""
+    rows = F.embedding(ids, table, padding_idx)
+    return rows if scale is None else rows * scale[ids].unsqueeze(-1)
 
 
 def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None = None) -> Tensor:
@@ -292,3 +302,73 @@ def softmax(scores: Tensor) -> Tensor:
     """Softmax over the last dimension; a row that is all -inf gives zeros, in the gradient too."""
     empty = (scores == -torch.inf).all(dim=-1, keepdim=True)
     return torch.softmax(scores.masked_fill(empty, 0.0), dim=-1).masked_fill(empty, 0.0)
+
+
+class QuantisedTokens(NamedTuple):
+    """Rows of integers that stand for x ≈ scale · (values - zero).
+
+    Attributes:
+        values: int32 `(tokens, features)`, from 0 to the number of levels.
+        zero: int32 `(tokens, 1)`, the integer that stands for 0.
+        scale: float32 `(tokens, 1)`: 0 for a row of zeros, NaN for a row without a finite range.
+    """
+
+    values: Tensor
+    zero: Tensor
+    scale: Tensor
+
+
+def quantise_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Rounds each row of a weight to integers from -127 to 127.
+
+    Args:
+        weight: floating point `(out_features, in_features)`.
+
+    Returns:
+        int8 `(out_features, in_features)`; and the rows' scales, float32 `(out_features,)`: 0 for a row of zeros, NaN
+        for a row with NaN or infinity.
+    """
+    weight = weight.float()
+    scale = _scale(F.pad(weight, (0, 1)).abs().amax(-1, keepdim=True), 127)
+    values = torch.where(scale > 0, weight / scale, 0.0).round()
+    return values.to(torch.int8), scale.squeeze(-1)
+
+
+def quantise_tokens(x: Tensor, levels: int) -> QuantisedTokens:
+    """Rounds each token's row by itself, so that its integers do not depend on other tokens.
+
+    Args:
+        x: float32 `(tokens, features)`.
+        levels: the largest integer.
+    """
+    low, high = F.pad(x, (0, 1)).aminmax(dim=-1, keepdim=True)  # the range includes 0
+    scale = _scale(high - low, levels)
+    inverse = torch.where(scale > 0, 1.0 / scale, 0.0)
+    zero = torch.where(scale > 0, -low * inverse, 0.0).round()
+    values = torch.where(scale > 0, x * inverse, 0.0).round() + zero
+    return QuantisedTokens(values.clamp(0, levels).int(), zero.int(), scale)
+
+
+def _scale(size: Tensor, levels: int) -> Tensor:
+    """The width of a level, in float32. Subnormal ones count as 0, because their reciprocals overflow."""
+    scale = size / levels
+    scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 0.0)
+    return torch.where(size < torch.inf, scale, torch.nan)
+
+
+def quantised_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, levels: int = 255) -> Tensor:
+    """x Wᵀ + bias, where the products are those of integers.
+
+    Args:
+        x: float32 `(tokens, in_features)`; a row with NaN or infinity gives a row of NaN.
+        weight, weight_scale: as from `quantise_weight`.
+        bias: float32 `(out_features,)`, or None.
+        levels: see `quantise_tokens`.
+
+    Returns:
+        float32 `(tokens, out_features)`.
+    """
+    tokens = quantise_tokens(x, levels)
+    sums = (tokens.values - tokens.zero) @ weight.int().t()
+    product = sums.float() * (tokens.scale * weight_scale)
+    return product if bias is None else product + bias

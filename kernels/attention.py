@@ -68,7 +68,7 @@ def forward(
             blocks,
             scale,
             *_constants(arch, qkv.dtype, heads, head_dim, config, sequences),
-            dropout is not None and sequences.contiguous and not is_amd(arch),
+            _interleaves(arch, sequences, dropout),
             sequences.max_seqlen <= config.step,
             num_warps=config.warps,
         )
@@ -101,7 +101,7 @@ def backward(
     single = one_pass_config(*case)
     if one_pass is None:
         one_pass = takes_one_pass(single, pairs, sequences.max_seqlen, dropout is not None, device)
-    config = config or (single if one_pass else backward_config(*case))
+    config = config or (single if one_pass else backward_config(*case[:3], dropout is not None))
     blocks = cdiv(sequences.max_seqlen, config.block)
     shared = (qkv, *_pointers(sequences, dropout), grad_qkv, tokens)
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
@@ -109,10 +109,11 @@ def backward(
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
         _backward_kernel[(pairs,)](grad, out, statistics, sums, *shared, *rest, num_warps=config.warps)
     else:
-        delta = torch.empty(heads, tokens, dtype=torch.float32, device=qkv.device)  # for the second pass
-        grid = (pairs * blocks,)
-        _backward_queries_kernel[grid](grad, out, statistics, delta, *shared, blocks, *rest, num_warps=config.warps)
-        _backward_keys_kernel[grid](grad, statistics, delta, *shared, blocks, *rest, num_warps=config.warps)
+        numbers = torch.empty(heads, tokens, 4, dtype=torch.float32, device=qkv.device)  # for the second pass
+        grid, interleaves = (pairs * blocks,), _interleaves(device.arch, sequences, dropout)
+        queries = (grad, out, statistics, numbers, *shared, blocks, *rest, interleaves)
+        _backward_queries_kernel[grid](*queries, num_warps=config.warps)
+        _backward_keys_kernel[grid](grad, numbers, *shared, blocks, *rest, num_warps=config.warps)
     return grad_qkv
 
 
@@ -126,6 +127,14 @@ def _constants(
 ) -> tuple[int | bool | str, ...]:
     tiles = (config.block, config.step, config.stages)
     return heads, head_dim, _padded(head_dim), *tiles, sequences.contiguous, _precision(arch, dtype)
+
+
+def _interleaves(arch: str, sequences: Sequences, dropout: Dropout | None) -> bool:
+    """Whether tiles whose columns are keys have them in the order of `interleaved`.
+
+    AMD's matrix products give a thread neighbours anyway (CDNA), or other columns (RDNA).
+    """
+    return dropout is not None and sequences.contiguous and not is_amd(arch)
 
 
 @cache
@@ -202,10 +211,10 @@ def _dropout_mask(
     length,
     sequence,
     head,
-    query,
-    first_key,
     seed,
     threshold,
+    query,
+    first_key,
     KEYS: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     INTERLEAVED: tl.constexpr = False,
@@ -222,10 +231,42 @@ def _dropout_mask(
 
 
 @triton.jit
+def _scores(
+    query,
+    first_key,
+    keys,
+    HIDDEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STEP: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The scores of queries, -inf for keys that are not attended to; the keys from `first_key` on; and their values.
+
+    WHOLE: all keys of the tile lie in the sequence.
+    """
+    key_ptr, key_mask_ptr, start, length = keys
+    BLOCK_DIM: tl.constexpr = query.shape[1]
+    index = tl.arange(0, STEP)
+    if INTERLEAVED:
+        index = interleaved(index)
+    row = first_key + index[:, None]
+    key = _load(key_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    value = _load(key_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
+    if not WHOLE or key_mask_ptr is not None:
+        scores = tl.where(_key_mask(key_mask_ptr, start, first_key + index[None, :], length), scores, float("-inf"))
+    return scores, key, value
+
+
+@triton.jit
 def _forward_tile(
     sums,
+    query,
     first_key,
-    case,
+    keys,
+    factor,
     draw,
     HIDDEN: tl.constexpr,
     HEAD_DIM: tl.constexpr,
@@ -235,29 +276,15 @@ def _forward_tile(
     PRECISION: tl.constexpr,
     WHOLE: tl.constexpr,
 ):
-    """The sums of a program's queries after the keys from `first_key` on; WHOLE: the tile ends within the sequence."""
+    """The sums of a program's queries after the keys from `first_key` on."""
     offset, total, out = sums
-    query, row, key_ptr, key_mask_ptr, start, length, factor = case
-    columns_ptr, sequence, head, seed, threshold = draw
-    BLOCK_DIM: tl.constexpr = query.shape[1]
-
-    index = tl.arange(0, STEP)
-    if INTERLEAVED:
-        index = interleaved(index)
-    key = _load(key_ptr, first_key + index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
-    value = _load(key_ptr + HIDDEN, first_key + index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
-    scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if not WHOLE or key_mask_ptr is not None:
-        scores = tl.where(_key_mask(key_mask_ptr, start, first_key + index[None, :], length), scores, float("-inf"))
-
+    scores, _, value = _scores(query, first_key, keys, HIDDEN, HEAD_DIM, STEP, INTERLEAVED, PRECISION, WHOLE)
     less = tl.minimum(offset, tl.max(scores, axis=1)[:, None] * -factor)
     probabilities = tl.exp2(tl.fma(scores, factor, less))
     shrink = tl.exp2(less - offset)
     total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
-    if columns_ptr is not None:
-        dropout_mask = _dropout_mask(
-            columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS, INTERLEAVED
-        )
+    if draw[0] is not None:
+        dropout_mask = _dropout_mask(*draw, first_key, STEP, CONTIGUOUS, INTERLEAVED)
         probabilities = tl.where(dropout_mask, probabilities, 0.0)
     out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
     return less, total, out
@@ -304,18 +331,43 @@ def _forward_kernel(
         tl.zeros([BLOCK, 1], tl.float32),
         tl.zeros([BLOCK, BLOCK_DIM], tl.float32),
     )
-    case = (query, row, query_ptr + HIDDEN, key_mask_ptr, start, length, scale * LOG2_E)
-    draw = (columns_ptr, sequence, head, seed, threshold)
+    factor = scale * LOG2_E
+    keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
+    draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
     whole = 0
     if not ONE_TILE:
         whole = length // STEP * STEP
         for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
             sums = _forward_tile(
-                sums, first_key, case, draw, HIDDEN, HEAD_DIM, STEP, CONTIGUOUS, INTERLEAVED, PRECISION, WHOLE=True
+                sums,
+                query,
+                first_key,
+                keys,
+                factor,
+                draw,
+                HIDDEN,
+                HEAD_DIM,
+                STEP,
+                CONTIGUOUS,
+                INTERLEAVED,
+                PRECISION,
+                WHOLE=True,
             )
     if whole < length:
         sums = _forward_tile(
-            sums, whole, case, draw, HIDDEN, HEAD_DIM, STEP, CONTIGUOUS, INTERLEAVED, PRECISION, WHOLE=False
+            sums,
+            query,
+            whole,
+            keys,
+            factor,
+            draw,
+            HIDDEN,
+            HEAD_DIM,
+            STEP,
+            CONTIGUOUS,
+            INTERLEAVED,
+            PRECISION,
+            WHOLE=False,
         )
 
     offset, total, out = sums
@@ -328,17 +380,49 @@ def _forward_kernel(
 
 
 @triton.jit
-def _load_statistics(ptr, distance, row, length):
-    """Loads the statistics of the queries `row`, of any shape, see `forward`; 0 beyond the sequence."""
-    offset = tl.load(ptr + row, mask=row < length, other=0.0)
-    return offset, tl.load(ptr + distance + row, mask=row < length, other=0.0)
+def _load_number(ptr, row, length):
+    """Loads a number for each of the queries `row`, of any shape; 0 beyond the sequence."""
+    return tl.load(ptr + row, mask=row < length, other=0.0)
 
 
 @triton.jit
-def _probabilities(rows, columns, key_mask, offset, inverse, scale, PRECISION: tl.constexpr):
-    """The probabilities of a tile whose rows are queries and whose columns are keys, or the other way round."""
-    scores = tl.dot(rows, tl.trans(columns), input_precision=PRECISION)
-    return tl.where(key_mask, tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse, 0.0)
+def _delta(grad, out, rescale):
+    """What the softmax subtracts from the gradients of a row's probabilities: the sum of grad · out, not rescaled.
+
+    `rescale` is 0 where all is dropped, and then `out` is 0 too.
+    """
+    return tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1) / tl.maximum(rescale, 1.0)
+
+
+@triton.jit
+def _queries_tile(
+    grad_query,
+    query,
+    grad,
+    offset,
+    delta,
+    first_key,
+    keys,
+    factor,
+    draw,
+    HIDDEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STEP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The gradient of a program's queries, times the sum of their exponentials, with the keys from `first_key` on."""
+    scores, key, value = _scores(query, first_key, keys, HIDDEN, HEAD_DIM, STEP, INTERLEAVED, PRECISION, WHOLE)
+    exponentials = tl.exp2(tl.fma(scores, factor, offset))
+    grad_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
+    dropped = exponentials
+    if draw[0] is not None:
+        dropout_mask = _dropout_mask(*draw, first_key, STEP, CONTIGUOUS, INTERLEAVED)
+        dropped = tl.where(dropout_mask, exponentials, 0.0)
+    grad_scores = dropped * grad_probabilities - exponentials * delta
+    return tl.dot(grad_scores.to(key.dtype), key, acc=grad_query, input_precision=PRECISION)
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
@@ -346,7 +430,7 @@ def _backward_queries_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
     out_ptr,  # (tokens, HEADS · HEAD_DIM)
     statistics_ptr,  # (2, HEADS, tokens)
-    delta_ptr,  # (HEADS, tokens): each row's sum of grad · out, written here
+    numbers_ptr,  # (HEADS, tokens, 4): offset, inverse, sum of grad · out, and an unused one, of each row, written here
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
@@ -367,6 +451,7 @@ def _backward_queries_kernel(
     STAGES: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     PRECISION: tl.constexpr,
+    INTERLEAVED: tl.constexpr,
 ):
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
     sequence, start, length, first, head = _work(cu_seqlens_ptr, longest_first_ptr, blocks, HEADS, BLOCK)
@@ -376,42 +461,133 @@ def _backward_queries_kernel(
     query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
     out_offset = token * HIDDEN + head * HEAD_DIM
     row_offset = head.to(tl.int64) * tokens + start
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
     row = first + tl.arange(0, BLOCK)[:, None]
     query = _load(query_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     grad = _load(grad_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
     out = _load(out_ptr + out_offset, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
-    offset, inverse = _load_statistics(statistics_ptr + row_offset, HEADS * tokens, row, length)
-    delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[:, None]
-    tl.store(delta_ptr + row_offset + row, delta, mask=row < length)
+    offset = _load_number(statistics_ptr + row_offset, row, length)
+    inverse = _load_number(statistics_ptr + HEADS * tokens + row_offset, row, length)
+    delta = _delta(grad, out, rescale)[:, None]
+    numbers_ptr += 4 * (row_offset + row)
+    tl.store(numbers_ptr, offset, mask=row < length)
+    tl.store(numbers_ptr + 1, inverse, mask=row < length)
+    tl.store(numbers_ptr + 2, delta, mask=row < length)
 
     grad_query = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    for first_key in tl.range(0, length, STEP, num_stages=STAGES):
-        key_row = first_key + tl.arange(0, STEP)[:, None]
-        key = _load(query_ptr + HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        value = _load(query_ptr + 2 * HIDDEN, key_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        key_mask = _key_mask(key_mask_ptr, start, first_key + tl.arange(0, STEP)[None, :], length)
-        probabilities = _probabilities(query, key, key_mask, offset, inverse, scale, PRECISION)
-        grad_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
-        if seed_ptr is not None:
-            dropout_mask = _dropout_mask(
-                columns_ptr, start, length, sequence, head, row, first_key, seed, threshold, STEP, CONTIGUOUS
-            )
-            grad_probabilities = tl.where(dropout_mask, grad_probabilities * rescale, 0.0)
-        grad_scores = probabilities * (grad_probabilities - delta)
-        grad_query = tl.dot(grad_scores.to(key.dtype), key, acc=grad_query, input_precision=PRECISION)
+    factor = scale * LOG2_E
+    keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
+    draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
+    whole = length // STEP * STEP
+    for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
+        grad_query = _queries_tile(
+            grad_query,
+            query,
+            grad,
+            offset,
+            delta,
+            first_key,
+            keys,
+            factor,
+            draw,
+            HIDDEN,
+            HEAD_DIM,
+            STEP,
+            CONTIGUOUS,
+            INTERLEAVED,
+            PRECISION,
+            WHOLE=True,
+        )
+    for first_key in tl.range(whole, length, STEP, num_stages=1):  # at most once; an `if` would cost registers
+        grad_query = _queries_tile(
+            grad_query,
+            query,
+            grad,
+            offset,
+            delta,
+            first_key,
+            keys,
+            factor,
+            draw,
+            HIDDEN,
+            HEAD_DIM,
+            STEP,
+            CONTIGUOUS,
+            INTERLEAVED,
+            PRECISION,
+            WHOLE=False,
+        )
 
+    grad_query *= scale * rescale * inverse
     grad_query_ptr = grad_qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
-    _store(grad_query_ptr, row, length, grad_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    _store(grad_query_ptr, row, length, grad_query, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+
+
+@triton.jit
+def _load_numbers(ptr, row, length, WHOLE: tl.constexpr):
+    """The offsets, inverses and deltas of the queries `row`, `[N, 1]`, each `[1, N]`; 0 beyond the sequence.
+
+    A row's numbers are loaded at once: three loads of `[1, N]` become one of 4 bytes for every column of a thread.
+    """
+    numbers = ptr + 4 * row + tl.arange(0, 4)[None, :]
+    numbers = tl.load(numbers) if WHOLE else tl.load(numbers, mask=row < length, other=0.0)
+    even, odd = tl.split(tl.reshape(numbers, [row.shape[0], 2, 2]))
+    offset, delta = tl.split(even)
+    inverse, _ = tl.split(odd)
+    return offset[None, :], inverse[None, :], delta[None, :]
+
+
+@triton.jit
+def _keys_tile(
+    sums,
+    keys,
+    first_key,
+    first_query,
+    queries,
+    length,
+    factor,
+    draw,
+    HIDDEN: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    STEP: tl.constexpr,
+    CONTIGUOUS: tl.constexpr,
+    PRECISION: tl.constexpr,
+    WHOLE: tl.constexpr,
+):
+    """The gradients of a program's keys and values with the queries from `first_query` on.
+
+    Keys beyond the sequence need no mask, as nothing is stored of them; queries do not, as their statistics are 0.
+    """
+    grad_key, grad_value = sums
+    key, value, key_mask_ptr, key_mask = keys
+    query_ptr, grad_ptr, numbers_ptr = queries
+    BLOCK: tl.constexpr = key.shape[0]
+    BLOCK_DIM: tl.constexpr = key.shape[1]
+    row = first_query + tl.arange(0, STEP)[:, None]
+    query = _load(query_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    grad = _load(grad_ptr, row, length, HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    offset, inverse, delta = _load_numbers(numbers_ptr, row, length, WHOLE)
+    # Keys by queries: the transpose of the forward's tile.
+    scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    probabilities = tl.exp2(tl.fma(scores, factor, offset)) * inverse
+    if key_mask_ptr is not None:
+        probabilities = tl.where(key_mask, probabilities, 0.0)
+    dropped = probabilities
+    if draw[0] is not None:
+        dropout_mask = tl.trans(_dropout_mask(*draw, row, first_key, BLOCK, CONTIGUOUS))
+        dropped = tl.where(dropout_mask, probabilities, 0.0)
+    grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+    grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
+    grad_scores = dropped * grad_probabilities - probabilities * delta
+    grad_key = tl.dot(grad_scores.to(query.dtype), query, acc=grad_key, input_precision=PRECISION)
+    return grad_key, grad_value
 
 
 @triton.jit(do_not_specialize=["tokens", "blocks", "threshold"])
 def _backward_keys_kernel(
     grad_ptr,  # (tokens, HEADS · HEAD_DIM)
-    statistics_ptr,  # (2, HEADS, tokens)
-    delta_ptr,  # (HEADS, tokens)
+    numbers_ptr,  # (HEADS, tokens, 4)
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
@@ -441,45 +617,57 @@ def _backward_keys_kernel(
     query_ptr = qkv_ptr + token * 3 * HIDDEN + head * HEAD_DIM
     grad_ptr += token * HIDDEN + head * HEAD_DIM
     row_offset = head.to(tl.int64) * tokens + start
-    if seed_ptr is not None:
-        seed = tl.load(seed_ptr)
+    seed = tl.load(seed_ptr) if seed_ptr is not None else 0
 
     row = first + tl.arange(0, BLOCK)[:, None]
     key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     key_mask = _key_mask(key_mask_ptr, start, row, length)
-    grad_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    grad_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    for first_query in tl.range(0, length, STEP, num_stages=STAGES):
-        query_row = first_query + tl.arange(0, STEP)[:, None]
-        query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        grad = _load(grad_ptr, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
-        column = first_query + tl.arange(0, STEP)[None, :]
-        offset, inverse = _load_statistics(statistics_ptr + row_offset, HEADS * tokens, column, length)
-        # Keys by queries: the transpose of the forward's tile.
-        probabilities = _probabilities(key, query, key_mask, offset, inverse, scale, PRECISION)
-        dropped = probabilities
-        if seed_ptr is not None:
-            dropout_mask = tl.trans(
-                _dropout_mask(
-                    columns_ptr, start, length, sequence, head, query_row, first, seed, threshold, BLOCK, CONTIGUOUS
-                )
-            )
-            dropped = tl.where(dropout_mask, probabilities, 0.0)
-        grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
-        grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
-        if seed_ptr is not None:
-            grad_probabilities = tl.where(dropout_mask, grad_probabilities * rescale, 0.0)
-        # Loaded here rather than with the tiles, so that everything fits into registers.
-        delta = tl.load(delta_ptr + row_offset + column, mask=column < length, other=0.0)
-        grad_scores = probabilities * (grad_probabilities - delta)
-        grad_key = tl.dot(grad_scores.to(query.dtype), query, acc=grad_key, input_precision=PRECISION)
+    sums = (tl.zeros([BLOCK, BLOCK_DIM], tl.float32), tl.zeros([BLOCK, BLOCK_DIM], tl.float32))
+    keys = (key, value, key_mask_ptr, key_mask)
+    queries = (query_ptr, grad_ptr, numbers_ptr + 4 * row_offset)
+    draw = (columns_ptr, start, length, sequence, head, seed, threshold)
+    factor = scale * LOG2_E
+    whole = length // STEP * STEP
+    for first_query in tl.range(0, whole, STEP, num_stages=STAGES):
+        sums = _keys_tile(
+            sums,
+            keys,
+            first,
+            first_query,
+            queries,
+            length,
+            factor,
+            draw,
+            HIDDEN,
+            HEAD_DIM,
+            STEP,
+            CONTIGUOUS,
+            PRECISION,
+            WHOLE=True,
+        )
+    for first_query in tl.range(whole, length, STEP, num_stages=1):  # at most once; an `if` would cost registers
+        sums = _keys_tile(
+            sums,
+            keys,
+            first,
+            first_query,
+            queries,
+            length,
+            factor,
+            draw,
+            HIDDEN,
+            HEAD_DIM,
+            STEP,
+            CONTIGUOUS,
+            PRECISION,
+            WHOLE=False,
+        )
 
-    if seed_ptr is not None:
-        grad_value *= rescale
+    grad_key, grad_value = sums
     grad_key_ptr = grad_qkv_ptr + token * 3 * HIDDEN + HIDDEN + head * HEAD_DIM
-    _store(grad_key_ptr, row, length, grad_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-    _store(grad_key_ptr + HIDDEN, row, length, grad_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    _store(grad_key_ptr, row, length, grad_key * (scale * rescale), 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+    _store(grad_key_ptr + HIDDEN, row, length, grad_value * rescale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
 
 
 @triton.jit(do_not_specialize=["tokens", "threshold"])
@@ -531,20 +719,21 @@ def _backward_kernel(
             grad = _load(grad_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
             out = _load(out_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)
             column = first_query + tl.arange(0, STEP)[None, :]
-            delta = tl.sum(grad.to(tl.float32) * out.to(tl.float32), axis=1)[None, :]
+            delta = _delta(grad, out, rescale)[None, :]
             if seed_ptr is not None:  # drawn here rather than between the products, so that all fits into registers
-                case = (columns_ptr, start, length, sequence, head, query_row, first, seed, threshold)
-                dropout_mask = tl.trans(_dropout_mask(*case, BLOCK, CONTIGUOUS))
-            offset, inverse = _load_statistics(statistics_ptr, HEADS * tokens, column, length)
-            probabilities = _probabilities(key, query, key_mask, offset, inverse, scale, PRECISION)
+                draw = (columns_ptr, start, length, sequence, head, seed, threshold)
+                dropout_mask = tl.trans(_dropout_mask(*draw, query_row, first, BLOCK, CONTIGUOUS))
+            offset = _load_number(statistics_ptr, column, length)
+            inverse = _load_number(statistics_ptr + HEADS * tokens, column, length)
+            scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+            exponentials = tl.exp2(tl.fma(scores, scale * LOG2_E, offset))
+            probabilities = tl.where(key_mask, exponentials * inverse, 0.0)
             dropped = probabilities
             if seed_ptr is not None:
                 dropped = tl.where(dropout_mask, probabilities, 0.0)
             grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
             grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
-            if seed_ptr is not None:
-                grad_probabilities = tl.where(dropout_mask, grad_probabilities * rescale, 0.0)
-            grad_scores = (probabilities * (grad_probabilities - delta)).to(query.dtype)
+            grad_scores = (dropped * grad_probabilities - probabilities * delta).to(query.dtype)
             grad_key = tl.dot(grad_scores, query, acc=grad_key, input_precision=PRECISION)
             grad_query = tl.dot(tl.trans(grad_scores), key, input_precision=PRECISION)
             if sums_ptr is not None:
@@ -553,10 +742,10 @@ def _backward_kernel(
                 if first + BLOCK < length:
                     _store(sums_ptr + out_offset, query_row, length, grad_query, HIDDEN, HEAD_DIM, BLOCK_DIM)
             if first + BLOCK >= length:
-                _store(grad_query_ptr, query_row, length, grad_query * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        if seed_ptr is not None:
-            grad_value *= rescale
-        _store(grad_query_ptr + HIDDEN, row, length, grad_key * scale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        _store(grad_query_ptr + 2 * HIDDEN, row, length, grad_value, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+                _store(
+                    grad_query_ptr, query_row, length, grad_query * (scale * rescale), 3 * HIDDEN, HEAD_DIM, BLOCK_DIM
+                )
+        _store(grad_query_ptr + HIDDEN, row, length, grad_key * (scale * rescale), 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
+        _store(grad_query_ptr + 2 * HIDDEN, row, length, grad_value * rescale, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         if sums_ptr is not None:
             tl.debug_barrier()  # the next block's threads read sums that other threads have stored

@@ -1,7 +1,10 @@
 """How attention's kernels are launched: the tiles for each architecture, and the design of the backward.
 
-The tiles are the largest that compile without spilling registers (bench/results/codegen.md). No alternative has been
-timed yet.
+The tiles are the largest that compile without spilling registers (bench/results/codegen.md); for 16-bit heads of up to
+64 on NVIDIA, the largest that also leave room for two programs on a multiprocessor, so that one multiplies while the
+other computes exponentials. Loops that stream tiles have three stages: with two, Triton waits for a copy as soon as it
+is issued. Those of Hopper for heads of 64 in 16 bits are the fastest of a sweep on an H200
+(bench/results/nvidia-h200/sweep-bfloat16.md); no others have been timed yet.
 """
 
 from dataclasses import dataclass
@@ -37,36 +40,48 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
         return _rdna_forward_config(dtype, head_dim, max_seqlen)
     if dtype == torch.float32:
         return Config(32, 32 if head_dim <= 64 else 16, warps=8, stages=1)
+    if is_cdna(arch):
+        return _cdna_forward_config(head_dim, max_seqlen, dropout)
     if head_dim > 128:
-        return Config(64, 32, warps=8, stages=2)
+        return Config(64, 32 if arch in _LARGE_TILES else 16, warps=8, stages=3)
     if head_dim > 64:
+        if arch not in _LARGE_TILES:
+            return Config(64, 32, warps=8, stages=3)
         if dropout or max_seqlen <= 64:
-            return Config(64, 32, warps=4, stages=2)
-        return Config(128, 64, warps=8, stages=1 if is_cdna(arch) else 2)
-    if max_seqlen <= 64:
-        return Config(64, 64, warps=4, stages=2)
-    return Config(128, 128 if arch in _LARGE_TILES and not dropout else 64, warps=8, stages=3)
+            return Config(64, 32, warps=4, stages=3)
+        return Config(128, 64, warps=8, stages=3)
+    if arch == "sm_100" and max_seqlen > 64 and not dropout:
+        return Config(128, 128, warps=8, stages=3)  # its products are twice as fast with 128 rows
+    # 113 to 179 registers, so 2 or 3 programs. Fastest on an H200 at 512 tokens: 77 us, with 128 rows and 8 warps 82.
+    return Config(64, 64, warps=4, stages=3)
 
 
 @cache
-def backward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
+def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Config:
     """The tiles of both passes. Each holds two operands and one or two sums, so they are smaller than the forward's."""
     if is_rdna(arch):
         return _rdna_backward_config(dtype, head_dim)
     if dtype == torch.float32:
         if head_dim > 64:
             return Config(16, 16, warps=8, stages=1)
-        return Config(32, 16 if is_cdna(arch) else 32, warps=8, stages=1)
+        if is_cdna(arch):
+            return Config(32, 16, warps=8, stages=1)
+        return Config(32, 32, warps=4 if head_dim <= 32 else 8, stages=1)
     if head_dim > 128:
         return Config(16, 32, warps=4, stages=1)
-    if head_dim > 64 and is_cdna(arch):
-        return Config(64, 16, warps=8, stages=2)
-    if head_dim > 64 or arch == "sm_120":
-        return Config(64, 32, warps=8, stages=1 if head_dim > 64 and arch == "sm_120" else 2)
-    step = 64 if arch in _LARGE_TILES else 32
-    if max_seqlen <= 64:
-        return Config(64, step, warps=4, stages=1)
-    return Config(128, step, warps=8, stages=1 if is_cdna(arch) else 2)
+    if is_cdna(arch):
+        if head_dim > 64:
+            return Config(64, 16, warps=8, stages=2)
+        return Config(128, 16 if dropout else 32, warps=8, stages=1)
+    if head_dim > 64:
+        return Config(64, 32, warps=8, stages=1 if arch == "sm_120" else 3)
+    if arch == "sm_100":
+        return Config(128, 64, warps=8, stages=3)
+    # Two programs of 4 warps can have 255 registers, which the second pass takes; the widest steps that do not spill:
+    # (timed on an H200: with dropout at 512 tokens 465 us, with a step of 64 488, with 128 rows and 8 warps 528)
+    if arch == "sm_90":
+        return Config(64, 32 if dropout else 64, warps=4, stages=3)
+    return Config(64, 16 if dropout and arch == "sm_120" else 32, warps=4, stages=3)
 
 
 @cache
@@ -78,16 +93,28 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if is_rdna(arch):
         return None
     if dtype == torch.float32:
-        block, step = (32, 16) if head_dim <= 32 else (16, 32 if head_dim <= 64 else 16)
+        block, step = (32, 32 if arch == "sm_100" else 16) if head_dim <= 32 else (16, 32 if head_dim <= 64 else 16)
         return Config(block, step, warps=8, stages=1)
     step = 16 if is_cdna(arch) else 32
     if head_dim > 128:
         return Config(32, step, warps=8, stages=1)
     if head_dim > 64:
-        return Config(64, 16, warps=8, stages=2)
+        return Config(64, 16, warps=8, stages=1 if arch == "sm_100" or is_cdna(arch) else 2)
     if max_seqlen <= 64:
         return Config(64, 32, warps=8 if arch == "sm_120" else 4, stages=1)
     return Config(128, step, warps=8, stages=1)
+
+
+def _cdna_forward_config(head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+    if head_dim > 128:
+        return Config(64, 32, warps=8, stages=2)
+    if head_dim > 64:
+        if dropout or max_seqlen <= 64:
+            return Config(64, 32, warps=4, stages=2)
+        return Config(128, 64, warps=8, stages=1)
+    if max_seqlen <= 64:
+        return Config(64, 64, warps=4, stages=2)
+    return Config(128, 64, warps=8, stages=3)
 
 
 def _rdna_forward_config(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
@@ -104,20 +131,25 @@ def _rdna_forward_config(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> 
 def _rdna_backward_config(dtype: torch.dtype, head_dim: int) -> Config:
     if dtype == torch.float32 or head_dim > 64:
         return Config(16, 8, warps=8, stages=1)
-    return Config(64, 16, warps=8, stages=1)
+    return Config(64, 8, warps=8, stages=1)
 
 
 def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:
-    """Whether one pass of the backward has less to do than two, for `pairs` pairs of a sequence and a head.
+    """Whether one pass of the backward takes less time than two, for `pairs` pairs of a sequence and a head.
 
-    This is counted, not timed; `python -m bench kernels` times both on a GPU. One pass takes 5 matrix products per tile
-    and draws the dropout mask once; two passes take 7 and draw it twice. If a block holds all keys of a sequence, one
-    pass does less of everything. If not, its sums go to memory and back, which costs about as much as the two products
-    that it saves, and only one program works on each pair. So it then needs a dropout mask to save, and enough pairs to
-    fill the device more than once.
+    On Hopper it does where a block holds all keys of 64 tokens (on an H200, 112 us against 142); at 128 tokens it took
+    226 us against 171, and at 512 tokens, with dropout, 856 against 465.
+
+    On other architectures this is counted, not timed. One pass takes 5 matrix products per tile and draws the dropout
+    mask once; two passes take 7 and draw it twice. If a block holds all keys of a sequence, one pass does less of
+    everything. If not, its sums go to memory and back, which costs about as much as the two products that it saves, and
+    only one program works on each pair. So it then needs a dropout mask to save, and enough pairs to fill the device
+    more than once.
     """
     if config is None:
         return False
+    if device.arch == "sm_90":
+        return max_seqlen <= min(64, config.block)
     if max_seqlen <= config.block:
         return True
     return dropout and pairs >= 2 * device.multiprocessors

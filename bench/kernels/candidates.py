@@ -168,7 +168,7 @@ def _attention_forward_launches(problem, batch, device, dtype):
 def _attention_backward_launches(problem, batch, device, dtype):
     length = batch.sequences.max_seqlen
     case = (device.arch, dtype, HEAD_DIM, length)
-    two, one = attention.backward_config(*case), attention.one_pass_config(*case)
+    two, one = attention.backward_config(*case[:3], problem.dropout), attention.one_pass_config(*case)
     pairs = batch.sequences.longest_first.shape[0] * HEADS
     one_pass = attention.takes_one_pass(one, pairs, length, problem.dropout, device)
     tiles = [{"block": 64, "warps": 4}, {"block": 64, "warps": 8}] + (_TILES[1:] if length > 64 else [])
@@ -191,12 +191,18 @@ def _bias_gelu_launches(problem, batch, device, dtype):
     return {"config": shipped}, [{"config": config} for config in others]
 
 
-def _add_norm_launches(problem, batch, device, dtype):
-    choose = add_norm.backward_config if problem.step == "backward" else add_norm.forward_config
-    shipped = choose(device, HIDDEN, dtype.itemsize)
-    # A row or two for each warp.
-    warps = [{"warps": warps, "rows": warps * rows} for warps in (2, 4, 8) for rows in (1, 2)]
-    others = _grid(shipped, warps, stages=(1, 2, 3), programs=(1, 2, 4, 8))
+# A row or two for each warp.
+_ROWS = [{"warps": warps, "rows": warps * rows} for warps in (2, 4, 8) for rows in (1, 2)]
+
+
+def _add_norm_forward_launches(problem, batch, device, dtype):
+    shipped = add_norm.forward_config(device, HIDDEN, dtype.itemsize)
+    return {"config": shipped}, [{"config": config} for config in _grid(shipped, _ROWS)]
+
+
+def _add_norm_backward_launches(problem, batch, device, dtype):
+    shipped = add_norm.backward_config(device, HIDDEN, dtype.itemsize)
+    others = _grid(shipped, _ROWS, stages=(1, 2, 3, 4), programs=(1, 2, 4))
     return {"config": shipped}, [{"config": config} for config in others]
 
 
@@ -205,8 +211,8 @@ LAUNCHES = {
     ("attention", True): _attention_backward_launches,
     ("bias_gelu", False): _bias_gelu_launches,
     ("bias_gelu", True): _bias_gelu_launches,
-    ("add_norm", False): _add_norm_launches,
-    ("add_norm", True): _add_norm_launches,
+    ("add_norm", False): _add_norm_forward_launches,
+    ("add_norm", True): _add_norm_backward_launches,
 }
 
 

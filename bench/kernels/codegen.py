@@ -19,8 +19,8 @@ import torch
 import triton
 
 from bench import RESULTS
-from bench.kernels.assembly import of_kernel
-from bench.kernels.compiling import ARCHITECTURES, compiled
+from bench.kernels.assembly import of_kernel, of_ttgir
+from bench.kernels.compiling import ARCHITECTURES, MULTIPROCESSORS, Launch, compiled
 from bench.kernels.launches import is_tabled, launches
 from bench.parser import make_parser
 from erniem_fast.kernels import add_norm, device
@@ -30,11 +30,45 @@ TABLE = RESULTS / "codegen.md"
 INTRODUCTION = """# What the kernels compile to
 
 Made by `python -m bench codegen` with Triton {version} from kernels with the digest {digest}, without a GPU; nothing
-here is a time. `spills` are bytes of local memory a thread, `shared` bytes of a program, `products` the instruction of
-matrix products, `loads` and `stores` the bytes of the widest of a thread. Architectures share a line where all figures
-are the same. Kernels without dropout, whose code is a part of those with it, have lines where their tiles are others.
+here is a time. It has the sizes of the base and the large model; what else is launched is held to the same rules.
+Architectures share a line where all figures are the same.
+
+`spills` are bytes of local memory (AMD: scratch) a thread, `shared` bytes of a program, `products` the instruction of
+matrix products, `loads` and `stores` the bytes of the widest of a thread. `stages` are tiles in use or in flight as the
+kernel asks for them, `in_flight` copies that the loop leaves on their way, on NVIDIA's from 8.0 on. `loop` are the
+instructions of the main loop, `elements` a thread's elements of one of its tiles, `masks` the loop's selections and
+comparisons of integers (`loop` and `masks` on NVIDIA's alone), `exchanges` the tensors that it exchanges among threads.
+`ctas` are the programs that fit a multiprocessor, `launched` those that are launched for each, where they make partial
+sums.
 
 """
+
+# The instructions of the main loop on sm_90 in 16 bits, by op, kernel, dropout and elements: as counted, 5 % more are
+# too many; for attention the most that are allowed.
+LOOPS = {
+    ("bias_gelu", "forward", "no", 8): 133 * 1.05,
+    ("bias_gelu", "forward", "no", 16): 261 * 1.05,
+    ("bias_gelu", "forward", "yes", 8): 248 * 1.05,
+    ("bias_gelu", "forward", "yes", 16): 492 * 1.05,
+    ("bias_gelu", "backward", "no", 8): 188 * 1.05,
+    ("bias_gelu", "backward", "no", 16): 372 * 1.05,
+    ("bias_gelu", "backward", "yes", 8): 293 * 1.05,
+    ("bias_gelu", "backward", "yes", 16): 595 * 1.05,
+    ("add_norm", "backward", "no", 24): 604 * 1.05,
+    ("add_norm", "backward", "yes", 24): 908 * 1.05,
+    ("attention", "forward", "no", 64): 480,
+    ("attention", "forward", "no", 32): 305,
+    ("attention", "forward", "yes", 32): 670,
+    ("attention", "backward_keys", "no", 32): 340,
+    ("attention", "backward_queries", "no", 32): 280,
+}
+WITHOUT_EXCHANGE = ("forward", "backward_queries")  # attention's kernels that sum over the columns of a tile alone
+
+# Attention's kernels of which one program has a multiprocessor for itself, and why.
+ALONE = {
+    ("attention ≤ 128", "backward"): "holds all keys of a sequence and three sums, so that each is read once",
+    ("attention, many", "backward"): "the same kernel for longer sequences",
+}
 
 
 @dataclass(frozen=True)
@@ -54,25 +88,73 @@ class Row:
     products: str
     loads: int
     stores: int
+    stages: int
+    in_flight: int
+    loop: int
+    elements: int
+    masks: int
+    exchanges: int
+    ctas: int
+    launched: int
 
     def broken_rules(self) -> list[str]:
         """What the rules for kernels forbid."""
+        architecture = ARCHITECTURES[self.arch]
+        checks = {
+            f"{self.shared} bytes of shared memory, of {architecture.shared} that are there": (
+                self.shared > architecture.shared
+            ),
+            f"spills {self.spills} bytes a thread": self.spills > self.allowed_spills(),
+            f"launches {self.launched} programs a multiprocessor, where {self.ctas} fit": self.launched > self.ctas,
+            f"asks for {self.stages} stages and has no copy in flight": (
+                self.stages > 1 and self.in_flight == 0 and self.copies_ahead() and not self.has_one_tile()
+            ),
+            f"{self.loop} instructions in a loop over {self.elements} elements": self.is_long(),
+        }
+        broken = [rule for rule, breaks in checks.items() if breaks]
+        return broken + (self.broken_by_attention() if self.is_attention() else self.broken_by_rows())
+
+    def broken_by_rows(self) -> list[str]:
+        if (self.loads, self.stores) != (16, 16) and self.kernel != "sum":
+            return [f"loads {self.loads} and stores {self.stores} bytes at once, not 16"]
+        return []
+
+    def broken_by_attention(self) -> list[str]:
+        wanted, halves = ARCHITECTURES[self.arch].products, self.dtype != "float32"
         broken = []
-        is_attention, architecture = self.op.startswith("attention"), ARCHITECTURES[self.arch]
-        if self.shared > architecture.shared:
-            broken.append(f"{self.shared} bytes of shared memory, of {architecture.shared} that are there")
-        if self.spills > self.allowed_spills():
-            broken.append(f"spills {self.spills} bytes a thread")
-        if not is_attention and (self.loads, self.stores) != (16, 16):
-            broken.append(f"loads {self.loads} and stores {self.stores} bytes at once, not 16")
-        wanted = architecture.products
-        if is_attention and self.dtype != "float32" and self.size <= 128 and self.products != wanted:
+        if halves and self.size <= 128 and self.products != wanted:
             broken.append(f"multiplies with {self.products}, not {wanted}")
+        if not halves or self.size != 64 or not self.copies_ahead():
+            return broken
+        if self.kernel in WITHOUT_EXCHANGE and self.in_flight > 0 and self.exchanges > 0:
+            broken.append(f"exchanges {self.exchanges} tensors in a loop")
+        # A thread has two rows; with four of these for each it finds maxima, but masks no tile.
+        plain_forward = (self.op, self.kernel, self.dropout) == ("attention", "forward", "no")
+        if plain_forward and self.arch in ("sm_80", "sm_90") and self.masks > 4 * 2:
+            broken.append(f"{self.masks} selections and comparisons in a loop without masks")
+        if self.ctas < 2 and (self.op, self.kernel) not in ALONE:
+            broken.append("one program fits a multiprocessor, not two")
         return broken
+
+    def is_attention(self) -> bool:
+        return self.op.startswith("attention")
+
+    def copies_ahead(self) -> bool:
+        """Whether the architecture copies to shared memory while it computes: NVIDIA's from 8.0 on."""
+        return not device.is_amd(self.arch) and self.arch != "sm_75"
+
+    def has_one_tile(self) -> bool:
+        """Whether the loop runs once, and has nothing to copy ahead."""
+        return self.op.startswith("attention ≤")
+
+    def is_long(self) -> bool:
+        """Whether the main loop has more instructions than `LOOPS` allows."""
+        most = LOOPS.get((self.op, self.kernel, self.dropout, self.elements), inf)
+        return self.arch == "sm_90" and self.dtype != "float32" and self.size != 4096 and self.loop > most
 
     def allowed_spills(self) -> float:
         """0 if the kernel uses all of its registers; otherwise 8 on NVIDIA's, which ptxas may trade for occupancy."""
-        if self.op.startswith("attention") and self.size > self.largest_head():
+        if self.is_attention() and self.size > self.largest_head():
             return inf
         return 0 if device.is_amd(self.arch) or self.registers == 255 else 8
 
@@ -93,7 +175,7 @@ def all_rows(arch: str) -> list[Row]:
 
 
 def tabled_rows(arch: str) -> list[Row]:
-    """Half of them: every kernel with dropout, which has all of its code, and without where its tiles are others."""
+    """What is shipped for the base and the large model."""
     return rows(arch, (launch for launch in launches(arch) if is_tabled(arch, *launch)))
 
 
@@ -101,13 +183,16 @@ def rows(arch: str, launches: Iterable[tuple]) -> list[Row]:
     """A row for each kernel, under the first of the names that it is launched by."""
     of_kernels = {}
     for op, call, dtype, size, seed, *rest in launches:
-        for kernel in compiled(arch, call, dtype, size, seed, *rest):
-            if kernel.hash not in of_kernels:
-                of_kernels[kernel.hash] = row(arch, op, dtype, size, seed is not None, kernel)
+        for launch in compiled(arch, call, dtype, size, seed, *rest):
+            if launch.kernel.hash not in of_kernels:
+                of_kernels[launch.kernel.hash] = row(arch, op, dtype, size, seed is not None, launch)
     return [*of_kernels.values()]
 
 
-def row(arch: str, op: str, dtype: torch.dtype, size: int, dropout: bool, kernel) -> Row:
+def row(arch: str, op: str, dtype: torch.dtype, size: int, dropout: bool, launch: Launch) -> Row:
+    kernel, warps, shared = launch.kernel, launch.kernel.metadata.num_warps, launch.kernel.metadata.shared
+    figures = of_kernel(arch, kernel)
+    architecture = ARCHITECTURES[arch]
     return Row(
         op=op,
         kernel=kernel.metadata.name.strip("_").removesuffix("_kernel"),
@@ -115,10 +200,21 @@ def row(arch: str, op: str, dtype: torch.dtype, size: int, dropout: bool, kernel
         size=size,
         dropout="yes" if dropout else "no",
         arch=arch,
-        warps=kernel.metadata.num_warps,
-        shared=kernel.metadata.shared,
-        **of_kernel(arch, kernel),
+        warps=warps,
+        shared=shared,
+        stages=launch.constant("STAGES") or 1,
+        elements=elements(launch) // (warps * architecture.lanes),
+        ctas=architecture.fits(figures["registers"], shared, warps),
+        launched=-(-launch.programs // MULTIPROCESSORS) if launch.takes("partials_ptr") else 0,
+        **of_ttgir(kernel.asm["ttgir"]),
+        **figures,
     )
+
+
+def elements(launch: Launch) -> int:
+    """The elements of a tile of a kernel's loop: rows by features, or by rows of another tile in attention."""
+    rows, step, chunks = (launch.constant(name) for name in ("ROWS", "STEP", "CHUNKS"))
+    return launch.constant("BLOCK") * (rows or step) * (chunks or 1)
 
 
 def digest() -> str:

@@ -132,8 +132,8 @@ def compile_launch(arch: str, problem: Problem, tokens: int, launch: Launch) -> 
     batch, calls = make_batch(problem.lengths, tokens, torch.device("cpu")), []
     try:
         compiled(arch, lambda: calls.append(make_call(problem, batch, lambda *shape: torch.empty(shape, dtype=DTYPE))))
-        kernels = compiled(arch, partial(calls[0], **launch))
-        return Compiled(None, "; ".join(takes(arch, kernel) for kernel in kernels))
+        launches = compiled(arch, partial(calls[0], **launch))
+        return Compiled(None, "; ".join(takes(arch, each.kernel) for each in launches))
     except Exception as error:  # whatever Triton's compiler may raise
         return Compiled(f"does not compile: {first_line(error)}")
 

@@ -17,14 +17,16 @@ from functools import cache
 from itertools import cycle
 from math import inf
 from pathlib import Path
+from statistics import geometric_mean
 
 import torch
 from torch import Tensor
 
 from .. import flags
+from ..modes import has_onednn_packing, onednn_linear, onednn_pack
 from ..native import library
 from ..native.library import BuildError
-from .libraries import LIBRARIES, NATIVE, TORCH, available
+from .libraries import LIBRARIES, NATIVE, PACKED, TORCH, available
 
 FORWARD, GRAD_X, GRAD_WEIGHT = KINDS = ("forward", "grad_x", "grad_weight")
 
@@ -62,9 +64,20 @@ def fastest(kind: str, tokens: int) -> str:
 
 
 def choice(seconds: Seconds) -> str:
-    """The library with the least time; PyTorch's, if that saves too little."""
-    name = min(seconds, key=seconds.get)
+    """The library with the least time for weights as they are; PyTorch's, if that saves too little."""
+    name = min((each for each in seconds if each != PACKED), key=seconds.get)
     return name if seconds[name] <= (1 - _LEAST_GAIN) * seconds[TORCH] else TORCH
+
+
+def packing_pays() -> bool:
+    """Whether forwards take less time with packed weights than with the weights as they are.
+
+    A model is packed for all its calls, so the ranges of tokens count alike.
+    """
+    if PACKED not in _candidates(FORWARD):
+        return False
+    by_range = [_seconds(FORWARD, limit) for limit in RANGES]
+    return geometric_mean(each[PACKED] / each[choice(each)] for each in by_range) <= 1 - _LEAST_GAIN
 
 
 def measure_all() -> None:
@@ -116,7 +129,9 @@ def _situation() -> tuple:
 
 def _candidates(kind: str) -> tuple[str, ...]:
     """The libraries for a kind. The native product would have to copy the transposed operands of gradients."""
-    return tuple(name for name in available() if kind == FORWARD or name != NATIVE)
+    if kind != FORWARD:
+        return tuple(name for name in available() if name != NATIVE)
+    return *available(), *((PACKED,) if has_onednn_packing() else ())
 
 
 @torch.no_grad()
@@ -126,8 +141,9 @@ def _measure(kind: str, sizes: range) -> Seconds:
     It includes a share of the time that a library takes to prepare for a new shape: all layers of a model multiply the
     same shapes, so each layer bears a part of the preparation.
     """
-    weights = cycle(torch.ones(_WEIGHTS, SHAPES[0][0] * SHAPES[0][1], dtype=torch.float32, device="cpu"))
-    names = _candidates(kind)
+    memories = torch.ones(_WEIGHTS, SHAPES[0][0] * SHAPES[0][1], dtype=torch.float32, device="cpu")
+    weights, names = cycle(memories), _candidates(kind)
+    packed = {shape: cycle(_packed(memories, *shape)) for shape in SHAPES if PACKED in names}
     first = {(name, shape): inf for name in names for shape in SHAPES}
     again = dict(first)
     for tokens in sizes:
@@ -135,11 +151,16 @@ def _measure(kind: str, sizes: range) -> Seconds:
             operands = _operands(kind, tokens, *shape)
             for name in names:
                 for times in (first, again):
-                    seconds = _time(name, kind, operands, next(weights))
+                    weight = next(packed[shape]) if name == PACKED else next(weights).view(*reversed(shape))
+                    seconds = _time(name, kind, operands, weight)
                     times[name, shape] = min(times[name, shape], seconds)
     # The first call of a shape includes the preparation: the time beyond that of later calls.
     extra = {each: max(0.0, first[each] - again[each]) / _LAYERS for each in first}
     return {name: sum(again[name, shape] + extra[name, shape] for shape in SHAPES) for name in names}
+
+
+def _packed(memories: Tensor, inputs: int, outputs: int) -> list[Tensor]:
+    return [onednn_pack(memory.view(outputs, inputs)) for memory in memories]
 
 
 def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -148,9 +169,12 @@ def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor
     return x, grad, torch.ones_like(grad) if kind == FORWARD else None
 
 
-def _time(name: str, kind: str, operands: tuple[Tensor, Tensor, Tensor | None], memory: Tensor) -> float:
+def _time(name: str, kind: str, operands: tuple[Tensor, Tensor, Tensor | None], weight: Tensor) -> float:
     x, grad, out = operands
-    weight = memory.view(grad.shape[1], x.shape[1])
+    if name == PACKED:
+        start = time.perf_counter()
+        onednn_linear(x, weight, None)
+        return time.perf_counter() - start
     arguments = {FORWARD: (x, weight), GRAD_X: (grad, weight.t()), GRAD_WEIGHT: (grad.t(), x.t())}[kind]
     start = time.perf_counter()
     LIBRARIES[name](*arguments, None, out)

@@ -14,6 +14,8 @@ from ..native import library
 from ..native.linear import forward as native_linear
 
 TORCH, ONEDNN, NATIVE = "torch", "onednn", "native"
+# oneDNN with a weight in its own layout (`modes.onednn_pack`), which only `inference.PackedLinear` holds.
+PACKED = "packed"
 
 # Takes x `(tokens, in_features)`, a weight `(out_features, in_features)`, both with any strides, a bias or None, and
 # memory for the result, whose rows may be apart, or None to allocate it. Returns the result.

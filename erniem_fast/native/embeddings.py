@@ -1,6 +1,7 @@
 """`embeddings` on the CPU and on CUDA devices."""
 
 import mmap
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -29,6 +30,7 @@ _FORWARD = Function(
         "ids": (INT, "tokens"),
         "positions": (INT, "tokens"),
         "word_table": (ELEMENT, "words", "hidden"),
+        "word_scale": (FLOAT, "words"),
         "position_table": (ELEMENT, "max_positions", "hidden"),
         "weight": (FLOAT, "hidden"),
         "norm_bias": (FLOAT, "hidden"),
@@ -39,9 +41,19 @@ _FORWARD = Function(
     written=("out", "z"),
     sizes="tokens words max_positions hidden threshold",
     factors="eps rescale",
-    optional=(*DROPOUT, "z"),
+    optional=("word_scale", *DROPOUT, "z"),
 )
 
+# Of a model in float32 with a word table in bfloat16, and in int8.
+_BFLOAT16_FORWARD, _INT8_FORWARD = (
+    replace(
+        _FORWARD,
+        name=f"embeddings_{name}_forward",
+        tensors={**_FORWARD.tensors, "word_table": (dtype, "words", "hidden")},
+        optional=(*optional, *DROPOUT, "z"),
+    )
+    for name, dtype, optional in (("bfloat16", torch.bfloat16, ("word_scale",)), ("int8", torch.int8, ()))
+)
 _BACKWARD = Function(
     "embeddings_backward",
     {
@@ -79,19 +91,21 @@ def forward(
     norm: Norm,
     dropout: Dropout | None,
     save: bool,
+    word_scale: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     if ids.device.type == "cpu":
         # On other devices the check would need a synchronisation. The kernel gives NaN for such tokens there.
         _check_range("ids", ids, word_table.shape[0])
         _check_range("positions", positions, position_table.shape[0])
-    out = word_table.new_empty(ids.shape[0], word_table.shape[1])
+    out = position_table.new_empty(ids.shape[0], position_table.shape[1])
     z = torch.empty_like(out) if save else None
-    _FORWARD(
+    _forward_for(word_table.dtype, out)(
         out.device,
         out.dtype,
         ids=ids,
         positions=positions,
         word_table=word_table,
+        word_scale=word_scale,
         position_table=position_table,
         **norm_values(norm),
         out=out,
@@ -99,6 +113,16 @@ def forward(
         **dropout_values(dropout),
     )
     return out, z
+
+
+def _forward_for(words: torch.dtype, out: Tensor) -> Function:
+    """The function for a word table in a dtype."""
+    wide = out.dtype == torch.float32 and out.device.type == "cpu"
+    if words == torch.int8 and not wide:
+        raise ValueError(
+            f"a word table in int8 needs a position table in float32 on the CPU, not in {out.dtype} on {out.device}."
+        )
+    return {torch.bfloat16: _BFLOAT16_FORWARD, torch.int8: _INT8_FORWARD}.get(words, _FORWARD) if wide else _FORWARD
 
 
 def _check_range(name: str, rows: Tensor, size: int) -> None:

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..dropout import Dropout, drop_features
 from ..native import embeddings as native_embeddings
-from ..reference import Norm, NormScale, wide
+from ..reference import Norm, NormScale, wide, word_rows
 from .choose import Implementation, choose
 from .layer_norm import REFERENCE, TORCH, TRITON, LayerNorm, with_bias
 from .native import native_implementation
@@ -25,20 +25,23 @@ def embeddings(
     padding_idx: int,
     dropout: Dropout | None = None,
     sparse: bool = False,
+    word_scale: Tensor | None = None,
 ) -> Tensor:
     """dropout(LN(word_table[ids] + position_table[positions])).
 
     Args:
         ids, positions: int64 `(tokens,)`, rows of the two tables; the caller has checked their range.
         word_table, position_table: `(vocabulary, hidden)` and `(max_positions, hidden)`, floating point, of one dtype.
+            Beside a position table in float32, on the CPU, the word table may be bfloat16 or int8.
         norm: the parameters of LN, layer normalisation (Ba et al., arXiv 1607.06450).
         padding_idx: the row of both tables that gets no gradient.
         dropout: the dropout of the result; None for no dropout.
         sparse: makes the word table's gradient a sparse COO tensor, as `nn.Embedding(sparse=True)` does; a dense one
             has the size of the table. Eager only: torch.compile has no sparse gradients.
+        word_scale: float32 `(vocabulary,)`, factors of the rows of a word table in int8; otherwise None.
 
     Returns:
-        `(tokens, hidden)` in the tables' dtype.
+        `(tokens, hidden)` in the position table's dtype.
 
     Raises:
         IndexError: on the CPU, an id or a position is not a row of its table.
@@ -46,9 +49,9 @@ def embeddings(
         RuntimeError: the op's flag asks for an implementation that cannot serve this device and dtype; or, with
             `ERNIEM_FAST_VERIFY=1`, the result differs from the reference's.
     """
-    implementation = choose("embeddings", word_table.device, word_table.dtype)
+    implementation = choose("embeddings", position_table.device, position_table.dtype)
     tables = (word_table, position_table)
-    return _OP(implementation, ids, positions, *tables, with_bias(norm), padding_idx, dropout, sparse)
+    return _OP(implementation, ids, positions, *tables, with_bias(norm), padding_idx, dropout, sparse, word_scale)
 
 
 class _Results(NamedTuple):
@@ -72,8 +75,9 @@ def _forward(
     padding_idx: int,
     dropout: Dropout | None,
     sparse: bool,
+    word_scale: Tensor | None,
 ) -> _Results:
-    out = word_table.new_empty(ids.shape[0], word_table.shape[1])
+    out = position_table.new_empty(ids.shape[0], position_table.shape[1])
     return _Results(out, out.new_empty(out.shape))
 
 
@@ -106,8 +110,9 @@ def _finish(
 
 
 def _composed(layer_norm: LayerNorm) -> Implementation:
-    def forward(ids, positions, word_table, position_table, norm, padding_idx, dropout):
-        z = F.embedding(ids, word_table, padding_idx) + F.embedding(positions, position_table, padding_idx)
+    def forward(ids, positions, word_table, position_table, norm, padding_idx, dropout, word_scale):
+        words = word_rows(ids, word_table, padding_idx, word_scale)
+        z = words + F.embedding(positions, position_table, padding_idx)
         return drop_features(layer_norm.forward(z, norm), dropout), z
 
     def backward(grad, z, ids, positions, word_table, position_table, norm, padding_idx, dropout, sparse):

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import nan
+from math import inf, nan
 from typing import ClassVar
 
 import torch
@@ -21,11 +21,11 @@ from ..batch import TokenBatch
 from ..configuration import RESERVED_POSITIONS
 from ..dropout import Dropout
 from ..flags import use_implementations
-from ..native import library
+from ..native import int8, library
 from ..native.linear import forward as native_linear
 from ..ops import Product
 from ..ops.choose import Implementation
-from ..reference import Norm
+from ..reference import Norm, quantise_weight, quantised_linear
 from .equivalence import Comparison, compare, draw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -44,12 +44,15 @@ class Case:
         make: takes the inputs' random generator, a device and a dtype, and returns the op as a function of its leaves,
             and the leaves by name.
         size: the size that an implementation must serve; see `ops.choose`.
+        terms: takes the leaves and the gradient of the result, and returns by leaf the largest of the terms that cancel
+            in a gradient that is always 0; see `compare`.
     """
 
     op: str
     shape: str
     make: Callable[[torch.Generator, torch.device, torch.dtype], Problem]
     size: int = 0
+    terms: Callable[[dict[str, Tensor], Tensor], dict[str, float]] = lambda leaves, grad: {}
 
 
 @dataclass(frozen=True)
@@ -76,18 +79,19 @@ class Check:
         with use_implementations(**{self.case.op: "reference"}), torch.no_grad():
             out = call(*leaves.values())
         # The gradient is rounded here, once, so that every implementation starts from the same values.
-        inputs = (*leaves.values(), _randn(generator, self.device, out.dtype, *out.shape))
+        grad = _randn(generator, self.device, out.dtype, *out.shape)
+        inputs = (*leaves.values(), grad)
         with use_implementations(**{self.case.op: "reference"}):
             draws = draw(partial(_solve, call), inputs)
         with use_implementations(**{self.case.op: self.implementation}), _poisoned_memory():
             results = _solve(call, *inputs)
-        comparisons = {}
+        comparisons, terms = {}, self.case.terms(leaves, grad)
         for index, (name, result) in enumerate(zip(("result", *leaves), results, strict=True)):
             references = [(reference[index], exact[index]) for reference, exact in draws]
             expected, _ = references[0]
             if result.dtype != expected.dtype:  # autograd checks the shapes
                 raise RuntimeError(f"{name} is {result.dtype}, not {expected.dtype}")
-            comparisons[name] = compare(result, *references)
+            comparisons[name] = compare(result, *references, terms=terms.get(name, 0.0))
         return comparisons
 
 
@@ -131,6 +135,46 @@ class ProductCheck:
         return {"result": compare(out, (expected, exact))}
 
 
+@dataclass(frozen=True)
+class Int8Check(ProductCheck):
+    """The native product of 8-bit integers by one of its kernels, which has to compute the reference's very bits."""
+
+    kernel: str = "plain"
+
+    op: ClassVar[str] = "int8"
+
+    @property
+    def shape(self) -> str:
+        return f"{super().shape}, {self.kernel}"
+
+    def run(self) -> dict[str, Comparison]:
+        """Compares as in `ProductCheck`; some tokens are zeros, not finite, tiny, huge, of one sign, or two values."""
+        generator = torch.Generator().manual_seed(0)
+        shapes = ((self.tokens, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.tokens, self.gap))
+        x, weight, bias, beside = (_randn(generator, self.device, self.dtype, *shape) for shape in shapes)
+        weight[self.outputs // 2] = 0.0
+        x[2::11] = 0.0
+        x[3::11, self.inputs // 2] = nan
+        x[4::11, -1] = -inf
+        x[5::11] += 10.0
+        x[6::11] *= 1e-39
+        x[7::11, 0], x[7::11, -1] = 3e38, -3e38  # the range overflows
+        x[8::11] = x[8::11].sign() * x[8::11, :1].abs()  # both ends of the range are near ties
+        values, scale = quantise_weight(weight)
+        bias, levels = bias if self.bias else None, int8.kernels()[self.kernel]
+        expected = quantised_linear(x, values, scale, bias, levels)
+        out = torch.cat([beside, torch.full_like(expected, inf), beside], dim=1)
+        int8.linear(x, int8.pack(values), scale, bias, out[:, self.gap : self.gap + self.outputs], self.kernel)
+        return {"result": _same_bits(out, torch.cat([beside, expected, beside], dim=1))}
+
+
+def _same_bits(result: Tensor, expected: Tensor) -> Comparison:
+    """Whether a result equals the expected one, NaN where that is NaN."""
+    same = (result == expected) | (result.isnan() & expected.isnan())
+    differences = (result - expected).abs().nan_to_num(nan=inf).masked_fill(same, 0.0)
+    return Comparison(F.pad(differences, (0, 1)).amax().item() if len(result) else 0.0, 0.0)
+
+
 def verify(device: torch.device) -> bool:
     """Runs the battery on a device and prints the outcome of each check as it finishes.
 
@@ -139,7 +183,7 @@ def verify(device: torch.device) -> bool:
     """
     reasons = [
         *((op, name, kernel.objection(device, torch.float32, size=0)) for op, name, kernel in _kernels()),
-        (ProductCheck.op, ProductCheck.implementation, _product_objection(device)),
+        *((check.op, check.implementation, _product_objection(device)) for check in (ProductCheck, Int8Check)),
     ]
     for op, name, reason in reasons:
         if reason is not None:
@@ -180,7 +224,9 @@ def battery(device: torch.device) -> list[Check | ProductCheck]:
         for dtype in _DTYPES
         if implementation.objection(device, dtype, case.size) is None
     ]
-    return [*checks, *(_PRODUCTS if _product_objection(device) is None else ())]
+    if _product_objection(device) is not None:
+        return checks
+    return [*checks, *_PRODUCTS, *(Int8Check(*sizes, kernel=kernel) for kernel in int8.kernels() for sizes in _INT8)]
 
 
 def _kernels() -> list[tuple[str, str, Implementation]]:
@@ -351,11 +397,16 @@ def _add_norm(
 
     notes = {"no bias": not bias, "mixed": mixed, "equal": equal, f"eps {eps}": eps != _EPS}
     name = ", ".join([f"{layout} x {hidden}", f"p {p}", *(note for note, holds in notes.items() if holds)])
-    return Case("add_norm", name, make)
+    return Case("add_norm", name, make, terms=_terms_of_norm)
 
 
-def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: bool = False) -> Case:
-    """With `equal`, all values of a row are large and equal."""
+def _embeddings(
+    layout: str, words: int, hidden: int, p: float = 0.0, equal: bool = False, table: torch.dtype | None = None
+) -> Case:
+    """With `equal`, all values of a row are large and equal.
+
+    With `table`, the word table has that dtype, if all else is in float32 on the CPU.
+    """
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch = _LAYOUTS[layout](device)
@@ -371,13 +422,30 @@ def _embeddings(layout: str, words: int, hidden: int, p: float = 0.0, equal: boo
             for name in ("word_table", "position_table"):
                 leaves[name][:] = 1000 * leaves[name][:, :1]
 
-        def call(word_table: Tensor, position_table: Tensor, weight: Tensor, norm_bias: Tensor) -> Tensor:
-            norm = Norm(weight, norm_bias, _EPS)
-            return ops.embeddings(ids, positions, word_table, position_table, norm, _PADDING, _dropout(batch, p))
+        rounded = None
+        if table is not None and dtype == torch.float32 and device.type == "cpu":
+            word_table = leaves.pop("word_table")
+            rounded = quantise_weight(word_table) if table == torch.int8 else (word_table.to(table), None)
+
+        def call(*tensors: Tensor) -> Tensor:
+            *words, position_table, weight, norm_bias = tensors
+            word_table, scale = rounded or (*words, None)
+            norm, dropout = Norm(weight, norm_bias, _EPS), _dropout(batch, p)
+            tables = (word_table, position_table)
+            return ops.embeddings(ids, positions, *tables, norm, _PADDING, dropout, word_scale=scale)
 
         return call, leaves
 
-    return Case("embeddings", f"{layout} x {hidden}, p {p}{', equal' if equal else ''}", make)
+    note = f"{', equal' if equal else ''}{f', words in {table}' if table else ''}"
+    return Case("embeddings", f"{layout} x {hidden}, p {p}{note}", make, terms=_terms_of_norm)
+
+
+def _terms_of_norm(leaves: dict[str, Tensor], grad: Tensor) -> dict[str, float]:
+    """Of rows with one feature: the gradient of a row is a product minus the mean of the products, which is itself."""
+    if grad.shape[1] > 1:
+        return {}
+    largest = (grad.abs().amax() * leaves["weight"].abs().amax()).item() * _EPS**-0.5
+    return {name: largest for name in leaves if name not in ("weight", "norm_bias")}
 
 
 # The cheapest cases come first; they find most faults.
@@ -387,6 +455,8 @@ _HARD = (
     _embeddings("lengths 2, 512, 257", 300, 768),
     _embeddings("lengths around 64", 50, 1024, p=0.1),
     _embeddings("18 tokens", 9, 97, equal=True),
+    _embeddings("18 tokens", 9, 97, p=0.3, table=torch.int8),
+    _embeddings("lengths around 16", 50, 768, table=torch.bfloat16),
     _embeddings("18 tokens", 9, 96, p=1.0),
     _embeddings("no tokens", 9, 96, p=0.1),
     _attention("18 tokens", 2, 8, p=0.5),
@@ -399,6 +469,7 @@ _HARD = (
     _attention("packed with holes", 2, 32, p=0.3),
     _attention("padded at the left", 1, 128, p=0.3),
     _attention("padded with a mask", 2, 48, p=0.1),
+    _attention("padded with a mask", 1, 128),
     _attention("lengths around 128", 1, 128, p=0.1),
     _attention("lengths around 128", 1, 64),
     _attention("lengths 2, 512, 257", 1, 32, p=0.1),
@@ -454,6 +525,16 @@ _PRODUCTS = (
     ProductCheck(20, 1024, 50),  # the product reads rows of a page or more in another order
     ProductCheck(64, 768, 768, gap=768),
     ProductCheck(0, 32, 8),
+)
+
+# Numbers of tokens around those of the kernels' tiles, and in several blocks; sizes around the blocks'.
+_INT8 = (
+    *((tokens, 31, 41) for tokens in (0, 1, 3, 5, 12, 13, 30, 200)),
+    (13, 97, 64),
+    (12, 96, 3, False),
+    (5, 1, 33),
+    (2, 4, 1),
+    (17, 1031, 70, True, 5),
 )
 
 # The sizes of the base and the large model.

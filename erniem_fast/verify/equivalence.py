@@ -87,7 +87,7 @@ def _rounded_otherwise(generator: torch.Generator, value: Tensor) -> Tensor:
     return (value.double() * (1.0 + units * torch.finfo(value.dtype).eps)).to(value.dtype)
 
 
-def compare(result: Tensor, *draws: tuple[Tensor, Tensor]) -> Comparison:
+def compare(result: Tensor, *draws: tuple[Tensor, Tensor], terms: float = 0.0) -> Comparison:
     """The error of a result and its bound: twice the reference's largest error in the same dtype, plus a slack.
 
     Values beyond the dtype's largest number count as that number, so that a result may overflow where the exact result
@@ -99,6 +99,9 @@ def compare(result: Tensor, *draws: tuple[Tensor, Tensor]) -> Comparison:
         result: a kernel's result; its dtype sets the slack.
         draws: the reference's results in the same dtype and in float64, for the same inputs first, then for neighbours
             (see `draw`). All have the shape of `result`.
+        terms: the largest of the terms that cancel, if the reference's results are 0 in every draw because equal terms
+            cancel. The slack is then in units of the terms: a fused multiply-add, which rounds only one of two equal
+            products before it subtracts them, leaves such a unit.
     """
     same_dtype, exact = draws[0]
     if exact.numel() == 0:
@@ -109,6 +112,8 @@ def compare(result: Tensor, *draws: tuple[Tensor, Tensor]) -> Comparison:
     # Where the reference has no finite number, it has no error either.
     errors = (_deviation(same, truth).where(same.isfinite() & ~truth.isnan(), 0.0) for same, truth in draws)
     largest = _bounded(exact, dtype).nan_to_num(0.0).abs().amax().item()
+    if not any(same.any() or truth.any() for same, truth in draws):
+        largest = terms
     slack = _SLACK * dtype.eps * max(largest, dtype.smallest_normal)
     return Comparison(error.amax().item(), 2 * max(deviation.amax().item() for deviation in errors) + slack)
 

@@ -38,7 +38,7 @@ def test_a_call_on_the_cpu_takes_its_own_time():
 class Gpu:
     """A model of a GPU: the host launches kernels, which run one after another; times are in microseconds."""
 
-    WRITE = 130  # of the flush's buffer, on an H200
+    READ = 130  # of the flush's buffer, on an H200
 
     def __init__(self):
         self.now = 0  # the host's clock
@@ -54,8 +54,8 @@ class Gpu:
     def wait(self):
         self.now = max(self.now, self.free)
 
-    def zero_(self):
-        self.launch(2, self.WRITE)
+    def sum(self):
+        self.launch(2, self.READ)
 
     def event(self, enable_timing):
         class Event:

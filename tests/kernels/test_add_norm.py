@@ -123,6 +123,13 @@ def test_no_lane_idles(hidden, itemsize, device):
         assert config.block * config.rows * itemsize == 16 * device.lanes * config.warps
 
 
+@pytest.mark.parametrize("programs", [1, 127, 128, 129, 300])
+def test_sums_over_many_programs(programs):
+    """The interpreter's device has four programs, whose sums are one step of the kernel."""
+    partials = torch.randint(-9, 10, (3, programs, 100), device=DEVICE).float()
+    assert torch.equal(torch.stack(add_norm._sums(partials)), partials.sum(1))
+
+
 def test_backward_is_deterministic():
     inputs = inputs_of(150, 96, torch.float32, torch.float32)
     first, second = (run(partial(kernel, two_sequences(150, DEVICE), 0.1, SEED), inputs) for _ in range(2))

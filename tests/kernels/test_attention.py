@@ -222,9 +222,17 @@ def test_inputs_that_are_not_contiguous():
 )
 def test_the_design_of_the_backward(pairs, max_seqlen, dropout, one_pass):
     case = (pairs, max_seqlen, dropout)
-    for arch, lanes, expected in (("sm_90", 32, one_pass), ("gfx942", 64, one_pass), ("gfx1100", 32, False)):
+    archs = (("sm_80", 32, one_pass), ("sm_90", 32, False), ("gfx942", 64, one_pass), ("gfx1100", 32, False))
+    for arch, lanes, expected in archs:
         config = attention.one_pass_config(arch, torch.bfloat16, 64, max_seqlen)
         assert attention.takes_one_pass(config, *case, Device(arch, 132, lanes)) is expected
+
+
+def test_the_design_of_the_backward_on_hopper():
+    """As it was timed there."""
+    for max_seqlen, expected in ((1, True), (64, True), (65, False), (512, False)):
+        config = attention.one_pass_config("sm_90", torch.bfloat16, 64, max_seqlen)
+        assert attention.takes_one_pass(config, 264, max_seqlen, True, Device("sm_90", 132, 32)) is expected
 
 
 @pytest.mark.parametrize(("arch", "expected"), [("sm_90", "tf32"), ("gfx90a", "ieee"), ("gfx1100", "ieee")])

@@ -23,15 +23,23 @@ OPS = ("attention", "bias_gelu", "add_norm")  # each has the name of its file
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of numbers that overflow in a mutant
 
-# What is replaced, and by what. Of both kernels that make the gradients of keys and values:
+# What is replaced, and by what. In both tiles that make the gradients of keys and values:
 OF_KEYS = [
     ("tl.dot(value, tl.trans(grad)", "tl.dot(key, tl.trans(grad)"),
     ("tl.where(dropout_mask, probabilities, 0.0)", "probabilities"),
-    ("grad_value *= rescale", "grad_value *= 1.0"),
-    ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "grad_probabilities * rescale"),
-    ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "tl.where(dropout_mask, grad_probabilities, 0.0)"),
-    ("(grad_probabilities - delta)", "grad_probabilities"),
-    ("grad_key * scale", "grad_key"),
+    ("dropped * grad_probabilities", "probabilities * grad_probabilities"),
+    (" - probabilities * delta", ""),
+]
+# In both kernels that store them:
+OF_STORES = [
+    ("grad_key * (scale * rescale)", "grad_key * rescale"),
+    ("grad_key * (scale * rescale)", "grad_key * scale"),
+    ("grad_value * rescale", "grad_value"),
+]
+# In all kernels that stream tiles in one loop, and what remains in another:
+OF_TAIL = [
+    ("tl.range(whole, length, STEP", "tl.range(whole, length - 1, STEP"),
+    ("WHOLE=False", "WHOLE=True"),
 ]
 # And of all kernels, by file and function:
 ATTENTION = {
@@ -55,14 +63,13 @@ ATTENTION = {
         ("key_column, query_column, sequence", "key, query_column, sequence"),
         ("key_column, query_column, sequence", "key_column, query, sequence"),
     ],
-    "_forward_tile": [
-        (
-            "first_key + index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)\n    value",
-            "index[:, None], length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)\n    value",
-        ),
+    "_scores": [
+        ("row = first_key + index[:, None]", "row = index[:, None]"),
         ("index = interleaved(index)", "pass"),
         ("if not WHOLE or key_mask_ptr is not None:", "if key_mask_ptr is not None:"),
         ("if not WHOLE or key_mask_ptr is not None:", "if not WHOLE:"),
+    ],
+    "_forward_tile": [
         ("[:, None] * -factor", "[:, None] * factor"),
         ("tl.fma(scores, factor, less)", "tl.fma(scores, factor, offset)"),
         ("tl.exp2(less - offset)", "tl.exp2(offset - less)"),
@@ -82,41 +89,53 @@ ATTENTION = {
         ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
         ("tl.range(0, whole, STEP", "tl.range(0, whole - STEP, STEP"),
         ("if whole < length:", "if whole < length - 1:"),
-        ("PRECISION, WHOLE=False", "PRECISION, WHOLE=True"),
-        ("sums, whole, case", "sums, 0, case"),
+        ("WHOLE=False", "WHOLE=True"),
     ],
-    "_load_statistics": [
-        ("offset = tl.load(ptr + row, mask=row < length", "offset = tl.load(ptr + row, mask=row < length - 1"),
-        ("ptr + distance + row, mask=row < length", "ptr + distance + row, mask=row < length - 1"),
-    ],
-    "_probabilities": [
-        ("scale * LOG2_E", "LOG2_E"),
-        ("scale * LOG2_E", "scale"),
-        (" * inverse", ""),
-        (
-            "tl.where(key_mask, tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse, 0.0)",
-            "tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse",
-        ),
+    "_load_number": [("row < length", "row < length - 1")],
+    "_delta": [(" / tl.maximum(rescale, 1.0)", "")],
+    "_queries_tile": [
+        ("tl.fma(scores, factor, offset)", "scores * factor"),
+        ("tl.dot(grad, tl.trans(value)", "tl.dot(query, tl.trans(value)"),
+        ("tl.where(dropout_mask, exponentials, 0.0)", "exponentials"),
+        ("dropped * grad_probabilities", "exponentials * grad_probabilities"),
+        (" - exponentials * delta", ""),
     ],
     "_backward_queries_kernel": [
-        ("tl.dot(grad, tl.trans(value)", "tl.dot(query, tl.trans(value)"),
-        ("tl.where(dropout_mask, grad_probabilities * rescale, 0.0)", "grad_probabilities * rescale"),
-        (
-            "tl.where(dropout_mask, grad_probabilities * rescale, 0.0)",
-            "tl.where(dropout_mask, grad_probabilities, 0.0)",
-        ),
-        ("(grad_probabilities - delta)", "grad_probabilities"),
-        ("grad_query * scale", "grad_query"),
-        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        ("scale * rescale * inverse", "rescale * inverse"),
+        ("scale * rescale * inverse", "scale * inverse"),
+        ("scale * rescale * inverse", "scale * rescale"),
+        ("scale * LOG2_E", "LOG2_E"),
+        ("offset, mask=row < length", "offset, mask=row < length - 1"),
+        ("inverse, mask=row < length", "inverse, mask=row < length - 1"),
         ("delta, mask=row < length", "delta, mask=row < length - 1"),
+        ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
+        *OF_TAIL,
+    ],
+    "_load_numbers": [
+        ("row < length", "row < length - 1"),
+        ("if WHOLE else", "if not WHOLE else"),
+        ("inverse, _ =", "_, inverse ="),
+        ("offset, delta =", "delta, offset ="),
+    ],
+    "_keys_tile": [
+        *OF_KEYS,
+        ("tl.fma(scores, factor, offset)", "scores * factor"),
+        (" * inverse", ""),
+        ("tl.where(key_mask, probabilities, 0.0)", "probabilities"),
     ],
     "_backward_keys_kernel": [
-        *OF_KEYS,
-        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
+        *OF_STORES,
+        ("scale * LOG2_E", "LOG2_E"),
+        ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
+        *OF_TAIL,
     ],
     "_backward_kernel": [
         *OF_KEYS,
-        ("grad_query * scale", "grad_query"),
+        *OF_STORES,
+        ("scale * LOG2_E", "LOG2_E"),
+        (" * inverse", ""),
+        ("tl.where(key_mask, exponentials * inverse, 0.0)", "exponentials * inverse"),
+        ("grad_query * (scale * rescale)", "grad_query * scale"),
         ("if first > 0:", "if first < 0:"),
         ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),
         ("if first + BLOCK >= length:", "if first + BLOCK > length:"),
@@ -189,13 +208,13 @@ ADD_NORM = {
         ("tl.where(_features(chunk, BLOCK) < HIDDEN, z[chunk] - mean, 0.0)", "z[chunk] - mean"),
     ],
     "_forward_kernel": [
-        ("x = _add(x, bias, CHUNKS)", "pass"),
+        ("x = _add(x, _load_vector(bias_ptr, HIDDEN, ROWS, BLOCK, CHUNKS), CHUNKS)", "pass"),
         ("x = _dropout(x, seed, threshold, rescale, column, sequence, BLOCK, CHUNKS)", "pass"),
         ("_add(z, x, CHUNKS)", "x"),
         ("z_ptr, rows, tokens, z,", "z_ptr, rows, tokens, x,"),
         ("_multiply(normal, weight, CHUNKS)", "normal"),
         ("_add(_multiply(normal, weight, CHUNKS), norm_bias, CHUNKS)", "_multiply(normal, weight, CHUNKS)"),
-        ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
+        ("tl.program_id(0) * ROWS", "tl.program_id(0) * (ROWS - 1)"),
     ],
     "_backward_kernel": [
         ("_add(grad_weight, _multiply(grad, normal, CHUNKS), CHUNKS)", "_multiply(grad, normal, CHUNKS)"),
@@ -211,6 +230,14 @@ ADD_NORM = {
         ("tl.minimum(first + rows_per_program, tokens)", "tl.minimum(first + rows_per_program - ROWS, tokens)"),
     ],
     "_store_sums": [("features < HIDDEN", "features < HIDDEN - 1")],
+    "_sum_kernel": [
+        ("vector * programs * HIDDEN", "vector * HIDDEN"),
+        ("rows < programs", "rows < programs - 1"),
+        ("(features < HIDDEN)[None, :]", "(features < HIDDEN - 1)[None, :]"),
+        ("grad_bias_ptr + features, total", "grad_weight_ptr + features, total"),
+        ("vector == 0", "vector == 2"),
+        ("vector == 1", "vector != 1"),
+    ],
 }
 DROPOUT = {
     "launch_arguments": [
@@ -260,12 +287,16 @@ DIGITS = (
         "attention",
         {
             "_forward_tile": [("tl.fma(scores, factor, less)", "scores * factor + less")],
-            "_probabilities": [
-                ("tl.fma(scores, scale * LOG2_E, offset)", "scores * (scale * LOG2_E) + offset"),
+            "_queries_tile": [("tl.fma(scores, factor, offset)", "scores * factor + offset")],
+            "_keys_tile": [
+                ("tl.fma(scores, factor, offset)", "scores * factor + offset"),
                 (
-                    "tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse",
-                    "tl.exp2(tl.fma(scores, scale * LOG2_E, offset + tl.log2(inverse)))",
+                    "tl.exp2(tl.fma(scores, factor, offset)) * inverse",
+                    "tl.exp2(tl.fma(scores, factor, offset + tl.log2(inverse)))",
                 ),
+            ],
+            "_backward_kernel": [
+                ("tl.fma(scores, scale * LOG2_E, offset)", "scores * (scale * LOG2_E) + offset"),
             ],
         },
     ),
@@ -302,16 +333,16 @@ DIGITS = (
 # In bfloat16 alone: operands of a product that are left in float32,
 CASTS = {
     "_forward_tile": [("probabilities.to(value.dtype)", "probabilities")],
-    "_backward_queries_kernel": [("grad_scores.to(key.dtype)", "grad_scores")],
-    "_backward_keys_kernel": [
+    "_queries_tile": [("grad_scores.to(key.dtype)", "grad_scores")],
+    "_keys_tile": [
         ("dropped.to(grad.dtype)", "dropped"),
         ("grad_scores.to(query.dtype)", "grad_scores"),
     ],
     "_backward_kernel": [
         ("dropped.to(grad.dtype)", "dropped"),
         (
-            "(probabilities * (grad_probabilities - delta)).to(query.dtype)",
-            "probabilities * (grad_probabilities - delta)",
+            "(dropped * grad_probabilities - probabilities * delta).to(query.dtype)",
+            "dropped * grad_probabilities - probabilities * delta",
         ),
     ],
 }
@@ -321,18 +352,18 @@ ROUNDINGS = (
         "attention",
         "attention",
         {
-            "_forward_tile": [
+            "_scores": [
                 ("(key), input_precision=PRECISION)", "(key), input_precision=PRECISION).to(key.dtype).to(tl.float32)"),
+            ],
+            "_forward_tile": [
                 ("acc=out * shrink", "acc=(out * shrink).to(value.dtype).to(tl.float32)"),
             ],
-            "_probabilities": [
-                ("input_precision=PRECISION)", "input_precision=PRECISION).to(rows.dtype).to(tl.float32)"),
-            ],
-            "_backward_queries_kernel": [
+            "_queries_tile": [
                 ("(value), input_precision=PRECISION)", "(value), input_precision=PRECISION).to(key.dtype)"),
                 ("acc=grad_query", "acc=grad_query.to(key.dtype).to(tl.float32)"),
             ],
-            "_backward_keys_kernel": [
+            "_keys_tile": [
+                ("(query), input_precision=PRECISION)", "(query), input_precision=PRECISION).to(key.dtype)"),
                 ("(grad), input_precision=PRECISION)", "(grad), input_precision=PRECISION).to(key.dtype)"),
                 ("acc=grad_key", "acc=grad_key.to(key.dtype).to(tl.float32)"),
             ],
@@ -341,7 +372,10 @@ ROUNDINGS = (
                 ("acc=grad_value", "acc=grad_value.to(key.dtype).to(tl.float32)"),
             ],
             "forward": [("tokens, dtype=torch.float32", "tokens, dtype=qkv.dtype")],
-            "backward": [("head_dim, dtype=torch.float32", "head_dim, dtype=qkv.dtype")],
+            "backward": [
+                ("head_dim, dtype=torch.float32", "head_dim, dtype=qkv.dtype"),
+                ("4, dtype=torch.float32", "4, dtype=qkv.dtype"),
+            ],
         },
     ),
     (

@@ -10,9 +10,9 @@ import pytest
 from erniem_fast.native import compiler, library
 from tests import ROOT
 
-FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined", "-fno-sanitize-recover=all"]
+FLAGS = ["-O1", "-g1", "-fsanitize=address,undefined,float-cast-overflow", "-fno-sanitize-recover=all"]
 
-# What the battery has no case of, and a whole layer.
+# What the battery has no case of, and whole layers.
 TESTS = {
     "native/test_embeddings.py": [
         "test_every_value_of_a_half_is_read_and_rounded_as_by_torch",
@@ -22,6 +22,13 @@ TESTS = {
     "native/test_function.py": [
         "test_a_tensor_that_is_missing_is_refused_by_its_name",
         "test_inputs_are_read_in_whatever_form_they_come",
+    ],
+    "native/test_int8.py": [
+        "test_largest_integers",
+        "test_a_token_does_not_depend_on_others",
+        "test_a_layer_has_the_bits_of_its_ops",
+        "test_activations",
+        "test_a_sequence_with_nan_disturbs_no_other",
     ],
     "native/test_layer.py": [
         "test_it_is_what_the_ops_are_one_by_one",
@@ -43,7 +50,7 @@ flags = compiler.cpu_flags
 compiler.cpu_flags = lambda capability: [*flags(capability), *{FLAGS}]
 build(["cpu"])
 checks = [check for check in battery(torch.device("cpu")) if check.implementation == "native"]
-assert {{check.op for check in checks}} == {{"embeddings", "attention", "bias_gelu", "add_norm", "product"}}
+assert {{check.op for check in checks}} == {{"embeddings", "attention", "bias_gelu", "add_norm", "product", "int8"}}
 for check in checks:
     assert all(comparison.holds for comparison in check.run().values()), check
 tests = {[f"{ROOT / 'tests' / file}::{name}" for file, names in TESTS.items() for name in names]}

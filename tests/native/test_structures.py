@@ -10,14 +10,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from erniem_fast.native import add_norm, attention, bias_gelu, compiler, embeddings, layer, library, linear
+from erniem_fast.native import add_norm, attention, bias_gelu, compiler, embeddings, int8, layer, library, linear
 from erniem_fast.native.function import DTYPES, Function
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
-MODULES = (add_norm, attention, bias_gelu, embeddings, layer, linear)
+MODULES = (add_norm, attention, bias_gelu, embeddings, int8, layer, linear)
 FUNCTIONS = [each for module in MODULES for each in vars(module).values() if isinstance(each, Function)]
-POINTED = {torch.int64: "int64_t", torch.int32: "int32_t", torch.bool: "bool", torch.float32: "float", None: "void"}
+POINTED = {
+    torch.int64: "int64_t",
+    torch.int32: "int32_t",
+    torch.uint8: "uint8_t",
+    torch.bool: "bool",
+    torch.float32: "float",
+    torch.int8: "void",
+    torch.bfloat16: "void",
+    None: "void",
+}
 NUMBERS = {ctypes.c_int64: "int64_t", ctypes.c_double: "double"}
 
 CPP_OF = {

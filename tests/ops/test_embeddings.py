@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from erniem_fast import ops, use_kernels
-from erniem_fast.reference import Norm
+from erniem_fast.reference import Norm, quantise_weight
 from tests.batches import dropout_of
 from tests.ops.problems import (
     BATCHES,
@@ -75,3 +75,41 @@ def test_sparse_gradient_of_the_word_table(implementation, dtype, p):
     assert largest(summed - dense[0]) <= 8 * torch.finfo(dtype).eps * largest(summed)
     assert largest(summed[PADDING]) == 0.0
     assert torch.equal(sparse[1], dense[1])
+
+
+NARROW = {"bfloat16": lambda table: (table.bfloat16(), None), "int8": quantise_weight}
+
+
+@pytest.mark.parametrize("implementation", serving("embeddings", interpreted=True))
+@pytest.mark.parametrize("narrow", NARROW.values(), ids=NARROW)
+@pytest.mark.parametrize(("hidden", "p"), [(97, 0.3), (768, 0.0)])
+def test_narrow_word_tables(implementation, narrow, hidden, p, monkeypatch):
+    """Their rows are those of a wide table with the same numbers; the other parameters have gradients."""
+    monkeypatch.setenv("ERNIEM_FAST_VERIFY", "1")
+    batch = BATCHES["short"]
+    ids, positions = torch.randint(9, (batch.tokens,)), batch.columns + 2
+    words, scale = narrow(torch.randn(9, hidden))
+    wide = words.float() if scale is None else words * scale[:, None]
+    leaves = [torch.randn(each, requires_grad=True) for each in ((19, hidden), (hidden,), (hidden,))]
+    grad = torch.randn(batch.tokens, hidden)
+
+    def run(table, **options):
+        positions_table, weight, bias = leaves
+        norm, dropout = Norm(weight, bias, EPS), dropout_of(batch, p)
+        out = ops.embeddings(ids, positions, table, positions_table, norm, PADDING, dropout, **options)
+        return out, *torch.autograd.grad(out, leaves, grad)
+
+    with use_kernels(embeddings=implementation):
+        for result, expected in zip(run(words, word_scale=scale), run(wide), strict=True):
+            assert result.dtype == torch.float32
+            # Kernels may round the product with the scale and the sum with the position once, or one after another.
+            units = 16 * torch.finfo(torch.float32).eps
+            torch.testing.assert_close(result, expected, rtol=0, atol=units * largest(expected))
+
+
+@pytest.mark.skipif("native" not in serving("embeddings"), reason="the native library cannot be built here")
+def test_int8_words_need_float32_positions():
+    words, scale = quantise_weight(torch.randn(9, 96))
+    norm, ids = Norm(torch.ones(96), torch.zeros(96), EPS), torch.zeros(3, dtype=torch.long)
+    with use_kernels(embeddings="native"), pytest.raises(ValueError, match=r"int8 needs a position table in float32"):
+        ops.embeddings(ids, ids, words, torch.randn(9, 96).half(), norm, PADDING, word_scale=scale)

@@ -104,3 +104,55 @@ def test_softmax_of_nothing_is_zero(dtype):
     assert probabilities.tolist() == [[0.0, 0.0, 0.0], [0.5, 0.0, 0.5]]
     probabilities.backward(torch.tensor([[1.0, 2.0, 3.0], [1.0, 2.0, 3.0]], dtype=dtype))
     assert scores.grad.tolist() == [[0.0, 0.0, 0.0], [-0.5, 0.0, 0.5]]
+
+
+def test_quantised_tokens_are_within_half_a_level():
+    x = torch.cat([torch.randn(20, 33), torch.rand(5, 33) + 7, -torch.rand(5, 33)])
+    for levels in (127, 255):
+        values, zero, scale = reference.quantise_tokens(x, levels)
+        assert values.min() == 0
+        assert values.max() == levels
+        # Besides x, the integer for 0 is rounded: at the ends of the range both can add up, and are then cut off.
+        assert ((values - zero) * scale - x).abs().le(scale * 1.001 * (0.5 + (values == levels) * 0.5)).all()
+        assert torch.equal(values[x == 0], zero.expand_as(values)[x == 0])
+
+
+def test_rows_that_have_no_levels():
+    inf, largest = torch.inf, torch.finfo(torch.float32).max
+    x = torch.tensor(
+        [[0.0, 0, 0], [1e-40, 0, -1e-41], [1, 2, torch.nan], [1, inf, 0], [-inf, 1, inf], [largest, -1e38, 0]]
+    )
+    values, zero, scale = reference.quantise_tokens(x, 255)
+    assert not values.any()
+    assert not zero.any()
+    torch.testing.assert_close(
+        scale[:, 0], torch.tensor([0.0, 0, torch.nan, torch.nan, torch.nan, torch.nan]), equal_nan=True
+    )
+    values, scale = reference.quantise_weight(x)
+    assert not values[:5].any()
+    assert torch.equal(scale.isnan(), torch.tensor([False, False, True, True, True, False]))
+    assert values[5].tolist() == [127, -37, 0]
+
+
+def test_quantised_linear_by_integers():
+    """A grid that both roundings leave as it is: the result is exact."""
+    x = torch.tensor([[255.0, 0, 3], [200, -55, 17], [0, 0, 0], [-255, -1, -254]])
+    weight = torch.tensor([[127.0, -3, 0], [0, 0, 0], [1, 127, -126]]) * torch.tensor([[0.5], [1], [2]])
+    values, scale = reference.quantise_weight(weight)
+    assert scale.tolist() == [0.5, 0.0, 2.0]
+    bias = torch.tensor([1.0, 2, 3])
+    assert torch.equal(reference.quantised_linear(x, values, scale, bias), F.linear(x, weight, bias))
+    assert torch.equal(reference.quantised_linear(x, values, scale, None), F.linear(x, weight))
+    assert reference.quantised_linear(x[:0], values, scale, bias).shape == (0, 3)
+
+
+def test_quantised_linear_is_close():
+    x, weight, bias = torch.randn(40, 96), torch.randn(50, 96), torch.randn(50)
+    values, scale = reference.quantise_weight(weight)
+    result = reference.quantised_linear(x, values, scale, bias)
+    # An element is off by at most a level, a weight by half of one, whose products with the other factor add up.
+    x_error, weight_error = (x.aminmax(dim=1).max - x.aminmax(dim=1).min)[:, None] / 255, scale / 2
+    bound = x_error * weight.abs().sum(1) + weight_error * (x.abs().sum(1, keepdim=True) + 96 * x_error)
+    error = (result - F.linear(x.double(), weight.double(), bias.double())).abs()
+    assert (error <= bound).all()
+    assert error.mean() < 0.05 * bound.mean()  # most of it cancels

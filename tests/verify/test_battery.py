@@ -12,7 +12,7 @@ from erniem_fast.verify import battery
 from tests.commands import run
 
 CPU = torch.device("cpu")
-FORWARD = add_norm.forward
+FORWARD, BACKWARD = add_norm.forward, add_norm.backward
 
 
 def test_the_battery_passes(tmp_path):
@@ -74,6 +74,33 @@ def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
     assert line in single
     assert [each.endswith("  FAIL") for each in (single, *halves)] == [True] * 3
     assert summary.endswith(" checks, 3 failures")
+
+
+def fused(grad, z, norm, dropout):
+    """The gradients as with a fused multiply-add: of the product and its mean, which is equal, one is not rounded."""
+    grad_z, grad_x, *sums = BACKWARD(grad, z, norm, dropout)
+    product = grad.double() * norm.weight.double()
+    rounding = ((product - product.float()) * norm.eps**-0.5).float()
+    return grad_z + rounding, grad_x, *sums
+
+
+def unsubtracted(grad, z, norm, dropout):
+    grad_z, grad_x, *sums = BACKWARD(grad, z, norm, dropout)
+    return grad_z + 1e-4 * grad, grad_x, *sums
+
+
+@pytest.mark.parametrize(("backward", "holds"), [(fused, True), (unsubtracted, False)])
+def test_one_feature_may_leave_a_rounding_of_the_terms_that_cancel(backward, holds, monkeypatch):
+    """The reference's gradients are 0 exactly: with one feature, the layer norm is constant."""
+    case = next(case for case in battery._small((1,)) if case.op == "add_norm")
+
+    def replaced(**inputs):
+        return backward(**arguments_of(BACKWARD, inputs))
+
+    monkeypatch.setattr(add_norm, "backward", replaced)
+    comparison = battery.Check(case, "triton", torch.float32, CPU).run()["residual"]
+    assert comparison.error > 0
+    assert comparison.holds is holds
 
 
 def test_nothing_to_check_is_no_success(monkeypatch, capsys):

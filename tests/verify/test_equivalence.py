@@ -92,3 +92,14 @@ def test_the_bound_is_that_of_the_largest_error_of_all_draws():
     lucky, other = (torch.tensor([4.0]), exact), (torch.tensor([5.25]), exact + 1)
     assert not compare(result, lucky).holds
     assert compare(result, lucky, other) == Comparison(error=0.5, bound=0.5 + 8 * 2.0**-23 * 4)
+
+
+def test_terms_that_cancel_in_every_draw_set_the_slack():
+    zero, exact, unit = torch.zeros(2), torch.zeros(2, dtype=torch.float64), 2.0**-23
+    fused = torch.tensor([0.0, 40 * unit])
+    assert compare(fused, (zero, exact), terms=40.0) == Comparison(error=40 * unit, bound=8 * 40 * unit)
+    assert not compare(fused, (zero, exact)).holds
+    assert not compare(9 * fused, (zero, exact), terms=40.0).holds
+    # Not where the reference is 0 by luck, or the exact result is no zero:
+    assert not compare(fused, (zero, exact), (zero + 1e-9, exact), terms=40.0).holds
+    assert not compare(fused, (zero, exact + 1e-9), terms=40.0).holds

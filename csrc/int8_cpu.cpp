@@ -1,0 +1,144 @@
+// The product x W^T + b on a CPU, by 8-bit integers: the same bits as `quantised_linear` of erniem_fast/reference.py.
+#include <algorithm>
+#include <stdexcept>
+
+#include "boundary.h"
+#include "int8.h"
+#include "int8_tile.h"
+#include "product.h"
+#include "quantise.h"
+#include "rows.h"
+
+namespace erniem_fast {
+
+struct Int8LinearForward {
+  const float* x;         // (tokens, in_features)
+  const uint8_t* packed;  // see `Int8Product`
+  const float* scale;     // (out_features,)
+  const float* bias;      // (out_features,) or null
+  float* out;             // (tokens, out_features), its rows `out_stride` apart
+  int64_t tokens, in_features, out_features, out_stride, threads, kernel;
+};
+
+namespace {
+
+constexpr int64_t TILES = 4;  // of tokens that a task takes in turn, while its block of the weight is in the cache
+
+int64_t blocks_of(const Int8Product& product) { return (product.out_features + COLUMNS - 1) / COLUMNS; }
+
+// One block of a packed weight.
+struct Block {
+  Block(const Int8Product& product, int64_t index, int64_t groups)
+      : weight(product.packed + index * (groups * GROUP * COLUMNS + sizeof column_sums)),
+        column(index * COLUMNS),
+        columns(int(std::min<int64_t>(COLUMNS, product.out_features - column))) {
+    memcpy(column_sums, weight + groups * GROUP * COLUMNS, sizeof column_sums);
+  }
+  int32_t column_sums[COLUMNS];
+  const uint8_t* weight;
+  int64_t column;
+  int columns;
+};
+
+// Turns the sums of a token's row into its results: sum (scale_x scale_w) + bias, rounded after each operation.
+template <typename Count>
+void store_row(const int32_t* sums, const Block& block, const Rounding& token, const Int8Product& product, float* row,
+               Count columns) {
+  const float* scale = product.scale + block.column;
+  float scaled[COLUMNS];
+  for (int i = 0; i < columns; ++i) {
+    scaled[i] = float(sums[i] - token.zero * block.column_sums[i]) * (token.scale * scale[i]);
+  }
+  asm("" : "+m"(scaled));  // else the compiler may join this product with the next sum, and round only once
+  if (product.bias != nullptr) {
+    for (int i = 0; i < columns; ++i) scaled[i] += product.bias[block.column + i];
+  }
+  memcpy(row + block.column, scaled, columns * sizeof(float));
+}
+
+template <typename Kernel, int... I>
+void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, int64_t groups, int32_t* sums,
+                   std::integer_sequence<int, I...>) {
+  using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+  constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
+  by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), groups, sums);
+}
+
+// One of `tiles` tiles of tokens, for a block of a product's columns.
+template <typename Kernel>
+void multiply_tile(const Int8Tokens& x, const Int8Product& product, const Block& block, int64_t tile, int64_t tiles) {
+  const int64_t first = x.tokens * tile / tiles, size = x.tokens * (tile + 1) / tiles - first;
+  alignas(64) int32_t sums[Kernel::MOST_ROWS * COLUMNS];
+  multiply_rows<Kernel>(size, x.rows.get() + first * x.stride, x.stride, block.weight, x.stride / GROUP, sums,
+                        std::make_integer_sequence<int, Kernel::MOST_ROWS>());
+  for (int64_t i = 0; i < size; ++i) {
+    float* row = product.out + (first + i) * product.out_stride;
+    if (block.columns == COLUMNS) {
+      store_row(sums + i * COLUMNS, block, x.roundings[first + i], product, row, Whole<COLUMNS>());
+    } else {
+      store_row(sums + i * COLUMNS, block, x.roundings[first + i], product, row, block.columns);
+    }
+  }
+}
+
+template <typename Kernel>
+void multiply_tokens(const Int8Tokens& x, const Int8Product* products, int count, ParallelFor run) {
+  const int64_t tiles = (x.tokens + Kernel::MOST_ROWS - 1) / Kernel::MOST_ROWS, shares = (tiles + TILES - 1) / TILES;
+  int64_t blocks = 0;
+  for (int i = 0; i < count; ++i) blocks += blocks_of(products[i]);
+  const int64_t work = x.stride * COLUMNS / 8 * std::min(x.tokens, TILES * Kernel::MOST_ROWS);
+  parallel(run, blocks * shares, work, [&](int64_t begin, int64_t end) {
+    for (int64_t task = begin; task < end; ++task) {
+      int64_t index = task / shares, share = task % shares;
+      const Int8Product* product = products;
+      for (; index >= blocks_of(*product); ++product) index -= blocks_of(*product);
+      const Block block(*product, index, x.stride / GROUP);
+      const int64_t last = tiles * (share + 1) / shares;
+      for (int64_t i = tiles * share / shares; i < last; ++i) multiply_tile<Kernel>(x, *product, block, i, tiles);
+    }
+  });
+}
+
+}  // namespace
+
+// The largest integer of tokens by a kernel; 0 if this library or processor lacks the kernel.
+extern "C" int int8_levels(int kernel) {
+  int levels = 0;
+  with_int8_kernel(kernel, [&](auto found) { levels = found.LEVELS; });
+  return levels;
+}
+
+Int8Tokens::Int8Tokens(int64_t kernel, int64_t most_tokens, int64_t most_features)
+    : kernel(kernel),
+      levels(int8_levels(kernel)),
+      rows(new uint8_t[most_tokens * round_up(most_features, GROUP)]),
+      roundings(new Rounding[most_tokens]) {
+  if (levels == 0) throw std::invalid_argument("this processor lacks the kernel");
+}
+
+void Int8Tokens::quantise(const float* x, int64_t its_tokens, int64_t features, ParallelFor run) {
+  tokens = its_tokens, stride = round_up(features, GROUP);
+  parallel(run, tokens, 2 * features, [&](int64_t begin, int64_t end) {
+    for (int64_t token = begin; token < end; ++token) {
+      roundings[token] = quantise_row(x + token * features, features, levels, rows.get() + token * stride);
+    }
+  });
+}
+
+void Int8Tokens::multiply(const Int8Product* products, int count, ParallelFor run) const {
+  with_int8_kernel(kernel, [&](auto found) { multiply_tokens<decltype(found)>(*this, products, count, run); });
+}
+
+extern "C" const char* int8_linear_forward(const Int8LinearForward* op, int, ParallelFor run) {
+  return error_of([&] {
+    for_token_blocks(op->tokens, op->threads, run, [&](int64_t first, int64_t count) {
+      Int8Tokens tokens(op->kernel, count, op->in_features);
+      tokens.quantise(op->x + first * op->in_features, count, op->in_features, run);
+      const Int8Product product = {op->packed,       op->scale,     op->bias, op->out + first * op->out_stride,
+                                   op->out_features, op->out_stride};
+      tokens.multiply(&product, 1, run);
+    });
+  });
+}
+
+}  // namespace erniem_fast

@@ -1,0 +1,350 @@
+"""Modules for inference on a CPU: linears and word tables that hold their weights packed, in bfloat16 or in int8.
+
+They take the places of `nn.Linear` and `nn.Embedding` and give up the float32 weights. Their weights have no gradient.
+"""
+
+from collections.abc import Callable
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from . import flags, modes, reference
+from .native import int8
+
+_ROWS = 4096  # of a weight that are rounded at once
+
+
+class InferenceModule(nn.Module):
+    """What all modules of this file share: they refuse training, and a change of their dtype or device.
+
+    Attributes:
+        weights: the form of the weights, as `optimize` takes it.
+    """
+
+    weights: ClassVar[str]
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.check_inference(x)
+        return _compute_uncompiled(self, x) if torch.compiler.is_compiling() else self.compute(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """The result of a call."""
+        raise NotImplementedError
+
+    def check_inference(self, x: Tensor) -> None:
+        """Refuses a call with this input where gradients are needed, or while a graph is exported."""
+        needed = torch.is_grad_enabled() and (
+            self.training or any(each.requires_grad for each in (x, *self.parameters()))
+        )
+        if needed or modes.is_transformed():
+            raise RuntimeError(
+                f"A {type(self).__name__} cannot be trained, and no gradient flows through it: {self.weights} weights "
+                f"are for inference. Call model.eval() and use torch.inference_mode(), or erniem_fast.restore(model) "
+                f"before training."
+            )
+        if modes.is_exported():
+            raise RuntimeError(
+                f"A {type(self).__name__} cannot be exported: {self.weights} weights run with erniem_fast only. Export "
+                f"the model before erniem_fast.optimize, or after erniem_fast.restore."
+            )
+
+    def check_change(self, fn: Callable[[Tensor], Tensor]) -> None:
+        """Refuses a function that `nn.Module` applies to all tensors of a model, if it changes dtype or device."""
+        moved = fn(torch.empty(0, dtype=torch.float32))
+        if (moved.dtype, moved.device.type) != (torch.float32, "cpu"):
+            raise RuntimeError(
+                f"A model with {self.weights} weights stays in float32 on the CPU, not in {moved.dtype} on "
+                f"{moved.device}; call erniem_fast.restore(model) first."
+            )
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        self.check_change(fn)
+        # A cast to float32 leaves weights in their form.
+        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+
+@torch.compiler.disable
+def _compute_uncompiled(module: InferenceModule, x: Tensor) -> Tensor:
+    """torch.compile cannot record these products: it leaves its graph for them."""
+    return module.compute(x)
+
+
+def inference_module(model: nn.Module) -> InferenceModule | None:
+    """The first module of this file in a model; None if its weights are as they were loaded."""
+    return next((module for module in model.modules() if isinstance(module, InferenceModule)), None)
+
+
+# Where a bare ERNIE-M model holds its word table, and each layer its linears.
+_WORD_TABLE = "embeddings.word_embeddings"
+_OF_LAYER = (*(f"self_attn.self_attn.{each}_proj" for each in "qkv"), "self_attn.out_proj", "linear1", "linear2")
+
+
+def places(bare: nn.Module) -> dict[str, nn.Module | None]:
+    """The modules of a bare ERNIE-M model that modules of this file can replace, by name; None for missing ones."""
+    layers = [f"encoder.layers.{index}" for index in range(len(bare.encoder.layers))]
+    names = [_WORD_TABLE, *(f"{layer}.{name}" for layer in layers for name in _OF_LAYER)]
+    present = dict(bare.named_modules(remove_duplicate=False))
+    return {name: present.get(name) for name in names}
+
+
+def freeze(bare: nn.Module) -> list[str]:
+    """Freezes the parameters of embeddings and layers; returns the names of those that were not frozen."""
+    parameters = dict(bare.named_parameters())
+    trained = [name for name, each in parameters.items() if each.requires_grad and not name.startswith("pooler.")]
+    for name in trained:
+        parameters[name].requires_grad_(False)
+    return trained
+
+
+class _OpaqueLinear(InferenceModule):
+    """A linear with a weight in oneDNN's own layout, which has no storage: it is saved and copied as a plain tensor.
+
+    Attributes:
+        dtype: of the weight and of the products.
+        packed: the weight, see `modes.onednn_pack`.
+        bias: float32 `(out_features,)`, or None.
+    """
+
+    dtype: ClassVar[torch.dtype]
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "_OpaqueLinear":
+        """The linear with its weight in this form."""
+        packed = cls()
+        packed.out_features, packed.in_features = linear.weight.shape
+        packed.packed = modes.onednn_pack(linear.weight.to(cls.dtype))
+        packed.bias = linear.bias
+        return packed.train(linear.training)
+
+    @property
+    def weight(self) -> Tensor:
+        """A plain copy of the weight, `(out_features, in_features)`."""
+        return self.packed.to_dense(self.dtype)
+
+    def compute(self, x: Tensor) -> Tensor:
+        return modes.onednn_linear(x.to(self.dtype), self.packed, self.bias).to(x.dtype)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, strict: bool, *lists: list[str]) -> None:
+        missing, unexpected, errors = lists
+        super()._load_from_state_dict(state, prefix, metadata, strict, missing, unexpected, errors)
+        key, shape = f"{prefix}weight", (self.out_features, self.in_features)
+        if key not in state:
+            missing.extend([key] if strict else [])
+        elif tuple(state[key].shape) != shape:
+            errors.append(f"{key} has shape {tuple(state[key].shape)}, but the model needs {shape}.")
+        else:
+            self.packed = modes.onednn_pack(state[key].to(self.dtype))
+        if key in unexpected:
+            unexpected.remove(key)
+
+    def __getstate__(self) -> dict[str, object]:
+        return {**self.__dict__, "packed": self.weight}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__({**state, "packed": modes.onednn_pack(state["packed"])})
+
+
+class PackedLinear(_OpaqueLinear):
+    """A linear with a float32 weight in oneDNN's layout: `(..., in_features)` to `(..., out_features)`, in float32."""
+
+    weights = "packed"
+    dtype = torch.float32
+
+
+class BFloat16Linear(_OpaqueLinear):
+    """A linear with a bfloat16 weight: `(..., in_features)` to `(..., out_features)` in the input's dtype.
+
+    Inputs and results are rounded to bfloat16. Sums are in float32, and so is the bias.
+    """
+
+    weights = "bfloat16"
+    dtype = torch.bfloat16
+
+
+class Int8Linear(InferenceModule):
+    """A linear with an int8 weight: `(..., in_features)`, floating point, to float32 `(..., out_features)`.
+
+    Each row of the weight has a scale of its own, and so has each row of the input, which is rounded to 8 bits here.
+    A token's result depends on that token alone, and not on other tokens of a batch. The arithmetic is that of
+    `reference.quantised_linear`.
+
+    Attributes:
+        weight: int8 `(out_features, in_features)`; a copy if `packed` holds it.
+        weight_scale: float32 `(out_features,)`.
+        bias: float32 `(out_features,)`, or None.
+        packed: the weight in the native product's order; None until there is a native library.
+    """
+
+    weights = "int8"
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__()
+        self.in_features, self.out_features = in_features, out_features
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
+        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32))
+        self.register_parameter("bias", _bias(out_features) if bias else None)
+        self.packed: Tensor | None = None
+
+    @classmethod
+    def of(cls, linear: nn.Linear) -> "Int8Linear":
+        """The linear with its weight rounded."""
+        with torch.device("meta"):
+            rounded = cls(*reversed(linear.weight.shape), bias=linear.bias is not None)
+        rounded.weight, rounded.weight_scale = round_rows(linear.weight.detach())
+        rounded.bias = linear.bias
+        rounded.pack()
+        return rounded.train(linear.training)
+
+    def pack(self) -> None:
+        """Gives up the plain weight for the packed one, if there is a native library to use that."""
+        if self.packed is None and int8.objection() is None and self.in_features <= int8.MOST_FEATURES:
+            self.packed = int8.pack(self.weight)
+            self._buffers.pop("weight", None)
+
+    def operands(self) -> int8.PackedLinear:
+        """What native products take, if there is `packed`."""
+        return int8.PackedLinear(self.packed, self.weight_scale, self.bias)
+
+    def compute(self, x: Tensor) -> Tensor:
+        rows = x.reshape(-1, self.in_features).float()
+        self.pack()
+        if self.packed is not None and multiplies_natively(rows):
+            out = int8.linear(rows, *self.operands())
+        else:
+            out = _int8_linear(rows, self.weight, self.weight_scale, self.bias)
+        return out.view(*x.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
+
+    def __getattr__(self, name: str) -> object:
+        if name == "weight" and self.__dict__.get("packed") is not None:
+            return int8.unpack(self.packed, self.out_features, self.in_features)
+        return super().__getattr__(name)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        destination[f"{prefix}weight"] = self.weight
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+
+    def _load_from_state_dict(self, *arguments: object) -> None:
+        if self.packed is not None:
+            weight, self.packed = self.weight, None
+            self.register_buffer("weight", weight)
+        super()._load_from_state_dict(*arguments)
+
+    def __getstate__(self) -> dict[str, object]:
+        """Without the packed weight, which another machine may be unable to use."""
+        state = {**self.__dict__, "packed": None}
+        state["_buffers"] = {"weight": self.weight, "weight_scale": self.weight_scale}
+        return state
+
+
+def _bias(features: int) -> nn.Parameter:
+    return nn.Parameter(torch.empty(features, dtype=torch.float32))
+
+
+LINEARS = {kind.weights: kind for kind in (PackedLinear, BFloat16Linear, Int8Linear)}
+
+
+def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = None) -> bool:
+    """Whether a call of the module, one of this file's, runs only its own forward, so that no hook keeps its result.
+
+    Args:
+        module: any module.
+        kind: the class that is wanted; None for any of this file.
+    """
+    return isinstance(module, kind or InferenceModule) and modes.is_untouched(module, type(module))
+
+
+def multiplies_natively(x: Tensor) -> bool:
+    """Whether int8 products of x are native where a linear is packed: neither the flags nor an observer forbid it."""
+    return modes.is_plain_call(x) and _allows_native()
+
+
+@flags.while_held
+def _allows_native() -> bool:
+    return flags.read(flags.KERNELS) == "auto" and flags.read(flags.VERIFY) == "0"
+
+
+def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """`reference.quantised_linear`, bit for bit, by PyTorch's product of bytes."""
+    tokens = reference.quantise_tokens(x, int8.levels() if int8.objection() is None else 255)
+    # A row of ones gives the sums over the weight's rows, which are those of `zero` times a row.
+    values = torch.cat([tokens.values.to(torch.uint8), x.new_ones(1, x.shape[1], dtype=torch.uint8)])
+    products = modes.multiply_bytes(values, weight.t())
+    product = (products[:-1] - tokens.zero * products[-1]).float() * (tokens.scale * weight_scale)
+    return product if bias is None else product + bias
+
+
+def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """`reference.quantise_weight`, some rows at a time: a word table's temporary tensors would take gigabytes."""
+    parts = [reference.quantise_weight(part) for part in weight.split(_ROWS)]
+    return tuple(map(torch.cat, zip(*parts, strict=True)))
+
+
+class InferenceEmbedding(InferenceModule):
+    """A table whose rows are held in fewer bits: integers `(...)` to float32 `(..., embedding_dim)`.
+
+    Attributes:
+        weight: `(num_embeddings, embedding_dim)` in `dtype`.
+        weight_scale: factors of the rows, float32 `(num_embeddings,)`; None for none.
+        padding_idx: as in `nn.Embedding`; it has no effect without gradients.
+    """
+
+    dtype: ClassVar[torch.dtype]
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None) -> None:
+        super().__init__()
+        self.num_embeddings, self.embedding_dim, self.padding_idx = num_embeddings, embedding_dim, padding_idx
+        self.register_buffer("weight", torch.empty(num_embeddings, embedding_dim, dtype=self.dtype))
+        self.register_buffer("weight_scale", None)
+
+    @classmethod
+    def of(cls, table: nn.Embedding) -> "InferenceEmbedding":
+        """The table with its rows rounded."""
+        with torch.device("meta"):
+            rounded = cls(*table.weight.shape, table.padding_idx)
+        rounded.hold(table.weight.detach())
+        return rounded.train(table.training)
+
+    def hold(self, weight: Tensor) -> None:
+        """Rounds float32 rows and holds them."""
+        self.weight = weight.to(self.dtype)
+
+    def compute(self, ids: Tensor) -> Tensor:
+        return reference.word_rows(ids, self.weight, scale=self.weight_scale).float()
+
+    def extra_repr(self) -> str:
+        return f"{self.num_embeddings}, {self.embedding_dim}, padding_idx={self.padding_idx}"
+
+
+class BFloat16Embedding(InferenceEmbedding):
+    """A table with its rows in bfloat16."""
+
+    weights = "bfloat16"
+    dtype = torch.bfloat16
+
+
+class Int8Embedding(InferenceEmbedding):
+    """A table with its rows in int8, and a scale for each."""
+
+    weights = "int8"
+    dtype = torch.int8
+
+    def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None) -> None:
+        super().__init__(num_embeddings, embedding_dim, padding_idx)
+        self.weight_scale = torch.empty(num_embeddings, dtype=torch.float32)
+
+    def hold(self, weight: Tensor) -> None:
+        self.weight, self.weight_scale = round_rows(weight)
+
+
+TABLES = {kind.weights: kind for kind in (BFloat16Embedding, Int8Embedding)}

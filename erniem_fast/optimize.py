@@ -1,0 +1,228 @@
+"""`optimize` and `restore`: a model's weights in the form that is fastest or smallest for inference on a CPU."""
+
+import hashlib
+import logging
+from collections import Counter
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from . import modes
+from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, places
+from .matmul import fastest
+from .modeling import ErnieMModel, ErnieMPreTrainedModel
+
+_LOG = logging.getLogger(__name__)
+
+_REMEDY = (
+    "Load the model again; or pass keep=True to erniem_fast.optimize, which keeps the original weights in memory too."
+)
+
+Model = TypeVar("Model", bound=ErnieMPreTrainedModel)
+
+
+@dataclass
+class _Original:
+    """A module that another one has replaced.
+
+    Attributes:
+        module: the module; without its weight, unless the weight is kept.
+        digest: of a weight that was given up; None if it is kept, or if the other module holds its bits.
+    """
+
+    module: nn.Module
+    digest: str | None
+
+
+def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Model:
+    """Changes the form in which a model holds its weights, for inference on a CPU; in place.
+
+    The linears of the layers are replaced, in `bfloat16` and `int8` the word table too. All else stays as it is: the
+    pooler and heads, layer norms, softmax and residuals are in float32. Modules that have hooks or adapters, that were
+    replaced, or that share their weight with others stay too; a line of the log names them. The parameters of
+    embeddings and layers are frozen, because no gradient flows through these weights.
+
+    Args:
+        model: an ERNIE-M model of this package, with or without a head; for all forms but None in float32 on the CPU.
+        weights: None leaves the weights as they are.
+            `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
+            weights as they are take no longer on this machine, the weights stay as they are.
+            `bfloat16` rounds weights, and the inputs and results of products, to bfloat16.
+            `int8` rounds weights to 8 bits with a scale for each row, and inputs of products with a scale for each
+            token, so that a sequence's result has the same bits alone and in any batch.
+        keep: whether to keep rounded weights' originals in memory, for `restore`.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: the model is not one of this package's.
+        ValueError: `weights` is unknown, or the CPU has no products in this form; or the model was optimised before,
+            or is not in float32 on the CPU.
+    """
+    _check(model, weights)
+    if weights is None:
+        return model
+    if weights == "packed" and not fastest.packing_pays():
+        _LOG.warning("The weights stay as they are: this machine multiplies no faster by packed ones.")
+        return model
+    bare = model.base_model
+    modules = _replaceable(model, weights)
+    bare.originals, bare.trained = {}, freeze(bare)
+    for name, module in modules.items():
+        kind = (LINEARS if isinstance(module, nn.Linear) else TABLES)[weights]
+        lost = weights != "packed" and not keep
+        original = _Original(module, _digest(module.weight) if lost else None)
+        bare.set_submodule(name, kind.of(module))
+        bare.originals[name] = original
+        if lost or weights == "packed":
+            module.weight = None
+    return model
+
+
+def restore(model: Model) -> Model:
+    """Undoes `optimize`: the modules that it replaced come back, with the very bits that their weights had; in place.
+
+    Weights in bfloat16 and int8 do not tell what they were rounded from. Unless `keep=True` kept the originals, they
+    are read again from the checkpoint that the model was loaded from, `model.name_or_path`. If the model had other
+    weights when it was optimised, as after fine-tuning, the model stays as it is, and an error says so.
+
+    Args:
+        model: the model that `optimize` took. One that is not optimised is left as it is.
+
+    Returns:
+        The model.
+
+    Raises:
+        TypeError: the model is not one of this package's.
+        ValueError: the original weights are not in the checkpoint; or the model was loaded with int8 weights; or a
+            module was replaced since.
+    """
+    _check_family(model)
+    bare = model.base_model
+    if not hasattr(bare, "originals"):
+        loaded = inference_module(bare)
+        if loaded is not None:
+            raise ValueError(
+                f"The model was loaded with {loaded.weights} weights; load its original checkpoint instead."
+            )
+        return model
+    for name in bare.originals:
+        if not isinstance(bare.get_submodule(name), InferenceModule):
+            raise ValueError(f"{name} was replaced since erniem_fast.optimize; undo that before erniem_fast.restore.")
+    read = _read_again(model, {name: each.digest for name, each in bare.originals.items() if each.digest is not None})
+    for name, original in bare.originals.items():
+        module, current = original.module, bare.get_submodule(name)
+        if module.weight is None:
+            weight = current.weight if original.digest is None else read[name]
+            module.weight = nn.Parameter(weight, requires_grad=False)
+        if isinstance(module, nn.Linear):
+            module.bias = current.bias
+        bare.set_submodule(name, module.train(current.training))
+    parameters = dict(bare.named_parameters())
+    for name in bare.trained:
+        if name in parameters:
+            parameters[name].requires_grad_(True)
+    del bare.originals, bare.trained
+    return model
+
+
+# --- What can be replaced --------------------------------------------------------------------------------------------
+
+
+def _check_family(model: nn.Module) -> None:
+    if not isinstance(model, ErnieMPreTrainedModel) or not isinstance(model.base_model, ErnieMModel):
+        raise TypeError(
+            f"model is a {type(model).__module__}.{type(model).__qualname__}; erniem_fast.optimize and restore take "
+            f"ErnieMModel and its heads (ErnieMFor…). Pass such a model, from inside of what wraps it."
+        )
+
+
+def _check(model: nn.Module, weights: str | None) -> None:
+    _check_family(model)
+    if weights not in (None, *LINEARS):
+        raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, LINEARS))}.")
+    present = inference_module(model)
+    if present is not None:
+        raise ValueError(f"The model has {present.weights} weights already; call erniem_fast.restore(model) first.")
+    if weights is None:
+        return
+    for name, module in places(model.base_model).items():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
+            raise ValueError(
+                f"weights={weights!r} needs a model in float32 on the CPU, but {name} is in {weight.dtype} on "
+                f"{weight.device}; load the model so, with dtype=torch.float32, or call model.float().cpu()."
+            )
+    reason = bfloat16_objection() if weights == "bfloat16" else None
+    if reason is not None:
+        raise ValueError(f"weights='bfloat16' is not for this machine: {reason}; use weights='int8' or 'packed'.")
+
+
+def bfloat16_objection() -> str | None:
+    """Why this machine does not serve weights in bfloat16; None if it does."""
+    if not modes.multiplies_bfloat16():
+        return "the CPU lacks AVX512_BF16 and AMX, and would emulate the products, many times slower than in float32"
+    return None if modes.has_onednn_packing() else "oneDNN is missing or off"
+
+
+def _replaceable(model: ErnieMPreTrainedModel, weights: str) -> dict[str, nn.Module]:
+    """The modules to replace, by their names in the bare model. The log names those that stay."""
+    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    candidates = places(model.base_model)
+    if weights not in TABLES:
+        candidates = {name: each for name, each in candidates.items() if not isinstance(each, nn.Embedding)}
+    found = {name: module for name, module in candidates.items() if _is_replaceable(module, uses)}
+    left = [name for name in candidates if name not in found]
+    if left:
+        _LOG.warning("These modules keep their weights, because they are hooked, adapted, replaced or shared: %s", left)
+    return found
+
+
+def _is_replaceable(module: nn.Module | None, uses: Counter) -> bool:
+    if module is None:
+        return False
+    if modes.is_plain(module, nn.Embedding):
+        simple = module.max_norm is None
+    else:
+        bias = getattr(module, "bias", None)
+        simple = modes.is_plain(module, nn.Linear) and (bias is None or bias.dtype == torch.float32)
+    return simple and module.weight.numel() > 0 and uses[id(module.weight)] == 1
+
+
+# --- The weights that were given up ----------------------------------------------------------------------------------
+
+
+def _digest(weight: Tensor) -> str:
+    return hashlib.sha256(weight.detach().contiguous().numpy().data).hexdigest()
+
+
+def _read_again(model: ErnieMPreTrainedModel, digests: dict[str, str]) -> dict[str, Tensor]:
+    """The weights with these digests, by their modules' names, from the model's checkpoint.
+
+    Raises:
+        ValueError: they are not there.
+    """
+    if not digests:
+        return {}
+    path = model.name_or_path
+    if not path:
+        raise ValueError(
+            f"The original weights are lost, because the model was not loaded from a checkpoint. {_REMEDY}"
+        )
+    try:
+        with torch.random.fork_rng(devices=[]):  # a head that is not in the checkpoint is drawn
+            loaded = type(model).from_pretrained(path, dtype=torch.float32)
+    except (OSError, RuntimeError, ValueError) as error:
+        raise ValueError(f"The original weights cannot be read from {path!r}: {error} {_REMEDY}") from error
+    parameters = dict(loaded.base_model.named_parameters())
+    weights = {name: parameters.get(f"{name}.weight") for name in digests}
+    changed = [name for name, each in weights.items() if each is None or _digest(each) != digests[name]]
+    if changed:
+        raise ValueError(
+            f"The original weights are lost: {path!r} holds other weights than the model had when it was optimised, "
+            f"first of {changed[0]}. {_REMEDY}"
+        )
+    return {name: each.detach() for name, each in weights.items()}

@@ -1,0 +1,80 @@
+"""A small layer with products of 8-bit integers, as one native call and as one call for each product and op."""
+
+import torch
+from torch import Tensor
+
+from erniem_fast import ops
+from erniem_fast.batch import TokenBatch
+from erniem_fast.flags import use_implementations
+from erniem_fast.native import int8
+from erniem_fast.ops import Product
+from erniem_fast.reference import Norm, quantise_weight
+
+CPU = torch.device("cpu")
+HIDDEN, HEADS, SCALE = 40, 3, 8**-0.5
+NATIVE = {"attention": "native", "bias_gelu": "native", "add_norm": "native"}
+
+_GENERATOR = torch.Generator().manual_seed(2)
+_SHAPES = {"q": (24, 40), "k": (24, 40), "v": (24, 40), "out": (40, 24), "up": (97, 40), "down": (40, 97)}
+
+
+def _randn(*shape: int) -> Tensor:
+    return torch.randn(shape, generator=_GENERATOR)
+
+
+def _linear(out_features: int, in_features: int, bias: bool) -> int8.PackedLinear:
+    values, scale = quantise_weight(_randn(out_features, in_features))
+    return int8.PackedLinear(int8.pack(values), scale, _randn(out_features) if bias else None)
+
+
+LINEARS = {name: _linear(*shape, bias=name not in ("k", "out", "up")) for name, shape in _SHAPES.items()}
+NORMS = {name: Norm(_randn(HIDDEN), _randn(HIDDEN), eps) for name, eps in (("norm1", 0.1), ("norm2", 0.2))}
+
+
+def packed(*lengths: int) -> TokenBatch:
+    return TokenBatch.from_cu_seqlens(torch.tensor([0, *lengths]).cumsum(0), max(lengths), sum(lengths))
+
+
+def padded(mask: Tensor) -> TokenBatch:
+    return TokenBatch.padded(tuple(mask.shape), CPU, mask)
+
+
+def _mask() -> Tensor:
+    mask = torch.ones(3, 30, dtype=torch.bool)
+    mask[1, 7:], mask[2, ::3] = False, False
+    return mask
+
+
+BATCHES = {
+    "one token": packed(1),
+    "two sequences": packed(3, 5),
+    "a sequence without tokens": packed(7, 0, 20),
+    "blocks of tokens": packed(100, 31, 2, 64),
+    "padded, with a mask": padded(_mask()),
+    "no tokens": packed(0, 0),
+}
+
+
+def whole(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> Tensor:
+    """The layer by one call."""
+    return int8.layer(x, batch.sequences, LINEARS, NORMS, HEADS, SCALE, activation, kernel)
+
+
+def one_by_one(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> Tensor:
+    """The layer by one call for each product and op."""
+
+    def multiply(name: str, x: Tensor) -> Tensor:
+        return int8.linear(x, *LINEARS[name], kernel=kernel)
+
+    with use_implementations(**NATIVE):
+        qkv = torch.cat([multiply(name, x) for name in "qkv"], dim=1)
+        context = ops.attention(qkv, batch, HEADS, SCALE)
+        attended = ops.add_norm(x, Product(multiply("out", context)), NORMS["norm1"])
+        activated = ops.bias_gelu(Product(multiply("up", attended)), activation)
+        return ops.add_norm(attended, Product(multiply("down", activated)), NORMS["norm2"])
+
+
+def is_its_ops(batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> bool:
+    """Whether both have the same bits."""
+    x = _randn(batch.tokens, HIDDEN)
+    return torch.equal(whole(x, batch, activation, kernel), one_by_one(x, batch, activation, kernel))

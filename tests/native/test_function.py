@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from erniem_fast import ErnieMConfig, ErnieMModel, ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_implementations
-from erniem_fast.native import attention, compiler, function, int8, library, linear
+from erniem_fast.native import attention, compiler, embeddings, function, int8, library, linear
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
 from tests.native import int8_layers
@@ -60,6 +60,7 @@ def calls(request) -> list[Call]:
         run_layer()
         linear.forward(torch.empty(5, 7), torch.randn(5, HIDDEN), torch.randn(7, HIDDEN), torch.randn(7))
         run_int8()
+        run_rounded_tables()
     return seen
 
 
@@ -101,6 +102,15 @@ def run_int8() -> None:
     }
     sequences, x = int8_layers.BATCHES["padded, with a mask"].sequences, torch.randn(90, int8_layers.HIDDEN)
     int8.layer(x, sequences, linears, int8_layers.NORMS, int8_layers.HEADS, int8_layers.SCALE, "gelu")
+
+
+def run_rounded_tables() -> None:
+    batch = TokenBatch.from_mask(mask(), keep_first=True)
+    ids, dropout = torch.arange(batch.tokens) % 5, batch.dropout(0.3, torch.tensor([5]))
+    words, norm = torch.randn(9, HIDDEN), Norm(torch.randn(HIDDEN), torch.randn(HIDDEN), 1e-5)
+    rest = (torch.randn(7, HIDDEN), norm, dropout, True)
+    embeddings.forward(ids, ids, words.bfloat16(), *rest)
+    embeddings.forward(ids, ids, words.to(torch.int8), *rest, word_scale=torch.rand(9))
 
 
 def test_every_function_is_called(calls):
@@ -215,6 +225,7 @@ def test_tensors_that_contradict_each_other_are_named(calls):
                 with pytest.raises(ValueError, match=message):
                     call(**{name: shorter})
     names = {"embeddings_forward": ("words", "max_positions"), "embeddings_scatter": ("table_rows",)}
+    names |= {"embeddings_bfloat16_forward": ("words", "max_positions"), "embeddings_int8_forward": ("max_positions",)}
     # A packed weight consists of groups of four features, and is refused where x needs more or fewer of these.
     names |= {"int8_linear_forward": ("in_features",), "int8_levels": ("kernels",)}
     assert free == {(function, each) for function, dimensions in names.items() for each in dimensions}
@@ -351,6 +362,6 @@ def test_no_exception_leaves_the_c_interface():
         bodies = re.findall(r'^extern "C" const char\* \w+\([^{]*\) \{\n(.*?)^\}', text, re.MULTILINE | re.DOTALL)
         assert len(bodies) == text.count('extern "C"') > 0, source.name
         for body in bodies:
-            before, _, _ = body.partition("  return error_of([&] {")
+            before, *_ = re.split(r"  return error_of\(\s*\[&\] \{", body)
             assert re.fullmatch(r"(  const [\w:<>* ]+ \w+ = [^;]+;\n)*", before), f"{source.name}: {body}"
             assert body.count("return") == 1

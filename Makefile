@@ -43,7 +43,7 @@ quality: $(VENV)/installed $(RIVALS)/installed $(REAL_WEIGHTS)/config.json
 readme: $(VENV)/installed
 	$(VENV)/bin/python -m bench readme
 
-CPP := $(wildcard csrc/* tests/cuda_on_host/*)
+CPP := $(wildcard csrc/* tests/native/cuda_on_host/*)
 lint: $(VENV)/installed
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .

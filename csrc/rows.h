@@ -4,7 +4,8 @@
 // On a GPU the lanes are the threads of a warp, and one or two accesses of 16 bytes move a piece. On a CPU there is one
 // lane with long pieces, so that the compiler vectorises the loops over them. Arithmetic is in float32.
 //
-// Between passes a row is kept in a `Row`: something that gives the piece with an index, for those of the lane at least.
+// Between passes a row is kept in a `Row`: something that gives the piece with an index, at least for those of the
+// lane.
 #pragma once
 
 #include <cmath>

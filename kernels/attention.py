@@ -335,7 +335,9 @@ def _forward_kernel(
     keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
     whole = 0
-    if not ONE_TILE:
+    # A second copy of the tile takes registers. Where nothing streams ahead, as in float32, none are to spare, and all
+    # tiles have masks.
+    if STAGES > 1 and not ONE_TILE:
         whole = length // STEP * STEP
         for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
             sums = _forward_tile(
@@ -353,22 +355,40 @@ def _forward_kernel(
                 PRECISION,
                 WHOLE=True,
             )
-    if whole < length:
-        sums = _forward_tile(
-            sums,
-            query,
-            whole,
-            keys,
-            factor,
-            draw,
-            HIDDEN,
-            HEAD_DIM,
-            STEP,
-            CONTIGUOUS,
-            INTERLEAVED,
-            PRECISION,
-            WHOLE=False,
-        )
+    if STAGES > 1:
+        if whole < length:
+            sums = _forward_tile(
+                sums,
+                query,
+                whole,
+                keys,
+                factor,
+                draw,
+                HIDDEN,
+                HEAD_DIM,
+                STEP,
+                CONTIGUOUS,
+                INTERLEAVED,
+                PRECISION,
+                WHOLE=False,
+            )
+    else:
+        for first_key in tl.range(0, length, STEP, num_stages=1):
+            sums = _forward_tile(
+                sums,
+                query,
+                first_key,
+                keys,
+                factor,
+                draw,
+                HIDDEN,
+                HEAD_DIM,
+                STEP,
+                CONTIGUOUS,
+                INTERLEAVED,
+                PRECISION,
+                WHOLE=False,
+            )
 
     offset, total, out = sums
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row without keys gives zeros
@@ -479,27 +499,29 @@ def _backward_queries_kernel(
     factor = scale * LOG2_E
     keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
-    whole = length // STEP * STEP
-    for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
-        grad_query = _queries_tile(
-            grad_query,
-            query,
-            grad,
-            offset,
-            delta,
-            first_key,
-            keys,
-            factor,
-            draw,
-            HIDDEN,
-            HEAD_DIM,
-            STEP,
-            CONTIGUOUS,
-            INTERLEAVED,
-            PRECISION,
-            WHOLE=True,
-        )
-    for first_key in tl.range(whole, length, STEP, num_stages=1):  # at most once; an `if` would cost registers
+    whole = 0
+    if STAGES > 1:  # see the forward
+        whole = length // STEP * STEP
+        for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
+            grad_query = _queries_tile(
+                grad_query,
+                query,
+                grad,
+                offset,
+                delta,
+                first_key,
+                keys,
+                factor,
+                draw,
+                HIDDEN,
+                HEAD_DIM,
+                STEP,
+                CONTIGUOUS,
+                INTERLEAVED,
+                PRECISION,
+                WHOLE=True,
+            )
+    for first_key in tl.range(whole, length, STEP, num_stages=1):  # an `if` would cost registers
         grad_query = _queries_tile(
             grad_query,
             query,
@@ -628,25 +650,27 @@ def _backward_keys_kernel(
     queries = (query_ptr, grad_ptr, numbers_ptr + 4 * row_offset)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold)
     factor = scale * LOG2_E
-    whole = length // STEP * STEP
-    for first_query in tl.range(0, whole, STEP, num_stages=STAGES):
-        sums = _keys_tile(
-            sums,
-            keys,
-            first,
-            first_query,
-            queries,
-            length,
-            factor,
-            draw,
-            HIDDEN,
-            HEAD_DIM,
-            STEP,
-            CONTIGUOUS,
-            PRECISION,
-            WHOLE=True,
-        )
-    for first_query in tl.range(whole, length, STEP, num_stages=1):  # at most once; an `if` would cost registers
+    whole = 0
+    if STAGES > 1:  # see the forward
+        whole = length // STEP * STEP
+        for first_query in tl.range(0, whole, STEP, num_stages=STAGES):
+            sums = _keys_tile(
+                sums,
+                keys,
+                first,
+                first_query,
+                queries,
+                length,
+                factor,
+                draw,
+                HIDDEN,
+                HEAD_DIM,
+                STEP,
+                CONTIGUOUS,
+                PRECISION,
+                WHOLE=True,
+            )
+    for first_query in tl.range(whole, length, STEP, num_stages=1):  # an `if` would cost registers
         sums = _keys_tile(
             sums,
             keys,

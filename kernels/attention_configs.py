@@ -43,7 +43,7 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
     if is_cdna(arch):
         return _cdna_forward_config(head_dim, max_seqlen, dropout)
     if head_dim > 128:
-        return Config(64, 32 if arch in _LARGE_TILES else 16, warps=8, stages=3)
+        return Config(64, 32, warps=8, stages=3 if arch in _LARGE_TILES else 1)
     if head_dim > 64:
         if arch not in _LARGE_TILES:
             return Config(64, 32, warps=8, stages=3)

@@ -59,13 +59,14 @@ LOOPS = {
     ("attention", "forward", "no", 64): 480,
     ("attention", "forward", "no", 32): 305,
     ("attention", "forward", "yes", 32): 670,
-    ("attention", "backward_keys", "no", 32): 340,
+    ("attention", "backward_keys", "no", 32): 361 * 1.05,
     ("attention", "backward_queries", "no", 32): 280,
 }
 WITHOUT_EXCHANGE = ("forward", "backward_queries")  # attention's kernels that sum over the columns of a tile alone
 
 # Attention's kernels of which one program has a multiprocessor for itself, and why.
 ALONE = {
+    ("attention ≤ 64", "backward"): "on sm_120, where eight warps hold what four do elsewhere",
     ("attention ≤ 128", "backward"): "holds all keys of a sequence and three sums, so that each is read once",
     ("attention, many", "backward"): "the same kernel for longer sequences",
 }
@@ -124,7 +125,9 @@ class Row:
         broken = []
         if halves and self.size <= 128 and self.products != wanted:
             broken.append(f"multiplies with {self.products}, not {wanted}")
-        if not halves or self.size != 64 or not self.copies_ahead():
+        # Blackwell's products of 128 rows are twice as fast as two of 64, and leave their sums in a memory of their
+        # own, from where they go to registers: so one program fits, and its tensors are exchanged.
+        if not halves or self.size != 64 or not self.copies_ahead() or self.arch == "sm_100":
             return broken
         if self.kernel in WITHOUT_EXCHANGE and self.in_flight > 0 and self.exchanges > 0:
             broken.append(f"exchanges {self.exchanges} tensors in a loop")
@@ -150,7 +153,8 @@ class Row:
     def is_long(self) -> bool:
         """Whether the main loop has more instructions than `LOOPS` allows."""
         most = LOOPS.get((self.op, self.kernel, self.dropout, self.elements), inf)
-        return self.arch == "sm_90" and self.dtype != "float32" and self.size != 4096 and self.loop > most
+        counted = self.arch == "sm_90" and self.dtype != "float32" and self.size in (64, 768, 1024, 3072)
+        return counted and self.loop > most
 
     def allowed_spills(self) -> float:
         """0 if the kernel uses all of its registers; otherwise 8 on NVIDIA's, which ptxas may trade for occupancy."""

@@ -199,7 +199,7 @@ DROPOUT = {
     "draw": [("group + i / 4", "group")],
     "drop": [
         ("uint32_t(piece * (N / 4))", "0"),
-        ("uint32_t(op.columns[token])", "uint32_t(token)"),
+        ("uint32_t(read(op.columns + token))", "uint32_t(token)"),
         ("column, sequence, 0)", "column, 0, 0)"),
         (">= threshold", "< threshold"),
         ("values.x[i] * rescale", "values.x[i]"),

@@ -99,7 +99,7 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     if head_dim > 128:
         return Config(32, step, warps=8, stages=1)
     if head_dim > 64:
-        return Config(64, 16, warps=8, stages=1 if arch == "sm_100" or is_cdna(arch) else 2)
+        return Config(64, 16, warps=8, stages=2 if arch == "sm_90" else 1)
     if max_seqlen <= 64:
         return Config(64, 32, warps=8 if arch == "sm_120" else 4, stages=1)
     return Config(128, step, warps=8, stages=1)

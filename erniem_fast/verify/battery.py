@@ -465,6 +465,7 @@ _HARD = (
     _attention("lengths around 64", 2, 64, p=0.1),
     _attention("padded with a mask", 2, 64),
     _attention("lengths around 64", 1, 16, p=0.1, ties=True),
+    _attention("lengths around 64", 1, 16, ties=True),
     _attention("18 tokens", 1, 256, p=0.1),
     _attention("packed with holes", 2, 32, p=0.3),
     _attention("padded at the left", 1, 128, p=0.3),

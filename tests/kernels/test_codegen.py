@@ -220,7 +220,7 @@ print(json.dumps(counts))
     assert in_process_of_its_own(code) == {
         "launch_add_norm": [21, 3],
         "launch_bias_gelu": [14, 2],
-        "launch_attention": [12, 4],  # at most 128 keys: one kernel of the backward; more: two
+        "launch_attention": [15, 3],  # more than 64 keys: two kernels of the backward
     }
 
 
@@ -266,8 +266,8 @@ print(json.dumps([
     assert bias_gelu == {"_backward_kernel": [9, 1], "_forward_kernel": [9, 1]}
     assert add_norm == {**bias_gelu, "_sum_kernel": [9, 1]}
     assert attention == {
-        "_backward_kernel": [14, 3],  # with tiles for up to 64 keys and up to 128, and with sums in memory
-        "_backward_keys_kernel": [6, 1],
-        "_backward_queries_kernel": [6, 1],
+        "_backward_kernel": [8, 1],  # up to 64 keys
+        "_backward_keys_kernel": [12, 1],
+        "_backward_queries_kernel": [12, 1],
         "_forward_kernel": [20, 2],
     }

@@ -140,7 +140,7 @@ class Graphs:
             if footprint != self._footprint:
                 self._footprint, self._graphs = footprint, {}
                 self._recorder = self._recorder_for(model.device)
-            # What is kept must not be inference tensors, because calls outside of inference mode write into it.
+            # Later calls write into this memory, which PyTorch forbids for inference tensors outside of inference mode.
             with torch.inference_mode(False), torch.no_grad(), self._recorder.turn():
                 bucket = Bucket.of(ready.batch)
                 key = (bucket, *flags.snapshot().values.values(), torch.get_float32_matmul_precision())

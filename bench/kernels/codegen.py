@@ -64,7 +64,7 @@ LOOPS = {
 }
 WITHOUT_EXCHANGE = ("forward", "backward_queries")  # attention's kernels that sum over the columns of a tile alone
 
-# Attention's kernels of which one program has a multiprocessor for itself, and why.
+# Attention kernels whose program takes a whole multiprocessor, and why that is accepted.
 ALONE = {
     ("attention ≤ 64", "backward"): "on sm_120, where eight warps hold what four do elsewhere",
     ("attention ≤ 128", "backward"): "holds all keys of a sequence and three sums, so that each is read once",

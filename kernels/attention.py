@@ -334,11 +334,12 @@ def _forward_kernel(
     factor = scale * LOG2_E
     keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
-    whole = 0
-    # A second copy of the tile takes registers. Where nothing streams ahead, as in float32, none are to spare, and all
-    # tiles have masks.
-    if STAGES > 1 and not ONE_TILE:
-        whole = length // STEP * STEP
+    # Without streaming, as in float32, no registers are to spare for a second copy of the tile: all tiles have masks.
+    STREAMS: tl.constexpr = STAGES > 1
+    whole = length // STEP * STEP if STREAMS else length
+    if ONE_TILE:
+        whole = 0
+    else:
         for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
             sums = _forward_tile(
                 sums,
@@ -353,42 +354,24 @@ def _forward_kernel(
                 CONTIGUOUS,
                 INTERLEAVED,
                 PRECISION,
-                WHOLE=True,
+                WHOLE=STREAMS,
             )
-    if STAGES > 1:
-        if whole < length:
-            sums = _forward_tile(
-                sums,
-                query,
-                whole,
-                keys,
-                factor,
-                draw,
-                HIDDEN,
-                HEAD_DIM,
-                STEP,
-                CONTIGUOUS,
-                INTERLEAVED,
-                PRECISION,
-                WHOLE=False,
-            )
-    else:
-        for first_key in tl.range(0, length, STEP, num_stages=1):
-            sums = _forward_tile(
-                sums,
-                query,
-                first_key,
-                keys,
-                factor,
-                draw,
-                HIDDEN,
-                HEAD_DIM,
-                STEP,
-                CONTIGUOUS,
-                INTERLEAVED,
-                PRECISION,
-                WHOLE=False,
-            )
+    if whole < length:
+        sums = _forward_tile(
+            sums,
+            query,
+            whole,
+            keys,
+            factor,
+            draw,
+            HIDDEN,
+            HEAD_DIM,
+            STEP,
+            CONTIGUOUS,
+            INTERLEAVED,
+            PRECISION,
+            WHOLE=False,
+        )
 
     offset, total, out = sums
     inverse = 1.0 / tl.where(total == 0.0, 1.0, total)  # a row without keys gives zeros

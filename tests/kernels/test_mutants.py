@@ -89,7 +89,7 @@ ATTENTION = {
         ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
         ("tl.range(0, whole, STEP", "tl.range(0, whole - STEP, STEP"),
         ("if whole < length:", "if whole < length - 1:"),
-        ("WHOLE=False,\n            )\n    else:", "WHOLE=True,\n            )\n    else:"),
+        ("WHOLE=False", "WHOLE=True"),
     ],
     "_load_number": [("row < length", "row < length - 1")],
     "_delta": [(" / tl.maximum(rescale, 1.0)", "")],

@@ -1,12 +1,11 @@
-// A whole layer in one call, with products of 8-bit integers. A block of tokens goes through all that follows attention
+// Whole layers in one call, with products of 8-bit integers. A block of tokens goes through all that follows attention
 // at once, while its intermediate results are in a core's cache.
 #include "int8.h"
 #include "layer.h"
 
 namespace erniem_fast {
 
-struct Int8LayerForward {
-  const float* x;  // (tokens, hidden)
+struct Int8Layer {
   // Packed weights and their scales as in `Int8Product`; biases (out_features,) or null; layer norms (hidden,).
   const uint8_t* q_packed;
   const float *q_scale, *q_bias;
@@ -21,63 +20,68 @@ struct Int8LayerForward {
   const uint8_t* down_packed;
   const float *down_scale, *down_bias;
   const float *norm1_weight, *norm1_bias, *norm2_weight, *norm2_bias;
-  const int64_t* longest_first;  // (sequences,)
-  const int32_t* cu_seqlens;     // (sequences + 1,)
-  const bool* key_mask;          // (tokens,) or null
-  float* scratch;                // (tokens, 4 * projected)
-  float* out;                    // (tokens, hidden)
-  int64_t tokens, hidden, projected, intermediate, sequences, heads, threads, activation, kernel;
+  int64_t hidden, projected, intermediate, heads, activation, kernel;
   double norm1_eps, norm2_eps, scale;
 };
 
 namespace {
 
-// Queries, keys and values of tokens [first, first + count), side by side.
-void project(const Int8LayerForward& op, int64_t first, int64_t count, float* qkv, ParallelFor run) {
-  const int64_t width = 3 * op.projected;
-  float* out = qkv + first * width;
-  const Int8Product products[] = {{op.q_packed, op.q_scale, op.q_bias, out, op.projected, width},
-                                  {op.k_packed, op.k_scale, op.k_bias, out + op.projected, op.projected, width},
-                                  {op.v_packed, op.v_scale, op.v_bias, out + 2 * op.projected, op.projected, width}};
-  Int8Tokens tokens(op.kernel, count, op.hidden);
-  tokens.quantise(op.x + first * op.hidden, count, op.hidden, run);
+int64_t scratch_features(const Int8Layer& layer) { return 4 * layer.projected; }
+
+// Queries, keys and values of tokens, side by side.
+void project(const Int8Layer& layer, const float* x, int64_t count, float* qkv, ParallelFor run) {
+  const int64_t projected = layer.projected, width = 3 * projected;
+  const Int8Product products[] = {{layer.q_packed, layer.q_scale, layer.q_bias, qkv, projected, width},
+                                  {layer.k_packed, layer.k_scale, layer.k_bias, qkv + projected, projected, width},
+                                  {layer.v_packed, layer.v_scale, layer.v_bias, qkv + 2 * projected, projected, width}};
+  Int8Tokens tokens(layer.kernel, count, layer.hidden);
+  tokens.quantise(x, count, layer.hidden, run);
   tokens.multiply(products, 3, run);
 }
 
-// From the results of attention, (tokens, projected), to those of the layer, for tokens [first, first + count).
-void finish(const Int8LayerForward& op, int64_t first, int64_t count, const float* context, ParallelFor run) {
-  const int64_t hidden = op.hidden, inner = op.intermediate;
-  const LayerNorm norm1 = {op.norm1_weight, op.norm1_bias, op.norm1_eps};
-  const LayerNorm norm2 = {op.norm2_weight, op.norm2_bias, op.norm2_eps};
+// From the results of attention, (count, projected), to those of the layer, (count, hidden), which may be `residual`.
+void finish(const Int8Layer& layer, const float* context, const float* residual, int64_t count, float* out,
+            ParallelFor run) {
+  const int64_t hidden = layer.hidden, inner = layer.intermediate;
+  const LayerNorm norm1 = {layer.norm1_weight, layer.norm1_bias, layer.norm1_eps};
+  const LayerNorm norm2 = {layer.norm2_weight, layer.norm2_bias, layer.norm2_eps};
   const std::unique_ptr<float[]> memory(new float[count * (2 * hidden + inner)]);
   float *x = memory.get(), *attended = x + count * hidden, *activations = attended + count * hidden;
-  Int8Tokens tokens(op.kernel, count, std::max({op.projected, hidden, inner}));
+  Int8Tokens tokens(layer.kernel, count, std::max({layer.projected, hidden, inner}));
   const auto multiply = [&](const float* from, int64_t in_features, const Int8Product& product) {
     tokens.quantise(from, count, in_features, run);
     tokens.multiply(&product, 1, run);
   };
 
-  multiply(context + first * op.projected, op.projected, {op.out_packed, op.out_scale, op.out_bias, x, hidden, hidden});
-  add_norm(op.x + first * hidden, x, norm1, count, hidden, attended, run);
-  multiply(attended, hidden, {op.up_packed, op.up_scale, op.up_bias, activations, inner, inner});
-  activate(activations, count, inner, op.activation, run);
-  multiply(activations, inner, {op.down_packed, op.down_scale, op.down_bias, x, hidden, hidden});
-  add_norm(attended, x, norm2, count, hidden, op.out + first * hidden, run);
+  multiply(context, layer.projected, {layer.out_packed, layer.out_scale, layer.out_bias, x, hidden, hidden});
+  add_norm(residual, x, norm1, count, hidden, attended, run);
+  multiply(attended, hidden, {layer.up_packed, layer.up_scale, layer.up_bias, activations, inner, inner});
+  activate(activations, count, inner, layer.activation, run);
+  multiply(activations, inner, {layer.down_packed, layer.down_scale, layer.down_bias, x, hidden, hidden});
+  add_norm(attended, x, norm2, count, hidden, out, run);
 }
 
-void run_layer(const Int8LayerForward& op, ParallelFor run) {
-  float *qkv = op.scratch, *context = qkv + op.tokens * 3 * op.projected;
-  for_token_blocks(op.tokens, op.threads, run,
-                   [&](int64_t first, int64_t count) { project(op, first, count, qkv, run); });
-  attend(op, qkv, context, run);
-  for_token_blocks(op.tokens, op.threads, run,
-                   [&](int64_t first, int64_t count) { finish(op, first, count, context, run); });
+void run_layer(const LayersForward& op, const Int8Layer& layer, const float* x, float* out, float* scratch,
+               ParallelFor run) {
+  const int64_t hidden = layer.hidden, projected = layer.projected;
+  float *qkv = scratch, *context = qkv + op.tokens * 3 * projected;
+  for_token_blocks(op.tokens, op.threads, run, [&](int64_t first, int64_t count) {
+    project(layer, x + first * hidden, count, qkv + first * 3 * projected, run);
+  });
+  attend(op, layer, qkv, context, run);
+  for_token_blocks(op.tokens, op.threads, run, [&](int64_t first, int64_t count) {
+    finish(layer, context + first * projected, x + first * hidden, count, out + first * hidden, run);
+  });
 }
 
 }  // namespace
 
-extern "C" const char* int8_layer_forward(const Int8LayerForward* op, int, ParallelFor run) {
-  return error_of([&] { run_layer(*op, run); });
+extern "C" const char* int8_layers_forward(const LayersForward* op, int, ParallelFor run) {
+  return error_of([&] {
+    run_layers(*op, scratch_features, [&](const Int8Layer& layer, const float* x, float* out, float* scratch) {
+      run_layer(*op, layer, x, out, scratch, run);
+    });
+  });
 }
 
 }  // namespace erniem_fast

@@ -1,14 +1,38 @@
-// The ops inside a layer, as a whole layer in one call runs them: in float32, without dropout, on tokens in blocks.
+// Layers that follow each other in one call, and the ops inside them: in float32, without dropout.
 #pragma once
+
+#include <algorithm>
+#include <memory>
 
 #include "boundary.h"
 #include "ops.h"
 
 namespace erniem_fast {
 
-// Attention of all tokens. `op` is the whole layer's arguments.
-template <typename Op>
-void attend(const Op& op, const float* qkv, float* out, ParallelFor run) {
+struct LayersForward {
+  const float* x;                // (tokens, hidden)
+  const int64_t* layers;         // (count,), the addresses of the layers' parameters
+  const int64_t* longest_first;  // (sequences,)
+  const int32_t* cu_seqlens;     // (sequences + 1,)
+  const bool* key_mask;          // (tokens,) or null
+  float* out;                    // (tokens, hidden)
+  int64_t tokens, hidden, count, sequences, threads;
+};
+
+// Calls `run_layer(layer, x, out, scratch)` for each layer in turn; from the second on, `x` is `out`. The scratch has
+// `scratch_features(layer)` numbers for each token.
+template <typename Layer, typename RunLayer>
+void run_layers(const LayersForward& op, int64_t (*scratch_features)(const Layer&), const RunLayer& run_layer) {
+  const auto layer = [&](int64_t i) -> const Layer& { return *reinterpret_cast<const Layer*>(op.layers[i]); };
+  int64_t features = 0;
+  for (int64_t i = 0; i < op.count; ++i) features = std::max(features, scratch_features(layer(i)));
+  const std::unique_ptr<float[]> scratch(new float[op.tokens * features]);
+  for (int64_t i = 0; i < op.count; ++i) run_layer(layer(i), i == 0 ? op.x : op.out, op.out, scratch.get());
+}
+
+// Attention of all tokens.
+template <typename Layer>
+void attend(const LayersForward& op, const Layer& layer, const float* qkv, float* out, ParallelFor run) {
   Attention attention = {};
   attention.qkv = qkv;
   attention.longest_first = op.longest_first;
@@ -17,10 +41,10 @@ void attend(const Op& op, const float* qkv, float* out, ParallelFor run) {
   attention.out = out;
   attention.tokens = op.tokens;
   attention.sequences = op.sequences;
-  attention.hidden = op.projected;
-  attention.heads = op.heads;
+  attention.hidden = layer.projected;
+  attention.heads = layer.heads;
   attention.threads = op.threads;
-  attention.scale = op.scale;
+  attention.scale = layer.scale;
   throw_if(attention_forward(&attention, FLOAT32, run));
 }
 

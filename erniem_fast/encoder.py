@@ -8,6 +8,7 @@ that a hook or any other module receives or returns is not overwritten, because 
 """
 
 import math
+from itertools import chain
 from typing import NamedTuple
 
 import torch
@@ -17,18 +18,17 @@ from transformers.activations import ACT2FN
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.pytorch_utils import prune_linear_layer
 
-from . import flags, matmul, modes, ops
+from . import flags, modes, one_call, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features, is_active
-from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, is_plain_inference, multiplies_natively
+from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, is_plain_inference
 from .linears import Scratch, project, project_side_by_side, scratch_for
-from .modes import is_plain, is_untouched, may_write
-from .native.int8 import layer as int8_layer
-from .native.layer import MOST_TOKENS
-from .native.layer import forward as native_layer
+from .modes import is_plain, is_untouched
+from .native import int8 as native_int8
+from .native import layer as native_layer
+from .native.function import Filled, Function
 from .ops import Product
-from .ops.choose import choose
 from .reference import Norm
 
 # The dropouts of a layer, each with its own seed.
@@ -54,15 +54,6 @@ def _norm_of(module: nn.LayerNorm) -> Norm:
 @torch.compiler.assume_constant_result
 def _recomputes_activations() -> bool:
     return flags.read(flags.RECOMPUTE) == "1" and not modes.is_exported()
-
-
-@flags.while_held
-def _runs_natively() -> bool:
-    """Whether every op inside a layer would run natively, unverified, on the CPU in float32."""
-    ops_of_layer = ("attention", "bias_gelu", "add_norm")
-    return flags.read(flags.VERIFY) == "0" and all(
-        choose(op, torch.device("cpu"), torch.float32) == "native" for op in ops_of_layer
-    )
 
 
 class ErnieMEmbeddings(nn.Module):
@@ -227,6 +218,8 @@ class LayerOptions(NamedTuple):
 class ErnieMEncoderLayer(GradientCheckpointingLayer):
     """Attention and a feed-forward network, each with a residual and a layer norm after it (post-LN)."""
 
+    prepared: one_call.Prepared | None = None
+
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__()
         act_dropout = config.hidden_dropout_prob if config.act_dropout is None else config.act_dropout
@@ -265,8 +258,10 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         """
         attentions, scratch, settings = options
         with flags.held(settings):
-            if seeds is head_mask is scores_bias is None and not attentions and self._is_one_call(hidden):
-                return self._one_call(hidden, batch), None
+            if seeds is head_mask is scores_bias is None and not attentions:
+                whole = one_call.run(self, hidden, batch)
+                if whole is not None:
+                    return whole, None
             attention, out_proj = self.self_attn.self_attn, self.self_attn.out_proj
             after_attention = _dropout(self.dropout1, batch, seeds, _AFTER_ATTENTION)
             after_activation = _dropout(self.dropout, batch, seeds, _AFTER_ACTIVATION)
@@ -319,45 +314,34 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         attention = {"q": inner.q_proj, "k": inner.k_proj, "v": inner.v_proj, "out": self.self_attn.out_proj}
         return {**attention, "up": self.linear1, "down": self.linear2}
 
-    def _is_one_call(self, hidden: Tensor) -> bool:
-        """Whether one native call can compute the whole layer: if none of its modules is replaced or hooked."""
-        if not (may_write(hidden) and self._multiplies_natively(hidden)):
-            return False
-        inner, norms = self.self_attn.self_attn, (self.norm1, self.norm2)
-        query = inner.q_proj
-        features = query.out_features if isinstance(query, Int8Linear) else query.weight.shape[0]
-        return (
-            self._fused_activation() is not None
-            and is_untouched(inner, ErnieMSelfAttention)
-            and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
-            and features % inner.num_attention_heads == 0  # else `ops.attention` raises an error
-            and _runs_natively()
-        )
-
-    def _multiplies_natively(self, hidden: Tensor) -> bool:
-        """Whether all products are native in float32, for few tokens, or in int8."""
-        linears = self._linears().values()
-        if isinstance(self.linear1, Int8Linear):
-            packed = all(is_plain_inference(linear, Int8Linear) and linear.packed is not None for linear in linears)
-            return packed and hidden.dtype == torch.float32 and multiplies_natively(hidden)
-        if hidden.shape[0] > MOST_TOKENS or matmul.library_of(matmul.FORWARD, hidden) != matmul.NATIVE:
-            return False
-        return all(
+    def native_parameters(self) -> list[tuple[Function, Filled]] | None:
+        """The native function that computes such a layer, and its parameters; None if a module has to be called."""
+        inner, linears, norms = self.self_attn.self_attn, self._linears(), {"norm1": self.norm1, "norm2": self.norm2}
+        activation = self._fused_activation()
+        if activation is None or not (
+            is_untouched(inner, ErnieMSelfAttention)
+            and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms.values())
+        ):
+            return None
+        rest = inner.num_attention_heads, inner.scale, activation
+        if all(is_plain_inference(linear, Int8Linear) and linear.packed is not None for linear in linears.values()):
+            if linears["q"].out_features % inner.num_attention_heads:
+                return None  # then `ops.attention` raises an error
+            packed = {name: linear.operands() for name, linear in linears.items()}
+            parameters = native_int8.layer_parameters(
+                packed, {name: _norm_of(norm) for name, norm in norms.items()}, *rest
+            )
+            return [(native_int8.LAYERS, parameters)]
+        if not all(
             is_plain(linear, nn.Linear)
             and linear.bias is not None
-            and linear.weight.dtype == linear.bias.dtype == hidden.dtype
-            for linear in linears
-        )
-
-    def _one_call(self, hidden: Tensor, batch: TokenBatch) -> Tensor:
-        inner, linears = self.self_attn.self_attn, self._linears()
-        norms = {"norm1": self.norm1, "norm2": self.norm2}
-        rest = inner.num_attention_heads, inner.scale, self._fused_activation()
-        if isinstance(self.linear1, Int8Linear):
-            packed = {name: linear.operands() for name, linear in linears.items()}
-            norms = {name: _norm_of(norm) for name, norm in norms.items()}
-            return int8_layer(hidden, batch.sequences, packed, norms, *rest)
-        return native_layer(hidden, batch.sequences, linears, norms, *rest)
+            and linear.weight.dtype == linear.bias.dtype == torch.float32
+            for linear in linears.values()
+        ):
+            return None
+        if linears["q"].weight.shape[0] % inner.num_attention_heads:
+            return None
+        return [(native_layer.LAYERS, native_layer.parameters(linears, norms, *rest))]
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2
@@ -365,6 +349,8 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
 class ErnieMEncoder(nn.Module):
     """The layers."""
+
+    prepared: one_call.Prepared | None = None
 
     def __init__(self, config: ErnieMConfig) -> None:
         super().__init__()
@@ -396,6 +382,10 @@ class ErnieMEncoder(nn.Module):
             The last layer's result, `(tokens, hidden)`; the embeddings and all layers' results; all layers'
             probabilities. The two lists are empty unless asked for.
         """
+        if seeds is head_mask is scores_bias is None and not (output_attentions or output_hidden_states):
+            whole = one_call.run(self, hidden, batch)
+            if whole is not None:
+                return whole, [], []
         states, attentions = [], []
         scratch = scratch_for(hidden, max(3 * self.config.hidden_size, self.config.intermediate_size))
         options = LayerOptions(output_attentions, scratch, flags.snapshot())
@@ -410,3 +400,10 @@ class ErnieMEncoder(nn.Module):
         if output_hidden_states:
             states.append(hidden)
         return hidden, states, attentions
+
+    def native_parameters(self) -> list[tuple[Function, Filled]] | None:
+        """As a layer's, for all layers in turn; None if one of them has to be called."""
+        if not all(type(layer) is ErnieMEncoderLayer for layer in self.layers):
+            return None
+        found = [layer.native_parameters() for layer in self.layers]
+        return None if None in found else list(chain.from_iterable(found))

@@ -18,6 +18,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from . import flags, modes
 from .batch import TokenBatch
+from .dropout import is_active
 from .inputs import EncoderInputs
 from .modeling import ErnieMModel
 
@@ -133,11 +134,12 @@ class Graphs:
         """What `model` returns for `ready`; None where no graph can serve the call."""
         if model is not self._model() or not self._serves(ready, model.device):
             return None
-        footprint = modes.footprint(model)
-        if footprint is None:
-            return None
         with self._lock:
-            if footprint != self._footprint:
+            if self._footprint is None or not self._footprint.is_current():
+                footprint = modes.Footprint(model)
+                # A replay would leave out hooks, and drop the same features again.
+                if not footprint.is_plain or any(map(is_active, model.modules())):
+                    return None
                 self._footprint, self._graphs = footprint, {}
                 self._recorder = self._recorder_for(model.device)
             # Later calls write into this memory, which PyTorch forbids for inference tensors outside of inference mode.

@@ -14,8 +14,6 @@ from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .dropout import is_active
-
 
 def is_transformed() -> bool:
     """Whether torch.func or forward-mode AD transforms what is computed now: they know only PyTorch's own operators."""
@@ -54,8 +52,8 @@ def is_exported() -> bool:
 
 
 def may_write(x: Tensor) -> bool:
-    """Whether a product of `x` may be written into existing memory: not under autograd, autocast or while recorded."""
-    return not torch.is_grad_enabled() and _is_eager(x)
+    """Whether a product of `x` may be written into existing memory: not where autograd or anything else follows it."""
+    return not torch.is_grad_enabled() and is_plain_call(x)
 
 
 def is_plain_call(x: Tensor) -> bool:
@@ -81,11 +79,6 @@ def is_followed(values: Iterable[object]) -> bool:
 
 
 _PLAIN = (Tensor, nn.Parameter)
-
-
-def _is_eager(x: Tensor) -> bool:
-    observed = is_transformed() or is_recorded() or not has_values(x)
-    return not (observed or torch.is_autocast_enabled(x.device.type))
 
 
 def is_captured() -> bool:
@@ -148,32 +141,60 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         not is_exported()
         and type(module) is kind
-        and not (_is_hooked(module) or module._backward_hooks or module._backward_pre_hooks)
+        and not any(getattr(module, name) for name in _HOOKS)
+        and "forward" not in module.__dict__  # which accelerate's offloading sets
         and not _has_any_global_hook()
     )
 
 
-def _is_hooked(module: nn.Module) -> bool:
-    # accelerate's offloading sets a forward on the instance
-    return bool(module._forward_hooks or module._forward_pre_hooks or "forward" in module.__dict__)
+class Footprint:
+    """What decides what the modules inside a module compute: which they are, where their weights lie, and hooks.
 
+    It is made once, and asked before each use of what was prepared then, such as a captured graph.
 
-def footprint(model: nn.Module) -> list[int] | None:
-    """The modules inside a model, and where their weights lie: what a captured forward of the model depends on.
-
-    None if a replay would leave out code that runs in every forward, such as hooks, or draw the same dropout again; or
-    if a weight has no address, because it is a tensor of another kind.
+    Attributes:
+        is_plain: False if a hook or a replaced forward of such a module runs in every call, or if a weight has no
+            address, because it is a tensor of another kind.
     """
-    modules = [model]
-    for module in modules:  # which grows meanwhile
-        modules += [each for each in module._modules.values() if each is not None]
-    hooked = any(_is_hooked(module) for module in modules[1:]) or _has_any_global_hook()
-    if hooked or any(is_active(module) for module in modules if module.training):
-        return None
-    kept = (tensors for module in modules for tensors in (module._parameters, module._buffers))
-    weights = [weight for tensors in kept for weight in tensors.values() if weight is not None]
-    try:
-        addresses = [weight.data_ptr() for weight in weights]
-    except RuntimeError:
-        return None
-    return [*map(id, modules), *(module.training for module in modules), *addresses]
+
+    def __init__(self, module: nn.Module) -> None:
+        self._modules = [module]
+        for each in self._modules:  # which grows meanwhile
+            self._modules += [child for child in each._modules.values() if child is not None]
+        members = [each.__dict__ for each in self._modules]
+        # Dictionaries that modules change in place: to look into all of them takes microseconds.
+        self._inside = members[1:]
+        self._hooks = [each[name] for each in self._inside for name in _HOOKS]
+        self._children = [each["_modules"] for each in members if each["_modules"]]
+        self._tensors = [each[name] for each in members for name in ("_parameters", "_buffers") if each[name]]
+        self._attributes = [(each, name) for each in members for name in _ATTRIBUTES if name in each]
+        self._kept = self._values()  # so that no other object gets the number of one of these
+        self._state = self._read()
+        hooked, _, _, addresses = self._state
+        self.is_plain = not hooked and addresses is not None
+
+    def is_current(self) -> bool:
+        """Whether nothing has changed."""
+        return self._read() == self._state
+
+    def _values(self) -> list[object]:
+        children = [child for each in self._children for child in each.values()]
+        return [*children, *(each.get(name) for each, name in self._attributes)]
+
+    def _read(self) -> tuple:
+        hooked = any(self._hooks) or _has_any_global_hook() or any("forward" in each for each in self._inside)
+        types = [type(module) for module in self._modules]
+        return hooked, types, [*map(id, self._values())], self._addresses()
+
+    def _addresses(self) -> list[tuple[int, torch.dtype]] | None:
+        weights = [weight for each in self._tensors for weight in each.values() if weight is not None]
+        try:
+            return [(weight.data_ptr(), weight.dtype) for weight in weights]
+        except RuntimeError:
+            return None
+
+
+_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Of modules that this library computes by itself.
+_ATTRIBUTES = ("training", "p", "eps", "scale", "num_attention_heads", "packed")

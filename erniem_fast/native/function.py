@@ -1,4 +1,4 @@
-"""A function of csrc/, called with the addresses of checked tensors."""
+"""The structures of csrc/, filled with the addresses of checked tensors, and the functions that take them."""
 
 import contextlib
 import ctypes
@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from types import CodeType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -57,33 +58,47 @@ def chunks_of(tokens: int, tokens_per_chunk: int = TOKENS_PER_CHUNK) -> int:
 CHUNKS = "-(-tokens // tokens_per_chunk)"
 
 
+class Filled(NamedTuple):
+    """A structure of csrc/ with its values.
+
+    Attributes:
+        structure: the structure.
+        tensors: those whose addresses it holds.
+        copied: whether some of them are copies of the tensors that came, so that they miss later changes.
+    """
+
+    structure: ctypes.Structure
+    tensors: list[Tensor]
+    copied: bool
+
+
 @dataclass(frozen=True, eq=False)
-class Function:
-    """A function of the libraries, and the structure in csrc/ that is its argument.
+class Structure:
+    """A structure of csrc/: addresses of tensors, and numbers.
 
     A tensor's dimension is a number, a name, or an expression in names. The first tensor with a name decides the size;
     all other tensors must agree, and so must the expressions. So callers pass only those integers that are not in the
     shape of a tensor.
 
     Attributes:
-        name: the function's name.
+        name: what errors call it.
         tensors: for each tensor its dtype (`ELEMENT` for the dtype of the call) and its dimensions.
-        written: the tensors that the function writes to.
         sizes, factors: the names of the integers and of the floating-point numbers, separated by spaces.
+        written: the tensors that are written to.
         optional: the tensors that may be None or left out of a call.
         strided: the tensors with rows that need not be adjacent in memory.
     """
 
     name: str
     tensors: dict[str, tuple]
-    written: tuple[str, ...]
     sizes: str
     factors: str = ""
+    written: tuple[str, ...] = ()
     optional: tuple[str, ...] = ()
     strided: tuple[str, ...] = ()
 
-    def __call__(self, device: torch.device, dtype: torch.dtype, **values: object) -> None:
-        """Runs the function of the device's library.
+    def fill(self, device: torch.device, dtype: torch.dtype, **values: object) -> Filled:
+        """The structure with these values.
 
         Args:
             device: where all tensors are.
@@ -92,13 +107,11 @@ class Function:
 
         Raises:
             ValueError: the dtype is not in `DTYPES`; or a tensor is missing, contradicts another one, or cannot be read
-                or written by the function. The message names the tensor.
-            BuildError: the library is not built or cannot be loaded.
-            RuntimeError: the function failed; the message says why.
+                or written by csrc/. The message names the tensor.
         """
         if dtype not in DTYPES:
             raise ValueError(f"{self.name} is for float32, float16 and bfloat16, not {dtype}; cast the tensors.")
-        addresses, alive = [], []  # converted tensors must live until the function has run
+        addresses, tensors, copied = [], [], False
         values.update(self._constants)
         for name, kind, dimensions in self._described:
             tensor = values.get(name)
@@ -111,17 +124,14 @@ class Function:
             for dimension, size in zip(dimensions, shape, strict=True):
                 if values.setdefault(dimension, size) != size:
                     raise self._contradiction(name, values, device)
-            tensor = self._readable(name, tensor, kind or dtype)
-            alive.append(tensor)
-            addresses.append(tensor.data_ptr())
+            readable = self._readable(name, tensor, kind or dtype)
+            copied = copied or readable is not tensor
+            tensors.append(readable)
+            addresses.append(readable.data_ptr())
         for expression, code, name in self._expressions:
             if expression in values and values[expression] != (value := eval(code, None, values)):
                 raise self._contradiction(name, {**values, expression: value}, device)
-        run, structure = _linked(library.load(device.type), self)
-        with torch.cuda.device(device) if device.type == "cuda" else _HERE:
-            error = run(structure(*addresses, *map(values.__getitem__, self._numbers)), DTYPES[dtype], _context(device))
-        if error is not None:
-            raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
+        return Filled(self.layout(*addresses, *map(values.__getitem__, self._numbers)), tensors, copied)
 
     def _absent(self, name: str, values: dict[str, object]) -> None:
         """The null address of a missing tensor; raises an error if the function needs the tensor."""
@@ -160,6 +170,11 @@ class Function:
         return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor.detach())
 
     @functools.cached_property
+    def layout(self) -> type[ctypes.Structure]:
+        """The structure as a type of ctypes."""
+        return type(self.name, (ctypes.Structure,), {"_fields_": self.fields})
+
+    @functools.cached_property
     def fields(self) -> tuple[tuple[str, type], ...]:
         """The structure's fields in order: addresses, integers, floating-point numbers."""
         kinds = (
@@ -195,6 +210,29 @@ class Function:
         return [*self.sizes.split(), *self.factors.split()]
 
 
+@dataclass(frozen=True, eq=False)
+class Function(Structure):
+    """A function of the libraries, and the structure that is its argument."""
+
+    def __call__(self, device: torch.device, dtype: torch.dtype, **values: object) -> None:
+        """Runs the function of the device's library.
+
+        Args:
+            device, dtype, values: see `fill`.
+
+        Raises:
+            ValueError: see `fill`.
+            BuildError: the library is not built or cannot be loaded.
+            RuntimeError: the function failed; the message says why.
+        """
+        filled = self.fill(device, dtype, **values)
+        run = _linked(library.load(device.type), self.name)
+        with torch.cuda.device(device) if device.type == "cuda" else _HERE:
+            error = run(ctypes.byref(filled.structure), DTYPES[dtype], _context(device))
+        if error is not None:
+            raise RuntimeError(f"{self.name} failed on {device}: {error.decode()}")
+
+
 def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
     """Whether csrc/ can use a tensor's memory: it holds the dtype's elements in order, aligned, not lazily negated."""
     return (
@@ -206,17 +244,12 @@ def _is_laid_out(tensor: Tensor, dtype: torch.dtype, rows_apart: bool) -> bool:
 
 
 @functools.cache
-def _linked(library: ctypes.CDLL, function: Function) -> tuple[Callable[..., bytes | None], type[ctypes.Structure]]:
-    """The function of a library, and the type of its argument.
-
-    Threads that come here at the same time each get a function object of their own by `library[…]`. `getattr` would
-    give all of them one object, which would accept only the argument type that the last thread has set.
-    """
-    structure = type(function.name, (ctypes.Structure,), {"_fields_": function.fields})
-    run = library[function.name]
-    run.argtypes = (ctypes.POINTER(structure), ctypes.c_int, ctypes.c_void_p)
+def _linked(library: ctypes.CDLL, name: str) -> Callable[..., bytes | None]:
+    """A function of the library, which takes the address of its structure, the dtype's number and what it runs on."""
+    run = library[name]
+    run.argtypes = (ctypes.c_void_p, ctypes.c_int, ctypes.c_void_p)
     run.restype = ctypes.c_char_p
-    return run, structure
+    return run
 
 
 _HERE = contextlib.nullcontext()

@@ -1,19 +1,17 @@
-"""Products of 8-bit integers on the CPU, alone and as a whole layer: the bits of `reference.quantised_linear`."""
+"""Products of 8-bit integers on the CPU, alone and in whole layers: the bits of `reference.quantised_linear`."""
 
 import ctypes
 import functools
-from itertools import chain
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..batch import Sequences
 from ..reference import Norm
-from . import library
+from . import layer, library
 from .bias_gelu import ACTIVATIONS
-from .function import FLOAT, INT, Function
+from .function import FLOAT, INT, Filled, Function, Structure
 
 # The numbers of `Int8Kernel` in csrc/int8_tile.h, the best last.
 KERNELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx_vnni": 3, "avx512_vnni": 4}
@@ -47,48 +45,27 @@ _LINEAR = Function(
     strided=("out",),
 )
 
-# The features of a layer's products: those that they return, and those that they take.
-_SHAPES = {
-    "q": ("projected", "hidden"),
-    "k": ("projected", "hidden"),
-    "v": ("projected", "hidden"),
-    "out": ("hidden", "projected"),
-    "up": ("intermediate", "hidden"),
-    "down": ("hidden", "intermediate"),
-}
-
-# A layer's parameters in the order of the fields of `PackedLinear` and `Norm`.
-_LINEARS = {
-    f"{name}_{part}": tensor
-    for name, (out_features, in_features) in _SHAPES.items()
-    for part, tensor in (
-        ("packed", (torch.uint8, _bytes(out_features, in_features))),
-        ("scale", (FLOAT, out_features)),
-        ("bias", (FLOAT, out_features)),
-    )
-}
-_NORMS = [f"{name}_{part}" for name in ("norm1", "norm2") for part in Norm._fields]
-
-_LAYER = Function(
-    "int8_layer_forward",
+_LAYER = Structure(
+    "Int8Layer",
     {
-        "x": (FLOAT, "tokens", "hidden"),
-        **_LINEARS,
-        "norm1_weight": (FLOAT, "hidden"),
-        "norm1_bias": (FLOAT, "hidden"),
-        "norm2_weight": (FLOAT, "hidden"),
-        "norm2_bias": (FLOAT, "hidden"),
-        "longest_first": (INT, "sequences"),
-        "cu_seqlens": (torch.int32, "sequences + 1"),
-        "key_mask": (torch.bool, "tokens"),
-        "scratch": (FLOAT, "tokens", "4 * projected"),
-        "out": (FLOAT, "tokens", "hidden"),
+        **{
+            f"{name}_{part}": tensor
+            for name, shape in layer.LINEARS.items()
+            for part, tensor in (
+                ("packed", (torch.uint8, _bytes(*shape))),
+                ("scale", (FLOAT, shape[0])),
+                ("bias", (FLOAT, shape[0])),
+            )
+        },
+        **layer.NORMS,
     },
-    written=("scratch", "out"),
-    sizes="tokens hidden projected intermediate sequences heads threads activation kernel",
-    factors="norm1_eps norm2_eps scale",
-    optional=(*(f"{name}_bias" for name in _SHAPES), "key_mask"),
+    sizes=f"{layer.SIZES} kernel",
+    factors=layer.FACTORS,
+    optional=tuple(f"{name}_bias" for name in layer.LINEARS),
 )
+
+# Takes the parameters of layers that `layer_parameters` gives.
+LAYERS = layer.forward_of("int8_layers_forward")
 
 
 class PackedLinear(NamedTuple):
@@ -197,52 +174,39 @@ def linear(
     return out
 
 
-def layer(
-    x: Tensor,
-    sequences: Sequences,
+def layer_parameters(
     linears: dict[str, PackedLinear],
     norms: dict[str, Norm],
     heads: int,
     scale: float,
     activation: str,
     kernel: str | None = None,
-) -> Tensor:
-    """The bits of `linear` and of the native ops in turn, without dropout, head mask or probabilities.
+) -> Filled:
+    """A layer's parameters, for `Layers` with the function `LAYERS`, which has the bits of `linear` and the native ops.
 
     Args:
-        x: float32 `(tokens, hidden)` on the CPU.
-        sequences: how tokens are cut into sequences.
         linears: `q`, `k`, `v`, `out`, `up` and `down`.
         norms: `norm1` and `norm2`, in float32, each with a bias.
         heads, scale: as in `ops.attention`.
         activation: a key of `ACTIVATIONS`.
         kernel: as in `linear`.
 
-    Returns:
-        float32 `(tokens, hidden)`.
-
     Raises:
-        ValueError, BuildError, RuntimeError: see `Function.__call__`.
+        ValueError: see `Structure.fill`.
     """
-    out = torch.empty_like(x, memory_format=torch.contiguous_format)
-    _LAYER(
-        x.device,
-        x.dtype,
-        x=x,
-        **dict(zip(_LINEARS, chain.from_iterable(linears[name] for name in _SHAPES), strict=True)),
-        **dict(zip(_NORMS, (*norms["norm1"], *norms["norm2"]), strict=True)),
-        longest_first=sequences.longest_first,
-        cu_seqlens=sequences.cu_seqlens,
-        key_mask=sequences.key_mask,
-        scratch=x.new_empty(x.shape[0], 4 * linears["q"].scale.shape[0]),
-        out=out,
+    return _LAYER.fill(
+        torch.device("cpu"),
+        FLOAT,
+        **{
+            f"{name}_{part}": value
+            for name, each in {**linears, **norms}.items()
+            for part, value in each._asdict().items()
+        },
         heads=heads,
-        threads=torch.get_num_threads(),
         activation=ACTIVATIONS[activation],
         kernel=_number(kernel),
         scale=scale,
     )
-    return out
 
 
 def _number(kernel: str | None) -> int:

@@ -1,92 +1,151 @@
-"""A whole layer in one call, for few tokens, where Python between the ops would take a quarter of the time."""
+"""Whole layers in one call, for few tokens, where Python between the ops would take a quarter of the time."""
+
+import ctypes
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
 from ..batch import Sequences
 from .bias_gelu import ACTIVATIONS
-from .function import FLOAT, INT, Function
+from .function import FLOAT, INT, Filled, Function, Structure
 
 # For more tokens Python between the ops hardly shows. On two cores of an EPYC (Zen 5), a forward at base size takes
 # 0.90 times as long as op by op at 24 tokens, 0.93 times at 64, and 0.98 times at 256.
 MOST_TOKENS = 128
 
-_FORWARD = Function(
-    "layer_forward",
+# The features of a layer's products: those that they return, and those that they take.
+LINEARS = {
+    "q": ("projected", "hidden"),
+    "k": ("projected", "hidden"),
+    "v": ("projected", "hidden"),
+    "out": ("hidden", "projected"),
+    "up": ("intermediate", "hidden"),
+    "down": ("hidden", "intermediate"),
+}
+NORMS = {f"{name}_{part}": (FLOAT, "hidden") for name in ("norm1", "norm2") for part in ("weight", "bias")}
+SIZES = "hidden projected intermediate heads activation"
+FACTORS = "norm1_eps norm2_eps scale"
+
+_LAYER = Structure(
+    "Layer",
     {
-        "x": (FLOAT, "tokens", "hidden"),
-        "q_weight": (FLOAT, "projected", "hidden"),
-        "q_bias": (FLOAT, "projected"),
-        "k_weight": (FLOAT, "projected", "hidden"),
-        "k_bias": (FLOAT, "projected"),
-        "v_weight": (FLOAT, "projected", "hidden"),
-        "v_bias": (FLOAT, "projected"),
-        "out_weight": (FLOAT, "hidden", "projected"),
-        "out_bias": (FLOAT, "hidden"),
-        "norm1_weight": (FLOAT, "hidden"),
-        "norm1_bias": (FLOAT, "hidden"),
-        "up_weight": (FLOAT, "intermediate", "hidden"),
-        "up_bias": (FLOAT, "intermediate"),
-        "down_weight": (FLOAT, "hidden", "intermediate"),
-        "down_bias": (FLOAT, "hidden"),
-        "norm2_weight": (FLOAT, "hidden"),
-        "norm2_bias": (FLOAT, "hidden"),
-        "longest_first": (INT, "sequences"),
-        "cu_seqlens": (torch.int32, "sequences + 1"),
-        "key_mask": (torch.bool, "tokens"),
-        "scratch": (FLOAT, "tokens", "4 * projected + 2 * hidden + intermediate"),
-        "out": (FLOAT, "tokens", "hidden"),
+        **{
+            f"{name}_{part}": tensor
+            for name, shape in LINEARS.items()
+            for part, tensor in (("weight", (FLOAT, *shape)), ("bias", (FLOAT, shape[0])))
+        },
+        **NORMS,
     },
-    written=("scratch", "out"),
-    sizes="tokens hidden projected intermediate sequences heads threads activation",
-    factors="norm1_eps norm2_eps scale",
-    optional=("key_mask",),
+    sizes=SIZES,
+    factors=FACTORS,
 )
 
 
-def forward(
-    x: Tensor,
-    sequences: Sequences,
-    linears: dict[str, nn.Linear],
-    norms: dict[str, nn.LayerNorm],
-    heads: int,
-    scale: float,
-    activation: str,
-) -> Tensor:
-    """The result of a layer's ops and products in turn, without dropout, head mask or probabilities.
+def forward_of(name: str) -> Function:
+    """A function of csrc/ that runs layers one after another."""
+    return Function(
+        name,
+        {
+            "x": (FLOAT, "tokens", "hidden"),
+            "layers": (INT, "count"),
+            "longest_first": (INT, "sequences"),
+            "cu_seqlens": (torch.int32, "sequences + 1"),
+            "key_mask": (torch.bool, "tokens"),
+            "out": (FLOAT, "tokens", "hidden"),
+        },
+        sizes="tokens hidden count sequences threads",
+        written=("out",),
+        optional=("key_mask",),
+    )
+
+
+# Takes what `parameters` gives.
+LAYERS = forward_of("layers_forward")
+
+
+class Layers:
+    """Layers that follow each other, with parameters that were checked once, for many calls.
+
+    A call is for float32 `(tokens, hidden)` on the CPU, and gives the result of all layers' ops and products in turn,
+    without dropout, head mask or probabilities, in the same shape. It reads the parameters where they were in memory
+    when this object was made: whoever calls has to see to it that they still are.
+
+    Attributes:
+        function: what runs them.
+        copied: whether it reads copies of parameters that csrc/ cannot read where they are.
+    """
+
+    def __init__(self, layers: Sequence[Filled], function: Function) -> None:
+        """
+        Args:
+            layers: of each layer its parameters.
+            function: runs layers with such parameters: `LAYERS`, or that of `int8`.
+
+        Raises:
+            ValueError: layers take different numbers of features.
+        """
+        self.function = function
+        self._structures = [each.structure for each in layers]
+        self._copies = [each.tensors for each in layers if each.copied]
+        self._addresses = torch.tensor([ctypes.addressof(each) for each in self._structures], dtype=torch.int64)
+        widths = {each.hidden for each in self._structures}
+        if len(widths) != 1:
+            raise ValueError(f"layers take {sorted(widths)} features, but all have to take the same number.")
+        (self._hidden,) = widths
+
+    @property
+    def copied(self) -> bool:
+        return bool(self._copies)
+
+    def __call__(self, x: Tensor, sequences: Sequences) -> Tensor:
+        """Runs the layers.
+
+        Args:
+            x: float32 `(tokens, hidden)` on the CPU.
+            sequences: how tokens are cut into sequences.
+
+        Raises:
+            ValueError, BuildError, RuntimeError: see `Function.__call__`.
+        """
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self.function(
+            x.device,
+            x.dtype,
+            x=x,
+            layers=self._addresses,
+            longest_first=sequences.longest_first,
+            cu_seqlens=sequences.cu_seqlens,
+            key_mask=sequences.key_mask,
+            out=out,
+            hidden=self._hidden,
+            threads=torch.get_num_threads(),
+        )
+        return out
+
+
+def parameters(
+    linears: dict[str, nn.Linear], norms: dict[str, nn.LayerNorm], heads: int, scale: float, activation: str
+) -> Filled:
+    """A layer's parameters, for `Layers`.
 
     Args:
-        x: float32 `(tokens, hidden)` on the CPU.
-        sequences: how tokens are cut into sequences.
-        linears: `q`, `k`, `v`, `out`, `up` and `down`, in float32, each with a bias.
-        norms: `norm1` and `norm2`, in float32, each with a bias.
+        linears: `q`, `k`, `v`, `out`, `up` and `down`, in float32 with a bias each.
+        norms: `norm1` and `norm2`, in float32 with a bias each.
         heads, scale: as in `ops.attention`.
         activation: a key of `ACTIVATIONS`.
 
-    Returns:
-        float32 `(tokens, hidden)`.
-
     Raises:
-        ValueError, BuildError, RuntimeError: see `Function.__call__`.
+        ValueError: see `Structure.fill`.
     """
-    tokens, hidden = x.shape
-    projected, intermediate = linears["q"].weight.shape[0], linears["up"].weight.shape[0]
-    out = x.new_empty(tokens, hidden)
-    _FORWARD(
-        x.device,
-        x.dtype,
-        x=x,
-        **{f"{name}_weight": module.weight for name, module in (*linears.items(), *norms.items())},
-        **{f"{name}_bias": module.bias for name, module in (*linears.items(), *norms.items())},
+    modules = {**linears, **norms}
+    return _LAYER.fill(
+        torch.device("cpu"),
+        FLOAT,
+        **{f"{name}_weight": module.weight for name, module in modules.items()},
+        **{f"{name}_bias": module.bias for name, module in modules.items()},
         **{f"{name}_eps": norm.eps for name, norm in norms.items()},
-        longest_first=sequences.longest_first,
-        cu_seqlens=sequences.cu_seqlens,
-        key_mask=sequences.key_mask,
-        scratch=x.new_empty(tokens, 4 * projected + 2 * hidden + intermediate),
-        out=out,
         heads=heads,
-        threads=torch.get_num_threads(),
         activation=ACTIVATIONS[activation],
         scale=scale,
     )
-    return out

@@ -16,13 +16,14 @@ from torch import nn
 from transformers import BertConfig, BertModel
 
 import erniem_fast
-from erniem_fast import ErnieMModel, encoder, reference
+from erniem_fast import ErnieMModel, reference
 from erniem_fast.inference import LINEARS, InferenceModule, Int8Embedding, Int8Linear, is_plain_inference
 from erniem_fast.matmul import fastest
 from erniem_fast.native import int8
 from tests.golden import cases
 from tests.model.test_inference import LEVELS, SERVED
 from tests.model.tiny import IDS, LAYOUT_CASES, MASK, REAL, assert_close, load, logits_of
+from tests.one_calls import record
 from tests.ops.problems import serving
 
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
@@ -138,33 +139,31 @@ native = pytest.mark.skipif(int8.objection() is not None, reason="the native lib
 
 
 @pytest.fixture
-def one_calls(monkeypatch):
-    """The token counts of the layers that were one native call."""
-    seen = []
-    monkeypatch.setattr(encoder, "int8_layer", lambda x, *rest: seen.append(len(x)) or int8.layer(x, *rest))
-    return seen
+def calls(monkeypatch):
+    """The token counts and the numbers of layers of native calls."""
+    return record(monkeypatch)
 
 
 @native
 @pytest.mark.parametrize("tokens", [1, 5, 200])
-def test_an_int8_layer_is_one_call_at_every_length(one_calls, tokens):
+def test_int8_layers_are_one_call_at_every_length(calls, tokens):
     """And gives the bits of its ops one by one, which a hook on a linear brings about."""
     ids = torch.randint(4, cases.VOCABULARY, (1, tokens), generator=torch.Generator().manual_seed(tokens))
     model = make("int8")
     whole = hidden(model, input_ids=ids, attention_mask=None)
-    assert one_calls == [tokens] * model.config.num_hidden_layers
+    assert calls == [(tokens, model.config.num_hidden_layers)]
     hooks = [layer.linear1.register_forward_hook(lambda *_: None) for layer in model.encoder.layers]
     assert torch.equal(hidden(model, input_ids=ids, attention_mask=None), whole)
-    assert len(one_calls) == model.config.num_hidden_layers
+    assert len(calls) == 1
     for hook in hooks:
         hook.remove()
     with mock.patch.dict(os.environ, ERNIEM_FAST_VERIFY="1"):
         assert torch.equal(hidden(model, input_ids=ids, attention_mask=None), whole)
-    assert len(one_calls) == model.config.num_hidden_layers
+    assert len(calls) == 1
 
 
 @native
-def test_what_one_call_does_not_compute_goes_op_by_op(one_calls):
+def test_what_one_call_does_not_compute_goes_op_by_op(calls):
     model = make("int8", dropout=0.1)
     layer = model.encoder.layers[0]
     with torch.inference_mode():
@@ -174,10 +173,10 @@ def test_what_one_call_does_not_compute_goes_op_by_op(one_calls):
         with torch.autocast("cpu", torch.bfloat16):
             model.eval()(**INPUTS)
     model(**INPUTS)  # autograd
-    assert one_calls == []
+    assert calls == []
     layer.linear2 = nn.Sequential(layer.linear2)
     hidden(model)
-    assert len(one_calls) == model.config.num_hidden_layers - 1
+    assert len(calls) == model.config.num_hidden_layers - 1
 
 
 @every_form

@@ -7,6 +7,7 @@ from erniem_fast import ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_implementations
 from erniem_fast.native import int8
+from erniem_fast.native.layer import Layers
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm, quantise_weight
 
@@ -57,7 +58,8 @@ BATCHES = {
 
 def whole(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> Tensor:
     """The layer by one call."""
-    return int8.layer(x, batch.sequences, LINEARS, NORMS, HEADS, SCALE, activation, kernel)
+    parameters = int8.layer_parameters(LINEARS, NORMS, HEADS, SCALE, activation, kernel)
+    return Layers([parameters], int8.LAYERS)(x, batch.sequences)
 
 
 def one_by_one(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> Tensor:
@@ -78,3 +80,21 @@ def is_its_ops(batch: TokenBatch, activation: str = "gelu", kernel: str | None =
     """Whether both have the same bits."""
     x = _randn(batch.tokens, HIDDEN)
     return torch.equal(whole(x, batch, activation, kernel), one_by_one(x, batch, activation, kernel))
+
+
+def are_one_after_another() -> bool:
+    """Whether three layers in one call, the second with other norms and fewer heads, are each a call of its own."""
+    batch = BATCHES["two sequences"]
+    first = int8.layer_parameters(LINEARS, NORMS, HEADS, SCALE, "gelu")
+    norms = {"norm1": NORMS["norm2"], "norm2": NORMS["norm1"]}
+    narrow = {
+        **LINEARS,
+        **{name: _linear(8, HIDDEN, bias=True) for name in "qkv"},
+        "out": _linear(HIDDEN, 8, bias=True),
+    }
+    layers = [first, int8.layer_parameters(narrow, norms, 1, SCALE, "relu"), first]
+    x = _randn(batch.tokens, HIDDEN)
+    together, given = Layers(layers, int8.LAYERS)(x, batch.sequences), x.clone()
+    for each in layers:
+        x = Layers([each], int8.LAYERS)(x, batch.sequences)
+    return torch.equal(together, x) and not torch.equal(x, given)

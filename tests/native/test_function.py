@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 
 import numpy as np
 import pytest
@@ -12,7 +13,8 @@ from torch import Tensor, nn
 from erniem_fast import ErnieMConfig, ErnieMModel, ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_implementations
-from erniem_fast.native import attention, compiler, embeddings, function, int8, library, linear
+from erniem_fast.native import attention, compiler, embeddings, function, int8, layer, library, linear
+from erniem_fast.native.layer import Layers
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
 from tests.native import int8_layers
@@ -28,7 +30,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 class Call:
     """A call of a native function, to be made again with other tensors."""
 
-    def __init__(self, function: function.Function, device: torch.device, dtype: torch.dtype, values: dict):
+    def __init__(self, function: function.Structure, device: torch.device, dtype: torch.dtype, values: dict):
         self.function, self.device, self.dtype = function, device, dtype
         tensors = {name: value.detach().clone() for name, value in values.items() if isinstance(value, Tensor)}
         self.values = {**values, **tensors}
@@ -42,26 +44,45 @@ class Call:
         written = {name: torch.zeros_like(each) for name, each in self.tensors(written=True).items()}
         values = {**self.values, **written, **changes}
         self.function(self.device, self.dtype, **values)
-        return {name: values[name] for name in written if values[name] is not None and name != "scratch"}
+        return {name: values[name] for name in written if values[name] is not None}
+
+
+class CallOfLayer(Call):
+    """A call of a layer whose parameters are to be others."""
+
+    def __call__(self, **changes: Tensor | None) -> dict[str, Tensor]:
+        filled = self.function.fill(self.device, self.dtype, **{**self.values, **changes})
+        layers = Layers([filled], {"Layer": layer, "Int8Layer": int8}[self.function.name].LAYERS)
+        x = torch.linspace(-2, 3, 5 * filled.structure.hidden).sin().view(5, -1)
+        return {"out": layers(x, int8_layers.packed(3, 2).sequences)}
 
 
 @pytest.fixture(scope="module", params=DTYPES.values(), ids=DTYPES)
-def calls(request) -> list[Call]:
+def calls(request) -> Iterator[list[Call]]:
     """A call of every native function, forward and backward, with all tensors that it can have."""
-    seen, original = [], function.Function.__call__
+    seen, kept, call, fill = [], [], function.Function.__call__, function.Structure.fill
 
     def record(function, device, dtype, **values):
         seen.append(Call(function, device, dtype, values))
-        original(function, device, dtype, **values)
+        call(function, device, dtype, **values)
+
+    def record_layer(structure, device, dtype, **values):
+        filled = fill(structure, device, dtype, **values)
+        if not isinstance(structure, function.Function):
+            seen.append(CallOfLayer(structure, device, dtype, values))
+            kept.append(filled)
+        return filled
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(function.Function, "__call__", record)
+        patch.setattr(function.Structure, "fill", record_layer)
         run_ops(request.param)
         run_layer()
         linear.forward(torch.empty(5, 7), torch.randn(5, HIDDEN), torch.randn(7, HIDDEN), torch.randn(7))
         run_int8()
         run_rounded_tables()
-    return seen
+    yield seen
+    kept.clear()  # what calls of layers hold the addresses of
 
 
 def mask() -> Tensor:
@@ -101,7 +122,8 @@ def run_int8() -> None:
         name: linear._replace(bias=torch.randn_like(linear.scale)) for name, linear in int8_layers.LINEARS.items()
     }
     sequences, x = int8_layers.BATCHES["padded, with a mask"].sequences, torch.randn(90, int8_layers.HIDDEN)
-    int8.layer(x, sequences, linears, int8_layers.NORMS, int8_layers.HEADS, int8_layers.SCALE, "gelu")
+    rest = int8_layers.NORMS, int8_layers.HEADS, int8_layers.SCALE, "gelu"
+    Layers([int8.layer_parameters(linears, *rest)], int8.LAYERS)(x, sequences)
 
 
 def run_rounded_tables() -> None:
@@ -115,7 +137,9 @@ def run_rounded_tables() -> None:
 
 def test_every_function_is_called(calls):
     sources = "".join(source.read_text() for source in compiler.SOURCES.glob("*_cpu.cpp"))
-    assert {call.function.name for call in calls} == set(re.findall(r'extern "C" const char\* (\w+)\(', sources))
+    assert {call.function.name for call in calls if isinstance(call.function, function.Function)} == set(
+        re.findall(r'extern "C" const char\* (\w+)\(', sources)
+    )
 
 
 def test_a_tensor_that_is_missing_is_refused_by_its_name(calls):
@@ -204,6 +228,7 @@ def test_every_size_is_read_from_the_tensors(calls):
     """Callers pass only numbers that no shape says."""
     numbers = {"threshold", "rescale", "eps", "norm1_eps", "norm2_eps", "scale"}
     numbers |= {"heads", "threads", "activation", "padding_idx", "tokens_per_chunk", "out_stride", "kernel"}
+    numbers |= {"hidden"}  # which a layer's parameters say
     for call in calls:
         assert {name for name, value in call.values.items() if isinstance(value, int | float)} <= numbers
 
@@ -228,6 +253,7 @@ def test_tensors_that_contradict_each_other_are_named(calls):
     names |= {"embeddings_bfloat16_forward": ("words", "max_positions"), "embeddings_int8_forward": ("max_positions",)}
     # A packed weight consists of groups of four features, and is refused where x needs more or fewer of these.
     names |= {"int8_linear_forward": ("in_features",), "int8_levels": ("kernels",)}
+    names |= {"layers_forward": ("count",), "int8_layers_forward": ("count",)}
     assert free == {(function, each) for function, dimensions in names.items() for each in dimensions}
 
 
@@ -261,7 +287,7 @@ def attend(qkv: Tensor, heads: int) -> None:
 def test_other_dtypes_are_refused(calls, dtype):
     for call in calls:
         with pytest.raises(ValueError, match=f"^{call.function.name} is for .* not {dtype}; cast"):
-            call.function(call.device, dtype, **call.values)
+            call.function.fill(call.device, dtype, **call.values)
 
 
 THREADS = """

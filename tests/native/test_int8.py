@@ -7,7 +7,19 @@ from erniem_fast.native import int8, library
 from erniem_fast.reference import quantise_tokens, quantise_weight, quantised_linear
 from erniem_fast.verify import battery
 from tests.mutation import holds
-from tests.native.int8_layers import BATCHES, HEADS, HIDDEN, LINEARS, NORMS, SCALE, is_its_ops, packed, padded, whole
+from tests.native.int8_layers import (
+    BATCHES,
+    HEADS,
+    HIDDEN,
+    LINEARS,
+    NORMS,
+    SCALE,
+    are_one_after_another,
+    is_its_ops,
+    packed,
+    padded,
+    whole,
+)
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
@@ -108,6 +120,10 @@ def test_a_layer_has_the_bits_of_its_ops(kernel, batch, threads):
     assert is_its_ops(batch, kernel=kernel)
 
 
+def test_layers_one_after_another(threads):
+    assert are_one_after_another()
+
+
 @pytest.mark.parametrize("activation", ["gelu", "gelu_tanh", "relu"])
 def test_activations(activation):
     assert is_its_ops(BATCHES["two sequences"], activation)
@@ -145,4 +161,4 @@ def test_a_layer_with_a_weight_of_another_size_is_refused():
     for name, linear in LINEARS.items():
         wrong = {**LINEARS, name: linear._replace(packed=linear.packed[128:])}
         with pytest.raises(ValueError, match=f"{name}_packed has shape"):
-            int8.layer(torch.randn(4, HIDDEN), packed(4).sequences, wrong, NORMS, HEADS, SCALE, "gelu")
+            int8.layer_parameters(wrong, NORMS, HEADS, SCALE, "gelu")

@@ -14,7 +14,7 @@ import torch
 from erniem_fast.native import compiler, library
 from erniem_fast.verify.battery import battery
 from tests.mutation import holds, parameters, replaced
-from tests.native.int8_layers import BATCHES, is_its_ops
+from tests.native.int8_layers import BATCHES, are_one_after_another, is_its_ops
 
 CPU = torch.device("cpu")
 FILE_OF_OP = {
@@ -289,26 +289,31 @@ QUANTISE = {
 }
 INT8_LAYER = {
     "": [
-        ("op.x + first * op.hidden", "op.x"),
-        ("qkv + first * width", "qkv"),
-        ("op.k_bias, out + op.projected", "op.q_bias, out + op.projected"),
-        ("op.v_bias, out + 2 * op.projected", "nullptr, out + 2 * op.projected"),
-        ("op.v_packed, op.v_scale", "op.k_packed, op.v_scale"),
-        ("context + first * op.projected", "context"),
-        ("op.x + first * hidden, x, norm1", "op.x, x, norm1"),
+        ("x + first * hidden, count, qkv", "x, count, qkv"),
+        ("qkv + first * 3 * projected", "qkv"),
+        ("layer.k_bias, qkv + projected", "layer.q_bias, qkv + projected"),
+        ("layer.v_bias, qkv + 2 * projected", "nullptr, qkv + 2 * projected"),
+        ("layer.v_packed, layer.v_scale", "layer.k_packed, layer.v_scale"),
+        ("context + first * projected", "context"),
+        ("x + first * hidden, count, out", "x, count, out"),
         ("x, norm1, count", "x, norm2, count"),
-        ("add_norm(attended, x", "add_norm(op.x + first * hidden, x"),
+        ("add_norm(attended, x", "add_norm(residual, x"),
         ("multiply(attended, hidden", "multiply(x, hidden"),
-        ("activate(activations, count, inner, op.activation, run);", ""),
-        ("op.down_scale, op.down_bias", "op.down_scale, nullptr"),
-        ("op.out + first * hidden", "op.out"),
-        ("attend(op, qkv, context, run);", ""),
+        ("activate(activations, count, inner, layer.activation, run);", ""),
+        ("layer.down_scale, layer.down_bias", "layer.down_scale, nullptr"),
+        ("out + first * hidden", "out"),
+        ("attend(op, layer, qkv, context, run);", ""),
     ]
 }
 LAYER = {
+    "run_layers": [
+        ("i == 0 ? op.x : op.out", "op.x"),
+        ("i < op.count; ++i) run_layer", "i < 1; ++i) run_layer"),
+        ("run_layer(layer(i)", "run_layer(layer(0)"),
+    ],
     "attend": [
         ("attention.key_mask = op.key_mask;", ""),
-        ("attention.scale = op.scale;", ""),
+        ("attention.scale = layer.scale;", ""),
     ],
     "add_norm": [
         ("op.norm_bias = norm.bias;", "op.norm_bias = norm.weight;"),
@@ -383,7 +388,11 @@ def two_threads():
 def holds_everywhere(op):
     """Whether all checks of an op find nothing; the first that finds something is the last."""
     if op == "int8_layer":
-        return all(map(is_its_ops, BATCHES.values())) and is_its_ops(BATCHES["one token"], "relu")
+        return (
+            all(map(is_its_ops, BATCHES.values()))
+            and is_its_ops(BATCHES["one token"], "relu")
+            and are_one_after_another()
+        )
     return all(holds(check) for check in CHECKS if check.op == op)
 
 

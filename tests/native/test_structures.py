@@ -11,12 +11,12 @@ import pytest
 import torch
 
 from erniem_fast.native import add_norm, attention, bias_gelu, compiler, embeddings, int8, layer, library, linear
-from erniem_fast.native.function import DTYPES, Function
+from erniem_fast.native.function import DTYPES, Structure
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 MODULES = (add_norm, attention, bias_gelu, embeddings, int8, layer, linear)
-FUNCTIONS = [each for module in MODULES for each in vars(module).values() if isinstance(each, Function)]
+STRUCTURES = [each for module in MODULES for each in vars(module).values() if isinstance(each, Structure)]
 POINTED = {
     torch.int64: "int64_t",
     torch.int32: "int32_t",
@@ -34,33 +34,35 @@ CPP_OF = {
     for source in compiler.SOURCES.glob("*_cpu.cpp")
     for name, structure in re.findall(r'extern "C" const char\* (\w+)\(const (\w+)\* op', source.read_text())
 }
+# The parameters of layers, which no function takes by themselves.
+CPP_OF |= {"Layer": ("layer_cpu.cpp", "Layer"), "Int8Layer": ("int8_layer_cpu.cpp", "Int8Layer")}
 
 
-def type_of(function: Function, name: str, kind: type) -> str:
-    if name not in function.tensors:
+def type_of(table: Structure, name: str, kind: type) -> str:
+    if name not in table.tensors:
         return NUMBERS[kind]
-    const = "" if name in function.written else "const "
-    return f"{const}{POINTED[function.tensors[name][0]]}*"
+    const = "" if name in table.written else "const "
+    return f"{const}{POINTED[table.tensors[name][0]]}*"
 
 
-def assertions(function: Function) -> str:
+def assertions(table: Structure) -> str:
     """That the structure has the table's fields and no others, each with its type and at its offset."""
-    structure = f"erniem_fast::{CPP_OF[function.name][1]}"
-    layout = type("Layout", (ctypes.Structure,), {"_fields_": function.fields})
+    structure = f"erniem_fast::{CPP_OF[table.name][1]}"
+    layout = table.layout
     lines = [f"static_assert(sizeof({structure}) == {ctypes.sizeof(layout)});"]
-    for name, kind in function.fields:
-        lines.append(f"static_assert(std::is_same_v<decltype({structure}::{name}), {type_of(function, name, kind)}>);")
+    for name, kind in table.fields:
+        lines.append(f"static_assert(std::is_same_v<decltype({structure}::{name}), {type_of(table, name, kind)}>);")
         lines.append(f"static_assert(offsetof({structure}, {name}) == {getattr(layout, name).offset});")
     return "\n".join(lines)
 
 
-def complaints(functions: Iterable[Function], folder: Path, more: str = "") -> str:
-    """What the compiler says against the functions' tables: one translation unit a source, one call for all."""
-    functions = list(functions)
+def complaints(tables: Iterable[Structure], folder: Path, more: str = "") -> str:
+    """What the compiler says against the tables: one translation unit a source, one call for all."""
+    tables = list(tables)
     units = []
-    for source in {CPP_OF[function.name][0] for function in functions}:
+    for source in {CPP_OF[table.name][0] for table in tables}:
         unit = folder / source
-        own = (assertions(function) for function in functions if CPP_OF[function.name][0] == source)
+        own = (assertions(table) for table in tables if CPP_OF[table.name][0] == source)
         unit.write_text("\n".join([f'#include "{compiler.SOURCES / source}"', "#include <cstddef>", *own, more]))
         units.append(str(unit))
     flags = compiler.cpu_flags(torch.backends.cpu.get_cpu_capability())
@@ -69,8 +71,8 @@ def complaints(functions: Iterable[Function], folder: Path, more: str = "") -> s
 
 
 def test_tables_are_the_structures(tmp_path):
-    assert {function.name for function in FUNCTIONS} == set(CPP_OF)
-    assert complaints(FUNCTIONS, tmp_path) == ""
+    assert {table.name for table in STRUCTURES} == set(CPP_OF)
+    assert complaints(STRUCTURES, tmp_path) == ""
 
 
 def test_numbers_of_dtypes_and_activations(tmp_path):

@@ -34,12 +34,15 @@ int64_t blocks_of(const Int8Product& product) { return (product.out_features + C
 // One block of a packed weight.
 struct Block {
   Block(const Int8Product& product, int64_t index, int64_t groups)
-      : weight(product.packed + index * (groups * GROUP * COLUMNS + sizeof column_sums)),
+      : bytes(groups * GROUP * COLUMNS + sizeof column_sums),
+        weight(product.packed + index * bytes),
         column(index * COLUMNS),
         columns(int(std::min<int64_t>(COLUMNS, product.out_features - column))) {
     memcpy(column_sums, weight + groups * GROUP * COLUMNS, sizeof column_sums);
   }
+  const uint8_t* end() const { return weight + bytes; }
   int32_t column_sums[COLUMNS];
+  int64_t bytes;
   const uint8_t* weight;
   int64_t column;
   int columns;
@@ -62,19 +65,21 @@ void store_row(const int32_t* sums, const Block& block, const Rounding& token, c
 }
 
 template <typename Kernel, int... I>
-void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, int64_t groups, int32_t* sums,
-                   std::integer_sequence<int, I...>) {
-  using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, int64_t, int32_t*);
+void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, const uint8_t* next,
+                   int64_t groups, int32_t* sums, std::integer_sequence<int, I...>) {
+  using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, const int8_t*, int64_t, int32_t*);
   static constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
-  by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), groups, sums);
+  by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), reinterpret_cast<const int8_t*>(next), groups,
+                    sums);
 }
 
-// One of `tiles` tiles of tokens, for a block of a product's columns.
+// One of `tiles` tiles of tokens, for a block of a product's columns; the next block at `next` is needed soon.
 template <typename Kernel>
-void multiply_tile(const Int8Tokens& x, const Int8Product& product, const Block& block, int64_t tile, int64_t tiles) {
+void multiply_tile(const Int8Tokens& x, const Int8Product& product, const Block& block, const uint8_t* next,
+                   int64_t tile, int64_t tiles) {
   const int64_t first = x.tokens * tile / tiles, size = x.tokens * (tile + 1) / tiles - first;
   alignas(64) int32_t sums[Kernel::MOST_ROWS * COLUMNS];
-  multiply_rows<Kernel>(size, x.rows.get() + first * x.stride, x.stride, block.weight, x.stride / GROUP, sums,
+  multiply_rows<Kernel>(size, x.rows.get() + first * x.stride, x.stride, block.weight, next, x.stride / GROUP, sums,
                         std::make_integer_sequence<int, Kernel::MOST_ROWS>());
   for (int64_t i = 0; i < size; ++i) {
     float* row = product.out + (first + i) * product.out_stride;
@@ -99,7 +104,11 @@ void multiply_tokens(const Int8Tokens& x, const Int8Product* products, int count
       for (; index >= blocks_of(*product); ++product) index -= blocks_of(*product);
       const Block block(*product, index, x.stride / GROUP);
       const int64_t last = tiles * (share + 1) / shares;
-      for (int64_t i = tiles * share / shares; i < last; ++i) multiply_tile<Kernel>(x, *product, block, i, tiles);
+      for (int64_t i = tiles * share / shares; i < last; ++i) {
+        // The last tile fetches what the next task multiplies by; the others what is in the cache.
+        const uint8_t* next = i == last - 1 && share == shares - 1 ? block.end() : block.weight;
+        multiply_tile<Kernel>(x, *product, block, next, i, tiles);
+      }
     }
   });
 }

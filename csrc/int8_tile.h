@@ -26,11 +26,12 @@ inline int32_t load_group(const uint8_t* from) {
   return group;
 }
 
-// Writes sums[i, column] for ROWS tokens, whose rows are `stride` bytes apart, and all columns of a block. `Dot` has
-// `add(sums, x, weight)`, which adds the products of each lane's group to the lane's sum.
+// Writes sums[i, column] for ROWS tokens, whose rows are `stride` bytes apart, and all columns of a block; meanwhile
+// fetches the block at `next` into the cache. `Dot` has `add(sums, x, weight)`, which adds the products of each lane's
+// group to the lane's sum.
 template <typename Dot, int ROWS>
 [[gnu::always_inline]] inline void multiply_vectors(const uint8_t* x, int64_t stride, const int8_t* block,
-                                                    int64_t groups, int32_t* sums) {
+                                                    const int8_t* next, int64_t groups, int32_t* sums) {
   using Vector = typename Dot::Vector;
   constexpr int LANES = sizeof(Vector) / GROUP, VECTORS = 2;
   for (int first = 0; first < COLUMNS; first += VECTORS * LANES) {
@@ -39,7 +40,9 @@ template <typename Dot, int ROWS>
       Vector right[VECTORS];
 #pragma GCC unroll 2
       for (int j = 0; j < VECTORS; ++j) {
-        memcpy(&right[j], block + (group * COLUMNS + first + j * LANES) * GROUP, sizeof(Vector));
+        const int64_t offset = (group * COLUMNS + first + j * LANES) * GROUP;
+        memcpy(&right[j], block + offset, sizeof(Vector));
+        __builtin_prefetch(next + offset, 0, 2);
       }
 #pragma GCC unroll 12
       for (int i = 0; i < ROWS; ++i) {
@@ -65,7 +68,8 @@ struct Plain {
   static bool is_available() { return true; }
 
   template <int ROWS>
-  static void multiply(const uint8_t* x, int64_t stride, const int8_t* block, int64_t groups, int32_t* sums) {
+  static void multiply(const uint8_t* x, int64_t stride, const int8_t* block, const int8_t*, int64_t groups,
+                       int32_t* sums) {
     memset(sums, 0, ROWS * COLUMNS * sizeof *sums);
     for (int64_t group = 0; group < groups; ++group, block += COLUMNS * GROUP) {
       for (int i = 0; i < ROWS; ++i) {
@@ -91,8 +95,9 @@ struct Avx2 {
   }
 
   template <int ROWS>
-  static void multiply(const uint8_t* x, int64_t stride, const int8_t* block, int64_t groups, int32_t* sums) {
-    multiply_vectors<Avx2, ROWS>(x, stride, block, groups, sums);
+  static void multiply(const uint8_t* x, int64_t stride, const int8_t* block, const int8_t* next, int64_t groups,
+                       int32_t* sums) {
+    multiply_vectors<Avx2, ROWS>(x, stride, block, next, groups, sums);
   }
 };
 
@@ -116,8 +121,9 @@ struct Avx512 {
   }
 
   template <int ROWS>
-  static void multiply(const uint8_t* x, int64_t stride, const int8_t* block, int64_t groups, int32_t* sums) {
-    multiply_vectors<Avx512, ROWS>(x, stride, block, groups, sums);
+  static void multiply(const uint8_t* x, int64_t stride, const int8_t* block, const int8_t* next, int64_t groups,
+                       int32_t* sums) {
+    multiply_vectors<Avx512, ROWS>(x, stride, block, next, groups, sums);
   }
 };
 
@@ -139,8 +145,8 @@ struct AvxVnni {
 
   template <int ROWS>
   __attribute__((target("avxvnni"))) static void multiply(const uint8_t* x, int64_t stride, const int8_t* block,
-                                                          int64_t groups, int32_t* sums) {
-    multiply_vectors<AvxVnni, ROWS>(x, stride, block, groups, sums);
+                                                          const int8_t* next, int64_t groups, int32_t* sums) {
+    multiply_vectors<AvxVnni, ROWS>(x, stride, block, next, groups, sums);
   }
 };
 
@@ -162,8 +168,8 @@ struct Avx512Vnni {
 
   template <int ROWS>
   __attribute__((target("avx512vnni"))) static void multiply(const uint8_t* x, int64_t stride, const int8_t* block,
-                                                             int64_t groups, int32_t* sums) {
-    multiply_vectors<Avx512Vnni, ROWS>(x, stride, block, groups, sums);
+                                                             const int8_t* next, int64_t groups, int32_t* sums) {
+    multiply_vectors<Avx512Vnni, ROWS>(x, stride, block, next, groups, sums);
   }
 };
 

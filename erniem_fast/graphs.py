@@ -18,7 +18,6 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 
 from . import flags, modes
 from .batch import TokenBatch
-from .dropout import is_active
 from .inputs import EncoderInputs
 from .modeling import ErnieMModel
 
@@ -132,14 +131,13 @@ class Graphs:
 
     def encode(self, model: ErnieMModel, ready: EncoderInputs) -> Output | None:
         """What `model` returns for `ready`; None where no graph can serve the call."""
-        if model is not self._model() or not self._serves(ready, model.device):
+        if model is not self._model() or not self._serves(model, ready):
             return None
         with self._lock:
             if self._footprint is None or not self._footprint.is_current():
                 footprint = modes.Footprint(model)
-                # A replay would leave out hooks, and drop the same features again.
-                if not footprint.is_plain or any(map(is_active, model.modules())):
-                    return None
+                if not footprint.is_plain:
+                    return None  # a replay would leave out hooks
                 self._footprint, self._graphs = footprint, {}
                 self._recorder = self._recorder_for(model.device)
             # Later calls write into this memory, which PyTorch forbids for inference tensors outside of inference mode.
@@ -150,14 +148,17 @@ class Graphs:
                     self._graphs[key] = _Graph(model, bucket, self._recorder)
                 return self._graphs[key](ready)
 
-    def _serves(self, ready: EncoderInputs, device: torch.device) -> bool:
+    def _serves(self, model: ErnieMModel, ready: EncoderInputs) -> bool:
         ids, batch = ready.input_ids, ready.batch
-        if ids is None or ids.device != device or ready.scores_bias is not None or batch.sequences.key_mask is not None:
+        if ids is None or ids.device != model.device:
+            return False
+        if ready.scores_bias is not None or batch.sequences.key_mask is not None:
             return False
         observed = modes.is_recorded() or modes.is_transformed() or not modes.has_values(ids)
         return (
             0 < batch.tokens <= self._most_tokens
             and not (observed or torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type))
+            and not model.drops()  # a replay would drop the same features again
             and not modes.is_captured()
             and flags.read(flags.VERIFY) == "0"
         )

@@ -239,13 +239,17 @@ class ErnieMModel(ErnieMPreTrainedModel):
     def _pools(self) -> bool:
         return self.pooler is not None and not isinstance(self.pooler, _UnreadPooler)
 
+    def drops(self) -> bool:
+        """Whether a dropout is active."""
+        dropouts = [self.embeddings.dropout, *(each for layer in self.encoder.layers for each in layer.dropouts())]
+        return any(is_active(dropout) for dropout in dropouts)
+
     def _seeds(self, device: torch.device) -> Tensor | None:
         """int64 `(1 + layers, SEEDS_PER_LAYER)`, dropout seeds of the embeddings and of each layer.
 
         None if no dropout is active.
         """
-        dropouts = [self.embeddings.dropout, *(each for layer in self.encoder.layers for each in layer.dropouts())]
-        if not any(is_active(dropout) for dropout in dropouts):
+        if not self.drops():
             return None
         rows = len(self.encoder.layers) + 1
         return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)

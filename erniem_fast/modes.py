@@ -160,7 +160,10 @@ class Footprint:
     def __init__(self, module: nn.Module) -> None:
         self._modules = [module]
         for each in self._modules:  # which grows meanwhile
-            self._modules += [child for child in each._modules.values() if child is not None]
+            # A dropout is not called: its rate and mode are read when seeds are drawn.
+            self._modules += [
+                child for child in each._modules.values() if child is not None and not isinstance(child, nn.Dropout)
+            ]
         members = [each.__dict__ for each in self._modules]
         # Dictionaries that modules change in place: to look into all of them takes microseconds.
         self._inside = members[1:]
@@ -197,4 +200,4 @@ class Footprint:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Of modules that this library computes by itself.
-_ATTRIBUTES = ("training", "p", "eps", "scale", "num_attention_heads", "packed")
+_ATTRIBUTES = ("eps", "scale", "num_attention_heads", "packed")

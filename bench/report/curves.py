@@ -1,12 +1,13 @@
 """A run against many rivals as curves: rates by batch size, by length and by fill."""
 
+import itertools
 import pathlib
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator
 
 from bench.model.figures import ModelRun
-from bench.report.parts import COLOURS, form, title
+from bench.report.parts import colours_of, form, title
 
 MARKERS = "osD^vPX*"
 LINES = {None: "-", "packed": ":", "bfloat16": "-.", "int8": "--"}  # by the form of the weights
@@ -39,12 +40,13 @@ def plot_curves(run: ModelRun, path: pathlib.Path) -> None:
 def _draw_curves(axis, points):
     points = sorted(points, key=lambda point: point[0])
     names = [peer.peer for peer in points[0][1].peers] if points else []
+    colours = colours_of(names) if names else {}
+    markers = dict(zip(colours, itertools.cycle(MARKERS), strict=False))
     for i, name in enumerate(names):
         measured = [(x, job.peers[i]) for x, job in points if job.peers[i].rounds]
         rates = [peer.tokens_per_second.median for _, peer in measured]
         plain, weights = form(name)
-        full = names.index(plain) if plain in names else i  # a rival keeps its colour in every form
-        style = {"color": COLOURS[full % len(COLOURS)], "marker": MARKERS[full % len(MARKERS)], "label": name}
+        style = {"color": colours[plain], "marker": markers[plain], "label": name}
         style |= {"linewidth": 3, "zorder": 3} if i == 0 else {"linewidth": 1.2}
         axis.plot([x for x, _ in measured], rates, LINES[weights], **style)
     axis.set_yscale("log", base=2)

@@ -1,5 +1,7 @@
 """What several reports share: a run's title, tables in Markdown, and colours."""
 
+from collections.abc import Iterable
+
 from bench.record import Run
 
 # Okabe and Ito's: safe for the colour-blind.
@@ -19,6 +21,12 @@ def form(name: str) -> tuple[str, str | None]:
     """The name of a peer without the form of its weights, and that form."""
     rest, _, last = name.rpartition(" ")
     return (rest, last) if last in FORMS else (name, None)
+
+
+def colours_of(names: Iterable[str]) -> dict[str, str]:
+    """For each peer without its form a colour: one keeps it in every form, and the first one's is its own."""
+    first, *others = dict.fromkeys(form(name)[0] for name in names)
+    return {first: COLOURS[0], **{name: COLOURS[1 + i % (len(COLOURS) - 1)] for i, name in enumerate(others)}}
 
 
 def table(header: list[str], rows: list[list[str]]) -> str:

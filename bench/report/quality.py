@@ -1,12 +1,11 @@
 """What rounding costs, in Markdown and as a picture."""
 
-import itertools
 import pathlib
 
 from matplotlib.figure import Figure
 
 from bench.model.figures import PeerQuality, QualityRun
-from bench.report.parts import COLOURS, form, table, title
+from bench.report.parts import colours_of, form, table, title
 
 SPREAD = 0.7  # of the distance between two languages
 MARKERS = {"bfloat16": "o", "int8": "D"}
@@ -78,7 +77,7 @@ def plot(run: QualityRun, path: pathlib.Path) -> None:
     figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
     axis = figure.subplots()
     languages = sorted(reference.retrieval, key=lambda language: -reference.retrieval[language].mean)
-    colours = dict(zip(dict.fromkeys(form(peer.peer)[0] for peer in others), itertools.cycle(COLOURS), strict=False))
+    colours = colours_of(peer.peer for peer in run.peers)
     for i, peer in enumerate(others):
         differences = peer.differences(reference)
         name, weights = form(peer.peer)

@@ -15,7 +15,7 @@ from bench.report import readme
 from bench.report.bars import plot_panels
 from bench.report.curves import plot_curves
 from bench.report.model import losses, markdown, overview
-from bench.report.parts import form
+from bench.report.parts import COLOURS, colours_of, form
 
 
 def test_table_shows_rates_ratios_and_losses():
@@ -60,6 +60,14 @@ def test_the_form_of_a_peer_s_weights_ends_its_name():
         ("transformers 4.57.6", None),
         ("erniem_fast", None),
     ]
+
+
+def test_the_first_peer_s_colour_is_its_own_and_a_peer_keeps_its_in_every_form():
+    rivals = [f"rival {number}" for number in range(9)]
+    colours = colours_of(["erniem_fast", *(f"{name} {weights}" for name in rivals for weights in ("bfloat16", "int8"))])
+    assert list(colours) == ["erniem_fast", *rivals]
+    assert len(set(colours.values())) == len(COLOURS)
+    assert list(colours.values()).count(colours["erniem_fast"]) == 1
 
 
 def test_pictures_leave_out_what_was_not_measured(tmp_path):

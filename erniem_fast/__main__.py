@@ -12,8 +12,9 @@ import torch
 import transformers
 
 from . import flags, ops
+from .inference import BFloat16Linear, linear_kind
 from .matmul import fastest, may_choose
-from .native import int8, library
+from .native import library, packed
 from .native.build import build
 from .ops.choose import choose
 from .optimize import bfloat16_objection
@@ -95,9 +96,10 @@ def _products() -> list[str]:
 
 def _weights() -> list[str]:
     """What serves the weights of `optimize` that round."""
-    missing = int8.objection()
-    products = f"native ({list(int8.kernels())[-1]})" if missing is None else f"by torch: {missing}"
-    rounded = {"bfloat16": bfloat16_objection() or "available", "int8": products}
+    missing = packed.objection()
+    products = f"native ({list(packed.kernels())[-1]})" if missing is None else f"by torch: {missing}"
+    by = "native" if linear_kind("bfloat16") is BFloat16Linear else "by oneDNN"
+    rounded = {"bfloat16": bfloat16_objection() or by, "int8": products}
     return ["  weights by optimize", *(f"    {name:10} {each}" for name, each in rounded.items())]
 
 

@@ -22,11 +22,11 @@ from . import flags, modes, one_call, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features, is_active
-from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, is_plain_inference
+from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, OnednnBFloat16Linear, is_plain_inference
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched
-from .native import int8 as native_int8
 from .native import layer as native_layer
+from .native import packed
 from .native.function import Filled, Function
 from .ops import Product
 from .reference import Norm
@@ -276,9 +276,9 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
 
     def _operand(self, hidden: Tensor) -> Tensor:
         """The hidden states as the products take them, in bfloat16 if all linears do: then each is rounded once."""
-        if not isinstance(self.linear1, BFloat16Linear):
+        if not isinstance(self.linear1, OnednnBFloat16Linear):
             return hidden
-        narrow = all(is_plain_inference(linear, BFloat16Linear) for linear in self._linears().values())
+        narrow = all(is_plain_inference(linear, OnednnBFloat16Linear) for linear in self._linears().values())
         return hidden.bfloat16() if narrow else hidden
 
     def _feed_forward(self, hidden: Tensor, dropout: Dropout | None, scratch: Scratch | None) -> Product:
@@ -324,14 +324,15 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         ):
             return None
         rest = inner.num_attention_heads, inner.scale, activation
-        if all(is_plain_inference(linear, Int8Linear) and linear.packed is not None for linear in linears.values()):
+        kind = type(self.linear1)
+        if kind in (BFloat16Linear, Int8Linear):
+            if not all(is_plain_inference(linear, kind) and linear.packed is not None for linear in linears.values()):
+                return None
             if linears["q"].out_features % inner.num_attention_heads:
                 return None  # then `ops.attention` raises an error
-            packed = {name: linear.operands() for name, linear in linears.items()}
-            parameters = native_int8.layer_parameters(
-                packed, {name: _norm_of(norm) for name, norm in norms.items()}, *rest
-            )
-            return [(native_int8.LAYERS, parameters)]
+            operands = {name: linear.operands() for name, linear in linears.items()}
+            norms = {name: _norm_of(norm) for name, norm in norms.items()}
+            return [(packed.LAYERS, packed.layer_parameters(operands, norms, *rest))]
         if not all(
             is_plain(linear, nn.Linear)
             and linear.bias is not None

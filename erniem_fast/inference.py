@@ -7,10 +7,11 @@ from collections.abc import Callable
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import flags, modes, reference
-from .native import int8
+from .native import packed
 
 _ROWS = 4096  # of a weight that are rounded at once
 
@@ -166,7 +167,7 @@ class PackedLinear(_OpaqueLinear):
     dtype = torch.float32
 
 
-class BFloat16Linear(_OpaqueLinear):
+class OnednnBFloat16Linear(_OpaqueLinear):
     """A linear with a bfloat16 weight: `(..., in_features)` to `(..., out_features)` in the input's dtype.
 
     Inputs and results are rounded to bfloat16. Sums are in float32, and so is the bias.
@@ -176,57 +177,65 @@ class BFloat16Linear(_OpaqueLinear):
     dtype = torch.bfloat16
 
 
-class Int8Linear(InferenceModule):
-    """A linear with an int8 weight: `(..., in_features)`, floating point, to float32 `(..., out_features)`.
-
-    Each row of the weight has a scale of its own, and so has each row of the input, which is rounded to 8 bits here.
-    A token's result depends on that token alone, and not on other tokens of a batch. The arithmetic is that of
-    `reference.quantised_linear`.
+class _NativeLinear(InferenceModule):
+    """A linear whose weight is held as native products read it, where there are such products.
 
     Attributes:
-        weight: int8 `(out_features, in_features)`; a copy if `packed` holds it.
-        weight_scale: float32 `(out_features,)`.
+        dtype: of the weight.
+        weight: `(out_features, in_features)`; a copy if `packed` holds it.
         bias: float32 `(out_features,)`, or None.
-        packed: the weight in the native product's order; None until there is a native library.
+        packed: the weight in the native product's order; None until there is a native product.
     """
 
-    weights = "int8"
+    dtype: ClassVar[torch.dtype]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
-        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=torch.int8))
-        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32))
+        self.register_buffer("weight", torch.empty(out_features, in_features, dtype=self.dtype))
         self.register_parameter("bias", _bias(out_features) if bias else None)
         self.packed: Tensor | None = None
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "Int8Linear":
+    def of(cls, linear: nn.Linear) -> "_NativeLinear":
         """The linear with its weight rounded."""
         with torch.device("meta"):
             rounded = cls(*reversed(linear.weight.shape), bias=linear.bias is not None)
-        rounded.weight, rounded.weight_scale = round_rows(linear.weight.detach())
+        rounded.hold(linear.weight.detach())
         rounded.bias = linear.bias
         rounded.pack()
         return rounded.train(linear.training)
 
-    def pack(self) -> None:
-        """Gives up the plain weight for the packed one, if there is a native library to use that."""
-        if self.packed is None and int8.objection() is None and self.in_features <= int8.MOST_FEATURES:
-            self.packed = int8.pack(self.weight)
-            self._buffers.pop("weight", None)
+    def hold(self, weight: Tensor) -> None:
+        """Rounds a float32 weight and holds it."""
+        raise NotImplementedError
 
-    def operands(self) -> int8.PackedLinear:
+    def is_native(self) -> bool:
+        """Whether there is a native product for such a weight."""
+        raise NotImplementedError
+
+    def operands(self) -> packed.PackedLinear:
         """What native products take, if there is `packed`."""
-        return int8.PackedLinear(self.packed, self.weight_scale, self.bias)
+        raise NotImplementedError
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        """The product by PyTorch."""
+        raise NotImplementedError
+
+    def pack(self) -> None:
+        """Gives up the plain weight for the packed one, if there is a native product to use that."""
+        if self.packed is None and self.is_native():
+            self.packed = packed.pack(self.weight)
+            self._buffers.pop("weight", None)
 
     def compute(self, x: Tensor) -> Tensor:
         rows = x.reshape(-1, self.in_features).float()
         self.pack()
         if self.packed is not None and multiplies_natively(rows):
-            out = int8.linear(rows, *self.operands())
+            out = rows.new_empty(len(rows), self.out_features)
+            packed.linear(rows, *self.operands(), out=out)
         else:
-            out = _int8_linear(rows, self.weight, self.weight_scale, self.bias)
+            out = self.multiply(rows)
         return out.view(*x.shape[:-1], self.out_features)
 
     def extra_repr(self) -> str:
@@ -234,7 +243,7 @@ class Int8Linear(InferenceModule):
 
     def __getattr__(self, name: str) -> object:
         if name == "weight" and self.__dict__.get("packed") is not None:
-            return int8.unpack(self.packed, self.out_features, self.in_features)
+            return packed.unpack(self.packed, self.out_features, self.in_features, self.dtype)
         return super().__getattr__(name)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
@@ -249,9 +258,60 @@ class Int8Linear(InferenceModule):
 
     def __getstate__(self) -> dict[str, object]:
         """Without the packed weight, which another machine may be unable to use."""
-        state = {**self.__dict__, "packed": None}
-        state["_buffers"] = {"weight": self.weight, "weight_scale": self.weight_scale}
-        return state
+        return {**self.__dict__, "packed": None, "_buffers": {**self._buffers, "weight": self.weight}}
+
+
+class BFloat16Linear(_NativeLinear):
+    """A linear with a bfloat16 weight: `(..., in_features)`, floating point, to float32 `(..., out_features)`.
+
+    Inputs are rounded to bfloat16. Sums, bias and results are in float32. Attributes as `_NativeLinear`'s.
+    """
+
+    weights = "bfloat16"
+    dtype = torch.bfloat16
+
+    def hold(self, weight: Tensor) -> None:
+        self.weight = weight.to(self.dtype)
+
+    def is_native(self) -> bool:
+        return packed.multiplies_bfloat16()
+
+    def operands(self) -> packed.PackedLinear:
+        return packed.PackedLinear(self.packed, None, self.bias)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        return F.linear(rows.to(self.dtype).float(), self.weight.float(), self.bias)
+
+
+class Int8Linear(_NativeLinear):
+    """A linear with an int8 weight: `(..., in_features)`, floating point, to float32 `(..., out_features)`.
+
+    Each row of the weight has a scale of its own, and so has each row of the input, which is rounded to 8 bits here.
+    A token's result depends on that token alone, and not on other tokens of a batch. The arithmetic is that of
+    `reference.quantised_linear`.
+
+    Attributes:
+        weight_scale: float32 `(out_features,)`. The others are those of `_NativeLinear`.
+    """
+
+    weights = "int8"
+    dtype = torch.int8
+
+    def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
+        super().__init__(in_features, out_features, bias)
+        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32))
+
+    def hold(self, weight: Tensor) -> None:
+        self.weight, self.weight_scale = round_rows(weight)
+
+    def is_native(self) -> bool:
+        return packed.objection() is None and self.in_features <= packed.MOST_FEATURES
+
+    def operands(self) -> packed.PackedLinear:
+        return packed.PackedLinear(self.packed, self.weight_scale, self.bias)
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        return _int8_linear(rows, self.weight, self.weight_scale, self.bias)
 
 
 def _bias(features: int) -> nn.Parameter:
@@ -259,6 +319,13 @@ def _bias(features: int) -> nn.Parameter:
 
 
 LINEARS = {kind.weights: kind for kind in (PackedLinear, BFloat16Linear, Int8Linear)}
+
+
+def linear_kind(weights: str) -> type[InferenceModule]:
+    """The class of linears for a form of weights on this machine."""
+    if weights == "bfloat16" and (modes.has_amx() or not packed.multiplies_bfloat16()):
+        return OnednnBFloat16Linear
+    return LINEARS[weights]
 
 
 def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = None) -> bool:
@@ -272,7 +339,7 @@ def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = N
 
 
 def multiplies_natively(x: Tensor) -> bool:
-    """Whether int8 products of x are native where a linear is packed: neither the flags nor an observer forbid it."""
+    """Whether products of x are native where a linear is packed: neither the flags nor an observer forbid it."""
     return modes.is_plain_call(x) and _allows_native()
 
 
@@ -283,7 +350,7 @@ def _allows_native() -> bool:
 
 def _int8_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
     """`reference.quantised_linear`, bit for bit, by PyTorch's product of bytes."""
-    tokens = reference.quantise_tokens(x, int8.levels() if int8.objection() is None else 255)
+    tokens = reference.quantise_tokens(x, packed.levels() if packed.objection() is None else 255)
     # A row of ones gives the sums over the weight's rows, which are those of `zero` times a row.
     values = torch.cat([tokens.values.to(torch.uint8), x.new_ones(1, x.shape[1], dtype=torch.uint8)])
     products = modes.multiply_bytes(values, weight.t())

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from . import flags, matmul, modes
 from .batch import TokenBatch
 from .inference import multiplies_natively
-from .native import int8
+from .native import packed
 from .native.layer import MOST_TOKENS, Layers
 from .ops.choose import choose
 
@@ -81,7 +81,7 @@ def _runs_natively() -> bool:
 
 
 def _multiplies_natively(layers: Layers, hidden: Tensor) -> bool:
-    """Whether the layers' products would be native: in int8 at every length, in float32 for few tokens."""
-    if layers.function is int8.LAYERS:
+    """Whether the layers' products would be native: with packed weights at every length, in float32 for few tokens."""
+    if layers.function is packed.LAYERS:
         return multiplies_natively(hidden)
     return hidden.shape[0] <= MOST_TOKENS and matmul.library_of(matmul.FORWARD, hidden) == matmul.NATIVE

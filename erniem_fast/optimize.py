@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from . import modes
-from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, leave_file, places
+from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, leave_file, linear_kind, places
 from .matmul import fastest
 from .modeling import ErnieMModel, ErnieMPreTrainedModel
+from .native import packed
 
 _LOG = logging.getLogger(__name__)
 
@@ -49,7 +50,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         weights: None leaves the weights as they are.
             `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
             weights as they are take no longer on this machine, the weights stay as they are.
-            `bfloat16` rounds weights, and the inputs and results of products, to bfloat16.
+            `bfloat16` rounds weights, and the inputs of products, to bfloat16; with AMX the results too.
             `int8` rounds weights to 8 bits with a scale for each row, and inputs of products with a scale for each
             token, so that a sequence's result has the same bits alone and in any batch.
         keep: whether to keep rounded weights' originals in memory, for `restore`.
@@ -72,7 +73,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
     modules = _replaceable(model, weights)
     bare.originals, bare.trained = {}, freeze(bare)
     for name, module in modules.items():
-        kind = (LINEARS if isinstance(module, nn.Linear) else TABLES)[weights]
+        kind = linear_kind(weights) if isinstance(module, nn.Linear) else TABLES[weights]
         lost = weights != "packed" and not keep
         original = _Original(module, _digest(module.weight) if lost else None)
         bare.set_submodule(name, kind.of(module))
@@ -166,7 +167,8 @@ def bfloat16_objection() -> str | None:
     """Why this machine does not serve weights in bfloat16; None if it does."""
     if not modes.multiplies_bfloat16():
         return "the CPU lacks AVX512_BF16 and AMX, and would emulate the products, many times slower than in float32"
-    return None if modes.has_onednn_packing() else "oneDNN is missing or off"
+    has_products = packed.multiplies_bfloat16() or modes.has_onednn_packing()
+    return None if has_products else "the native library is not built, and oneDNN is missing or off"
 
 
 def _replaceable(model: ErnieMPreTrainedModel, weights: str) -> dict[str, nn.Module]:

@@ -15,9 +15,10 @@ from erniem_fast.inference import (
     BFloat16Linear,
     Int8Embedding,
     Int8Linear,
+    OnednnBFloat16Linear,
     PackedLinear,
 )
-from erniem_fast.native import int8
+from erniem_fast.native import packed as products
 
 SERVED = {"packed": modes.has_onednn_packing(), "int8": True}
 SERVED["bfloat16"] = modes.has_onednn_packing() and modes.multiplies_bfloat16()
@@ -26,10 +27,10 @@ every_linear = pytest.mark.parametrize(
     "kind",
     [
         pytest.param(kind, marks=pytest.mark.skipif(not SERVED[name], reason=f"this machine has no {name} products"))
-        for name, kind in LINEARS.items()
+        for name, kind in [*LINEARS.items(), ("bfloat16", OnednnBFloat16Linear)]
     ],
 )
-LEVELS = int8.levels() if int8.objection() is None else 255
+LEVELS = products.levels() if products.objection() is None else 255
 SIZES = [(96, 24), (1031, 7), (3, 5), (768, 40)]  # in_features, out_features
 
 
@@ -94,19 +95,26 @@ def test_packed_beside_float64(inputs, outputs, tokens):
 @pytest.mark.skipif(not SERVED["bfloat16"], reason="the CPU has no products in bfloat16")
 @pytest.mark.parametrize("tokens", [0, 1, 5, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_bfloat16_beside_float64(inputs, outputs, tokens):
-    """Weights and inputs are rounded, each once, and results: the sums themselves are float32's."""
+@pytest.mark.parametrize("kind", [BFloat16Linear, OnednnBFloat16Linear])
+def test_bfloat16_beside_float64(inputs, outputs, tokens, kind, monkeypatch):
+    """Weights and inputs are rounded, each once, and results by oneDNN: the sums themselves are float32's."""
     linear, x = make(inputs, outputs), torch.randn(tokens, inputs)
-    rounded = BFloat16Linear.of(linear)
+    rounded = kind.of(linear)
     assert torch.equal(rounded.weight, linear.weight.bfloat16())
     x64, weight = x.bfloat16().double(), rounded.weight.double()
     exact = x64 @ weight.t() + linear.bias.double()
-    sums = inputs * torch.finfo(torch.float32).eps / 2 * (x64.abs() @ weight.abs().t() + 1.0)
+    sums = inputs * torch.finfo(torch.float32).eps * (x64.abs() @ weight.abs().t() + 1.0)
     result = rounded(x)
     assert result.dtype == x.dtype
-    assert torch.equal(rounded(x.bfloat16()), result.bfloat16())
-    assert torch.equal(result.bfloat16().float(), result)
-    assert ((result.double() - exact).abs() <= torch.finfo(torch.bfloat16).eps / 2 * (exact.abs() + sums) + sums).all()
+    if kind is OnednnBFloat16Linear:
+        assert torch.equal(rounded(x.bfloat16()), result.bfloat16())
+        assert torch.equal(result.bfloat16().float(), result)
+        sums += torch.finfo(torch.bfloat16).eps / 2 * (exact.abs() + sums)
+    else:
+        assert torch.equal(rounded(x.bfloat16()), result)
+    assert ((result.double() - exact).abs() <= sums).all()
+    monkeypatch.setenv("ERNIEM_FAST_KERNELS", "off")
+    assert ((rounded(x).double() - exact).abs() <= sums).all()
 
 
 @pytest.mark.parametrize("rows", [1, 5000])  # more than are rounded at once

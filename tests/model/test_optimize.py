@@ -19,7 +19,7 @@ import erniem_fast
 from erniem_fast import ErnieMModel, reference
 from erniem_fast.inference import LINEARS, InferenceModule, Int8Embedding, Int8Linear, is_plain_inference
 from erniem_fast.matmul import fastest
-from erniem_fast.native import int8
+from erniem_fast.native import packed as products
 from tests.golden import cases
 from tests.model.test_inference import LEVELS, SERVED
 from tests.model.tiny import IDS, LAYOUT_CASES, MASK, REAL, assert_close, load, logits_of
@@ -91,7 +91,7 @@ def test_heads_and_pooler_stay_in_float32(weights, case):
     with torch.inference_mode():
         expected, result = logits_of(exact(**inputs)), logits_of(model(**inputs))
     for name in expected:
-        # Hidden states are about 1 in size, and are off by up to 0.06 and 0.15 in bfloat16 and int8.
+        # Hidden states are about 1 in size, and are off by up to 0.06 and 0.15 in bfloat16 and products.
         assert_close(result[name], expected[name], atol={"packed": 1e-5, "bfloat16": 0.2, "int8": 0.4}[weights])
     changed = {name.split(".weight")[0] for name in model.state_dict() if name.endswith("weight_scale")}
     assert not any(name.startswith(("classifier", "linear", "qa", "ernie_m.pooler")) for name in changed)
@@ -135,7 +135,7 @@ def test_int8_has_the_same_bits_alone_and_in_any_batch(layout, monkeypatch):
     )
 
 
-native = pytest.mark.skipif(int8.objection() is not None, reason="the native library cannot be built here")
+native = pytest.mark.skipif(products.objection() is not None, reason="the native library cannot be built here")
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ from torch import Tensor
 from erniem_fast import ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_implementations
-from erniem_fast.native import int8
+from erniem_fast.native import packed as products
 from erniem_fast.native.layer import Layers
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm, quantise_weight
@@ -16,19 +16,19 @@ HIDDEN, HEADS, SCALE = 40, 3, 8**-0.5
 NATIVE = {"attention": "native", "bias_gelu": "native", "add_norm": "native"}
 
 _GENERATOR = torch.Generator().manual_seed(2)
-_SHAPES = {"q": (24, 40), "k": (24, 40), "v": (24, 40), "out": (40, 24), "up": (97, 40), "down": (40, 97)}
+SHAPES = {"q": (24, 40), "k": (24, 40), "v": (24, 40), "out": (40, 24), "up": (97, 40), "down": (40, 97)}
 
 
 def _randn(*shape: int) -> Tensor:
     return torch.randn(shape, generator=_GENERATOR)
 
 
-def _linear(out_features: int, in_features: int, bias: bool) -> int8.PackedLinear:
+def _linear(out_features: int, in_features: int, bias: bool) -> products.PackedLinear:
     values, scale = quantise_weight(_randn(out_features, in_features))
-    return int8.PackedLinear(int8.pack(values), scale, _randn(out_features) if bias else None)
+    return products.PackedLinear(products.pack(values), scale, _randn(out_features) if bias else None)
 
 
-LINEARS = {name: _linear(*shape, bias=name not in ("k", "out", "up")) for name, shape in _SHAPES.items()}
+LINEARS = {name: _linear(*shape, bias=name not in ("k", "out", "up")) for name, shape in SHAPES.items()}
 NORMS = {name: Norm(_randn(HIDDEN), _randn(HIDDEN), eps) for name, eps in (("norm1", 0.1), ("norm2", 0.2))}
 
 
@@ -58,15 +58,21 @@ BATCHES = {
 
 def whole(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> Tensor:
     """The layer by one call."""
-    parameters = int8.layer_parameters(LINEARS, NORMS, HEADS, SCALE, activation, kernel)
-    return Layers([parameters], int8.LAYERS)(x, batch.sequences)
+    parameters = products.layer_parameters(LINEARS, NORMS, HEADS, SCALE, activation, kernel)
+    return Layers([parameters], products.LAYERS)(x, batch.sequences)
 
 
-def one_by_one(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> Tensor:
+def one_by_one(
+    x: Tensor,
+    batch: TokenBatch,
+    linears: dict[str, products.PackedLinear],
+    activation: str = "gelu",
+    kernel: str | None = None,
+) -> Tensor:
     """The layer by one call for each product and op."""
 
     def multiply(name: str, x: Tensor) -> Tensor:
-        return int8.linear(x, *LINEARS[name], kernel=kernel)
+        return products.linear(x, *linears[name], kernel=kernel)
 
     with use_implementations(**NATIVE):
         qkv = torch.cat([multiply(name, x) for name in "qkv"], dim=1)
@@ -79,22 +85,22 @@ def one_by_one(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: s
 def is_its_ops(batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> bool:
     """Whether both have the same bits."""
     x = _randn(batch.tokens, HIDDEN)
-    return torch.equal(whole(x, batch, activation, kernel), one_by_one(x, batch, activation, kernel))
+    return torch.equal(whole(x, batch, activation, kernel), one_by_one(x, batch, LINEARS, activation, kernel))
 
 
 def are_one_after_another() -> bool:
     """Whether three layers in one call, the second with other norms and fewer heads, are each a call of its own."""
     batch = BATCHES["two sequences"]
-    first = int8.layer_parameters(LINEARS, NORMS, HEADS, SCALE, "gelu")
+    first = products.layer_parameters(LINEARS, NORMS, HEADS, SCALE, "gelu")
     norms = {"norm1": NORMS["norm2"], "norm2": NORMS["norm1"]}
     narrow = {
         **LINEARS,
         **{name: _linear(8, HIDDEN, bias=True) for name in "qkv"},
         "out": _linear(HIDDEN, 8, bias=True),
     }
-    layers = [first, int8.layer_parameters(narrow, norms, 1, SCALE, "relu"), first]
+    layers = [first, products.layer_parameters(narrow, norms, 1, SCALE, "relu"), first]
     x = _randn(batch.tokens, HIDDEN)
-    together, given = Layers(layers, int8.LAYERS)(x, batch.sequences), x.clone()
+    together, given = Layers(layers, products.LAYERS)(x, batch.sequences), x.clone()
     for each in layers:
-        x = Layers([each], int8.LAYERS)(x, batch.sequences)
+        x = Layers([each], products.LAYERS)(x, batch.sequences)
     return torch.equal(together, x) and not torch.equal(x, given)

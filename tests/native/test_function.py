@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from erniem_fast import ErnieMConfig, ErnieMModel, ops
 from erniem_fast.batch import TokenBatch
 from erniem_fast.flags import use_implementations
-from erniem_fast.native import attention, compiler, embeddings, function, int8, layer, library, linear
+from erniem_fast.native import attention, compiler, embeddings, function, layer, library, linear
+from erniem_fast.native import packed as products
 from erniem_fast.native.layer import Layers
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
@@ -52,7 +53,7 @@ class CallOfLayer(Call):
 
     def __call__(self, **changes: Tensor | None) -> dict[str, Tensor]:
         filled = self.function.fill(self.device, self.dtype, **{**self.values, **changes})
-        layers = Layers([filled], {"Layer": layer, "Int8Layer": int8}[self.function.name].LAYERS)
+        layers = Layers([filled], {"Layer": layer, "PackedLayer": products}[self.function.name].LAYERS)
         x = torch.linspace(-2, 3, 5 * filled.structure.hidden).sin().view(5, -1)
         return {"out": layers(x, int8_layers.packed(3, 2).sequences)}
 
@@ -116,14 +117,14 @@ def run_layer() -> None:
 
 
 def run_int8() -> None:
-    assert int8._kernels.__wrapped__(library.load("cpu"))["plain"] == 255
-    int8.linear(torch.randn(5, int8_layers.HIDDEN), *int8_layers.LINEARS["q"], out=torch.empty(5, 24))
+    assert products._levels.__wrapped__(library.load("cpu"))["plain"] == 255
+    products.linear(torch.randn(5, int8_layers.HIDDEN), *int8_layers.LINEARS["q"], out=torch.empty(5, 24))
     linears = {
         name: linear._replace(bias=torch.randn_like(linear.scale)) for name, linear in int8_layers.LINEARS.items()
     }
     sequences, x = int8_layers.BATCHES["padded, with a mask"].sequences, torch.randn(90, int8_layers.HIDDEN)
     rest = int8_layers.NORMS, int8_layers.HEADS, int8_layers.SCALE, "gelu"
-    Layers([int8.layer_parameters(linears, *rest)], int8.LAYERS)(x, sequences)
+    Layers([products.layer_parameters(linears, *rest)], products.LAYERS)(x, sequences)
 
 
 def run_rounded_tables() -> None:
@@ -252,8 +253,8 @@ def test_tensors_that_contradict_each_other_are_named(calls):
     names = {"embeddings_forward": ("words", "max_positions"), "embeddings_scatter": ("table_rows",)}
     names |= {"embeddings_bfloat16_forward": ("words", "max_positions"), "embeddings_int8_forward": ("max_positions",)}
     # A packed weight consists of groups of four features, and is refused where x needs more or fewer of these.
-    names |= {"int8_linear_forward": ("in_features",), "int8_levels": ("kernels",)}
-    names |= {"layers_forward": ("count",), "int8_layers_forward": ("count",)}
+    names |= {"packed_linear_forward": ("in_features",), "packed_levels": ("kernels",)}
+    names |= {"layers_forward": ("count",), "packed_layers_forward": ("count",)}
     assert free == {(function, each) for function, dimensions in names.items() for each in dimensions}
 
 

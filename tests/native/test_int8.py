@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from erniem_fast.native import int8, library
+from erniem_fast.native import library
+from erniem_fast.native import packed as products
 from erniem_fast.reference import quantise_tokens, quantise_weight, quantised_linear
 from erniem_fast.verify import battery
 from tests.mutation import holds
@@ -23,7 +24,7 @@ from tests.native.int8_layers import (
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
-every_kernel = pytest.mark.parametrize("kernel", int8.kernels() if library.is_built("cpu") else ())
+every_kernel = pytest.mark.parametrize("kernel", products.kernels() if library.is_built("cpu") else ())
 
 
 @pytest.fixture(params=[1, 2])
@@ -43,13 +44,13 @@ def weight() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_kernels_are_those_of_the_capability():
-    kernels, capability = int8.kernels(), torch.backends.cpu.get_cpu_capability()
+    kernels, capability = products.kernels(), torch.backends.cpu.get_cpu_capability()
     assert kernels["plain"] == 255
     assert ("avx2" in kernels) == (capability in ("AVX2", "AVX512"))
     assert ("avx512" in kernels) == (capability == "AVX512")
     assert ("avx512_vnni" in kernels) == (capability == "AVX512" and torch.cpu._is_vnni_supported())
     assert {levels for name, levels in kernels.items() if name in ("avx2", "avx512")} <= {127}
-    assert int8.levels() == list(kernels.values())[-1]
+    assert products.levels() == list(kernels.values())[-1]
 
 
 @every_kernel
@@ -62,10 +63,10 @@ def test_bits_of_the_reference(kernel, threads):
 @every_kernel
 def test_largest_integers(kernel):
     """Sums of as many products as the kernels allow, all of the largest integers: nothing overflows."""
-    levels, features = int8.kernels()[kernel], int8.MOST_FEATURES
+    levels, features = products.kernels()[kernel], products.MOST_FEATURES
     x = torch.tensor([[1.0], [-1.0]]).repeat(1, features)
     weight = torch.tensor([[127], [-127], [1]], dtype=torch.int8).repeat(1, features)
-    result = int8.linear(x, int8.pack(weight), torch.ones(3), None, kernel=kernel)
+    result = products.linear(x, products.pack(weight), torch.ones(3), None, kernel=kernel)
     scale = quantise_tokens(x, levels).scale
     sums = torch.tensor([[127, -127, 1], [-127, 127, -1]]) * levels * features
     assert torch.equal(result, sums.float() * scale)
@@ -73,20 +74,20 @@ def test_largest_integers(kernel):
 
 def test_more_features_are_refused():
     with pytest.raises(ValueError, match=r"shape \(1, 66312\), but sums of more than 66311 products can overflow"):
-        int8.pack(torch.zeros(1, int8.MOST_FEATURES + 1, dtype=torch.int8))
+        products.pack(torch.zeros(1, products.MOST_FEATURES + 1, dtype=torch.int8))
 
 
 @every_kernel
 def test_a_token_does_not_depend_on_others(kernel, threads, weight):
     values, scale, bias = weight
-    x, packed = torch.randn(200, 99), int8.pack(values)
-    together = int8.linear(x, packed, scale, bias, kernel=kernel)
+    x, packed = torch.randn(200, 99), products.pack(values)
+    together = products.linear(x, packed, scale, bias, kernel=kernel)
     x[100] = torch.nan
     x[50, 7] = torch.inf
-    beside = int8.linear(x, packed, scale, bias, kernel=kernel)
+    beside = products.linear(x, packed, scale, bias, kernel=kernel)
     assert beside[[50, 100]].isnan().all()
     for token in (0, 1, 13, 49, 51, 99, 101, 150, 199):
-        alone = int8.linear(x[token : token + 1], packed, scale, bias, kernel=kernel)
+        alone = products.linear(x[token : token + 1], packed, scale, bias, kernel=kernel)
         assert torch.equal(alone[0], together[token])
         assert torch.equal(beside[token], together[token])
 
@@ -94,21 +95,21 @@ def test_a_token_does_not_depend_on_others(kernel, threads, weight):
 def test_inputs_need_not_be_contiguous(weight):
     values, scale, bias = weight
     x = torch.randn(99, 20).t()
-    expected = quantised_linear(x, values, scale, bias, int8.levels())
-    assert torch.equal(int8.linear(x, int8.pack(values.t().contiguous().t()), scale, bias), expected)
+    expected = quantised_linear(x, values, scale, bias, products.levels())
+    assert torch.equal(products.linear(x, products.pack(values.t().contiguous().t()), scale, bias), expected)
 
 
 def test_a_kernel_that_the_processor_lacks_is_refused(weight, monkeypatch):
     values, scale, bias = weight
-    monkeypatch.setitem(int8.KERNELS, "another", 99)
+    monkeypatch.setitem(products._NUMBERS, "another", 99)
     with pytest.raises(RuntimeError, match="lacks the kernel"):
-        int8.linear(torch.randn(2, 99), int8.pack(values), scale, bias, kernel="another")
+        products.linear(torch.randn(2, 99), products.pack(values), scale, bias, kernel="another")
 
 
 def test_a_weight_of_another_size_is_refused(weight):
     values, scale, bias = weight
     with pytest.raises(ValueError, match="packed has shape"):
-        int8.linear(torch.randn(2, 99), int8.pack(values[:, :96]), scale, bias)
+        products.linear(torch.randn(2, 99), products.pack(values[:, :96]), scale, bias)
 
 
 # ---- The whole layer
@@ -161,4 +162,4 @@ def test_a_layer_with_a_weight_of_another_size_is_refused():
     for name, linear in LINEARS.items():
         wrong = {**LINEARS, name: linear._replace(packed=linear.packed[128:])}
         with pytest.raises(ValueError, match=f"{name}_packed has shape"):
-            int8.layer_parameters(wrong, NORMS, HEADS, SCALE, "gelu")
+            products.layer_parameters(wrong, NORMS, HEADS, SCALE, "gelu")

@@ -12,8 +12,10 @@ import pytest
 import torch
 
 from erniem_fast.native import compiler, library
+from erniem_fast.native import packed as products
 from erniem_fast.verify.battery import battery
 from tests.mutation import holds, parameters, replaced
+from tests.native.bfloat16_linears import are_all_exact
 from tests.native.int8_layers import BATCHES, are_one_after_another, is_its_ops
 
 CPU = torch.device("cpu")
@@ -23,8 +25,9 @@ FILE_OF_OP = {
     "bias_gelu": "bias_gelu_cpu.cpp",
     "add_norm": "add_norm_cpu.cpp",
     "product": "linear_cpu.cpp",
-    "int8": "int8_cpu.cpp",
-    "int8_layer": "int8_layer_cpu.cpp",
+    "int8": "packed_cpu.cpp",
+    "bfloat16": "packed_cpu.cpp",
+    "int8_layer": "packed_layer_cpu.cpp",
 }
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
@@ -225,13 +228,13 @@ FUNCTIONS = {
     ],
 }
 INT8 = {
-    "": [(" + COLUMNS - 1", "")],
-    "store_row": [
+    "": [
+        (" + COLUMNS - 1", ""),
         (" - token.zero * block.column_sums[i]", ""),
         ("token.scale * scale[i]", "token.scale"),
         ("(token.scale * scale[i])", "token.scale * scale[i]"),
-        ("product.bias[block.column + i]", "product.bias[i]"),
     ],
+    "store_row": [("product.bias[block.column + i]", "product.bias[i]")],
     "multiply_tile": [
         ("(first + i) * product.out_stride", "i * product.out_stride"),
         ("(first + i) * product.out_stride", "(first + i) * product.out_features"),
@@ -243,7 +246,7 @@ INT8 = {
         (" + Kernel::MOST_ROWS - 1", ""),
         ("i < last", "i < last - 1"),
     ],
-    "int8_linear_forward": [
+    "packed_linear_forward": [
         ("op->x + first * op->in_features", "op->x"),
         ("op->out + first * op->out_stride", "op->out"),
     ],
@@ -270,6 +273,14 @@ INT8_BLOCKS = {
         ("first += TOKENS_PER_BLOCK", "first += TOKENS_PER_BLOCK + 1"),
         ("end - first", "end - first - 1"),
     ]
+}
+BFLOAT16 = {
+    "": [
+        ("sizeof(BFloat16) : features, GROUP", "sizeof(BFloat16) : features, 1"),
+        ("product.scale == nullptr ? 0 : sizeof column_sums", "sizeof column_sums"),
+        ("memcpy(scaled, sums, columns * sizeof(float));", "memcpy(scaled, sums, sizeof(float));"),
+    ],
+    "round_row": [("from_float(x[i], row[i])", "row[i].bits = as_bits(x[i]) >> 16")],
 }
 QUANTISE = {
     "": [
@@ -335,12 +346,13 @@ MUTANTS = (
     ("attention", "dropout.h", {"draw": [("Wide() + head", "Wide()")]}),
     ("bias_gelu", "rows_cpu.h", ROWS_CPU),
     ("bias_gelu", "functions.h", FUNCTIONS),
-    ("int8", "int8_cpu.cpp", INT8),
-    ("int8", "int8_tile.h", INT8_TILE),
-    *((("int8", "int8_tile.h", INT8_VECTORS),) if torch.backends.cpu.get_cpu_capability() in CAPABILITIES else ()),
-    ("int8", "int8.h", INT8_BLOCKS),
+    ("int8", "packed_cpu.cpp", INT8),
+    ("int8", "packed_tile.h", INT8_TILE),
+    *((("int8", "packed_tile.h", INT8_VECTORS),) if torch.backends.cpu.get_cpu_capability() in CAPABILITIES else ()),
+    ("int8", "packed.h", INT8_BLOCKS),
     ("int8", "quantise.h", QUANTISE),
-    ("int8_layer", "int8_layer_cpu.cpp", INT8_LAYER),
+    *((("bfloat16", "packed_cpu.cpp", BFLOAT16),) if products.multiplies_bfloat16() else ()),
+    ("int8_layer", "packed_layer_cpu.cpp", INT8_LAYER),
     ("int8_layer", "layer.h", LAYER),
 )
 
@@ -387,6 +399,8 @@ def two_threads():
 
 def holds_everywhere(op):
     """Whether all checks of an op find nothing; the first that finds something is the last."""
+    if op == "bfloat16":
+        return not products.multiplies_bfloat16() or are_all_exact()
     if op == "int8_layer":
         return (
             all(map(is_its_ops, BATCHES.values()))

@@ -10,12 +10,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from erniem_fast.native import add_norm, attention, bias_gelu, compiler, embeddings, int8, layer, library, linear
+from erniem_fast.native import add_norm, attention, bias_gelu, compiler, embeddings, layer, library, linear
+from erniem_fast.native import packed as products
 from erniem_fast.native.function import DTYPES, Structure
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
-MODULES = (add_norm, attention, bias_gelu, embeddings, int8, layer, linear)
+MODULES = (add_norm, attention, bias_gelu, embeddings, layer, linear, products)
 STRUCTURES = [each for module in MODULES for each in vars(module).values() if isinstance(each, Structure)]
 POINTED = {
     torch.int64: "int64_t",
@@ -35,7 +36,7 @@ CPP_OF = {
     for name, structure in re.findall(r'extern "C" const char\* (\w+)\(const (\w+)\* op', source.read_text())
 }
 # The parameters of layers, which no function takes by themselves.
-CPP_OF |= {"Layer": ("layer_cpu.cpp", "Layer"), "Int8Layer": ("int8_layer_cpu.cpp", "Int8Layer")}
+CPP_OF |= {"Layer": ("layer_cpu.cpp", "Layer"), "PackedLayer": ("packed_layer_cpu.cpp", "PackedLayer")}
 
 
 def type_of(table: Structure, name: str, kind: type) -> str:

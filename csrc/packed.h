@@ -1,4 +1,5 @@
-// x W^T + b by products of 8-bit integers: tokens are quantised here, weights are packed by erniem_fast/native/int8.py.
+// x W^T + b by products of 8-bit integers or of bfloat16: tokens are rounded here, weights are packed by
+// erniem_fast/native/packed.py.
 #pragma once
 
 #include <algorithm>
@@ -10,29 +11,29 @@
 namespace erniem_fast {
 
 // One of several products with the same tokens.
-struct Int8Product {
-  const uint8_t* packed;  // for each block of columns: its integers, then the sums of its columns
-  const float* scale;     // (out_features,)
+struct PackedProduct {
+  const uint8_t* packed;  // for each block of columns its numbers; of integers then the sums of its columns
+  const float* scale;     // (out_features,) of integers, else null
   const float* bias;      // (out_features,) or null
   float* out;             // (tokens, out_features), its rows `out_stride` apart
   int64_t out_features, out_stride;
 };
 
-// Tokens as integers, each rounded by itself.
-struct Int8Tokens {
+// Tokens as integers or in bfloat16, each rounded by itself.
+struct PackedTokens {
   // Has memory for so many tokens and features. Throws an error if this library or processor lacks the kernel.
-  Int8Tokens(int64_t kernel, int64_t most_tokens, int64_t most_features);
+  PackedTokens(int64_t kernel, int64_t most_tokens, int64_t most_features);
 
   // Takes the rows of x, (tokens, features).
-  void quantise(const float* x, int64_t tokens, int64_t features, ParallelFor run);
+  void round(const float* x, int64_t tokens, int64_t features, ParallelFor run);
 
-  // Computes products of the tokens that were quantised last.
-  void multiply(const Int8Product* products, int count, ParallelFor run) const;
+  // Computes products of the tokens that were rounded last.
+  void multiply(const PackedProduct* products, int count, ParallelFor run) const;
 
   int64_t kernel, tokens = 0, stride = 0;
-  int levels;
+  int levels;                       // as a kernel's
   std::unique_ptr<uint8_t[]> rows;  // (tokens, stride): whole groups; the weight has zeros for what is beyond a row
-  std::unique_ptr<Rounding[]> roundings;  // (tokens,)
+  std::unique_ptr<Rounding[]> roundings;  // (tokens,) of integers
 };
 
 constexpr int64_t TOKENS_PER_BLOCK = 48;  // a block's intermediate results stay in a core's cache

@@ -1,12 +1,12 @@
-// Whole layers in one call, with products of 8-bit integers. A block of tokens goes through all that follows attention
+// Whole layers in one call, with packed weights. A block of tokens goes through all that follows attention
 // at once, while its intermediate results are in a core's cache.
-#include "int8.h"
 #include "layer.h"
+#include "packed.h"
 
 namespace erniem_fast {
 
-struct Int8Layer {
-  // Packed weights and their scales as in `Int8Product`; biases (out_features,) or null; layer norms (hidden,).
+struct PackedLayer {
+  // Weights and scales as in `PackedProduct`; biases (out_features,) or null; parameters of layer norms (hidden,).
   const uint8_t* q_packed;
   const float *q_scale, *q_bias;
   const uint8_t* k_packed;
@@ -26,30 +26,31 @@ struct Int8Layer {
 
 namespace {
 
-int64_t scratch_features(const Int8Layer& layer) { return 4 * layer.projected; }
+int64_t scratch_features(const PackedLayer& layer) { return 4 * layer.projected; }
 
 // Queries, keys and values of tokens, side by side.
-void project(const Int8Layer& layer, const float* x, int64_t count, float* qkv, ParallelFor run) {
+void project(const PackedLayer& layer, const float* x, int64_t count, float* qkv, ParallelFor run) {
   const int64_t projected = layer.projected, width = 3 * projected;
-  const Int8Product products[] = {{layer.q_packed, layer.q_scale, layer.q_bias, qkv, projected, width},
-                                  {layer.k_packed, layer.k_scale, layer.k_bias, qkv + projected, projected, width},
-                                  {layer.v_packed, layer.v_scale, layer.v_bias, qkv + 2 * projected, projected, width}};
-  Int8Tokens tokens(layer.kernel, count, layer.hidden);
-  tokens.quantise(x, count, layer.hidden, run);
+  const PackedProduct products[] = {
+      {layer.q_packed, layer.q_scale, layer.q_bias, qkv, projected, width},
+      {layer.k_packed, layer.k_scale, layer.k_bias, qkv + projected, projected, width},
+      {layer.v_packed, layer.v_scale, layer.v_bias, qkv + 2 * projected, projected, width}};
+  PackedTokens tokens(layer.kernel, count, layer.hidden);
+  tokens.round(x, count, layer.hidden, run);
   tokens.multiply(products, 3, run);
 }
 
 // From the results of attention, (count, projected), to those of the layer, (count, hidden), which may be `residual`.
-void finish(const Int8Layer& layer, const float* context, const float* residual, int64_t count, float* out,
+void finish(const PackedLayer& layer, const float* context, const float* residual, int64_t count, float* out,
             ParallelFor run) {
   const int64_t hidden = layer.hidden, inner = layer.intermediate;
   const LayerNorm norm1 = {layer.norm1_weight, layer.norm1_bias, layer.norm1_eps};
   const LayerNorm norm2 = {layer.norm2_weight, layer.norm2_bias, layer.norm2_eps};
   const std::unique_ptr<float[]> memory(new float[count * (2 * hidden + inner)]);
   float *x = memory.get(), *attended = x + count * hidden, *activations = attended + count * hidden;
-  Int8Tokens tokens(layer.kernel, count, std::max({layer.projected, hidden, inner}));
-  const auto multiply = [&](const float* from, int64_t in_features, const Int8Product& product) {
-    tokens.quantise(from, count, in_features, run);
+  PackedTokens tokens(layer.kernel, count, std::max({layer.projected, hidden, inner}));
+  const auto multiply = [&](const float* from, int64_t in_features, const PackedProduct& product) {
+    tokens.round(from, count, in_features, run);
     tokens.multiply(&product, 1, run);
   };
 
@@ -61,7 +62,7 @@ void finish(const Int8Layer& layer, const float* context, const float* residual,
   add_norm(attended, x, norm2, count, hidden, out, run);
 }
 
-void run_layer(const LayersForward& op, const Int8Layer& layer, const float* x, float* out, float* scratch,
+void run_layer(const LayersForward& op, const PackedLayer& layer, const float* x, float* out, float* scratch,
                ParallelFor run) {
   const int64_t hidden = layer.hidden, projected = layer.projected;
   float *qkv = scratch, *context = qkv + op.tokens * 3 * projected;
@@ -76,9 +77,9 @@ void run_layer(const LayersForward& op, const Int8Layer& layer, const float* x, 
 
 }  // namespace
 
-extern "C" const char* int8_layers_forward(const LayersForward* op, int, ParallelFor run) {
+extern "C" const char* packed_layers_forward(const LayersForward* op, int, ParallelFor run) {
   return error_of([&] {
-    run_layers(*op, scratch_features, [&](const Int8Layer& layer, const float* x, float* out, float* scratch) {
+    run_layers(*op, scratch_features, [&](const PackedLayer& layer, const float* x, float* out, float* scratch) {
       run_layer(*op, layer, x, out, scratch, run);
     });
   });

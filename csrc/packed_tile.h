@@ -1,7 +1,8 @@
-// Sums of products of 8-bit integers, by each instruction set: unsigned integers of tokens, signed ones of a weight.
+// Sums of products, by each instruction set: of 8-bit integers, unsigned ones of tokens and signed ones of a weight;
+// and of bfloat16.
 //
-// A group is 4 neighbouring features: one instruction multiplies them and adds the products. A block is COLUMNS rows of
-// the weight, which are columns of the result, group by group: [groups][COLUMNS][GROUP].
+// A group is the neighbouring features that GROUP bytes hold: one instruction multiplies them and adds the products. A
+// block is COLUMNS rows of the weight, which are columns of the result, group by group: [groups][COLUMNS][GROUP].
 #pragma once
 
 #include <cstdint>
@@ -13,6 +14,9 @@
 #include <immintrin.h>
 #if defined(__clang__) ? __clang_major__ >= 12 : __GNUC__ >= 11
 #define HAS_AVX_VNNI
+#endif
+#if defined(__AVX512BW__) && (defined(__clang__) ? __clang_major__ >= 9 : __GNUC__ >= 10)
+#define HAS_AVX512_BF16
 #endif
 #endif
 
@@ -31,11 +35,12 @@ inline int32_t load_group(const uint8_t* from) {
 // group to the lane's sum.
 template <typename Dot, int ROWS>
 [[gnu::always_inline]] inline void multiply_vectors(const uint8_t* x, int64_t stride, const int8_t* block,
-                                                    const int8_t* next, int64_t groups, int32_t* sums) {
+                                                    const int8_t* next, int64_t groups, typename Dot::Sum* sums) {
   using Vector = typename Dot::Vector;
+  using Sums = typename Dot::Sums;
   constexpr int LANES = sizeof(Vector) / GROUP, VECTORS = 2;
   for (int first = 0; first < COLUMNS; first += VECTORS * LANES) {
-    Vector totals[ROWS][VECTORS] = {};
+    Sums totals[ROWS][VECTORS] = {};
     for (int64_t group = 0; group < groups; ++group) {
       Vector right[VECTORS];
 #pragma GCC unroll 2
@@ -55,15 +60,19 @@ template <typename Dot, int ROWS>
     for (int i = 0; i < ROWS; ++i) {
 #pragma GCC unroll 2
       for (int j = 0; j < VECTORS; ++j) {
-        memcpy(sums + i * COLUMNS + first + j * LANES, &totals[i][j], sizeof(Vector));
+        memcpy(sums + i * COLUMNS + first + j * LANES, &totals[i][j], sizeof(Sums));
       }
     }
   }
 }
 
-// ---- The kernels. LEVELS is the largest unsigned integer, MOST_ROWS the rows whose sums stay in registers.
+// ---- The kernels. LEVELS is the largest unsigned integer, or BFLOAT16_LEVELS where there are no integers; MOST_ROWS
+// the rows whose sums stay in registers.
+
+constexpr int BFLOAT16_LEVELS = -1;
 
 struct Plain {
+  using Sum = int32_t;
   static constexpr int LEVELS = 255, MOST_ROWS = 4;
   static bool is_available() { return true; }
 
@@ -87,6 +96,8 @@ struct Plain {
 // The instruction adds pairs of products in 16 bits, and would saturate with unsigned integers of more than 7 bits.
 struct Avx2 {
   using Vector = __m256i;
+  using Sums = Vector;
+  using Sum = int32_t;
   static constexpr int LEVELS = 127, MOST_ROWS = 6;
   static bool is_available() { return true; }
   static Vector broadcast(int32_t group) { return _mm256_set1_epi32(group); }
@@ -113,6 +124,8 @@ struct Features {
 
 struct Avx512 {
   using Vector = __m512i;
+  using Sums = Vector;
+  using Sum = int32_t;
   static constexpr int LEVELS = Avx2::LEVELS, MOST_ROWS = 12;
   static bool is_available() { return true; }
   static Vector broadcast(int32_t group) { return _mm512_set1_epi32(group); }
@@ -133,6 +146,8 @@ struct Avx512 {
 
 struct AvxVnni {
   using Vector = __m256i;
+  using Sums = Vector;
+  using Sum = int32_t;
   static constexpr int LEVELS = 255, MOST_ROWS = 6;
   static bool is_available() {
     static const bool has_it = Features(1).eax >> 4 & 1;
@@ -156,6 +171,8 @@ struct AvxVnni {
 
 struct Avx512Vnni {
   using Vector = __m512i;
+  using Sums = Vector;
+  using Sum = int32_t;
   static constexpr int LEVELS = 255, MOST_ROWS = 12;
   static bool is_available() {
     static const bool has_it = Features(0).ecx >> 11 & 1;
@@ -175,14 +192,39 @@ struct Avx512Vnni {
 
 #endif
 
+#ifdef HAS_AVX512_BF16
+
+struct Avx512Bf16 {
+  using Vector = __m512i;
+  using Sums = __m512;
+  using Sum = float;
+  static constexpr int LEVELS = BFLOAT16_LEVELS, MOST_ROWS = 12;
+  static bool is_available() {
+    static const bool has_it = Features(1).eax >> 5 & 1;
+    return has_it;
+  }
+  static Vector broadcast(int32_t group) { return _mm512_set1_epi32(group); }
+  __attribute__((target("avx512bf16"))) static Sums add(Sums sums, Vector x, Vector weight) {
+    return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)weight);
+  }
+
+  template <int ROWS>
+  __attribute__((target("avx512bf16"))) static void multiply(const uint8_t* x, int64_t stride, const int8_t* block,
+                                                             const int8_t* next, int64_t groups, float* sums) {
+    multiply_vectors<Avx512Bf16, ROWS>(x, stride, block, next, groups, sums);
+  }
+};
+
+#endif
+
 // ---- The kernels by number
 
-// The best one last; erniem_fast/native/int8.py has the same numbers.
-enum Int8Kernel { PLAIN, AVX2, AVX512, AVX_VNNI, AVX512_VNNI };
+// Of those of integers the best one last; erniem_fast/native/packed.py has the same numbers.
+enum PackedKernel { PLAIN, AVX2, AVX512, AVX_VNNI, AVX512_VNNI, AVX512_BF16 };
 
 // Calls `body` with the kernel; returns whether this library and processor have it.
 template <typename Body>
-bool with_int8_kernel(int64_t kernel, const Body& body) {
+bool with_packed_kernel(int64_t kernel, const Body& body) {
   const auto call = [&](auto found) {
     if (!found.is_available()) return false;
     body(found);
@@ -206,6 +248,10 @@ bool with_int8_kernel(int64_t kernel, const Body& body) {
 #ifdef __AVX512BW__
     case AVX512_VNNI:
       return call(Avx512Vnni());
+#endif
+#ifdef HAS_AVX512_BF16
+    case AVX512_BF16:
+      return call(Avx512Bf16());
 #endif
     default:
       return false;

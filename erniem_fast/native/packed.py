@@ -1,0 +1,251 @@
+"""Products with packed weights on the CPU, of 8-bit integers or of bfloat16, alone and in whole layers.
+
+Those of integers have the bits of `reference.quantised_linear`.
+"""
+
+import ctypes
+import functools
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..reference import Norm
+from . import layer, library
+from .bias_gelu import ACTIVATIONS
+from .function import FLOAT, INT, Filled, Function, Structure
+
+# The numbers of `PackedKernel` in csrc/packed_tile.h; of those of integers the best last.
+KERNELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx_vnni": 3, "avx512_vnni": 4}
+BFLOAT16_KERNEL = "avx512_bf16"
+_NUMBERS = {**KERNELS, BFLOAT16_KERNEL: 5}
+
+# The sizes of a block of a packed weight, as in csrc/packed_tile.h; those of a group are bytes.
+_COLUMNS, _GROUP = 32, 4
+
+# Of more features the sums of integers could overflow: 255 * 127 * 66,311 < 2^31.
+MOST_FEATURES = 66_311
+
+
+def _bytes(dtype: torch.dtype, out_features: str, in_features: str) -> str:
+    """The size of a packed weight, as a dimension of a `Function`'s tensor."""
+    groups = f"-(-{in_features} // {_GROUP // dtype.itemsize})"
+    return f"-(-{out_features} // 32) * ({groups} * 128{' + 128' if dtype == torch.int8 else ''})"
+
+
+_LEVELS = Function("packed_levels", {"levels": (INT, "kernels")}, written=("levels",), sizes="kernels")
+
+
+def _linear_of(dtype: torch.dtype) -> Function:
+    return Function(
+        "packed_linear_forward",
+        {
+            "x": (FLOAT, "tokens", "in_features"),
+            "packed": (torch.uint8, _bytes(dtype, "out_features", "in_features")),
+            "scale": (FLOAT, "out_features"),
+            "bias": (FLOAT, "out_features"),
+            "out": (FLOAT, "tokens", "out_features"),
+        },
+        written=("out",),
+        sizes="tokens in_features out_features out_stride threads kernel",
+        optional=("scale", "bias") if dtype == torch.bfloat16 else ("bias",),
+        strided=("out",),
+    )
+
+
+def _layer_of(dtype: torch.dtype) -> Structure:
+    """A layer's parameters, with its weights in a dtype."""
+    return Structure(
+        "PackedLayer",
+        {
+            **{
+                f"{name}_{part}": tensor
+                for name, shape in layer.LINEARS.items()
+                for part, tensor in (
+                    ("packed", (torch.uint8, _bytes(dtype, *shape))),
+                    ("scale", (FLOAT, shape[0])),
+                    ("bias", (FLOAT, shape[0])),
+                )
+            },
+            **layer.NORMS,
+        },
+        sizes=f"{layer.SIZES} kernel",
+        factors=layer.FACTORS,
+        optional=tuple(
+            f"{name}_{part}"
+            for name in layer.LINEARS
+            for part in (("scale", "bias") if dtype == torch.bfloat16 else ("bias",))
+        ),
+    )
+
+
+_INT8_LINEAR, _BFLOAT16_LINEAR = _linear_of(torch.int8), _linear_of(torch.bfloat16)
+_INT8_LAYER, _BFLOAT16_LAYER = _layer_of(torch.int8), _layer_of(torch.bfloat16)
+
+# Takes the parameters of layers that `layer_parameters` gives.
+LAYERS = layer.forward_of("packed_layers_forward")
+
+
+class PackedLinear(NamedTuple):
+    """A linear's parameters; see `linear`."""
+
+    packed: Tensor
+    scale: Tensor | None
+    bias: Tensor | None
+
+
+def objection() -> str | None:
+    """Why these functions cannot serve; None if they can."""
+    return None if library.is_built("cpu") else library.status()["cpu"]
+
+
+def kernels() -> dict[str, int]:
+    """The kernels that the library and this processor have, the best last, with the largest integer of a token."""
+    return _kernels(library.load("cpu"))
+
+
+def multiplies_bfloat16() -> bool:
+    """Whether the library and this processor have products of bfloat16."""
+    return objection() is None and bool(_levels(library.load("cpu"))[BFLOAT16_KERNEL])
+
+
+def _kernels(loaded: ctypes.CDLL) -> dict[str, int]:
+    return {name: most for name, most in _levels(loaded).items() if most > 0}
+
+
+@functools.cache
+def _levels(loaded: ctypes.CDLL) -> dict[str, int]:
+    """For each kernel the largest integer of a token, negative for those of bfloat16; 0 if there is none here."""
+    levels = torch.empty(len(_NUMBERS), dtype=torch.int64)
+    _LEVELS(levels.device, torch.float32, levels=levels)
+    return dict(zip(_NUMBERS, levels.tolist(), strict=True))
+
+
+def levels() -> int:
+    """The largest integer of a token by the best kernel, which `reference.quantise_tokens` takes."""
+    return kernels()[_best()]
+
+
+def _best() -> str:
+    return next(reversed(kernels()))
+
+
+def pack(weight: Tensor) -> Tensor:
+    """A weight in the order in which the kernels read it, block by block; integers with the sums of each column.
+
+    Args:
+        weight: int8 or bfloat16 `(out_features, in_features)`.
+
+    Returns:
+        uint8 `(bytes,)`.
+
+    Raises:
+        ValueError: a weight of integers has so many input features that sums could overflow.
+    """
+    integers = weight.dtype == torch.int8
+    if integers and weight.shape[1] > MOST_FEATURES:
+        raise ValueError(
+            f"the weight has shape {tuple(weight.shape)}, but sums of more than {MOST_FEATURES} products can overflow "
+            f"32 bits; keep the weight in floating point."
+        )
+    out_features, in_features = weight.shape
+    size = _GROUP // weight.itemsize
+    padded = F.pad(weight, (0, -in_features % size, 0, -out_features % _COLUMNS))
+    blocks = padded.view(-1, _COLUMNS, padded.shape[1] // size, size).transpose(1, 2).flatten(1)
+    parts = [blocks.contiguous().view(torch.uint8)]
+    if integers:
+        parts.append(padded.sum(1, dtype=torch.int32).view(-1, _COLUMNS).view(torch.uint8))
+    return torch.cat(parts, dim=1).flatten()
+
+
+def unpack(packed: Tensor, out_features: int, in_features: int, dtype: torch.dtype) -> Tensor:
+    """The weight that `pack` took, `(out_features, in_features)`."""
+    size = _GROUP // dtype.itemsize
+    groups = -(-in_features // size)
+    blocks = packed.view(-(-out_features // _COLUMNS), -1)[:, : groups * _COLUMNS * _GROUP].contiguous().view(dtype)
+    rows = blocks.view(-1, groups, _COLUMNS, size).transpose(1, 2).flatten(2).flatten(0, 1)
+    return rows[:out_features, :in_features].contiguous()
+
+
+def linear(
+    x: Tensor,
+    packed: Tensor,
+    scale: Tensor | None,
+    bias: Tensor | None,
+    out: Tensor | None = None,
+    kernel: str | None = None,
+) -> Tensor:
+    """`reference.quantised_linear(x, weight, scale, bias, levels())`; with a weight in bfloat16, `x` rounded to it.
+
+    Args:
+        x: float32 `(tokens, in_features)` on the CPU.
+        packed: `pack(weight)`.
+        scale: float32 `(out_features,)`, of the rows of a weight of integers; None for one in bfloat16.
+        bias: float32 `(out_features,)`, or None.
+        out: float32 `(tokens, out_features)`, to be written to; its rows need not be adjacent in memory. Needed for a
+            weight in bfloat16 without a bias, which alone does not tell the number of features.
+        kernel: a key of `kernels()`; None for the best.
+
+    Returns:
+        `out`, float32 `(tokens, out_features)`.
+
+    Raises:
+        ValueError, BuildError, RuntimeError: see `Function.__call__`.
+    """
+    if out is None:
+        out = x.new_empty(x.shape[0], len(bias if scale is None else scale))
+    (_BFLOAT16_LINEAR if scale is None else _INT8_LINEAR)(
+        x.device,
+        x.dtype,
+        x=x,
+        packed=packed,
+        scale=scale,
+        bias=bias,
+        out=out,
+        out_stride=out.stride(0),
+        threads=torch.get_num_threads(),
+        kernel=_number(kernel, scale),
+    )
+    return out
+
+
+def layer_parameters(
+    linears: dict[str, PackedLinear],
+    norms: dict[str, Norm],
+    heads: int,
+    scale: float,
+    activation: str,
+    kernel: str | None = None,
+) -> Filled:
+    """A layer's parameters, for `Layers` with the function `LAYERS`, which has the bits of `linear` and the native ops.
+
+    Args:
+        linears: `q`, `k`, `v`, `out`, `up` and `down`, all of integers or all in bfloat16.
+        norms: `norm1` and `norm2`, in float32, each with a bias.
+        heads, scale: as in `ops.attention`.
+        activation: a key of `ACTIVATIONS`.
+        kernel: as in `linear`.
+
+    Raises:
+        ValueError: see `Structure.fill`.
+    """
+    weight_scale = linears["q"].scale
+    return (_BFLOAT16_LAYER if weight_scale is None else _INT8_LAYER).fill(
+        torch.device("cpu"),
+        FLOAT,
+        **{
+            f"{name}_{part}": value
+            for name, each in {**linears, **norms}.items()
+            for part, value in each._asdict().items()
+        },
+        heads=heads,
+        activation=ACTIVATIONS[activation],
+        kernel=_number(kernel, weight_scale),
+        scale=scale,
+    )
+
+
+def _number(kernel: str | None, scale: Tensor | None) -> int:
+    """The kernel's number in csrc/; for None that of the best one for integers, or of the one for bfloat16."""
+    return _NUMBERS[BFLOAT16_KERNEL if scale is None else kernel or _best()]

@@ -158,7 +158,7 @@ class Graphs:
         return (
             0 < batch.tokens <= self._most_tokens
             and not (observed or torch.is_grad_enabled() or torch.is_autocast_enabled(ids.device.type))
-            and not model.drops()  # a replay would drop the same features again
+            and not model._drops()  # a replay would drop the same features again
             and not modes.is_captured()
             and flags.read(flags.VERIFY) == "0"
         )

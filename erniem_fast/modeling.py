@@ -239,7 +239,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
     def _pools(self) -> bool:
         return self.pooler is not None and not isinstance(self.pooler, _UnreadPooler)
 
-    def drops(self) -> bool:
+    def _drops(self) -> bool:
         """Whether a dropout is active."""
         dropouts = [self.embeddings.dropout, *(each for layer in self.encoder.layers for each in layer.dropouts())]
         return any(is_active(dropout) for dropout in dropouts)
@@ -249,7 +249,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
 
         None if no dropout is active.
         """
-        if not self.drops():
+        if not self._drops():
             return None
         rows = len(self.encoder.layers) + 1
         return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)

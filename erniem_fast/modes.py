@@ -178,8 +178,8 @@ class Footprint:
         self._attributes = [(each, name) for each in members for name in _ATTRIBUTES if name in each]
         self._kept = self._values()  # so that no other object gets the number of one of these
         self._state = self._read()
-        hooked, _, _, addresses = self._state
-        self.is_plain = not hooked and addresses is not None
+        hooked, _, _, places = self._state
+        self.is_plain = not hooked and places is not None
 
     def is_current(self) -> bool:
         """Whether nothing has changed."""
@@ -192,12 +192,14 @@ class Footprint:
     def _read(self) -> tuple:
         hooked = any(self._hooks) or _has_any_global_hook() or any("forward" in each for each in self._inside)
         types = [type(module) for module in self._modules]
-        return hooked, types, [*map(id, self._values())], self._addresses()
+        return hooked, types, [*map(id, self._values())], self._places()
 
-    def _addresses(self) -> list[tuple[int, torch.dtype]] | None:
+    def _places(self) -> list[tuple] | None:
+        """Where each weight lies, and how it is read there; None if one has no address."""
         weights = [weight for each in self._tensors for weight in each.values() if weight is not None]
         try:
-            return [(weight.data_ptr(), weight.dtype) for weight in weights]
+            # A part of a weight, or its transpose, may start where the weight did.
+            return [(type(each), each.data_ptr(), each.dtype, each.shape, each.stride()) for each in weights]
         except RuntimeError:
             return None
 

@@ -89,7 +89,7 @@ def is_its_ops(batch: TokenBatch, activation: str = "gelu", kernel: str | None =
 
 
 def are_one_after_another() -> bool:
-    """Whether three layers in one call, the second with other norms and fewer heads, are each a call of its own."""
+    """Whether one call of three different layers gives what three calls give, one for each layer."""
     batch = BATCHES["two sequences"]
     first = products.layer_parameters(LINEARS, NORMS, HEADS, SCALE, "gelu")
     norms = {"norm1": NORMS["norm2"], "norm2": NORMS["norm1"]}

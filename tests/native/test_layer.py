@@ -224,6 +224,15 @@ def weight_in_another_order(layer):
     layer.linear2.weight.data.mul_(2)
 
 
+def transposed_weight(layer):
+    layer.self_attn.out_proj.weight.data = layer.self_attn.out_proj.weight.data.t()
+
+
+def fewer_features(layer):
+    layer.linear1.weight.data, layer.linear1.bias.data = layer.linear1.weight.data[:30], layer.linear1.bias.data[:30]
+    layer.linear2.weight.data = layer.linear2.weight.data[:, :30]
+
+
 def other_module(layer):
     layer.linear1 = nn.Linear(*reversed(layer.linear1.weight.shape))
 
@@ -261,6 +270,8 @@ CHANGES = (
     swap_parameter,
     weight_in_place,
     weight_in_another_order,
+    transposed_weight,
+    fewer_features,
     other_module,
     wider_module,
     scale_of_attention,

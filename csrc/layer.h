@@ -19,15 +19,20 @@ struct LayersForward {
   int64_t tokens, hidden, count, sequences, threads;
 };
 
-// Calls `run_layer(layer, x, out, scratch)` for each layer in turn; from the second on, `x` is `out`. The scratch has
-// `scratch_features(layer)` numbers for each token.
-template <typename Layer, typename RunLayer>
-void run_layers(const LayersForward& op, int64_t (*scratch_features)(const Layer&), const RunLayer& run_layer) {
+// Runs the layers in turn; from the second on, `x` is `out`. The scratch has `scratch_features(layer)` numbers for each
+// token.
+template <typename Layer>
+void run_layers(const LayersForward& op, int64_t (*scratch_features)(const Layer&),
+                void (*run_layer)(const LayersForward& op, const Layer& layer, const float* x, float* out,
+                                  float* scratch, ParallelFor run),
+                ParallelFor run) {
   const auto layer = [&](int64_t i) -> const Layer& { return *reinterpret_cast<const Layer*>(op.layers[i]); };
   int64_t features = 0;
   for (int64_t i = 0; i < op.count; ++i) features = std::max(features, scratch_features(layer(i)));
   const std::unique_ptr<float[]> scratch(new float[op.tokens * features]);
-  for (int64_t i = 0; i < op.count; ++i) run_layer(layer(i), i == 0 ? op.x : op.out, op.out, scratch.get());
+  for (int64_t i = 0; i < op.count; ++i) {
+    run_layer(op, layer(i), i == 0 ? op.x : op.out, op.out, scratch.get(), run);
+  }
 }
 
 // Attention of all tokens.

@@ -47,11 +47,7 @@ void run_layer(const LayersForward& op, const Layer& layer, const float* residua
 }  // namespace
 
 extern "C" const char* layers_forward(const LayersForward* op, int, ParallelFor run) {
-  return error_of([&] {
-    run_layers(*op, scratch_features, [&](const Layer& layer, const float* x, float* out, float* scratch) {
-      run_layer(*op, layer, x, out, scratch, run);
-    });
-  });
+  return error_of([&] { run_layers(*op, scratch_features, run_layer, run); });
 }
 
 }  // namespace erniem_fast

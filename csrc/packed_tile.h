@@ -93,14 +93,18 @@ struct Plain {
 
 #ifdef __AVX2__
 
-// The instruction adds pairs of products in 16 bits, and would saturate with unsigned integers of more than 7 bits.
-struct Avx2 {
+struct Registers256 {
   using Vector = __m256i;
-  using Sums = Vector;
+  using Sums = __m256i;
   using Sum = int32_t;
-  static constexpr int LEVELS = 127, MOST_ROWS = 6;
-  static bool is_available() { return true; }
+  static constexpr int MOST_ROWS = 6;
   static Vector broadcast(int32_t group) { return _mm256_set1_epi32(group); }
+};
+
+// The instruction adds pairs of products in 16 bits, and would saturate with unsigned integers of more than 7 bits.
+struct Avx2 : Registers256 {
+  static constexpr int LEVELS = 127;
+  static bool is_available() { return true; }
   static Vector add(Vector sums, Vector x, Vector weight) {
     return _mm256_add_epi32(sums, _mm256_madd_epi16(_mm256_maddubs_epi16(x, weight), _mm256_set1_epi16(1)));
   }
@@ -122,13 +126,18 @@ struct Features {
 
 #ifdef __AVX512BW__
 
-struct Avx512 {
+template <typename Totals, typename Total>
+struct Registers512 {
   using Vector = __m512i;
-  using Sums = Vector;
-  using Sum = int32_t;
-  static constexpr int LEVELS = Avx2::LEVELS, MOST_ROWS = 12;
-  static bool is_available() { return true; }
+  using Sums = Totals;
+  using Sum = Total;
+  static constexpr int MOST_ROWS = 12;
   static Vector broadcast(int32_t group) { return _mm512_set1_epi32(group); }
+};
+
+struct Avx512 : Registers512<__m512i, int32_t> {
+  static constexpr int LEVELS = Avx2::LEVELS;
+  static bool is_available() { return true; }
   static Vector add(Vector sums, Vector x, Vector weight) {
     return _mm512_add_epi32(sums, _mm512_madd_epi16(_mm512_maddubs_epi16(x, weight), _mm512_set1_epi16(1)));
   }
@@ -144,16 +153,12 @@ struct Avx512 {
 
 #ifdef HAS_AVX_VNNI
 
-struct AvxVnni {
-  using Vector = __m256i;
-  using Sums = Vector;
-  using Sum = int32_t;
-  static constexpr int LEVELS = 255, MOST_ROWS = 6;
+struct AvxVnni : Registers256 {
+  static constexpr int LEVELS = 255;
   static bool is_available() {
     static const bool has_it = Features(1).eax >> 4 & 1;
     return has_it;
   }
-  static Vector broadcast(int32_t group) { return _mm256_set1_epi32(group); }
   __attribute__((target("avxvnni"))) static Vector add(Vector sums, Vector x, Vector weight) {
     return _mm256_dpbusd_avx_epi32(sums, x, weight);
   }
@@ -169,16 +174,12 @@ struct AvxVnni {
 
 #ifdef __AVX512BW__
 
-struct Avx512Vnni {
-  using Vector = __m512i;
-  using Sums = Vector;
-  using Sum = int32_t;
-  static constexpr int LEVELS = 255, MOST_ROWS = 12;
+struct Avx512Vnni : Registers512<__m512i, int32_t> {
+  static constexpr int LEVELS = 255;
   static bool is_available() {
     static const bool has_it = Features(0).ecx >> 11 & 1;
     return has_it;
   }
-  static Vector broadcast(int32_t group) { return _mm512_set1_epi32(group); }
   __attribute__((target("avx512vnni"))) static Vector add(Vector sums, Vector x, Vector weight) {
     return _mm512_dpbusd_epi32(sums, x, weight);
   }
@@ -194,16 +195,12 @@ struct Avx512Vnni {
 
 #ifdef HAS_AVX512_BF16
 
-struct Avx512Bf16 {
-  using Vector = __m512i;
-  using Sums = __m512;
-  using Sum = float;
-  static constexpr int LEVELS = BFLOAT16_LEVELS, MOST_ROWS = 12;
+struct Avx512Bf16 : Registers512<__m512, float> {
+  static constexpr int LEVELS = BFLOAT16_LEVELS;
   static bool is_available() {
     static const bool has_it = Features(1).eax >> 5 & 1;
     return has_it;
   }
-  static Vector broadcast(int32_t group) { return _mm512_set1_epi32(group); }
   __attribute__((target("avx512bf16"))) static Sums add(Sums sums, Vector x, Vector weight) {
     return _mm512_dpbf16_ps(sums, (__m512bh)x, (__m512bh)weight);
   }

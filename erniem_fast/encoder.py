@@ -328,21 +328,20 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         if kind in (BFloat16Linear, Int8Linear):
             if not all(is_plain_inference(linear, kind) and linear.packed is not None for linear in linears.values()):
                 return None
-            if linears["q"].out_features % inner.num_attention_heads:
-                return None  # then `ops.attention` raises an error
             operands = {name: linear.operands() for name, linear in linears.items()}
             norms = {name: _norm_of(norm) for name, norm in norms.items()}
-            return [(packed.LAYERS, packed.layer_parameters(operands, norms, *rest))]
-        if not all(
+            function, parameters = packed.LAYERS, packed.layer_parameters(operands, norms, *rest)
+        elif all(
             is_plain(linear, nn.Linear)
             and linear.bias is not None
             and linear.weight.dtype == linear.bias.dtype == torch.float32
             for linear in linears.values()
         ):
+            function, parameters = native_layer.LAYERS, native_layer.parameters(linears, norms, *rest)
+        else:
             return None
-        if linears["q"].weight.shape[0] % inner.num_attention_heads:
-            return None
-        return [(native_layer.LAYERS, native_layer.parameters(linears, norms, *rest))]
+        # If heads do not divide the features, `ops.attention` raises the error.
+        return None if parameters.structure.projected % inner.num_attention_heads else [(function, parameters)]
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2

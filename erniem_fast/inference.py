@@ -183,6 +183,7 @@ class _NativeLinear(InferenceModule):
     Attributes:
         dtype: of the weight.
         weight: `(out_features, in_features)`; a copy if `packed` holds it.
+        weight_scale: factors of the weight's rows, float32 `(out_features,)`; None for none.
         bias: float32 `(out_features,)`, or None.
         packed: the weight in the native product's order; None until there is a native product.
     """
@@ -193,6 +194,7 @@ class _NativeLinear(InferenceModule):
         super().__init__()
         self.in_features, self.out_features = in_features, out_features
         self.register_buffer("weight", torch.empty(out_features, in_features, dtype=self.dtype))
+        self.register_buffer("weight_scale", None)
         self.register_parameter("bias", _bias(out_features) if bias else None)
         self.packed: Tensor | None = None
 
@@ -216,7 +218,7 @@ class _NativeLinear(InferenceModule):
 
     def operands(self) -> packed.PackedLinear:
         """What native products take, if there is `packed`."""
-        raise NotImplementedError
+        return packed.PackedLinear(self.packed, self.weight_scale, self.bias)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The product by PyTorch."""
@@ -276,9 +278,6 @@ class BFloat16Linear(_NativeLinear):
     def is_native(self) -> bool:
         return packed.multiplies_bfloat16()
 
-    def operands(self) -> packed.PackedLinear:
-        return packed.PackedLinear(self.packed, None, self.bias)
-
     def multiply(self, rows: Tensor) -> Tensor:
         return F.linear(rows.to(self.dtype).float(), self.weight.float(), self.bias)
 
@@ -288,10 +287,7 @@ class Int8Linear(_NativeLinear):
 
     Each row of the weight has a scale of its own, and so has each row of the input, which is rounded to 8 bits here.
     A token's result depends on that token alone, and not on other tokens of a batch. The arithmetic is that of
-    `reference.quantised_linear`.
-
-    Attributes:
-        weight_scale: float32 `(out_features,)`. The others are those of `_NativeLinear`.
+    `reference.quantised_linear`. Attributes as `_NativeLinear`'s.
     """
 
     weights = "int8"
@@ -299,16 +295,13 @@ class Int8Linear(_NativeLinear):
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__(in_features, out_features, bias)
-        self.register_buffer("weight_scale", torch.empty(out_features, dtype=torch.float32))
+        self.weight_scale = torch.empty(out_features, dtype=torch.float32)
 
     def hold(self, weight: Tensor) -> None:
         self.weight, self.weight_scale = round_rows(weight)
 
     def is_native(self) -> bool:
         return packed.objection() is None and self.in_features <= packed.MOST_FEATURES
-
-    def operands(self) -> packed.PackedLinear:
-        return packed.PackedLinear(self.packed, self.weight_scale, self.bias)
 
     def multiply(self, rows: Tensor) -> Tensor:
         return _int8_linear(rows, self.weight, self.weight_scale, self.bias)

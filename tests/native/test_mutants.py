@@ -319,8 +319,8 @@ INT8_LAYER = {
 LAYER = {
     "run_layers": [
         ("i == 0 ? op.x : op.out", "op.x"),
-        ("i < op.count; ++i) run_layer", "i < 1; ++i) run_layer"),
-        ("run_layer(layer(i)", "run_layer(layer(0)"),
+        ("i < op.count; ++i) {", "i < 1; ++i) {"),
+        ("run_layer(op, layer(i)", "run_layer(op, layer(0)"),
     ],
     "attend": [
         ("attention.key_mask = op.key_mask;", ""),

@@ -50,7 +50,7 @@ def test_steps_go_on_after_one_that_fails_and_are_reported(tmp_path, capfd):
     assert [(name, verdict, rest[1:]) for name, verdict, *rest in rows] == [
         ("first", "failed with exit code 3", ["why"]),
         ("second", "left out, for want of package_of_the_future (`pip install package_of_the_future`)", []),
-        ("third", "ended after 3 s", ["begun"]),
+        ("third", "ended after 3 s", ["KeyboardInterrupt"]),
         ("fourth", "passed", ["fourth ran"]),
     ]
     assert steps.run_part("some", commands[3:], tmp_path)
@@ -64,6 +64,20 @@ def test_a_part_ends_in_time_and_keeps_what_it_has(tmp_path, monkeypatch):
     assert verdicts[0] == "passed"
     assert verdicts[1].startswith("ended after")
     assert verdicts[2] == "left out, for want of time"
+
+
+def test_what_is_ended_may_write_down_what_it_has(tmp_path, monkeypatch):
+    monkeypatch.setattr(steps, "BUDGET", 3)
+    code = """
+import pathlib, time
+try:
+    time.sleep(60)
+except KeyboardInterrupt:
+    time.sleep(1)
+    pathlib.Path("{}").write_text("figures")
+"""
+    assert not steps.run_part("some", [python("benchmark", code.format(tmp_path / "kept"))], tmp_path)
+    assert (tmp_path / "kept").read_text() == "figures"
 
 
 def test_every_step_is_there():

@@ -233,27 +233,25 @@ def test_repeats_are_equal_to_the_bit(device, sized, embeddings):
 
 @pytest.mark.gpu
 def test_shapes_compile_nothing_new(monkeypatch):
-    """Two kernels of each op; two more of attention's backward in two passes, two for up to 64, one for many."""
+    """Two kernels of each op; two more of attention's backward in two passes, two for up to 64, one for many.
+
+    Which of these an architecture has is its own; each is compiled for the first batch of its kind.
+    """
     compiled = []
     monkeypatch.setattr(knobs.runtime, "jit_cache_hook", lambda *, fn, **_: compiled.append(fn.name))
     device = torch.device("cuda")
     settings = {"hidden_size": 192, "num_attention_heads": 3, "intermediate_size": 320}  # no other test's
     model = ErnieMModel(ErnieMConfig(vocab_size=1000, num_hidden_layers=1, **settings)).to(device, HALF).train()
-    counts = []
-    for lengths in (
-        [65],
-        [512, 1, 100],
-        [128] * 3,
-        [129, 128, 64, 1, 1],
-        [513 - 1] * 33,
-        [64],
-        [1],
-        [17, 3],
-        [129] * 200,
-    ):
-        train(model, *rows_of(lengths, device), "torch")
-        counts.append(len(compiled))
-    assert counts == [6] + [8] * 4 + [10] * 3 + [11], compiled
+
+    def run(*batches):
+        for lengths in batches:
+            train(model, *rows_of(lengths, device), "torch")
+
+    run([65], [512, 1, 100], [64], [129] * 200)
+    assert 6 <= len(compiled) <= 11, compiled
+    before = len(compiled)
+    run([128] * 3, [129, 128, 64, 1, 1], [512] * 33, [1], [17, 3], [130] * 300)
+    assert compiled[before:] == []
 
 
 def test_a_forward_is_captured_in_a_graph(device, monkeypatch):

@@ -8,6 +8,7 @@ Prints the checks that fail and a summary. The exit code is 1 if any failed.
 import multiprocessing
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from math import inf
 
 import torch
 
@@ -15,6 +16,7 @@ from bench.machine import available_cores
 from erniem_fast.verify.battery import battery, outcome
 
 MOST_PROCESSES = 16
+CHECK_BYTES = 6 * 10**9  # of a process, about: the reference computes in float64
 
 
 def run_share(device: str, index: int, count: int) -> tuple[int, int]:
@@ -22,6 +24,8 @@ def run_share(device: str, index: int, count: int) -> tuple[int, int]:
     share, failures = battery(torch.device(device))[index::count], 0
     for check in share:
         line, passed = outcome(check)
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # for the other processes
         if not passed:
             failures += 1
             print(line, flush=True)
@@ -29,7 +33,8 @@ def run_share(device: str, index: int, count: int) -> tuple[int, int]:
 
 
 def main(device: str) -> int:
-    processes = min(available_cores(), MOST_PROCESSES)
+    free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else inf
+    processes = max(1, min(available_cores(), MOST_PROCESSES, free // CHECK_BYTES))
     # A process that was forked cannot use CUDA.
     with ProcessPoolExecutor(processes, multiprocessing.get_context("spawn")) as pool:
         shares = [pool.submit(run_share, device, index, processes) for index in range(processes)]

@@ -1,4 +1,4 @@
-// x W^T + b by products of 8-bit integers or of bfloat16: tokens are rounded here, weights are packed by
+// x W^T + b by products of 8-bit integers, of bfloat16 or of float32: tokens are rounded here, weights are packed by
 // erniem_fast/native/packed.py.
 #pragma once
 
@@ -19,35 +19,37 @@ struct PackedProduct {
   int64_t out_features, out_stride;
 };
 
-// Tokens as integers or in bfloat16, each rounded by itself.
+// Tokens in the format of a kernel, each rounded by itself.
 struct PackedTokens {
   // Has memory for so many tokens and features. Throws an error if this library or processor lacks the kernel.
   PackedTokens(int64_t kernel, int64_t most_tokens, int64_t most_features);
 
-  // Takes the rows of x, (tokens, features).
+  // Takes the rows of x, (tokens, features), which has to stay where it is until they are multiplied.
   void round(const float* x, int64_t tokens, int64_t features, ParallelFor run);
 
   // Computes products of the tokens that were rounded last.
   void multiply(const PackedProduct* products, int count, ParallelFor run) const;
 
   int64_t kernel, tokens = 0, stride = 0;
-  int levels;                       // as a kernel's
-  std::unique_ptr<uint8_t[]> rows;  // (tokens, stride): whole groups; the weight has zeros for what is beyond a row
+  int levels;                          // as a kernel's
+  const uint8_t* rows = nullptr;       // (tokens, stride): whole groups; the weight has zeros for what is beyond a row
+  std::unique_ptr<uint8_t[]> rounded;  // memory for the rows; null for float32, which is read where it is
   std::unique_ptr<Rounding[]> roundings;  // (tokens,) of integers
 };
 
-constexpr int64_t TOKENS_PER_BLOCK = 48;  // a block's intermediate results stay in a core's cache
 constexpr int64_t FEW_PER_THREAD = 32;
+
+// The tokens of a block, whose intermediate results stay in a core's cache.
+int64_t tokens_per_block(int64_t kernel);
 
 // Calls `body(first, count)` for blocks of tokens, each on one thread; or once for all of few tokens, so that threads
 // share each of its steps, and each weight is read once.
 template <typename Body>
-void for_token_blocks(int64_t tokens, int64_t threads, ParallelFor run, const Body& body) {
+void for_token_blocks(int64_t tokens, int64_t kernel, int64_t threads, ParallelFor run, const Body& body) {
   if (tokens <= FEW_PER_THREAD * threads) return body(0, tokens);
+  const int64_t most = tokens_per_block(kernel);
   parallel(run, tokens, GRAIN, [&](int64_t begin, int64_t end) {
-    for (int64_t first = begin; first < end; first += TOKENS_PER_BLOCK) {
-      body(first, std::min(TOKENS_PER_BLOCK, end - first));
-    }
+    for (int64_t first = begin; first < end; first += most) body(first, std::min(most, end - first));
   });
 }
 

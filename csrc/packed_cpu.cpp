@@ -92,7 +92,7 @@ void multiply_tile(const PackedTokens& x, const PackedProduct& product, const Bl
                    int64_t tile, int64_t tiles) {
   const int64_t first = x.tokens * tile / tiles, size = x.tokens * (tile + 1) / tiles - first;
   alignas(64) typename Kernel::Sum sums[Kernel::MOST_ROWS * COLUMNS];
-  multiply_rows<Kernel>(size, x.rows.get() + first * x.stride, x.stride, block.weight, next, x.stride / GROUP, sums,
+  multiply_rows<Kernel>(size, x.rows + first * x.stride, x.stride, block.weight, next, x.stride / GROUP, sums,
                         std::make_integer_sequence<int, Kernel::MOST_ROWS>());
   for (int64_t i = 0; i < size; ++i) {
     float* row = product.out + (first + i) * product.out_stride;
@@ -134,6 +134,7 @@ int levels_of(int64_t kernel) {
 
 // The bytes of a token's row, in whole groups.
 int64_t bytes_of(int64_t features, int levels) {
+  if (levels == FLOAT32_LEVELS) return features * sizeof(float);
   return round_up(levels == BFLOAT16_LEVELS ? features * sizeof(BFloat16) : features, GROUP);
 }
 
@@ -146,20 +147,30 @@ void round_row(const float* x, int64_t features, int64_t stride, uint8_t* to) {
 
 }  // namespace
 
+int64_t tokens_per_block(int64_t kernel) {
+  int64_t tokens = 0;
+  with_packed_kernel(kernel, [&](auto found) { tokens = found.BLOCK_TOKENS; });
+  return tokens;
+}
+
 PackedTokens::PackedTokens(int64_t kernel, int64_t most_tokens, int64_t most_features)
     : kernel(kernel),
       levels(levels_of(kernel)),
-      rows(new uint8_t[most_tokens * bytes_of(most_features, levels)]),
+      rounded(levels == FLOAT32_LEVELS ? nullptr : new uint8_t[most_tokens * bytes_of(most_features, levels)]),
       roundings(new Rounding[most_tokens]) {
   if (levels == 0) throw std::invalid_argument("this processor lacks the kernel");
 }
 
 void PackedTokens::round(const float* x, int64_t its_tokens, int64_t features, ParallelFor run) {
-  tokens = its_tokens, stride = bytes_of(features, levels);
+  tokens = its_tokens, stride = bytes_of(features, levels), rows = rounded.get();
+  if (levels == FLOAT32_LEVELS) {
+    rows = reinterpret_cast<const uint8_t*>(x);
+    return;
+  }
   parallel(run, tokens, 2 * features, [&](int64_t begin, int64_t end) {
     for (int64_t token = begin; token < end; ++token) {
       const float* from = x + token * features;
-      uint8_t* row = rows.get() + token * stride;
+      uint8_t* row = rounded.get() + token * stride;
       if (levels == BFLOAT16_LEVELS) {
         round_row(from, features, stride, row);
       } else {
@@ -181,7 +192,7 @@ extern "C" const char* packed_levels(const PackedLevels* op, int, ParallelFor) {
 
 extern "C" const char* packed_linear_forward(const PackedLinearForward* op, int, ParallelFor run) {
   return error_of([&] {
-    for_token_blocks(op->tokens, op->threads, run, [&](int64_t first, int64_t count) {
+    for_token_blocks(op->tokens, op->kernel, op->threads, run, [&](int64_t first, int64_t count) {
       PackedTokens tokens(op->kernel, count, op->in_features);
       tokens.round(op->x + first * op->in_features, count, op->in_features, run);
       const PackedProduct product = {op->packed,       op->scale,     op->bias, op->out + first * op->out_stride,

@@ -66,11 +66,11 @@ void run_layer(const LayersForward& op, const PackedLayer& layer, const float* x
                ParallelFor run) {
   const int64_t hidden = layer.hidden, projected = layer.projected;
   float *qkv = scratch, *context = qkv + op.tokens * 3 * projected;
-  for_token_blocks(op.tokens, op.threads, run, [&](int64_t first, int64_t count) {
+  for_token_blocks(op.tokens, layer.kernel, op.threads, run, [&](int64_t first, int64_t count) {
     project(layer, x + first * hidden, count, qkv + first * 3 * projected, run);
   });
   attend(op, layer, qkv, context, run);
-  for_token_blocks(op.tokens, op.threads, run, [&](int64_t first, int64_t count) {
+  for_token_blocks(op.tokens, layer.kernel, op.threads, run, [&](int64_t first, int64_t count) {
     finish(layer, context + first * projected, x + first * hidden, count, out + first * hidden, run);
   });
 }

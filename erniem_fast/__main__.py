@@ -97,7 +97,7 @@ def _products() -> list[str]:
 def _weights() -> list[str]:
     """What serves the weights of `optimize` that round."""
     missing = packed.objection()
-    products = f"native ({list(packed.kernels())[-1]})" if missing is None else f"by torch: {missing}"
+    products = f"native ({packed.kernels(torch.int8)[-1]})" if missing is None else f"by torch: {missing}"
     by = "native" if linear_kind("bfloat16") is BFloat16Linear else "by oneDNN"
     rounded = {"bfloat16": bfloat16_objection() or by, "int8": products}
     return ["  weights by optimize", *(f"    {name:10} {each}" for name, each in rounded.items())]

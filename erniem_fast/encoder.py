@@ -22,7 +22,7 @@ from . import flags, modes, one_call, ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features, is_active
-from .inference import BFloat16Linear, InferenceEmbedding, Int8Linear, OnednnBFloat16Linear, is_plain_inference
+from .inference import InferenceEmbedding, NativeLinear, OnednnBFloat16Linear, is_plain_inference
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched
 from .native import layer as native_layer
@@ -325,7 +325,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             return None
         rest = inner.num_attention_heads, inner.scale, activation
         kind = type(self.linear1)
-        if kind in (BFloat16Linear, Int8Linear):
+        if issubclass(kind, NativeLinear):
             if not all(is_plain_inference(linear, kind) and linear.packed is not None for linear in linears.values()):
                 return None
             operands = {name: linear.operands() for name, linear in linears.items()}

@@ -11,6 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from . import flags, modes, reference
+from .matmul import fastest
+from .matmul.libraries import ONEDNN_PACKED
 from .native import packed
 
 _ROWS = 4096  # of a weight that are rounded at once
@@ -160,7 +162,7 @@ class _OpaqueLinear(InferenceModule):
         super().__setstate__({**state, "packed": modes.onednn_pack(state["packed"])})
 
 
-class PackedLinear(_OpaqueLinear):
+class OnednnPackedLinear(_OpaqueLinear):
     """A linear with a float32 weight in oneDNN's layout: `(..., in_features)` to `(..., out_features)`, in float32."""
 
     weights = "packed"
@@ -177,7 +179,7 @@ class OnednnBFloat16Linear(_OpaqueLinear):
     dtype = torch.bfloat16
 
 
-class _NativeLinear(InferenceModule):
+class NativeLinear(InferenceModule):
     """A linear whose weight is held as native products read it, where there are such products.
 
     Attributes:
@@ -199,7 +201,7 @@ class _NativeLinear(InferenceModule):
         self.packed: Tensor | None = None
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> "_NativeLinear":
+    def of(cls, linear: nn.Linear) -> "NativeLinear":
         """The linear with its weight rounded."""
         with torch.device("meta"):
             rounded = cls(*reversed(linear.weight.shape), bias=linear.bias is not None)
@@ -214,11 +216,11 @@ class _NativeLinear(InferenceModule):
 
     def is_native(self) -> bool:
         """Whether there is a native product for such a weight."""
-        raise NotImplementedError
+        return packed.multiplies(self.dtype)
 
     def operands(self) -> packed.PackedLinear:
         """What native products take, if there is `packed`."""
-        return packed.PackedLinear(self.packed, self.weight_scale, self.bias)
+        return packed.PackedLinear(self.packed, self.weight_scale, self.bias, self.dtype)
 
     def multiply(self, rows: Tensor) -> Tensor:
         """The product by PyTorch."""
@@ -263,10 +265,26 @@ class _NativeLinear(InferenceModule):
         return {**self.__dict__, "packed": None, "_buffers": {**self._buffers, "weight": self.weight}}
 
 
-class BFloat16Linear(_NativeLinear):
+class PackedLinear(NativeLinear):
+    """A linear with a float32 weight: `(..., in_features)`, floating point, to float32 `(..., out_features)`.
+
+    Attributes as `NativeLinear`'s.
+    """
+
+    weights = "packed"
+    dtype = torch.float32
+
+    def hold(self, weight: Tensor) -> None:
+        self.weight = weight.clone()
+
+    def multiply(self, rows: Tensor) -> Tensor:
+        return F.linear(rows, self.weight, self.bias)
+
+
+class BFloat16Linear(NativeLinear):
     """A linear with a bfloat16 weight: `(..., in_features)`, floating point, to float32 `(..., out_features)`.
 
-    Inputs are rounded to bfloat16. Sums, bias and results are in float32. Attributes as `_NativeLinear`'s.
+    Inputs are rounded to bfloat16. Sums, bias and results are in float32. Attributes as `NativeLinear`'s.
     """
 
     weights = "bfloat16"
@@ -275,19 +293,16 @@ class BFloat16Linear(_NativeLinear):
     def hold(self, weight: Tensor) -> None:
         self.weight = weight.to(self.dtype)
 
-    def is_native(self) -> bool:
-        return packed.multiplies_bfloat16()
-
     def multiply(self, rows: Tensor) -> Tensor:
         return F.linear(rows.to(self.dtype).float(), self.weight.float(), self.bias)
 
 
-class Int8Linear(_NativeLinear):
+class Int8Linear(NativeLinear):
     """A linear with an int8 weight: `(..., in_features)`, floating point, to float32 `(..., out_features)`.
 
     Each row of the weight has a scale of its own, and so has each row of the input, which is rounded to 8 bits here.
     A token's result depends on that token alone, and not on other tokens of a batch. The arithmetic is that of
-    `reference.quantised_linear`. Attributes as `_NativeLinear`'s.
+    `reference.quantised_linear`. Attributes as `NativeLinear`'s.
     """
 
     weights = "int8"
@@ -301,7 +316,7 @@ class Int8Linear(_NativeLinear):
         self.weight, self.weight_scale = round_rows(weight)
 
     def is_native(self) -> bool:
-        return packed.objection() is None and self.in_features <= packed.MOST_FEATURES
+        return super().is_native() and self.in_features <= packed.MOST_FEATURES
 
     def multiply(self, rows: Tensor) -> Tensor:
         return _int8_linear(rows, self.weight, self.weight_scale, self.bias)
@@ -316,7 +331,9 @@ LINEARS = {kind.weights: kind for kind in (PackedLinear, BFloat16Linear, Int8Lin
 
 def linear_kind(weights: str) -> type[InferenceModule]:
     """The class of linears for a form of weights on this machine."""
-    if weights == "bfloat16" and (modes.has_amx() or not packed.multiplies_bfloat16()):
+    if weights == "packed" and fastest.packing() == ONEDNN_PACKED:
+        return OnednnPackedLinear
+    if weights == "bfloat16" and (modes.has_amx() or not packed.multiplies(torch.bfloat16)):
         return OnednnBFloat16Linear
     return LINEARS[weights]
 

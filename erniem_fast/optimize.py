@@ -66,7 +66,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
     _check(model, weights)
     if weights is None:
         return model
-    if weights == "packed" and not fastest.packing_pays():
+    if weights == "packed" and fastest.packing() is None:
         _LOG.warning("The weights stay as they are: this machine multiplies no faster by packed ones.")
         return model
     bare = model.base_model
@@ -167,7 +167,7 @@ def bfloat16_objection() -> str | None:
     """Why this machine does not serve weights in bfloat16; None if it does."""
     if not modes.multiplies_bfloat16():
         return "the CPU lacks AVX512_BF16 and AMX, and would emulate the products, many times slower than in float32"
-    has_products = packed.multiplies_bfloat16() or modes.has_onednn_packing()
+    has_products = packed.multiplies(torch.bfloat16) or modes.has_onednn_packing()
     return None if has_products else "the native library is not built, and oneDNN is missing or off"
 
 

@@ -23,10 +23,9 @@ import torch
 from torch import Tensor
 
 from .. import flags
-from ..modes import has_onednn_packing, onednn_linear, onednn_pack
 from ..native import library
 from ..native.library import BuildError
-from .libraries import LIBRARIES, NATIVE, PACKED, TORCH, available
+from .libraries import LIBRARIES, NATIVE, NATIVE_PACKED, PACKED, TORCH, available, available_packed
 
 FORWARD, GRAD_X, GRAD_WEIGHT = KINDS = ("forward", "grad_x", "grad_weight")
 
@@ -65,19 +64,26 @@ def fastest(kind: str, tokens: int) -> str:
 
 def choice(seconds: Seconds) -> str:
     """The library with the least time for weights as they are; PyTorch's, if that saves too little."""
-    name = min((each for each in seconds if each != PACKED), key=seconds.get)
+    name = min((each for each in seconds if each not in PACKED), key=seconds.get)
     return name if seconds[name] <= (1 - _LEAST_GAIN) * seconds[TORCH] else TORCH
 
 
-def packing_pays() -> bool:
-    """Whether forwards take less time with packed weights than with the weights as they are.
+def packing() -> str | None:
+    """The library with packed weights whose forwards take the least time; None if weights as they are take no longer.
 
-    A model is packed for all its calls, so the ranges of tokens count alike.
+    A model is packed for all its calls, so the ranges of tokens count alike. Of libraries that differ too little the
+    native one is taken: all layers are one call of it.
     """
-    if PACKED not in _candidates(FORWARD):
-        return False
     by_range = [_seconds(FORWARD, limit) for limit in RANGES]
-    return geometric_mean(each[PACKED] / each[choice(each)] for each in by_range) <= 1 - _LEAST_GAIN
+    shares = {
+        name: geometric_mean(each[name] / each[choice(each)] for each in by_range)
+        for name in PACKED
+        if name in by_range[0]
+    }
+    best = min(shares, key=shares.get, default=None)
+    if best is None or shares[best] > 1 - _LEAST_GAIN:
+        return None
+    return NATIVE_PACKED if shares.get(NATIVE_PACKED, inf) * (1 - _LEAST_GAIN) <= shares[best] else best
 
 
 def measure_all() -> None:
@@ -131,7 +137,7 @@ def _candidates(kind: str) -> tuple[str, ...]:
     """The libraries for a kind. The native product would have to copy the transposed operands of gradients."""
     if kind != FORWARD:
         return tuple(name for name in available() if name != NATIVE)
-    return *available(), *((PACKED,) if has_onednn_packing() else ())
+    return *available(), *available_packed()
 
 
 @torch.no_grad()
@@ -143,7 +149,12 @@ def _measure(kind: str, sizes: range) -> Seconds:
     """
     memories = torch.ones(_WEIGHTS, SHAPES[0][0] * SHAPES[0][1], dtype=torch.float32, device="cpu")
     weights, names = cycle(memories), _candidates(kind)
-    packed = {shape: cycle(_packed(memories, *shape)) for shape in SHAPES if PACKED in names}
+    packed = {
+        (name, shape): cycle([PACKED[name][0](each.view(*reversed(shape))) for each in memories])
+        for name in names
+        if name in PACKED
+        for shape in SHAPES
+    }
     first = {(name, shape): inf for name in names for shape in SHAPES}
     again = dict(first)
     for tokens in sizes:
@@ -151,16 +162,12 @@ def _measure(kind: str, sizes: range) -> Seconds:
             operands = _operands(kind, tokens, *shape)
             for name in names:
                 for times in (first, again):
-                    weight = next(packed[shape]) if name == PACKED else next(weights).view(*reversed(shape))
+                    weight = next(packed[name, shape]) if name in PACKED else next(weights).view(*reversed(shape))
                     seconds = _time(name, kind, operands, weight)
                     times[name, shape] = min(times[name, shape], seconds)
     # The first call of a shape includes the preparation: the time beyond that of later calls.
     extra = {each: max(0.0, first[each] - again[each]) / _LAYERS for each in first}
     return {name: sum(again[name, shape] + extra[name, shape] for shape in SHAPES) for name in names}
-
-
-def _packed(memories: Tensor, inputs: int, outputs: int) -> list[Tensor]:
-    return [onednn_pack(memory.view(outputs, inputs)) for memory in memories]
 
 
 def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -171,13 +178,11 @@ def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor
 
 def _time(name: str, kind: str, operands: tuple[Tensor, Tensor, Tensor | None], weight: Tensor) -> float:
     x, grad, out = operands
-    if name == PACKED:
-        start = time.perf_counter()
-        onednn_linear(x, weight, None)
-        return time.perf_counter() - start
-    arguments = {FORWARD: (x, weight), GRAD_X: (grad, weight.t()), GRAD_WEIGHT: (grad.t(), x.t())}[kind]
+    multiply = PACKED[name][1] if name in PACKED else LIBRARIES[name]
+    if kind != FORWARD:
+        x, weight = (grad, weight.t()) if kind == GRAD_X else (grad.t(), x.t())
     start = time.perf_counter()
-    LIBRARIES[name](*arguments, None, out)
+    multiply(x, weight, None, out)
     return time.perf_counter() - start
 
 

@@ -9,13 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..modes import has_onednn, onednn_linear
-from ..native import library
+from ..modes import has_onednn, has_onednn_packing, onednn_linear, onednn_pack
+from ..native import library, packed
 from ..native.linear import forward as native_linear
 
 TORCH, ONEDNN, NATIVE = "torch", "onednn", "native"
-# oneDNN with a weight in its own layout (`modes.onednn_pack`), which only `inference.PackedLinear` holds.
-PACKED = "packed"
+# With weights that only `inference.OnednnPackedLinear` and `inference.PackedLinear` hold.
+ONEDNN_PACKED, NATIVE_PACKED = "onednn-packed", "native-packed"
 
 # Takes x `(tokens, in_features)`, a weight `(out_features, in_features)`, both with any strides, a bias or None, and
 # memory for the result, whose rows may be apart, or None to allocate it. Returns the result.
@@ -45,7 +45,28 @@ def _native(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) 
 LIBRARIES: dict[str, Linear] = {TORCH: torch_linear, ONEDNN: _onednn, NATIVE: _native}
 
 
+def _onednn_packed(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    return onednn_linear(x, weight, bias)
+
+
+def _native_packed(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor | None) -> Tensor:
+    return packed.linear(x, weight, None, bias, torch.float32, out)
+
+
+# What packs a weight `(out_features, in_features)`, and the product with it.
+PACKED: dict[str, tuple[Callable[[Tensor], Tensor], Linear]] = {
+    ONEDNN_PACKED: (onednn_pack, _onednn_packed),
+    NATIVE_PACKED: (packed.pack, _native_packed),
+}
+
+
 def available() -> tuple[str, ...]:
     """The names of the libraries that this process can use."""
     present = {TORCH: True, ONEDNN: has_onednn(), NATIVE: library.is_built("cpu")}
     return tuple(name for name in LIBRARIES if present[name])
+
+
+def available_packed() -> tuple[str, ...]:
+    """The names of those with packed weights that this process can use."""
+    present = {ONEDNN_PACKED: has_onednn_packing(), NATIVE_PACKED: packed.multiplies(torch.float32)}
+    return tuple(name for name in PACKED if present[name])

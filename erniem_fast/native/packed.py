@@ -1,4 +1,4 @@
-"""Products with packed weights on the CPU, of 8-bit integers or of bfloat16, alone and in whole layers.
+"""Products with packed weights on the CPU: of 8-bit integers, bfloat16 or float32, alone and in whole layers.
 
 Those of integers have the bits of `reference.quantised_linear`.
 """
@@ -16,10 +16,24 @@ from . import layer, library
 from .bias_gelu import ACTIVATIONS
 from .function import FLOAT, INT, Filled, Function, Structure
 
-# The numbers of `PackedKernel` in csrc/packed_tile.h; of those of integers the best last.
-KERNELS = {"plain": 0, "avx2": 1, "avx512": 2, "avx_vnni": 3, "avx512_vnni": 4}
-BFLOAT16_KERNEL = "avx512_bf16"
-_NUMBERS = {**KERNELS, BFLOAT16_KERNEL: 5}
+# The numbers of `PackedKernel` in csrc/packed_tile.h; of those for a format the best last.
+_NUMBERS = {
+    name: number
+    for number, name in enumerate(
+        (
+            "plain",
+            "avx2",
+            "avx512",
+            "avx_vnni",
+            "avx512_vnni",
+            "amx_int8",
+            "avx512_bf16",
+            "amx_bf16",
+            "avx2_float",
+            "avx512_float",
+        )
+    )
+}
 
 # The sizes of a block of a packed weight, as in csrc/packed_tile.h; those of a group are bytes.
 _COLUMNS, _GROUP = 32, 4
@@ -49,7 +63,7 @@ def _linear_of(dtype: torch.dtype) -> Function:
         },
         written=("out",),
         sizes="tokens in_features out_features out_stride threads kernel",
-        optional=("scale", "bias") if dtype == torch.bfloat16 else ("bias",),
+        optional=_optional(dtype, "scale", "bias"),
         strided=("out",),
     )
 
@@ -72,16 +86,17 @@ def _layer_of(dtype: torch.dtype) -> Structure:
         },
         sizes=f"{layer.SIZES} kernel",
         factors=layer.FACTORS,
-        optional=tuple(
-            f"{name}_{part}"
-            for name in layer.LINEARS
-            for part in (("scale", "bias") if dtype == torch.bfloat16 else ("bias",))
-        ),
+        optional=tuple(each for name in layer.LINEARS for each in _optional(dtype, f"{name}_scale", f"{name}_bias")),
     )
 
 
-_INT8_LINEAR, _BFLOAT16_LINEAR = _linear_of(torch.int8), _linear_of(torch.bfloat16)
-_INT8_LAYER, _BFLOAT16_LAYER = _layer_of(torch.int8), _layer_of(torch.bfloat16)
+def _optional(dtype: torch.dtype, scale: str, bias: str) -> tuple[str, ...]:
+    return (bias,) if dtype == torch.int8 else (scale, bias)
+
+
+DTYPES = (torch.int8, torch.bfloat16, torch.float32)
+_LINEARS = {dtype: _linear_of(dtype) for dtype in DTYPES}
+_LAYERS = {dtype: _layer_of(dtype) for dtype in DTYPES}
 
 # Takes the parameters of layers that `layer_parameters` gives.
 LAYERS = layer.forward_of("packed_layers_forward")
@@ -93,6 +108,7 @@ class PackedLinear(NamedTuple):
     packed: Tensor
     scale: Tensor | None
     bias: Tensor | None
+    dtype: torch.dtype
 
 
 def objection() -> str | None:
@@ -100,42 +116,35 @@ def objection() -> str | None:
     return None if library.is_built("cpu") else library.status()["cpu"]
 
 
-def kernels() -> dict[str, int]:
-    """The kernels that the library and this processor have, the best last, with the largest integer of a token."""
-    return _kernels(library.load("cpu"))
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether the library and this processor have products of weights in a dtype."""
+    return objection() is None and bool(kernels(dtype))
 
 
-def multiplies_bfloat16() -> bool:
-    """Whether the library and this processor have products of bfloat16."""
-    return objection() is None and bool(_levels(library.load("cpu"))[BFLOAT16_KERNEL])
-
-
-def _kernels(loaded: ctypes.CDLL) -> dict[str, int]:
-    return {name: most for name, most in _levels(loaded).items() if most > 0}
+def kernels(dtype: torch.dtype) -> list[str]:
+    """The kernels for weights in a dtype that the library and this processor have, the best last."""
+    wanted = {torch.int8: range(1, 256), torch.bfloat16: (-1,), torch.float32: (-2,)}[dtype]
+    return [name for name, levels in _levels(library.load("cpu")).items() if levels in wanted]
 
 
 @functools.cache
 def _levels(loaded: ctypes.CDLL) -> dict[str, int]:
-    """For each kernel the largest integer of a token, negative for those of bfloat16; 0 if there is none here."""
+    """For each kernel its LEVELS, as in csrc/packed_tile.h; 0 if there is none here."""
     levels = torch.empty(len(_NUMBERS), dtype=torch.int64)
     _LEVELS(levels.device, torch.float32, levels=levels)
     return dict(zip(_NUMBERS, levels.tolist(), strict=True))
 
 
-def levels() -> int:
-    """The largest integer of a token by the best kernel, which `reference.quantise_tokens` takes."""
-    return kernels()[_best()]
-
-
-def _best() -> str:
-    return next(reversed(kernels()))
+def levels(kernel: str | None = None) -> int:
+    """The largest integer of a token by a kernel, which `reference.quantise_tokens` takes; None for the best."""
+    return _levels(library.load("cpu"))[kernel or kernels(torch.int8)[-1]]
 
 
 def pack(weight: Tensor) -> Tensor:
     """A weight in the order in which the kernels read it, block by block; integers with the sums of each column.
 
     Args:
-        weight: int8 or bfloat16 `(out_features, in_features)`.
+        weight: int8, bfloat16 or float32 `(out_features, in_features)`.
 
     Returns:
         uint8 `(bytes,)`.
@@ -173,19 +182,21 @@ def linear(
     packed: Tensor,
     scale: Tensor | None,
     bias: Tensor | None,
+    dtype: torch.dtype,
     out: Tensor | None = None,
     kernel: str | None = None,
 ) -> Tensor:
-    """`reference.quantised_linear(x, weight, scale, bias, levels())`; with a weight in bfloat16, `x` rounded to it.
+    """x Wᵀ + b; of integers it is `reference.quantised_linear(x, weight, scale, bias, levels(kernel))`.
 
     Args:
         x: float32 `(tokens, in_features)` on the CPU.
         packed: `pack(weight)`.
-        scale: float32 `(out_features,)`, of the rows of a weight of integers; None for one in bfloat16.
+        scale: float32 `(out_features,)`, of the rows of a weight of integers, else None.
         bias: float32 `(out_features,)`, or None.
-        out: float32 `(tokens, out_features)`, to be written to; its rows need not be adjacent in memory. Needed for a
-            weight in bfloat16 without a bias, which alone does not tell the number of features.
-        kernel: a key of `kernels()`; None for the best.
+        dtype: of the weight. With bfloat16, `x` is rounded to it. Sums are in float32.
+        out: float32 `(tokens, out_features)`, to be written to; its rows need not be adjacent in memory. Needed if
+            neither scale nor bias tells the number of features.
+        kernel: one of `kernels(dtype)`; None for the best.
 
     Returns:
         `out`, float32 `(tokens, out_features)`.
@@ -195,7 +206,7 @@ def linear(
     """
     if out is None:
         out = x.new_empty(x.shape[0], len(bias if scale is None else scale))
-    (_BFLOAT16_LINEAR if scale is None else _INT8_LINEAR)(
+    _LINEARS[dtype](
         x.device,
         x.dtype,
         x=x,
@@ -205,7 +216,7 @@ def linear(
         out=out,
         out_stride=out.stride(0),
         threads=torch.get_num_threads(),
-        kernel=_number(kernel, scale),
+        kernel=_number(kernel, dtype),
     )
     return out
 
@@ -221,7 +232,7 @@ def layer_parameters(
     """A layer's parameters, for `Layers` with the function `LAYERS`, which has the bits of `linear` and the native ops.
 
     Args:
-        linears: `q`, `k`, `v`, `out`, `up` and `down`, all of integers or all in bfloat16.
+        linears: `q`, `k`, `v`, `out`, `up` and `down`, all in the same dtype.
         norms: `norm1` and `norm2`, in float32, each with a bias.
         heads, scale: as in `ops.attention`.
         activation: a key of `ACTIVATIONS`.
@@ -230,22 +241,23 @@ def layer_parameters(
     Raises:
         ValueError: see `Structure.fill`.
     """
-    weight_scale = linears["q"].scale
-    return (_BFLOAT16_LAYER if weight_scale is None else _INT8_LAYER).fill(
+    dtype = linears["q"].dtype
+    return _LAYERS[dtype].fill(
         torch.device("cpu"),
         FLOAT,
         **{
             f"{name}_{part}": value
             for name, each in {**linears, **norms}.items()
             for part, value in each._asdict().items()
+            if part != "dtype"
         },
         heads=heads,
         activation=ACTIVATIONS[activation],
-        kernel=_number(kernel, weight_scale),
+        kernel=_number(kernel, dtype),
         scale=scale,
     )
 
 
-def _number(kernel: str | None, scale: Tensor | None) -> int:
-    """The kernel's number in csrc/; for None that of the best one for integers, or of the one for bfloat16."""
-    return _NUMBERS[BFLOAT16_KERNEL if scale is None else kernel or _best()]
+def _number(kernel: str | None, dtype: torch.dtype) -> int:
+    """The kernel's number in csrc/; for None that of the best one."""
+    return _NUMBERS[kernel or kernels(dtype)[-1]]

@@ -161,10 +161,12 @@ class Int8Check(ProductCheck):
         x[7::11, 0], x[7::11, -1] = 3e38, -3e38  # the range overflows
         x[8::11] = x[8::11].sign() * x[8::11, :1].abs()  # both ends of the range are near ties
         values, scale = quantise_weight(weight)
-        bias, levels = bias if self.bias else None, packed.kernels()[self.kernel]
+        bias, levels = bias if self.bias else None, packed.levels(self.kernel)
         expected = quantised_linear(x, values, scale, bias, levels)
         out = torch.cat([beside, torch.full_like(expected, inf), beside], dim=1)
-        packed.linear(x, packed.pack(values), scale, bias, out[:, self.gap : self.gap + self.outputs], self.kernel)
+        packed.linear(
+            x, packed.pack(values), scale, bias, torch.int8, out[:, self.gap : self.gap + self.outputs], self.kernel
+        )
         return {"result": _same_bits(out, torch.cat([beside, expected, beside], dim=1))}
 
 
@@ -226,7 +228,11 @@ def battery(device: torch.device) -> list[Check | ProductCheck]:
     ]
     if _product_objection(device) is not None:
         return checks
-    return [*checks, *_PRODUCTS, *(Int8Check(*sizes, kernel=kernel) for kernel in packed.kernels() for sizes in _INT8)]
+    return [
+        *checks,
+        *_PRODUCTS,
+        *(Int8Check(*sizes, kernel=kernel) for kernel in packed.kernels(torch.int8) for sizes in _INT8),
+    ]
 
 
 def _kernels() -> list[tuple[str, str, Implementation]]:

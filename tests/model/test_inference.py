@@ -16,18 +16,28 @@ from erniem_fast.inference import (
     Int8Embedding,
     Int8Linear,
     OnednnBFloat16Linear,
+    OnednnPackedLinear,
     PackedLinear,
 )
 from erniem_fast.native import packed as products
+from erniem_fast.optimize import bfloat16_objection
 
-SERVED = {"packed": modes.has_onednn_packing(), "int8": True}
-SERVED["bfloat16"] = modes.has_onednn_packing() and modes.multiplies_bfloat16()
+# Whether a form can be asked for here, and whether oneDNN has its products.
+SERVED = {"packed": True, "int8": True, "bfloat16": bfloat16_objection() is None}
+ONEDNN = modes.has_onednn_packing()
+OF_ONEDNN = (OnednnPackedLinear, OnednnBFloat16Linear)
 
 every_linear = pytest.mark.parametrize(
     "kind",
     [
-        pytest.param(kind, marks=pytest.mark.skipif(not SERVED[name], reason=f"this machine has no {name} products"))
-        for name, kind in [*LINEARS.items(), ("bfloat16", OnednnBFloat16Linear)]
+        pytest.param(
+            kind,
+            marks=pytest.mark.skipif(
+                not SERVED[kind.weights] or (kind in OF_ONEDNN and not ONEDNN),
+                reason=f"this machine has no {kind.weights} products",
+            ),
+        )
+        for kind in (*LINEARS.values(), *OF_ONEDNN)
     ],
 )
 LEVELS = products.levels() if products.objection() is None else 255
@@ -79,16 +89,20 @@ def test_int8_takes_any_number_of_dimensions_and_dtype():
     assert torch.equal(rounded(x[0, 0]), rounded(x)[0, 0])
 
 
-@pytest.mark.skipif(not SERVED["packed"], reason="there is no oneDNN here")
 @pytest.mark.parametrize("tokens", [0, 1, 5, 64])
 @pytest.mark.parametrize(("inputs", "outputs"), SIZES)
-def test_packed_beside_float64(inputs, outputs, tokens):
+@pytest.mark.parametrize("kind", [PackedLinear, OnednnPackedLinear])
+def test_packed_beside_float64(inputs, outputs, tokens, kind, monkeypatch):
+    if kind is OnednnPackedLinear and not ONEDNN:
+        pytest.skip("there is no oneDNN here")
     linear, x = make(inputs, outputs), torch.randn(tokens, inputs)
-    packed = PackedLinear.of(linear)
+    packed = kind.of(linear)
     assert torch.equal(packed.weight, linear.weight)
     exact = copy.deepcopy(linear).double()(x.double())
     # Each of a sum's additions rounds by half a unit of at most the sum of magnitudes.
     bound = inputs * torch.finfo(torch.float32).eps / 2 * (x.abs().double() @ linear.weight.abs().double().t() + 1.0)
+    assert ((packed(x) - exact).abs() <= bound).all()
+    monkeypatch.setenv("ERNIEM_FAST_KERNELS", "off")
     assert ((packed(x) - exact).abs() <= bound).all()
 
 
@@ -98,6 +112,8 @@ def test_packed_beside_float64(inputs, outputs, tokens):
 @pytest.mark.parametrize("kind", [BFloat16Linear, OnednnBFloat16Linear])
 def test_bfloat16_beside_float64(inputs, outputs, tokens, kind, monkeypatch):
     """Weights and inputs are rounded, each once, and results by oneDNN: the sums themselves are float32's."""
+    if kind is OnednnBFloat16Linear and not ONEDNN:
+        pytest.skip("there is no oneDNN here")
     linear, x = make(inputs, outputs), torch.randn(tokens, inputs)
     rounded = kind.of(linear)
     assert torch.equal(rounded.weight, linear.weight.bfloat16())

@@ -19,6 +19,7 @@ import erniem_fast
 from erniem_fast import ErnieMModel, reference
 from erniem_fast.inference import LINEARS, InferenceModule, Int8Embedding, Int8Linear, is_plain_inference, linear_kind
 from erniem_fast.matmul import fastest
+from erniem_fast.matmul.libraries import NATIVE_PACKED, ONEDNN_PACKED
 from erniem_fast.native import packed as products
 from tests.golden import cases
 from tests.model.test_inference import LEVELS, SERVED
@@ -41,8 +42,8 @@ every_form = pytest.mark.parametrize(
 
 @pytest.fixture(autouse=True)
 def packing_pays(monkeypatch):
-    """As if packed weights were fastest here, which depends on the machine."""
-    monkeypatch.setattr(fastest, "packing_pays", lambda: True)
+    """As if the native product with packed weights were fastest here, which depends on the machine."""
+    monkeypatch.setattr(fastest, "packing", lambda: NATIVE_PACKED)
 
 
 def make(weights, model_class=ErnieMModel, keep=False, **options):
@@ -402,7 +403,7 @@ def test_none_leaves_the_weights():
 
 
 def test_packing_that_does_not_pay_leaves_the_weights(caplog, monkeypatch):
-    monkeypatch.setattr(fastest, "packing_pays", lambda: False)
+    monkeypatch.setattr(fastest, "packing", lambda: None)
     model = erniem_fast.optimize(load(), "packed")
     assert type(model.encoder.layers[0].linear1) is nn.Linear
     assert "multiplies no faster by packed" in caplog.text
@@ -457,13 +458,22 @@ def test_pruned_heads_and_resized_tables():
     assert_same_state(erniem_fast.restore(model), state)
 
 
-def test_the_measurement_decides_whether_packing_pays(monkeypatch):
+@pytest.mark.parametrize(
+    ("onednn", "native", "expected"),
+    [
+        (0.9, 1.5, ONEDNN_PACKED),
+        (1.5, 0.9, NATIVE_PACKED),
+        (0.9, 0.92, NATIVE_PACKED),
+        (0.8, 0.92, ONEDNN_PACKED),
+        (0.97, 0.96, None),
+        (1.5, 1.5, None),
+    ],
+)
+def test_the_measurement_decides_whether_packing_pays(onednn, native, expected, monkeypatch):
     monkeypatch.undo()
-    for ratio, pays in ((0.9, True), (0.97, False), (1.5, False)):
-        times = {"torch": 2.0, "native": 1.0, "packed": ratio}
-        with mock.patch.object(fastest, "_candidates", return_value=tuple(times)):
-            with mock.patch.object(fastest, "_seconds", return_value=times):
-                assert fastest.packing_pays() == pays
-            assert fastest.choice({**times, "packed": 0.1}) == "native"
-    with mock.patch.object(fastest, "_candidates", return_value=("torch",)):
-        assert not fastest.packing_pays()
+    times = {"torch": 2.0, "native": 1.0, ONEDNN_PACKED: onednn, NATIVE_PACKED: native}
+    with mock.patch.object(fastest, "_seconds", return_value=times):
+        assert fastest.packing() == expected
+    assert fastest.choice({**times, NATIVE_PACKED: 0.1}) == "native"
+    with mock.patch.object(fastest, "_seconds", return_value={"torch": 1.0}):
+        assert fastest.packing() is None

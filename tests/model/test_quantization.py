@@ -11,6 +11,8 @@ from transformers import AutoModel, BertConfig, BertModel
 import erniem_fast
 from erniem_fast import ErnieMForQuestionAnswering, ErnieMForTokenClassification, ErnieMInt8Config, ErnieMModel
 from erniem_fast.inference import InferenceModule, Int8Embedding, Int8Linear
+from erniem_fast.matmul import fastest
+from erniem_fast.matmul.libraries import NATIVE_PACKED
 from tests.golden import cases
 from tests.model.test_optimize import COSINES, hidden
 from tests.model.tiny import IDS, MASK, REAL, load
@@ -118,7 +120,7 @@ def test_pruned_heads_are_saved(tmp_path):
 
 @pytest.mark.parametrize("weights", ["packed", "bfloat16"])
 def test_other_forms_are_saved_as_plain_weights(weights, tmp_path, monkeypatch):
-    monkeypatch.setattr(erniem_fast.matmul.fastest, "packing_pays", lambda: True)
+    monkeypatch.setattr(fastest, "packing", lambda: NATIVE_PACKED)
     exact = load()
     try:
         model = erniem_fast.optimize(load(), weights)

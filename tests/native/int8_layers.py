@@ -25,7 +25,7 @@ def _randn(*shape: int) -> Tensor:
 
 def _linear(out_features: int, in_features: int, bias: bool) -> products.PackedLinear:
     values, scale = quantise_weight(_randn(out_features, in_features))
-    return products.PackedLinear(products.pack(values), scale, _randn(out_features) if bias else None)
+    return products.PackedLinear(products.pack(values), scale, _randn(out_features) if bias else None, torch.int8)
 
 
 LINEARS = {name: _linear(*shape, bias=name not in ("k", "out", "up")) for name, shape in SHAPES.items()}

@@ -24,7 +24,7 @@ from tests.native.int8_layers import (
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
-every_kernel = pytest.mark.parametrize("kernel", products.kernels() if library.is_built("cpu") else ())
+every_kernel = pytest.mark.parametrize("kernel", products.kernels(torch.int8) if library.is_built("cpu") else ())
 
 
 @pytest.fixture(params=[1, 2])
@@ -44,13 +44,16 @@ def weight() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_kernels_are_those_of_the_capability():
-    kernels, capability = products.kernels(), torch.backends.cpu.get_cpu_capability()
-    assert kernels["plain"] == 255
+    kernels, capability = products.kernels(torch.int8), torch.backends.cpu.get_cpu_capability()
+    wide = capability == "AVX512"
     assert ("avx2" in kernels) == (capability in ("AVX2", "AVX512"))
-    assert ("avx512" in kernels) == (capability == "AVX512")
-    assert ("avx512_vnni" in kernels) == (capability == "AVX512" and torch.cpu._is_vnni_supported())
-    assert {levels for name, levels in kernels.items() if name in ("avx2", "avx512")} <= {127}
-    assert products.levels() == list(kernels.values())[-1]
+    assert ("avx512" in kernels) == wide
+    assert ("avx512_vnni" in kernels) == (wide and torch.cpu._is_vnni_supported())
+    assert ("amx_int8" in kernels) == (wide and torch.cpu._is_amx_tile_supported())
+    narrow = {name for name in kernels if products.levels(name) == 127}
+    assert narrow == {"avx2", "avx512"} & set(kernels)
+    assert {products.levels(name) for name in set(kernels) - narrow} == {255}
+    assert products.levels() == products.levels(kernels[-1])
 
 
 @every_kernel
@@ -63,10 +66,10 @@ def test_bits_of_the_reference(kernel, threads):
 @every_kernel
 def test_largest_integers(kernel):
     """Sums of as many products as the kernels allow, all of the largest integers: nothing overflows."""
-    levels, features = products.kernels()[kernel], products.MOST_FEATURES
+    levels, features = products.levels(kernel), products.MOST_FEATURES
     x = torch.tensor([[1.0], [-1.0]]).repeat(1, features)
     weight = torch.tensor([[127], [-127], [1]], dtype=torch.int8).repeat(1, features)
-    result = products.linear(x, products.pack(weight), torch.ones(3), None, kernel=kernel)
+    result = products.linear(x, products.pack(weight), torch.ones(3), None, torch.int8, kernel=kernel)
     scale = quantise_tokens(x, levels).scale
     sums = torch.tensor([[127, -127, 1], [-127, 127, -1]]) * levels * features
     assert torch.equal(result, sums.float() * scale)
@@ -81,13 +84,13 @@ def test_more_features_are_refused():
 def test_a_token_does_not_depend_on_others(kernel, threads, weight):
     values, scale, bias = weight
     x, packed = torch.randn(200, 99), products.pack(values)
-    together = products.linear(x, packed, scale, bias, kernel=kernel)
+    together = products.linear(x, packed, scale, bias, torch.int8, kernel=kernel)
     x[100] = torch.nan
     x[50, 7] = torch.inf
-    beside = products.linear(x, packed, scale, bias, kernel=kernel)
+    beside = products.linear(x, packed, scale, bias, torch.int8, kernel=kernel)
     assert beside[[50, 100]].isnan().all()
     for token in (0, 1, 13, 49, 51, 99, 101, 150, 199):
-        alone = products.linear(x[token : token + 1], packed, scale, bias, kernel=kernel)
+        alone = products.linear(x[token : token + 1], packed, scale, bias, torch.int8, kernel=kernel)
         assert torch.equal(alone[0], together[token])
         assert torch.equal(beside[token], together[token])
 
@@ -96,20 +99,22 @@ def test_inputs_need_not_be_contiguous(weight):
     values, scale, bias = weight
     x = torch.randn(99, 20).t()
     expected = quantised_linear(x, values, scale, bias, products.levels())
-    assert torch.equal(products.linear(x, products.pack(values.t().contiguous().t()), scale, bias), expected)
+    assert torch.equal(
+        products.linear(x, products.pack(values.t().contiguous().t()), scale, bias, torch.int8), expected
+    )
 
 
 def test_a_kernel_that_the_processor_lacks_is_refused(weight, monkeypatch):
     values, scale, bias = weight
     monkeypatch.setitem(products._NUMBERS, "another", 99)
     with pytest.raises(RuntimeError, match="lacks the kernel"):
-        products.linear(torch.randn(2, 99), products.pack(values), scale, bias, kernel="another")
+        products.linear(torch.randn(2, 99), products.pack(values), scale, bias, torch.int8, kernel="another")
 
 
 def test_a_weight_of_another_size_is_refused(weight):
     values, scale, bias = weight
     with pytest.raises(ValueError, match="packed has shape"):
-        products.linear(torch.randn(2, 99), products.pack(values[:, :96]), scale, bias)
+        products.linear(torch.randn(2, 99), products.pack(values[:, :96]), scale, bias, torch.int8)
 
 
 # ---- The whole layer

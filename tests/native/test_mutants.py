@@ -15,7 +15,7 @@ from erniem_fast.native import compiler, library
 from erniem_fast.native import packed as products
 from erniem_fast.verify.battery import battery
 from tests.mutation import holds, parameters, replaced
-from tests.native.bfloat16_linears import are_all_exact
+from tests.native.float_linears import are_all_exact
 from tests.native.int8_layers import BATCHES, are_one_after_another, is_its_ops
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ FILE_OF_OP = {
     "add_norm": "add_norm_cpu.cpp",
     "product": "linear_cpu.cpp",
     "int8": "packed_cpu.cpp",
-    "bfloat16": "packed_cpu.cpp",
+    "floats": "packed_cpu.cpp",
     "int8_layer": "packed_layer_cpu.cpp",
 }
 
@@ -238,7 +238,7 @@ INT8 = {
     "multiply_tile": [
         ("(first + i) * product.out_stride", "i * product.out_stride"),
         ("(first + i) * product.out_stride", "(first + i) * product.out_features"),
-        ("x.rows.get() + first * x.stride", "x.rows.get()"),
+        ("x.rows + first * x.stride", "x.rows"),
         ("x.roundings[first + i], product, row, Whole", "x.roundings[i], product, row, Whole"),
         ("x.roundings[first + i], product, row, block", "x.roundings[i], product, row, block"),
     ],
@@ -270,9 +270,27 @@ INT8_VECTORS = {
 }
 INT8_BLOCKS = {
     "for_token_blocks": [
-        ("first += TOKENS_PER_BLOCK", "first += TOKENS_PER_BLOCK + 1"),
+        ("first += most)", "first += most + 1)"),
         ("end - first", "end - first - 1"),
     ]
+}
+# Where the processor has them.
+AMX = {
+    "": [
+        ("x + AMX_ROWS * stride + group * GROUP", "x + group * GROUP"),
+        ("block + group * ROW + AMX_BYTES", "block + group * ROW"),
+        ("_tile_loadd(2, lower, ROW);", ""),
+        ("_tile_stored(3, lower + AMX_ROWS, ROW);", ""),
+        ("block + skipped", "block"),
+        ("x + whole * GROUP", "x"),
+        ("groups * GROUP : AMX_BYTES", "AMX_BYTES : AMX_BYTES"),
+    ]
+}
+FLOATS = {
+    "": [
+        ("features * sizeof(float);", "features * sizeof(float) + GROUP;"),
+        ("rows = reinterpret_cast<const uint8_t*>(x);", "rows = reinterpret_cast<const uint8_t*>(x + 1);"),
+    ],
 }
 BFLOAT16 = {
     "": [
@@ -349,9 +367,15 @@ MUTANTS = (
     ("int8", "packed_cpu.cpp", INT8),
     ("int8", "packed_tile.h", INT8_TILE),
     *((("int8", "packed_tile.h", INT8_VECTORS),) if torch.backends.cpu.get_cpu_capability() in CAPABILITIES else ()),
+    *(
+        (("int8", "packed_tile.h", AMX),)
+        if library.is_built("cpu") and "amx_int8" in products.kernels(torch.int8)
+        else ()
+    ),
     ("int8", "packed.h", INT8_BLOCKS),
     ("int8", "quantise.h", QUANTISE),
-    *((("bfloat16", "packed_cpu.cpp", BFLOAT16),) if products.multiplies_bfloat16() else ()),
+    *((("floats", "packed_cpu.cpp", FLOATS),) if products.multiplies(torch.float32) else ()),
+    *((("floats", "packed_cpu.cpp", BFLOAT16),) if products.multiplies(torch.bfloat16) else ()),
     ("int8_layer", "packed_layer_cpu.cpp", INT8_LAYER),
     ("int8_layer", "layer.h", LAYER),
 )
@@ -399,8 +423,8 @@ def two_threads():
 
 def holds_everywhere(op):
     """Whether all checks of an op find nothing; the first that finds something is the last."""
-    if op == "bfloat16":
-        return not products.multiplies_bfloat16() or are_all_exact()
+    if op == "floats":
+        return are_all_exact()
     if op == "int8_layer":
         return (
             all(map(is_its_ops, BATCHES.values()))

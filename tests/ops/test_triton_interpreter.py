@@ -1,11 +1,11 @@
-"""bfloat16 in Triton's interpreter: what `mended_bfloat16` makes of it, and what the interpreter computes by itself."""
+"""bfloat16 in Triton's interpreter: what `mended_floats` makes of it, and what the interpreter computes by itself."""
 
 import pytest
 import torch
 import triton
 import triton.language as tl
 
-from erniem_fast.ops.triton_interpreter import mended_bfloat16
+from erniem_fast.ops.triton_interpreter import mended_floats
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 
@@ -62,7 +62,7 @@ def stored_as(dtype, x):
 def test_a_known_product():
     """Of integers that bfloat16 holds, whose sums of products float32 holds: exact in any order."""
     left, right = torch.randint(-99, 100, (2, 16, 16), generator=torch.Generator().manual_seed(0)).float()
-    with mended_bfloat16():
+    with mended_floats():
         assert torch.equal(transposed_product(left, right), left.t() @ right)
 
 
@@ -73,7 +73,7 @@ def test_conversions_round_to_nearest_even():
     upper = torch.randint(-(2**15), 2**15, (256,), generator=generator).int() << 16
     near_ties = torch.cat([upper, upper + 0x7FFF, upper + 0x8000, upper + 0x8001])
     x = torch.cat([at_random, near_ties]).view(torch.float32)
-    with mended_bfloat16():
+    with mended_floats():
         narrow = stored_as(torch.bfloat16, x)
         wide = stored_as(torch.float32, x.bfloat16())
     torch.testing.assert_close(narrow, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
@@ -84,12 +84,12 @@ def test_conversions_round_to_nearest_even():
 def test_elementwise_operations(operation):
     left, right = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     operands = (left,) if operation == "neg" else (left, right)
-    with mended_bfloat16():
+    with mended_floats():
         assert torch.equal(elementwise(operation, left, right), getattr(torch, operation)(*operands))
 
 
 # By itself, the interpreter takes the bits of bfloat16 for integers. A test that fails here says that Triton has mended
-# that, and that part of `mended_bfloat16` can go.
+# that, and that part of `mended_floats` can go.
 
 
 def test_by_itself_the_interpreter_multiplies_bits():

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .. import flags, reference
-from .triton import prefers_triton, triton_function
+from .triton import on_gpu, refuses_16_bits, triton_function
 
 _KERNELS = {name: triton_function("quantise", name) for name in ("quantise", "dequantise")}
 
@@ -29,4 +29,6 @@ def dequantise(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor |
 @flags.while_held
 def _function(name: str, device: torch.device) -> Callable[..., Tensor | tuple[Tensor, Tensor]]:
     allowed = flags.read(flags.KERNELS) == "auto" and flags.read(flags.VERIFY) == "0"
-    return _KERNELS[name] if allowed and prefers_triton(device) else getattr(reference, name)
+    return (
+        _KERNELS[name] if allowed and on_gpu(device) and refuses_16_bits(device) is None else getattr(reference, name)
+    )

@@ -31,7 +31,7 @@ def triton_implementation(
     """
     forward, backward = (triton_function(kernels, name) for name in ("forward", "backward"))
     refuses = partial(_refuses, capability)
-    return Implementation(forward, backward, refuses, automatic=_on_gpu, largest=largest, fuses_bias=True)
+    return Implementation(forward, backward, refuses, automatic=on_gpu, largest=largest, fuses_bias=True)
 
 
 def served_by_triton(implementation: Implementation) -> Implementation:
@@ -40,7 +40,7 @@ def served_by_triton(implementation: Implementation) -> Implementation:
         _on_device(lambda function=function: function) for function in (implementation.forward, implementation.backward)
     )
     refuses = partial(_refuses, _LEAST_CAPABILITY)
-    return replace(implementation, forward=forward, backward=backward, refuses=refuses, automatic=_on_gpu)
+    return replace(implementation, forward=forward, backward=backward, refuses=refuses, automatic=on_gpu)
 
 
 def triton_function(kernels: str, name: str) -> Callable[..., Tensors]:
@@ -48,9 +48,9 @@ def triton_function(kernels: str, name: str) -> Callable[..., Tensors]:
     return _on_device(partial(_kernels, kernels, name))
 
 
-def prefers_triton(device: torch.device) -> bool:
-    """Whether kernels for tensors in 16 bits are compiled for the device."""
-    return _on_gpu(device) and _refuses(_BFLOAT16_CAPABILITY, device, torch.bfloat16) is None
+def refuses_16_bits(device: torch.device) -> str | None:
+    """Why kernels cannot serve all dtypes on a device, with the remedy; None if they can."""
+    return _refuses(_BFLOAT16_CAPABILITY, device, torch.bfloat16)
 
 
 def _kernels(module: str, name: str) -> Callable[..., Tensors]:
@@ -74,7 +74,7 @@ def _current(device: torch.device) -> AbstractContextManager[object]:
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def _on_gpu(device: torch.device) -> bool:
+def on_gpu(device: torch.device) -> bool:
     """`auto` takes Triton on GPUs only: the interpreter is for checking kernels and slow."""
     return device.type == "cuda"
 

@@ -1,7 +1,8 @@
-"""bfloat16 in Triton's interpreter: what `mended_floats` makes of it, and what the interpreter computes by itself."""
+"""bfloat16 and float8 in Triton's interpreter, as `mended_floats` computes with them and as it does by itself."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
@@ -88,6 +89,24 @@ def test_elementwise_operations(operation):
         assert torch.equal(elementwise(operation, left, right), getattr(torch, operation)(*operands))
 
 
+def float8_numbers():
+    """All that float8_e4m3fn holds, and numbers between and beside them; 1024 together, as the kernel's blocks are."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, between, between * (1 + 2.0**-20), between * (1 - 2.0**-20)])
+    return F.pad(x, (0, 1024 - len(x)))
+
+
+def test_conversions_to_float8_round_to_nearest_even():
+    x = float8_numbers()
+    with mended_floats():
+        assert torch.equal(stored_as(torch.float8_e4m3fn, x).float(), x.to(torch.float8_e4m3fn).float())
+        beyond = stored_as(torch.float8_e4m3fn, torch.tensor([464.1, -1e9, torch.inf, torch.nan]))
+    assert beyond[:3].tolist() == [448.0, -448.0, 448.0]
+    assert beyond[3].isnan()
+
+
 # By itself, the interpreter takes the bits of bfloat16 for integers. A test that fails here says that Triton has mended
 # that, and that part of `mended_floats` can go.
 
@@ -106,3 +125,10 @@ def test_by_itself_the_interpreter_cuts_digits_off():
     x = torch.full((16,), 1 + 0.75 * 2**-7)
     assert stored_as(torch.bfloat16, x).tolist() == [1.0] * 16
     assert x.bfloat16().tolist() == [1 + 2**-7] * 16
+
+
+def test_by_itself_the_interpreter_loses_carries_and_subnormal_digits_of_float8():
+    """1.9375 is half way to 2, whose mantissa is 0; 2.75 · 2^-9 is near 3 times the smallest number."""
+    x = torch.tensor([1.9375, 2.75 * 2**-9])
+    assert x.to(torch.float8_e4m3fn).tolist() == [2.0, 3 * 2**-9]
+    assert stored_as(torch.float8_e4m3fn, x).tolist() != [2.0, 3 * 2**-9]

@@ -611,7 +611,7 @@ _INT8 = (
 )
 
 # Tokens and features around those of tiles; and the sizes of the base and the large model.
-_QUANTISED = ((0, 96), (1, 1), (23, 7), (13, 97), (300, 96), (12, 768), (25, 1024), (5, 3072), (23, 4096))
+_QUANTISED = ((0, 96), (1, 1), (23, 7), (13, 97), (13, 300), (300, 96), (12, 768), (25, 1024), (5, 3072), (23, 4096))
 
 # The sizes of the base and the large model.
 _MODELS = tuple(

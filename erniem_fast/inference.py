@@ -1,6 +1,7 @@
-"""Modules for inference on a CPU: linears and word tables that hold their weights packed, in bfloat16 or in int8.
+"""Modules for inference: on a CPU, linears and word tables that hold their weights packed, in bfloat16 or in int8.
 
-They take the places of `nn.Linear` and `nn.Embedding` and give up the float32 weights. Their weights have no gradient.
+They take the places of `nn.Linear` and `nn.Embedding` and give up the original weights. Their weights have no gradient.
+Those for a GPU are in `inference_gpu.py`.
 """
 
 from collections.abc import Callable
@@ -19,7 +20,7 @@ _ROWS = 4096  # of a weight that are rounded at once
 
 
 class InferenceModule(nn.Module):
-    """What all modules of this file share: they refuse training, and a change of their dtype or device.
+    """What all such modules share: they refuse training, and a change of their dtype or device.
 
     Attributes:
         weights: the form of the weights, as `optimize` takes it.
@@ -54,17 +55,28 @@ class InferenceModule(nn.Module):
 
     def check_change(self, fn: Callable[[Tensor], Tensor]) -> None:
         """Refuses a function that `nn.Module` applies to all tensors of a model, if it changes dtype or device."""
-        moved = fn(torch.empty(0, dtype=torch.float32))
-        if (moved.dtype, moved.device.type) != (torch.float32, "cpu"):
+        dtype, device = self.unrounded()
+        moved = fn(torch.empty(0, dtype=dtype, device=device))
+        if (moved.dtype, moved.device) != (dtype, device):
+            place = "the CPU" if device.type == "cpu" else device
             raise RuntimeError(
-                f"A model with {self.weights} weights stays in float32 on the CPU, not in {moved.dtype} on "
-                f"{moved.device}; call erniem_fast.restore(model) first."
+                f"A model with {self.weights} weights stays in {str(dtype).removeprefix('torch.')} on {place}, not in "
+                f"{moved.dtype} on {moved.device}; call erniem_fast.restore(model) first."
             )
+
+    def unrounded(self) -> tuple[torch.dtype, torch.device]:
+        """The dtype and device of what is not rounded in the model."""
+        return torch.float32, torch.device("cpu")
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         self.check_change(fn)
-        # A cast to float32 leaves weights in their form.
-        return super()._apply(lambda tensor: fn(tensor).to(tensor.dtype), recurse)
+
+        def without_cast(tensor: Tensor) -> Tensor:
+            """A cast to the model's dtype leaves weights and scales in theirs."""
+            changed = fn(tensor)
+            return changed if changed.dtype == tensor.dtype else tensor
+
+        return super()._apply(without_cast, recurse)
 
 
 @torch.compiler.disable
@@ -74,7 +86,7 @@ def _compute_uncompiled(module: InferenceModule, x: Tensor) -> Tensor:
 
 
 def inference_module(model: nn.Module) -> InferenceModule | None:
-    """The first module of this file in a model; None if its weights are as they were loaded."""
+    """The first inference module in a model; None if its weights are as they were loaded."""
     return next((module for module in model.modules() if isinstance(module, InferenceModule)), None)
 
 
@@ -84,7 +96,7 @@ _OF_LAYER = (*(f"self_attn.self_attn.{each}_proj" for each in "qkv"), "self_attn
 
 
 def places(bare: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules of a bare ERNIE-M model that modules of this file can replace, by name; None for missing ones."""
+    """The modules of a bare ERNIE-M model that inference modules can replace, by name; None for missing ones."""
     layers = [f"encoder.layers.{index}" for index in range(len(bare.encoder.layers))]
     names = [_WORD_TABLE, *(f"{layer}.{name}" for layer in layers for name in _OF_LAYER)]
     present = dict(bare.named_modules(remove_duplicate=False))
@@ -104,7 +116,8 @@ def freeze(bare: nn.Module) -> list[str]:
 def leave_file(model: nn.Module) -> None:
     """Copies the parameters that are left, so that the file can go that safetensors has mapped for all weights."""
     for parameter in model.parameters():
-        parameter.data = parameter.data.clone()
+        if parameter.device.type == "cpu":
+            parameter.data = parameter.data.clone()
 
 
 class _OpaqueLinear(InferenceModule):
@@ -330,7 +343,7 @@ LINEARS = {kind.weights: kind for kind in (PackedLinear, BFloat16Linear, Int8Lin
 
 
 def linear_kind(weights: str) -> type[InferenceModule]:
-    """The class of linears for a form of weights on this machine."""
+    """The class of linears for a form of weights on this machine's CPU."""
     if weights == "packed" and fastest.packing() == ONEDNN_PACKED:
         return OnednnPackedLinear
     if weights == "bfloat16" and (modes.has_amx() or not packed.multiplies(torch.bfloat16)):
@@ -339,11 +352,11 @@ def linear_kind(weights: str) -> type[InferenceModule]:
 
 
 def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = None) -> bool:
-    """Whether a call of the module, one of this file's, runs only its own forward, so that no hook keeps its result.
+    """Whether a call of an inference module runs only its own forward, so that no hook keeps its result.
 
     Args:
         module: any module.
-        kind: the class that is wanted; None for any of this file.
+        kind: the class that is wanted; None for any.
     """
     return isinstance(module, kind or InferenceModule) and modes.is_untouched(module, type(module))
 

@@ -1,7 +1,7 @@
 """The matrix products between the ops, behind the modules that hold their weights.
 
-A module that is not a plain `nn.Linear` is called as it is, so that LoRA, quantised linears and hooks keep working. The
-linears of `inference` are called too, but their results are new memory, which ops may reuse.
+A module that is not a plain `nn.Linear` is called as it is, so that LoRA, quantised linears and hooks keep working. Our
+own inference modules are called too, but their results are new memory, which ops may reuse.
 """
 
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import ops
 from .inference import is_plain_inference
+from .inference_gpu import project_as_one
 from .matmul import linear as multiply
 from .modes import is_plain, may_write
 from .ops import Product
@@ -64,6 +65,10 @@ def project_side_by_side(linears: Sequence[nn.Module], x: Tensor, scratch: Scrat
         ValueError: the linears have different numbers of features, or the lengths of a bias and its weight differ.
     """
     plain = all(is_plain(linear, nn.Linear) and linear.bias is not None for linear in linears)
+    if not plain:
+        product = project_as_one(linears, x)
+        if product is not None:
+            return product
     parameters = [_parameters(linear) for linear in linears] if plain else []
     # Joining parameters of different dtypes would promote them silently.
     if len({parameter.dtype for pair in parameters for parameter in pair}) != 1:

@@ -20,6 +20,7 @@ from .configuration import ErnieMConfig
 from .dropout import draw_seeds, is_active
 from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import inference_module
+from .inference_gpu import ScaledLinear
 from .quantization import describe
 
 IGNORED_LABEL = -100
@@ -82,7 +83,17 @@ class ErnieMPreTrainedModel(PreTrainedModel):
         return super()._apply(fn, recurse)
 
     def save_pretrained(self, *arguments, **options) -> None:
-        """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8."""
+        """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8.
+
+        Raises:
+            RuntimeError: the model has the 8-bit weights of a GPU.
+        """
+        found = inference_module(self)
+        if isinstance(found, ScaledLinear):
+            raise RuntimeError(
+                f"A model with {found.weights} weights on a GPU cannot be saved, because it could not be loaded again; "
+                f"call erniem_fast.restore(model) first."
+            )
         describe(self.config, self.base_model)
         super().save_pretrained(*arguments, **options)
 

@@ -1,7 +1,7 @@
 """What observes a forward: recording of graphs, transforms, autocast, and hooks on modules.
 
-This is the only module that uses torch's private API; so it also holds the calls of oneDNN's linear and of the product
-of bytes, and asks what the CPU can do.
+This is the only module that uses torch's private API; so it also holds the calls of oneDNN's linear and of the products
+of 8-bit numbers, and asks what the CPU can do.
 """
 
 from collections.abc import Iterable
@@ -111,8 +111,28 @@ def onednn_pack(weight: Tensor) -> Tensor:
 
 
 def multiply_bytes(x: Tensor, weight: Tensor) -> Tensor:
-    """uint8 `(m, k)` times int8 `(k, n)` on the CPU: int32 `(m, n)`, exact."""
+    """`(m, k)`, uint8 on the CPU and int8 on a GPU, times int8 `(k, n)`: int32 `(m, n)`, exact.
+
+    A GPU needs more than 16 rows, and multiples of 8 for k and n.
+    """
     return torch._int_mm(x, weight)
+
+
+def multiply_float8(
+    x: Tensor, scale: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype
+) -> Tensor:
+    """scale · weight_scale · (x · weight) + bias on a GPU, rounded once: `(m, n)` in `dtype`.
+
+    Args:
+        x, weight: float8_e4m3fn `(m, k)` and `(k, n)`, the second one transposed in memory; k and n multiples of 16.
+        scale, weight_scale: float32 `(m, 1)` and `(1, n)`.
+        bias: `(n,)` in `dtype`, or None.
+        dtype: bfloat16 or float16.
+    """
+    # The Hopper's sums are then rounded to fewer digits than float32 has, and still to more than the operands.
+    return torch._scaled_mm(
+        x, weight, scale_a=scale, scale_b=weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
+    )
 
 
 def multiplies_bfloat16() -> bool:

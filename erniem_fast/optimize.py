@@ -1,4 +1,4 @@
-"""`optimize` and `restore`: a model's weights in the form that is fastest or smallest for inference on a CPU."""
+"""`optimize` and `restore`: a model's weights in the form that is fastest or smallest for inference."""
 
 import hashlib
 import logging
@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from . import modes
 from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, leave_file, linear_kind, places
+from .inference_gpu import DTYPES, GPU_LINEARS, ScaledLinear, gpu_objection
 from .matmul import fastest
 from .modeling import ErnieMModel, ErnieMPreTrainedModel
 from .native import packed
@@ -38,21 +39,25 @@ class _Original:
 
 
 def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Model:
-    """Changes the form in which a model holds its weights, for inference on a CPU; in place.
+    """Changes the form in which a model holds its weights, for inference; in place.
 
-    The linears of the layers are replaced, in `bfloat16` and `int8` the word table too. All else stays as it is: the
-    pooler and heads, layer norms, softmax and residuals are in float32. Modules that have hooks or adapters, that were
-    replaced, or that share their weight with others stay too; a line of the log names them. The parameters of
-    embeddings and layers are frozen, because no gradient flows through these weights.
+    The linears of the layers are replaced, on a CPU in `bfloat16` and `int8` the word table too. All else stays as it
+    is: the pooler and heads, layer norms, softmax and residuals. Modules that have hooks or adapters, that were
+    replaced, or that share their weight with others stay too, on a GPU also those whose numbers of features are no
+    multiples of 16 in `float8` and of 8 in `int8`; a line of the log names them. The parameters of embeddings and
+    layers are frozen, because no gradient flows through these weights.
 
     Args:
-        model: an ERNIE-M model of this package, with or without a head; for all forms but None in float32 on the CPU.
+        model: an ERNIE-M model of this package, with or without a head; in float32 on the CPU, for `int8` and `float8`
+            in bfloat16 or float16 on an NVIDIA GPU.
         weights: None leaves the weights as they are.
             `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
             weights as they are take no longer on this machine, the weights stay as they are.
             `bfloat16` rounds weights, and the inputs of products, to bfloat16; with AMX the results too.
             `int8` rounds weights to 8 bits with a scale for each row, and inputs of products with a scale for each
-            token, so that a sequence's result has the same bits alone and in any batch.
+            token, so that a sequence's result has the same bits alone and in any batch. On a GPU, which needs compute
+            capability 8.0, only the products of the linears do.
+            `float8`, on a GPU of compute capability 8.9 or later, does as `int8` in float8_e4m3fn.
         keep: whether to keep rounded weights' originals in memory, for `restore`.
 
     Returns:
@@ -60,8 +65,8 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
 
     Raises:
         TypeError: the model is not one of this package's.
-        ValueError: `weights` is unknown, or the CPU has no products in this form; or the model was optimised before,
-            or is not in float32 on the CPU.
+        ValueError: `weights` is unknown, or the device has no products in this form; or the model was optimised before,
+            or is in another dtype or on another device than this form takes.
     """
     _check(model, weights)
     if weights is None:
@@ -70,10 +75,11 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         _LOG.warning("The weights stay as they are: this machine multiplies no faster by packed ones.")
         return model
     bare = model.base_model
-    modules = _replaceable(model, weights)
+    kinds = _kinds(weights, bare.device)
+    modules = _replaceable(model, kinds)
     bare.originals, bare.trained = {}, freeze(bare)
     for name, module in modules.items():
-        kind = linear_kind(weights) if isinstance(module, nn.Linear) else TABLES[weights]
+        kind = kinds[type(module)]
         lost = weights != "packed" and not keep
         original = _Original(module, _digest(module.weight) if lost else None)
         bare.set_submodule(name, kind.of(module))
@@ -87,9 +93,9 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
 def restore(model: Model) -> Model:
     """Undoes `optimize`: the modules that it replaced come back, with the very bits that their weights had; in place.
 
-    Weights in bfloat16 and int8 do not tell what they were rounded from. Unless `keep=True` kept the originals, they
-    are read again from the checkpoint that the model was loaded from, `model.name_or_path`. If the model had other
-    weights when it was optimised, as after fine-tuning, the model stays as it is, and an error says so.
+    Rounded weights do not tell what they were rounded from. Unless `keep=True` kept the originals, they are read again
+    from the checkpoint that the model was loaded from, `model.name_or_path`. If the model had other weights when it was
+    optimised, as after fine-tuning, the model stays as it is, and an error says so.
 
     Args:
         model: the model that `optimize` took. One that is not optimised is left as it is.
@@ -118,7 +124,7 @@ def restore(model: Model) -> Model:
     for name, original in bare.originals.items():
         module, current = original.module, bare.get_submodule(name)
         if module.weight is None:
-            weight = current.weight if original.digest is None else read[name]
+            weight = current.weight if original.digest is None else read[name].to(bare.device)
             module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module, nn.Linear):
             module.bias = current.bias
@@ -142,25 +148,50 @@ def _check_family(model: nn.Module) -> None:
         )
 
 
+def _kinds(weights: str, device: torch.device) -> dict[type[nn.Module], type[InferenceModule]]:
+    """The classes of inference modules for a form of weights on a device, by the classes that they replace."""
+    if weights in GPU_LINEARS and (device.type == "cuda" or weights not in LINEARS):
+        return {nn.Linear: GPU_LINEARS[weights]}
+    table = {nn.Embedding: TABLES[weights]} if weights in TABLES else {}
+    return {nn.Linear: linear_kind(weights), **table}
+
+
 def _check(model: nn.Module, weights: str | None) -> None:
     _check_family(model)
-    if weights not in (None, *LINEARS):
-        raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, LINEARS))}.")
+    forms = dict.fromkeys([*LINEARS, *GPU_LINEARS])
+    if weights not in (None, *forms):
+        raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, forms))}.")
     present = inference_module(model)
     if present is not None:
         raise ValueError(f"The model has {present.weights} weights already; call erniem_fast.restore(model) first.")
     if weights is None:
         return
-    for name, module in places(model.base_model).items():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, Tensor) and (weight.dtype, weight.device.type) != (torch.float32, "cpu"):
-            raise ValueError(
-                f"weights={weights!r} needs a model in float32 on the CPU, but {name} is in {weight.dtype} on "
-                f"{weight.device}; load the model so, with dtype=torch.float32, or call model.float().cpu()."
-            )
+    device = model.base_model.device
+    if issubclass(_kinds(weights, device)[nn.Linear], ScaledLinear):
+        reason = gpu_objection(weights, device)
+        if reason is not None:
+            raise ValueError(f"weights={weights!r} {reason}")
+        wanted, remedy = f"in bfloat16 or float16 on {device}", "dtype=torch.bfloat16, or call model.bfloat16()"
+        _check_place(model, weights, DTYPES, device, wanted, remedy)
+        return
+    wanted, remedy = "in float32 on the CPU", "dtype=torch.float32, or call model.float().cpu()"
+    _check_place(model, weights, (torch.float32,), torch.device("cpu"), wanted, remedy)
     reason = bfloat16_objection() if weights == "bfloat16" else None
     if reason is not None:
         raise ValueError(f"weights='bfloat16' is not for this machine: {reason}; use weights='int8' or 'packed'.")
+
+
+def _check_place(
+    model: nn.Module, weights: str, dtypes: tuple[torch.dtype, ...], device: torch.device, wanted: str, remedy: str
+) -> None:
+    """Refuses a model with a weight in another dtype or on another device."""
+    for name, module in places(model.base_model).items():
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, Tensor) and not (weight.dtype in dtypes and weight.device == device):
+            raise ValueError(
+                f"weights={weights!r} needs a model {wanted}, but {name} is in {weight.dtype} on {weight.device}; "
+                f"load the model so, with {remedy}."
+            )
 
 
 def bfloat16_objection() -> str | None:
@@ -171,16 +202,22 @@ def bfloat16_objection() -> str | None:
     return None if has_products else "the native library is not built, and oneDNN is missing or off"
 
 
-def _replaceable(model: ErnieMPreTrainedModel, weights: str) -> dict[str, nn.Module]:
+def _replaceable(
+    model: ErnieMPreTrainedModel, kinds: dict[type[nn.Module], type[InferenceModule]]
+) -> dict[str, nn.Module]:
     """The modules to replace, by their names in the bare model. The log names those that stay."""
     uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     candidates = places(model.base_model)
-    if weights not in TABLES:
+    if nn.Embedding not in kinds:
         candidates = {name: each for name, each in candidates.items() if not isinstance(each, nn.Embedding)}
+    kind, reasons = kinds[nn.Linear], "hooked, adapted, replaced or shared"
     found = {name: module for name, module in candidates.items() if _is_replaceable(module, uses)}
+    if issubclass(kind, ScaledLinear):
+        found = {name: module for name, module in found.items() if kind.fits(module)}
+        reasons += f", or because of numbers of features that are no multiples of {kind.multiple}"
     left = [name for name in candidates if name not in found]
     if left:
-        _LOG.warning("These modules keep their weights, because they are hooked, adapted, replaced or shared: %s", left)
+        _LOG.warning("These modules keep their weights, because they are %s: %s", reasons, left)
     return found
 
 
@@ -191,7 +228,7 @@ def _is_replaceable(module: nn.Module | None, uses: Counter) -> bool:
         simple = module.max_norm is None
     else:
         bias = getattr(module, "bias", None)
-        simple = modes.is_plain(module, nn.Linear) and (bias is None or bias.dtype == torch.float32)
+        simple = modes.is_plain(module, nn.Linear) and (bias is None or bias.dtype == module.weight.dtype)
     return simple and module.weight.numel() > 0 and uses[id(module.weight)] == 1
 
 
@@ -199,7 +236,8 @@ def _is_replaceable(module: nn.Module | None, uses: Counter) -> bool:
 
 
 def _digest(weight: Tensor) -> str:
-    return hashlib.sha256(weight.detach().contiguous().numpy().data).hexdigest()
+    # Bytes, because NumPy has no bfloat16.
+    return hashlib.sha256(weight.detach().contiguous().view(torch.uint8).cpu().numpy().data).hexdigest()
 
 
 def _read_again(model: ErnieMPreTrainedModel, digests: dict[str, str]) -> dict[str, Tensor]:
@@ -217,7 +255,7 @@ def _read_again(model: ErnieMPreTrainedModel, digests: dict[str, str]) -> dict[s
         )
     try:
         with torch.random.fork_rng(devices=[]):  # a head that is not in the checkpoint is drawn
-            loaded = type(model).from_pretrained(path, dtype=torch.float32)
+            loaded = type(model).from_pretrained(path, dtype=model.dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"The original weights cannot be read from {path!r}: {error} {_REMEDY}") from error
     parameters = dict(loaded.base_model.named_parameters())

@@ -1,9 +1,8 @@
-"""The four ops, and products of 8-bit integers, in plain, obvious PyTorch: the oracle of every test, never optimised.
+"""The four ops, and products of 8-bit numbers, in plain, obvious PyTorch: the oracle of every test, never optimised.
 
 Autograd can differentiate all four. The hand-written backwards are for use inside custom ops, where autograd does not
-work, and are tested against autograd. Everything computes in the dtype that the inputs promote to. Only products of
-integers, at the end of this file, are defined in float32, operation by operation, so that kernels can compute the same
-bits.
+work, and are tested against autograd. Everything computes in the dtype that the inputs promote to. Only 8-bit numbers,
+at the end of this file, are defined in float32, operation by operation, so that kernels can compute the same bits.
 """
 
 from collections.abc import Iterator
@@ -349,7 +348,7 @@ def quantise_tokens(x: Tensor, levels: int) -> QuantisedTokens:
     return QuantisedTokens(values.clamp(0, levels).int(), zero.int(), scale)
 
 
-def _scale(size: Tensor, levels: int) -> Tensor:
+def _scale(size: Tensor, levels: float) -> Tensor:
     """The width of a level, in float32. Subnormal ones count as 0, because their reciprocals overflow."""
     scale = size / levels
     scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 0.0)
@@ -372,3 +371,62 @@ def quantised_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tens
     sums = (tokens.values - tokens.zero) @ weight.int().t()
     product = sums.float() * (tokens.scale * weight_scale)
     return product if bias is None else product + bias
+
+
+# --- Products on GPUs, where 0 stands for 0 in both operands ----------------------------------------------------------
+
+
+def largest_of(dtype: torch.dtype) -> float:
+    """The largest number that rows are scaled to; in int8 its negative is there too."""
+    return 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+
+
+def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Rounds each row by itself to 8-bit numbers, so that x ≈ scale · values and the largest one is the dtype's.
+
+    Args:
+        x: floating point `(tokens, features)`.
+        dtype: int8 or float8_e4m3fn.
+
+    Returns:
+        `(tokens, features)` in `dtype`; and the scales, float32 `(tokens, 1)`: 0 for a row of zeros, and NaN for a row
+        with NaN or infinity, whose values are zeros, because int8 has neither and float8_e4m3fn no infinity. So all
+        products of such a row are NaN.
+    """
+    x, largest = x.float(), largest_of(dtype)
+    scale = _scale(F.pad(x, (0, 1)).abs().amax(-1, keepdim=True), largest)
+    values = torch.where(scale > 0, x * (1.0 / scale), 0.0).clamp(-largest, largest)
+    return (values.round() if dtype == torch.int8 else values).to(dtype), scale
+
+
+def dequantise(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """The result of a linear from the products of 8-bit numbers, in the scales' precision until it is rounded.
+
+    Args:
+        sums: `(tokens, out_features)`; further rows are left out.
+        scale, weight_scale: float32 `(tokens, 1)` and `(out_features,)`.
+        bias: floating point `(out_features,)`, or None.
+        dtype: of the result.
+
+    Returns:
+        `(tokens, out_features)`.
+    """
+    product = sums[: len(scale)].to(scale.dtype) * (scale * weight_scale)
+    return (product if bias is None else product + bias).to(dtype)
+
+
+def scaled_linear(x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:
+    """x Wᵀ + bias, where the rows of x are rounded as those of the weight are.
+
+    In float64 the sums are exact: products of two float8_e4m3fn are multiples of 2^-18, and below 2^18.
+
+    Args:
+        x: floating point `(tokens, in_features)`.
+        weight, weight_scale: from `quantise`, the scales without their last dimension.
+        bias: floating point `(out_features,)`, or None.
+
+    Returns:
+        float64 `(tokens, out_features)`.
+    """
+    values, scale = quantise(x, weight.dtype)
+    return dequantise(values.double() @ weight.double().t(), scale.double(), weight_scale, bias, torch.float64)

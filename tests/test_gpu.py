@@ -13,12 +13,16 @@ from functools import partial
 
 import pytest
 import torch
+from torch import nn
 from triton import knobs
 
+import erniem_fast
+from bench.difference import row_error
 from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference, use_graphs
 from erniem_fast.dropout import Dropout
 from erniem_fast.flags import use_implementations, use_kernels
 from erniem_fast.graphs import Graphs, Recorder
+from erniem_fast.inference_gpu import GPU_LINEARS, Int8GpuLinear, gpu_objection, project_as_one
 from erniem_fast.kernels import add_norm, bias_gelu
 from erniem_fast.native.build import build
 from erniem_fast.ops import Product
@@ -320,6 +324,134 @@ def captured(forward, device):
         return out
 
     return replay().clone(), replay
+
+
+# --- 8-bit weights ----------------------------------------------------------------------------------------------------
+
+every_form = pytest.mark.parametrize("weights", GPU_LINEARS)
+every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+CUDA = torch.device("cuda")
+# The largest error of a row against the exact product of what is rounded, in root mean squares: the rounding of the
+# result, and in float8 that of the sums, which a Hopper adds up in fewer digits than float32 has.
+LARGEST_ERROR = {"int8": 0.0, "float8": 0.01}
+
+
+@pytest.fixture
+def served(weights):
+    """Skips a form of weights that this GPU does not multiply."""
+    reason = gpu_objection(weights, CUDA)
+    if reason is not None:
+        pytest.skip(reason)
+
+
+def linear_of(inputs, outputs, dtype, bias=True):
+    return nn.Linear(inputs, outputs, bias=bias).requires_grad_(False).eval().to(CUDA, dtype)
+
+
+@pytest.mark.gpu
+@every_form
+@every_half
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("inputs", "outputs"), [(768, 768), (768, 3072), (3072, 768), (64, 48), (1024, 4096)])
+def test_8_bit_linears_beside_the_exact_product(served, weights, dtype, inputs, outputs, bias):
+    scaled = GPU_LINEARS[weights].of(linear_of(inputs, outputs, dtype, bias))
+    for tokens in (0, 1, 2, 15, 16, 17, 33, 250, 4096):
+        x = torch.randn(tokens, inputs, device=CUDA).to(dtype)
+        result = scaled(x)
+        assert (result.dtype, result.shape) == (dtype, (tokens, outputs))
+        if tokens:
+            exact = reference.scaled_linear(x, *scaled.operands())
+            assert row_error(result, exact) <= LARGEST_ERROR[weights] + torch.finfo(dtype).eps
+
+
+@pytest.mark.gpu
+@every_form
+def test_8_bit_linears_of_odd_rows(served, weights):
+    scaled, x = GPU_LINEARS[weights].of(linear_of(768, 64, HALF)), torch.randn(40, 768, device=CUDA).to(HALF)
+    x[3], x[5], x[6], x[7, 2], x[8] = torch.nan, torch.inf, 0.0, -torch.inf, 3e38
+    result = scaled(x)
+    assert result[[3, 5, 7]].isnan().all()
+    assert torch.equal(result[6], scaled.bias)
+    others = [row for row in range(40) if row not in (3, 5, 7)]
+    assert not result[others].isnan().any()
+
+
+@pytest.mark.gpu
+@every_form
+def test_8_bit_queries_keys_and_values_are_those_of_their_linears(served, weights):
+    linears = [GPU_LINEARS[weights].of(linear_of(768, 768, HALF)) for _ in range(3)]
+    x = torch.randn(300, 768, device=CUDA).to(HALF)
+    one, three = project_as_one(linears, x), torch.cat([linear(x) for linear in linears], dim=1)
+    assert row_error(one, three) <= LARGEST_ERROR[weights]
+
+
+@pytest.mark.gpu
+def test_int8_of_a_token_has_the_same_bits_alone_and_among_others():
+    scaled, x = Int8GpuLinear.of(linear_of(768, 3072, HALF)), torch.randn(1000, 768, device=CUDA).to(HALF)
+    whole = scaled(x)
+    for tokens in (1, 2, 16, 17, 64, 513):
+        assert torch.equal(scaled(x[-tokens:]), whole[-tokens:])
+
+
+@torch.inference_mode()
+def hidden_of(model, ids, mask):
+    return model(ids, attention_mask=mask).last_hidden_state
+
+
+@pytest.mark.gpu
+@every_form
+@every_half
+def test_8_bit_models_are_near_those_in_16_bits(served, weights, dtype):
+    ids, mask = rows_of((1, 17, 128, 300, 512), CUDA)
+    model = model_of(CUDA, dtype).eval()
+    exact = hidden_of(model, ids, mask)[mask.bool()].float()
+    bits = {name: each.clone() for name, each in model.state_dict().items()}
+    erniem_fast.optimize(model, weights, keep=True)
+    result = hidden_of(model, ids, mask)
+    assert result.dtype == dtype
+    assert torch.cosine_similarity(result[mask.bool()].float(), exact, dim=-1).min() > 0.99
+    assert torch.equal(hidden_of(model, ids, mask), result)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ERNIEM_FAST_KERNELS", "off")
+        plain = hidden_of(model, ids, mask)[mask.bool()].float()
+    assert torch.cosine_similarity(plain, exact, dim=-1).min() > 0.99
+    with pytest.raises(RuntimeError, match=rf"{weights} weights stays in {str(dtype)[6:]} on cuda:0"):
+        model.float()
+    model.to(CUDA, dtype)
+    assert torch.equal(hidden_of(model, ids, mask), result)
+    erniem_fast.restore(model)
+    assert all(torch.equal(each, bits[name]) for name, each in model.state_dict().items())
+
+
+@pytest.mark.gpu
+def test_int8_models_have_the_same_bits_alone_and_in_a_batch():
+    """Of one layer, on kernels whose tiles do not depend on the batch: sequences as long as the longest."""
+    ids, mask = rows_of((300,) * 7, CUDA)
+    model = erniem_fast.optimize(model_of(CUDA, HALF).eval(), "int8", keep=True)
+    together = hidden_of(model, ids, mask)
+    for row in (0, 6):
+        assert torch.equal(hidden_of(model, ids[row : row + 1], mask[row : row + 1])[0], together[row])
+
+
+@pytest.mark.gpu
+@every_form
+def test_8_bit_models_replay_graphs(served, weights):
+    model = erniem_fast.optimize(model_of(CUDA, HALF).eval(), weights, keep=True)
+    (ids, mask), (others, its_mask) = rows_of((9, 4), CUDA), rows_of((40, 24, 3), CUDA)
+    expected = [hidden_of(model, *batch) for batch in ((ids, mask), (others, its_mask))]
+    use_graphs(model)
+    for _ in range(2):
+        for batch, without in zip(((ids, mask), (others, its_mask)), expected, strict=True):
+            assert relative_error(hidden_of(model, *batch), without) <= 0.05
+
+
+@pytest.mark.gpu
+@every_form
+def test_8_bit_weights_take_models_in_16_bits(served, weights):
+    with pytest.raises(
+        ValueError, match=rf"weights='{weights}' needs a model in bfloat16 or float16 on cuda:0.*float32"
+    ):
+        erniem_fast.optimize(model_of(CUDA, torch.float32).eval(), weights)
 
 
 def test_bad_ids_are_named_and_do_no_harm(device, packed):

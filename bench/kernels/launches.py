@@ -7,7 +7,8 @@ from torch import Tensor
 
 from erniem_fast.batch import Sequences
 from erniem_fast.dropout import Dropout
-from erniem_fast.kernels import add_norm, attention, bias_gelu
+from erniem_fast.kernels import add_norm, attention, bias_gelu, quantise
+from erniem_fast.kernels.device import is_amd
 from erniem_fast.reference import Norm
 
 MANY = 300  # sequences, enough for the backward in one pass at any length
@@ -38,6 +39,17 @@ def launch_bias_gelu(dtype: torch.dtype, features: int, seed: Tensor | None, tok
     x, dropout = torch.zeros(tokens, features, dtype=dtype), dropout_of(seed, tokens)
     bias_gelu.forward(x, x[0], "gelu", dropout)
     bias_gelu.backward(x, x, x[0], "gelu", dropout)
+
+
+def launch_quantise(
+    dtype: torch.dtype, features: int, _: None, to: torch.dtype = torch.int8, tokens: int = TOKENS
+) -> None:
+    quantise.quantise(torch.zeros(tokens, features, dtype=dtype), to)
+
+
+def launch_dequantise(dtype: torch.dtype, features: int, _: None, tokens: int = TOKENS) -> None:
+    sums, scale = torch.zeros(tokens, features, dtype=torch.int32), torch.zeros(tokens, 1)
+    quantise.dequantise(sums, scale, scale[:features, 0], torch.zeros(features, dtype=dtype), dtype)
 
 
 def launch_attention(
@@ -71,8 +83,21 @@ def launches(arch: str) -> Iterator[tuple]:
                 if seed is None:
                     yield "add_norm, plain", launch_plain_norm, dtype, hidden, seed
             yield "bias_gelu", launch_bias_gelu, dtype, 3072, seed
+            if seed is None and dtype != torch.float32:
+                yield from quantise_launches(arch, dtype)
             if arch != "sm_75":
                 yield from attention_launches(dtype, seed)
+
+
+def quantise_launches(arch: str, dtype: torch.dtype) -> Iterator[tuple]:
+    """For the products of `inference_gpu`, which NVIDIA's GPUs have from 8.0 on, in float8 from 8.9 on."""
+    if is_amd(arch) or arch == "sm_75":
+        return
+    for features in (768, 1024, 3072, 4096):
+        yield "quantise int8", launch_quantise, dtype, features, None
+        if arch not in ("sm_80", "sm_86"):
+            yield "quantise float8", launch_quantise, dtype, features, None, torch.float8_e4m3fn
+    yield "dequantise", launch_dequantise, dtype, 768, None
 
 
 def attention_launches(dtype: torch.dtype, seed: Tensor | None) -> Iterator[tuple]:

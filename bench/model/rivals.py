@@ -26,7 +26,7 @@ OURS = _peer("erniem_fast", OURS_PYTHON, "ours", trains=True)
 OURS_GRAPHS = _peer(f"{OURS.name}, CUDA graphs", OURS_PYTHON, "ours", "graphs")
 OPTIMIZED = {
     weights: _peer(f"{OURS.name} {weights}", OURS_PYTHON, "ours", weights, weights=weights)
-    for weights in ("packed", "bfloat16", "int8")
+    for weights in ("packed", "bfloat16", "int8", "float8")
 }
 OURS_NAMES = (OURS.name, *(peer.name for peer in OPTIMIZED.values()))
 ORIGINAL = _peer("transformers 4.57.6", TRANSFORMERS4, "transformers4", trains=True)
@@ -59,6 +59,8 @@ ON_CUDA = tuple(
     for peer in (
         *(peer for peer in ALL if peer.trains),
         OURS_GRAPHS,
+        OPTIMIZED["float8"],
+        OPTIMIZED["int8"],
         _peer("packed, varlen_attn", RIVALS, "packed", "varlen"),
         _peer("packed, varlen_attn, compiled", RIVALS, "packed", "compile"),
         _peer("packed, flash-attn", RIVALS, "packed", "flash"),

@@ -14,7 +14,7 @@ from bench import ROOT
 from bench.peers.exports import CALIBRATION
 
 STDERR_LINES = 12
-ROUNDED = ("bfloat16", "int8")
+ROUNDED = ("bfloat16", "int8", "float8")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,8 +27,8 @@ class Peer:
         python: the Python of the environment that the worker runs in.
         environment: environment variables for it, beside our own.
         trains: whether it can train.
-        weights: what it makes of them, as in `erniem_fast.optimize`: "bfloat16" and "int8" round them, "packed" keeps
-            float32 in a layout of its own; None leaves them as they are.
+        weights: what it makes of them, as in `erniem_fast.optimize`: "bfloat16", "int8" and "float8" round them,
+            "packed" keeps float32 in a layout of its own; None leaves them as they are.
     """
 
     name: str

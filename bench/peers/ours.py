@@ -1,7 +1,7 @@
 """Worker: erniem_fast.ErnieMModel, called as any user calls it.
 
-The argument "packed", "bfloat16" or "int8" is the form that `erniem_fast.optimize` gives the weights; with "graphs" the
-model replays CUDA graphs.
+The argument "packed", "bfloat16", "int8" or "float8" is the form that `erniem_fast.optimize` gives the weights; with
+"graphs" the model replays CUDA graphs.
 """
 
 import sys
@@ -19,7 +19,7 @@ class ErnieMFast(TorchPeer):
         self.weights = None if self.graphs else option
 
     def build(self, model, dtype):
-        module = erniem_fast.ErnieMModel.from_pretrained(model, dtype=dtype)
+        module = erniem_fast.ErnieMModel.from_pretrained(model, dtype=dtype).to(self.device)
         if self.weights:
             erniem_fast.optimize(module, weights=self.weights)
         return module, {"transformers": transformers.__version__}

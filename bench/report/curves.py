@@ -10,7 +10,7 @@ from bench.model.figures import ModelRun
 from bench.report.parts import colours_of, form, title
 
 MARKERS = "osD^vPX*"
-LINES = {None: "-", "packed": ":", "bfloat16": "-.", "int8": "--"}  # by the form of the weights
+LINES = {None: "-", "packed": ":", "bfloat16": "-.", "int8": "--", "float8": (0, (1, 3))}  # by the form of the weights
 
 
 def plot_curves(run: ModelRun, path: pathlib.Path) -> None:

@@ -6,7 +6,7 @@ from bench.record import Run
 
 # Okabe and Ito's: safe for the colour-blind.
 COLOURS = ["#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#000000", "#999999"]
-FORMS = ("packed", "bfloat16", "int8")  # of weights, as the names of peers end
+FORMS = ("packed", "bfloat16", "int8", "float8")  # of weights, as the names of peers end
 
 
 def title(run: Run) -> str:

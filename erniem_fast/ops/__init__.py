@@ -1,4 +1,7 @@
-"""The four ops. Each chooses an implementation by its flag at every call; to torch.compile it is a custom op."""
+"""The four ops, each of which chooses an implementation by its flag at every call, and is a custom op to torch.compile.
+
+Beside them: how inference on a GPU rounds the operands of products.
+"""
 
 from .add_norm import add_norm
 from .attention import attention, attention_with_probabilities
@@ -6,6 +9,7 @@ from .bias_gelu import ACTIVATIONS, bias_gelu
 from .choose import IMPLEMENTATIONS, fuses_bias
 from .embeddings import embeddings
 from .product import Product
+from .quantise import dequantise, quantise
 
 __all__ = [
     "ACTIVATIONS",
@@ -15,6 +19,8 @@ __all__ = [
     "attention",
     "attention_with_probabilities",
     "bias_gelu",
+    "dequantise",
     "embeddings",
     "fuses_bias",
+    "quantise",
 ]

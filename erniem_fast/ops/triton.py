@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from .choose import Implementation, Tensors, arguments_of
-from .triton_interpreter import mended_bfloat16
+from .triton_interpreter import mended_floats
 
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _LEAST_CAPABILITY = (7, 5)
@@ -29,9 +29,9 @@ def triton_implementation(
         largest: the largest size that the kernels serve; see `choose`.
         capability: the lowest compute capability of NVIDIA GPUs that they serve.
     """
-    forward, backward = (_on_device(partial(_kernels, kernels, name)) for name in ("forward", "backward"))
+    forward, backward = (triton_function(kernels, name) for name in ("forward", "backward"))
     refuses = partial(_refuses, capability)
-    return Implementation(forward, backward, refuses, automatic=_on_gpu, largest=largest, fuses_bias=True)
+    return Implementation(forward, backward, refuses, automatic=on_gpu, largest=largest, fuses_bias=True)
 
 
 def served_by_triton(implementation: Implementation) -> Implementation:
@@ -40,7 +40,17 @@ def served_by_triton(implementation: Implementation) -> Implementation:
         _on_device(lambda function=function: function) for function in (implementation.forward, implementation.backward)
     )
     refuses = partial(_refuses, _LEAST_CAPABILITY)
-    return replace(implementation, forward=forward, backward=backward, refuses=refuses, automatic=_on_gpu)
+    return replace(implementation, forward=forward, backward=backward, refuses=refuses, automatic=on_gpu)
+
+
+def triton_function(kernels: str, name: str) -> Callable[..., Tensors]:
+    """A function of the module `erniem_fast.kernels.<kernels>`, to be called by keywords on any device."""
+    return _on_device(partial(_kernels, kernels, name))
+
+
+def refuses_16_bits(device: torch.device) -> str | None:
+    """Why kernels cannot serve all dtypes on a device, with the remedy; None if they can."""
+    return _refuses(_BFLOAT16_CAPABILITY, device, torch.bfloat16)
 
 
 def _kernels(module: str, name: str) -> Callable[..., Tensors]:
@@ -60,11 +70,11 @@ def _on_device(load: Callable[[], Callable[..., Tensors]]) -> Callable[..., Tens
 def _current(device: torch.device) -> AbstractContextManager[object]:
     """What kernels run in: Triton launches on the current device, which may not be the tensors'."""
     if device.type != "cuda":
-        return mended_bfloat16()
+        return mended_floats()
     return nullcontext() if device.index == torch.cuda.current_device() else torch.cuda.device(device)
 
 
-def _on_gpu(device: torch.device) -> bool:
+def on_gpu(device: torch.device) -> bool:
     """`auto` takes Triton on GPUs only: the interpreter is for checking kernels and slow."""
     return device.type == "cuda"
 

@@ -1,8 +1,10 @@
-"""Makes Triton's interpreter compute with bfloat16 as GPUs do, inside `mended_bfloat16`.
+"""Makes Triton's interpreter compute with bfloat16 and float8 as GPUs do, inside `mended_floats`.
 
 The interpreter (seen in Triton 3.9) stores a bfloat16 as the uint16 of its bits. It multiplies and adds those integers,
-and its conversion from float32 cuts digits off where GPUs round to nearest even. `tests/ops/test_triton_interpreter.py`
-shows both faults, and fails once Triton has fixed them; this module can then be deleted.
+and its conversion from float32 cuts digits off where GPUs round to nearest even. Of float8_e4m3fn, its conversion
+rounds half of the ties away from even, and loses the carry into the exponent and digits of subnormal numbers.
+`tests/ops/test_triton_interpreter.py` shows the faults, and fails once Triton has fixed them; this module can then be
+deleted.
 """
 
 from collections.abc import Iterator
@@ -11,8 +13,8 @@ from functools import cache
 
 
 @contextmanager
-def mended_bfloat16() -> Iterator[None]:
-    """Within the block, interpreted kernels multiply, add, compare and convert bfloat16 as GPUs do.
+def mended_floats() -> Iterator[None]:
+    """Within the block, interpreted kernels compute with bfloat16, and round to float8, as GPUs do.
 
     Sums of bfloat16 over an axis (`tl.sum`) stay wrong; the kernels take all such sums in float32.
     """
@@ -30,6 +32,7 @@ def mended_bfloat16() -> Iterator[None]:
 def _builder() -> type:
     """Triton's class that computes each operation, but with bfloat16 operands widened to float32."""
     import numpy as np
+    import torch
     import triton.language as tl
     from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
@@ -47,6 +50,12 @@ def _builder() -> type:
         bits = (bits + 0x7FFF + (bits >> 16 & 1)) >> 16
         return TensorHandle(np.where(np.isnan(x.data), 0x7FC0, bits).astype(np.uint16), tl.bfloat16)
 
+    def rounded_to_float8(x: TensorHandle) -> TensorHandle:
+        """Rounds float32 as `rounded` does; numbers beyond the largest become it, as on GPUs."""
+        largest = torch.finfo(torch.float8_e4m3fn).max
+        values = torch.from_numpy(np.ascontiguousarray(x.data)).clamp(-largest, largest).to(torch.float8_e4m3fn)
+        return TensorHandle(values.view(torch.uint8).numpy(), tl.float8e4nv)
+
     class Builder(InterpreterBuilder):
         def create_dot(self, a, b, *rest):
             return super().create_dot(widened(a), widened(b), *rest)
@@ -55,6 +64,11 @@ def _builder() -> type:
             if dst_type.scalar == tl.bfloat16:
                 return rounded(super().cast_impl(src, tl.float32))
             return super().cast_impl(widened(src), dst_type)
+
+        def create_fp_to_fp(self, src, dst_type, rounding_mode):
+            if (src.dtype.scalar, dst_type.scalar) == (tl.float32, tl.float8e4nv):
+                return rounded_to_float8(src)
+            return super().create_fp_to_fp(src, dst_type, rounding_mode)
 
         def unary_op(self, arg, op):
             result = super().unary_op(widened(arg), op)

@@ -25,7 +25,8 @@ from ..native import library, packed
 from ..native.linear import forward as native_linear
 from ..ops import Product
 from ..ops.choose import Implementation
-from ..reference import Norm, quantise_weight, quantised_linear
+from ..ops.triton import refuses_16_bits, triton_function
+from ..reference import Norm, dequantise, quantise, quantise_weight, quantised_linear
 from .equivalence import Comparison, compare, draw
 
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -148,18 +149,12 @@ class Int8Check(ProductCheck):
         return f"{super().shape}, {self.kernel}"
 
     def run(self) -> dict[str, Comparison]:
-        """Compares as in `ProductCheck`; some tokens are zeros, not finite, tiny, huge, of one sign, or two values."""
+        """Compares as in `ProductCheck`; some tokens are odd."""
         generator = torch.Generator().manual_seed(0)
         shapes = ((self.tokens, self.inputs), (self.outputs, self.inputs), (self.outputs,), (self.tokens, self.gap))
         x, weight, bias, beside = (_randn(generator, self.device, self.dtype, *shape) for shape in shapes)
         weight[self.outputs // 2] = 0.0
-        x[2::11] = 0.0
-        x[3::11, self.inputs // 2] = nan
-        x[4::11, -1] = -inf
-        x[5::11] += 10.0
-        x[6::11] *= 1e-39
-        x[7::11, 0], x[7::11, -1] = 3e38, -3e38  # the range overflows
-        x[8::11] = x[8::11].sign() * x[8::11, :1].abs()  # both ends of the range are near ties
+        x = _odd_rows(x)
         values, scale = quantise_weight(weight)
         bias, levels = bias if self.bias else None, packed.levels(self.kernel)
         expected = quantised_linear(x, values, scale, bias, levels)
@@ -168,6 +163,69 @@ class Int8Check(ProductCheck):
             x, packed.pack(values), scale, bias, torch.int8, out[:, self.gap : self.gap + self.outputs], self.kernel
         )
         return {"result": _same_bits(out, torch.cat([beside, expected, beside], dim=1))}
+
+
+def _odd_rows(x: Tensor) -> Tensor:
+    """The rows, of which some are zeros, not finite, tiny, huge, of one sign, or two values; in place."""
+    x[2::11] = 0.0
+    x[3::11, x.shape[1] // 2] = nan
+    x[4::11, -1] = -inf
+    x[5::11] += 10.0
+    x[6::11] *= 1e-39
+    x[7::11, 0], x[7::11, -1] = 3e38, -3e38  # the range overflows
+    x[8::11] = x[8::11].sign() * x[8::11, :1].abs()  # both ends of the range are near ties
+    return x
+
+
+@dataclass(frozen=True)
+class QuantiseCheck:
+    """The kernel that rounds rows to 8-bit numbers, and the one that makes results of the sums of their products.
+
+    The first has to compute the reference's very bits.
+
+    Attributes:
+        tokens, features: the shape.
+        dtype: of the input and of the results.
+        device: what runs the kernels.
+        to: int8 or float8_e4m3fn.
+    """
+
+    tokens: int
+    features: int
+    dtype: torch.dtype
+    device: torch.device
+    to: torch.dtype
+
+    op: ClassVar[str] = "quantise"
+    implementation: ClassVar[str] = "triton"
+
+    @property
+    def shape(self) -> str:
+        return f"{self.tokens} x {self.features} to {str(self.to).removeprefix('torch.')}"
+
+    def run(self) -> dict[str, Comparison]:
+        """Compares the 8-bit numbers, their scales, and the results; rows are as odd as those of `Int8Check`."""
+        generator = torch.Generator().manual_seed(0)
+        x = _odd_rows(_randn(generator, torch.device("cpu"), torch.float32, self.tokens, self.features))
+        x = x.to(self.device, self.dtype)
+        expected = quantise(x, self.to)
+        sums = torch.randint(-(2**30), 2**30, (self.tokens + 1, self.features), generator=generator, dtype=torch.int32)
+        scale_of_sums, weight_scale, bias = (
+            _randn(generator, self.device, torch.float32, *shape)
+            for shape in ((self.tokens, 1), (self.features,), (self.features,))
+        )
+        scale_of_sums[2::11], scale_of_sums[3::11] = 0.0, nan
+        case = sums.to(self.device), scale_of_sums, 2.0**-30 * weight_scale, bias.to(self.dtype), self.dtype
+        with _poisoned_memory():
+            values, scale = triton_function("quantise", "quantise")(x=x, dtype=self.to)
+            names = "sums", "scale", "weight_scale", "bias", "dtype"
+            result = triton_function("quantise", "dequantise")(**dict(zip(names, case, strict=True)))
+        exact = dequantise(*(each.double() for each in case[:-1]), torch.float64)
+        return {
+            "values": _same_bits(values.float(), expected[0].float()),
+            "scale": _same_bits(scale, expected[1]),
+            "result": compare(result, (dequantise(*case), exact)),
+        }
 
 
 def _same_bits(result: Tensor, expected: Tensor) -> Comparison:
@@ -185,6 +243,7 @@ def verify(device: torch.device) -> bool:
     """
     reasons = [
         *((op, name, kernel.objection(device, torch.float32, size=0)) for op, name, kernel in _kernels()),
+        (QuantiseCheck.op, QuantiseCheck.implementation, refuses_16_bits(device)),
         *((check.op, check.implementation, _product_objection(device)) for check in (ProductCheck, Int8Check)),
     ]
     for op, name, reason in reasons:
@@ -199,7 +258,7 @@ def verify(device: torch.device) -> bool:
     return bool(checks) and not failures
 
 
-def outcome(check: Check | ProductCheck) -> tuple[str, bool]:
+def outcome(check: Check | QuantiseCheck | ProductCheck) -> tuple[str, bool]:
     """A check's outcome in a line, with the error that came closest to its bound, and whether it passed.
 
     The error is named `result`, or by the leaf with that gradient.
@@ -214,10 +273,10 @@ def outcome(check: Check | ProductCheck) -> tuple[str, bool]:
     return f"{line}  {'pass' if worst.holds else 'FAIL'}", worst.holds
 
 
-def battery(device: torch.device) -> list[Check | ProductCheck]:
+def battery(device: torch.device) -> list[Check | QuantiseCheck | ProductCheck]:
     """All checks of this library's kernels that run on a device; PyTorch's own are not checked."""
     interpreted = device.type != "cuda"
-    checks = [
+    checks: list[Check | QuantiseCheck | ProductCheck] = [
         Check(case, name, dtype, device)
         # Each size is compiled for a GPU, which takes as long as running a whole small case in the interpreter.
         for case in (*_HARD, *(_small(range(1, 13)) if interpreted else (*_small((1, 2, 3)), *_MODELS)))
@@ -226,12 +285,25 @@ def battery(device: torch.device) -> list[Check | ProductCheck]:
         for dtype in _DTYPES
         if implementation.objection(device, dtype, case.size) is None
     ]
+    checks += _quantise_checks(device)
     if _product_objection(device) is not None:
         return checks
     return [
         *checks,
         *_PRODUCTS,
         *(Int8Check(*sizes, kernel=kernel) for kernel in packed.kernels(torch.int8) for sizes in _INT8),
+    ]
+
+
+def _quantise_checks(device: torch.device) -> list[QuantiseCheck]:
+    if refuses_16_bits(device) is not None:
+        return []
+    serves_float8 = device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)
+    return [
+        QuantiseCheck(*shape, dtype, device, to)
+        for shape in _QUANTISED
+        for dtype in _DTYPES
+        for to in (torch.int8, *((torch.float8_e4m3fn,) if serves_float8 else ()))
     ]
 
 
@@ -543,6 +615,9 @@ _INT8 = (
     (2, 4, 1),
     (17, 1031, 70, True, 5),
 )
+
+# Tokens and features around those of tiles; and the sizes of the base and the large model.
+_QUANTISED = ((0, 96), (1, 1), (23, 7), (13, 97), (13, 300), (300, 96), (12, 768), (25, 1024), (5, 3072), (23, 4096))
 
 # The sizes of the base and the large model.
 _MODELS = tuple(

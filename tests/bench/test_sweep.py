@@ -19,7 +19,7 @@ from bench.roofline import Rates
 from bench.timing import Quartiles
 from erniem_fast.kernels import add_norm, attention, bias_gelu
 from erniem_fast.kernels.device import Device
-from erniem_fast.ops.triton_interpreter import mended_bfloat16
+from erniem_fast.ops.triton_interpreter import mended_floats
 from tests.kernels.test_codegen import in_process_of_its_own
 
 CPU = torch.device("cpu")
@@ -140,7 +140,7 @@ def test_problems_run(op, monkeypatch):
     steps = {(each.step, each.dropout) for each in problems() if each.op == op}
     for step, dropout in steps:
         problem = Problem(op, step, "64", dropout)
-        with mended_bfloat16():
+        with mended_floats():
             figures = sweep.measure(problem, run_of(), CPU, [done(), done(), Future()])
         shipped, other, late = figures.launches
         assert (shipped.problem, other.problem, late.problem) == (None, None, "not compiled in time")

@@ -43,6 +43,8 @@ print(json.dumps({
         *(["attention ≤ 64", kernel] for kernel in ("backward", "forward")),
         ["attention, many", "backward"],
         *(["bias_gelu", kernel] for kernel in ("backward", "forward")),
+        ["dequantise", "dequantise"],
+        *([f"quantise {dtype}", "quantise"] for dtype in ("float8", "int8")),
     ]
     assert found["sizes"] == [64, 768, 1024, 3072]
 
@@ -260,9 +262,12 @@ print(json.dumps([
     count(launch_rows, launches.launch_add_norm, 768),
     count(launch_rows, launches.launch_bias_gelu, 3072),
     count(launch_attention),
+    count(launch_rows, lambda dtype, size, _, tokens: launches.launch_quantise(dtype, size, _, tokens=tokens), 768),
+    count(launch_rows, launches.launch_dequantise, 768),
 ]))
 """
-    add_norm, bias_gelu, attention = in_process_of_its_own(code)
+    add_norm, bias_gelu, attention, quantise, dequantise = in_process_of_its_own(code)
+    assert (quantise, dequantise) == ({"_quantise_kernel": [9, 1]}, {"_dequantise_kernel": [9, 1]})
     assert bias_gelu == {"_backward_kernel": [9, 1], "_forward_kernel": [9, 1]}
     assert add_norm == {**bias_gelu, "_sum_kernel": [9, 1]}
     assert attention == {

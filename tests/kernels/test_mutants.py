@@ -270,10 +270,41 @@ DROPOUT_OF_COLUMNS = {
 }
 
 
+QUANTISE = {
+    "quantise": [("max(1, cdiv(tokens, config.rows))", "max(1, tokens // config.rows)")],
+    "dequantise": [
+        ("max(1, cdiv(tokens, config.rows))", "max(1, tokens // config.rows)"),
+        ("cdiv(features, config.block)", "max(1, features // config.block)"),
+    ],
+    "_quantise_kernel": [
+        ("tl.program_id(0) * ROWS", "tl.program_id(0)"),
+        ("features < FEATURES", "features < FEATURES - 1"),
+        ("size = tl.abs(x)", "size = x"),
+        ("tl.div_rn(size, LARGEST)", "size * (1.0 / LARGEST)"),
+        ("tl.where(scale < _LEAST_SCALE, 0.0, scale)", "scale"),
+        ('tl.where(size < float("inf"), scale, float("nan"))', "scale"),
+        ("tl.where(scale > 0.0, x * inverse, 0.0)", "x * inverse"),
+        ("(values + _WHOLE_NUMBERS) - _WHOLE_NUMBERS", "tl.floor(values + 0.5)"),
+        ("(values + _WHOLE_NUMBERS) - _WHOLE_NUMBERS", "values"),
+        ("scale, mask=rows < tokens)", "scale, mask=rows < tokens - 1)"),
+    ],
+    "_dequantise_kernel": [
+        ("tl.program_id(0) // blocks * ROWS", "tl.program_id(0) // blocks"),
+        ("tl.program_id(0) % blocks * BLOCK", "tl.program_id(0) % blocks"),
+        ("(scale * weight_scale)", "scale"),
+        ("(scale * weight_scale)", "weight_scale"),
+        ("out += tl.load", "tl.load"),
+        ("(rows < tokens) & (features < FEATURES)", "(rows < tokens - 1) & (features < FEATURES)"),
+        ("(rows < tokens) & (features < FEATURES)", "(rows < tokens) & (features < FEATURES - 1)"),
+        ("tl.load(scale_ptr + rows, mask=rows < tokens", "tl.load(scale_ptr + rows, mask=rows < tokens - 1"),
+        ("mask=features < FEATURES, other=0.0)\n    out", "mask=features < FEATURES - 1, other=0.0)\n    out"),
+    ],
+}
 MUTANTS = (
     ("attention", "attention", ATTENTION),
     ("bias_gelu", "bias_gelu", BIAS_GELU),
     ("add_norm", "add_norm", ADD_NORM),
+    ("quantise", "quantise", QUANTISE),
     *((op, "dropout", DROPOUT) for op in OPS),
     *((op, "dropout", DROPOUT_OF_FEATURES) for op in ("bias_gelu", "add_norm")),
     ("attention", "dropout", DROPOUT_OF_ATTENTION),

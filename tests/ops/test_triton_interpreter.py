@@ -1,11 +1,12 @@
-"""bfloat16 in Triton's interpreter: what `mended_bfloat16` makes of it, and what the interpreter computes by itself."""
+"""bfloat16 and float8 in Triton's interpreter, as `mended_floats` computes with them and as it does by itself."""
 
 import pytest
 import torch
+import torch.nn.functional as F
 import triton
 import triton.language as tl
 
-from erniem_fast.ops.triton_interpreter import mended_bfloat16
+from erniem_fast.ops.triton_interpreter import mended_floats
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
 
@@ -62,7 +63,7 @@ def stored_as(dtype, x):
 def test_a_known_product():
     """Of integers that bfloat16 holds, whose sums of products float32 holds: exact in any order."""
     left, right = torch.randint(-99, 100, (2, 16, 16), generator=torch.Generator().manual_seed(0)).float()
-    with mended_bfloat16():
+    with mended_floats():
         assert torch.equal(transposed_product(left, right), left.t() @ right)
 
 
@@ -73,7 +74,7 @@ def test_conversions_round_to_nearest_even():
     upper = torch.randint(-(2**15), 2**15, (256,), generator=generator).int() << 16
     near_ties = torch.cat([upper, upper + 0x7FFF, upper + 0x8000, upper + 0x8001])
     x = torch.cat([at_random, near_ties]).view(torch.float32)
-    with mended_bfloat16():
+    with mended_floats():
         narrow = stored_as(torch.bfloat16, x)
         wide = stored_as(torch.float32, x.bfloat16())
     torch.testing.assert_close(narrow, x.bfloat16(), rtol=0, atol=0, equal_nan=True)
@@ -84,12 +85,30 @@ def test_conversions_round_to_nearest_even():
 def test_elementwise_operations(operation):
     left, right = torch.randn(2, 1024, generator=torch.Generator().manual_seed(0)).bfloat16()
     operands = (left,) if operation == "neg" else (left, right)
-    with mended_bfloat16():
+    with mended_floats():
         assert torch.equal(elementwise(operation, left, right), getattr(torch, operation)(*operands))
 
 
+def float8_numbers():
+    """All that float8_e4m3fn holds, and numbers between and beside them; 1024 together, as the kernel's blocks are."""
+    numbers = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
+    numbers = numbers[numbers.isfinite()].sort().values
+    between = (numbers[1:] + numbers[:-1]) / 2
+    x = torch.cat([numbers, between, between * (1 + 2.0**-20), between * (1 - 2.0**-20)])
+    return F.pad(x, (0, 1024 - len(x)))
+
+
+def test_conversions_to_float8_round_to_nearest_even():
+    x = float8_numbers()
+    with mended_floats():
+        assert torch.equal(stored_as(torch.float8_e4m3fn, x).float(), x.to(torch.float8_e4m3fn).float())
+        beyond = stored_as(torch.float8_e4m3fn, torch.tensor([464.1, -1e9, torch.inf, torch.nan]))
+    assert beyond[:3].tolist() == [448.0, -448.0, 448.0]
+    assert beyond[3].isnan()
+
+
 # By itself, the interpreter takes the bits of bfloat16 for integers. A test that fails here says that Triton has mended
-# that, and that part of `mended_bfloat16` can go.
+# that, and that part of `mended_floats` can go.
 
 
 def test_by_itself_the_interpreter_multiplies_bits():
@@ -106,3 +125,10 @@ def test_by_itself_the_interpreter_cuts_digits_off():
     x = torch.full((16,), 1 + 0.75 * 2**-7)
     assert stored_as(torch.bfloat16, x).tolist() == [1.0] * 16
     assert x.bfloat16().tolist() == [1 + 2**-7] * 16
+
+
+def test_by_itself_the_interpreter_loses_carries_and_subnormal_digits_of_float8():
+    """1.9375 is half way to 2, whose mantissa is 0; 2.75 · 2^-9 is near 3 times the smallest number."""
+    x = torch.tensor([1.9375, 2.75 * 2**-9])
+    assert x.to(torch.float8_e4m3fn).tolist() == [2.0, 3 * 2**-9]
+    assert stored_as(torch.float8_e4m3fn, x).tolist() != [2.0, 3 * 2**-9]

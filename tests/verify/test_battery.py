@@ -28,7 +28,7 @@ def test_the_battery_passes(tmp_path):
     assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
     assert {tuple(line.split()[1:4]) for line in lines} == {
         (op, "triton", dtype)
-        for op in ("embeddings", "attention", "bias_gelu", "add_norm")
+        for op in ("embeddings", "attention", "bias_gelu", "add_norm", "quantise")
         for dtype in ("float32", "float16", "bfloat16")
     }
     for line in lines:

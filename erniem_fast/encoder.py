@@ -8,6 +8,7 @@ that a hook or any other module receives or returns is not overwritten, because 
 """
 
 import math
+from collections.abc import Callable
 from itertools import chain
 from typing import NamedTuple
 
@@ -23,6 +24,7 @@ from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features, is_active
 from .inference import InferenceEmbedding, NativeLinear, OnednnBFloat16Linear, is_plain_inference
+from .kernel_layers import LayerParameters, Linear
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched
 from .native import layer as native_layer
@@ -317,13 +319,9 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
     def native_parameters(self) -> list[tuple[Function, Filled]] | None:
         """The native function that computes such a layer, and its parameters; None if a module has to be called."""
         inner, linears, norms = self.self_attn.self_attn, self._linears(), {"norm1": self.norm1, "norm2": self.norm2}
-        activation = self._fused_activation()
-        if activation is None or not (
-            is_untouched(inner, ErnieMSelfAttention)
-            and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms.values())
-        ):
+        if not self._has_plain_ops():
             return None
-        rest = inner.num_attention_heads, inner.scale, activation
+        rest = inner.num_attention_heads, inner.scale, self._fused_activation()
         kind = type(self.linear1)
         if issubclass(kind, NativeLinear):
             if not all(is_plain_inference(linear, kind) and linear.packed is not None for linear in linears.values()):
@@ -331,17 +329,48 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
             operands = {name: linear.operands() for name, linear in linears.items()}
             norms = {name: _norm_of(norm) for name, norm in norms.items()}
             function, parameters = packed.LAYERS, packed.layer_parameters(operands, norms, *rest)
-        elif all(
-            is_plain(linear, nn.Linear)
-            and linear.bias is not None
-            and linear.weight.dtype == linear.bias.dtype == torch.float32
-            for linear in linears.values()
-        ):
+        elif self._has_plain_linears() and {linear.weight.dtype for linear in linears.values()} == {torch.float32}:
             function, parameters = native_layer.LAYERS, native_layer.parameters(linears, norms, *rest)
         else:
             return None
         # If heads do not divide the features, `ops.attention` raises the error.
         return None if parameters.structure.projected % inner.num_attention_heads else [(function, parameters)]
+
+    def kernel_parameters(self) -> list[LayerParameters] | None:
+        """What kernels and products compute such a layer with; None if a module has to be called."""
+        inner = self.self_attn.self_attn
+        if not (self._has_plain_ops() and self._has_plain_linears()):
+            return None
+        linears = {name: Linear(each.weight, each.bias) for name, each in self._linears().items()}
+        norms = [_norm_of(norm) for norm in (self.norm1, self.norm2)]
+        widths = {len(linears[name].bias) for name in "qkv"}
+        read_by_kernels = [
+            *(linear.bias for linear in linears.values()),
+            *(part for norm in norms for part in norm[:2]),
+        ]
+        fit = len(widths) == 1 and widths.pop() % inner.num_attention_heads == 0
+        if not (fit and all(each.is_contiguous() for each in read_by_kernels)):
+            return None
+        qkv, rest = tuple(linears.pop(name) for name in "qkv"), (inner.num_attention_heads, inner.scale)
+        return [LayerParameters(qkv, *linears.values(), *norms, *rest, self._fused_activation())]
+
+    def _has_plain_ops(self) -> bool:
+        """Whether ops compute all between the products: no module was replaced or hooked."""
+        norms = (self.norm1, self.norm2)
+        return (
+            self._fused_activation() is not None
+            and is_untouched(self.self_attn.self_attn, ErnieMSelfAttention)
+            and all(is_plain(norm, nn.LayerNorm) and norm.bias is not None for norm in norms)
+        )
+
+    def _has_plain_linears(self) -> bool:
+        """Whether all are plain linears with a bias of the weight's dtype and size."""
+        return all(
+            is_plain(linear, nn.Linear)
+            and linear.bias is not None
+            and (linear.bias.dtype, linear.bias.shape) == (linear.weight.dtype, linear.weight.shape[:1])
+            for linear in self._linears().values()
+        )
 
     def dropouts(self) -> tuple[nn.Module, ...]:
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2
@@ -403,7 +432,14 @@ class ErnieMEncoder(nn.Module):
 
     def native_parameters(self) -> list[tuple[Function, Filled]] | None:
         """As a layer's, for all layers in turn; None if one of them has to be called."""
+        return self._of_layers(ErnieMEncoderLayer.native_parameters)
+
+    def kernel_parameters(self) -> list[LayerParameters] | None:
+        """As a layer's, for all layers in turn; None if one of them has to be called."""
+        return self._of_layers(ErnieMEncoderLayer.kernel_parameters)
+
+    def _of_layers(self, find: Callable[[ErnieMEncoderLayer], list | None]) -> list | None:
         if not all(type(layer) is ErnieMEncoderLayer for layer in self.layers):
             return None
-        found = [layer.native_parameters() for layer in self.layers]
+        found = [find(layer) for layer in self.layers]
         return None if None in found else list(chain.from_iterable(found))

@@ -1,10 +1,12 @@
-"""Layers that follow each other as one native call, with parameters that are checked once for many calls.
+"""Layers that follow each other, run without their modules, with parameters that are checked once for many calls.
 
-Python between the ops would take a quarter of a forward of few tokens; and between the layers, with the checks of some
-hundred modules and tensors, half a millisecond.
+On a CPU they are one native call, on a GPU kernels and products one after another. Python between the ops, with its
+checks of some hundred modules and tensors, would take a quarter of a forward of few tokens on a CPU, and most of it on
+a GPU.
 """
 
 import weakref
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -12,22 +14,28 @@ from torch import Tensor, nn
 from . import flags, matmul, modes
 from .batch import TokenBatch
 from .inference import multiplies_natively
+from .kernel_layers import KernelLayers
 from .native import packed
 from .native.layer import MOST_TOKENS, Layers
 from .ops.choose import choose
+
+AnyLayers = Layers | KernelLayers
 
 
 class Prepared:
     """Layers that were checked, and what says how long that holds; kept by what holds the layers, or by the layer."""
 
-    def __init__(self, owner: nn.Module, layers: Layers | None, footprint: modes.Footprint) -> None:
+    def __init__(
+        self, owner: nn.Module, make: Callable[[nn.Module], AnyLayers | None], footprint: modes.Footprint
+    ) -> None:
         """
         Args:
             owner: what keeps it.
-            layers: None if they cannot run as one call.
+            make: makes the layers of their owner; returns None if they cannot run as one call.
             footprint: of `owner`.
         """
-        self.layers = layers
+        self.make = make
+        self.layers = make(owner) if footprint.is_plain else None
         self._owner, self._footprint = weakref.ref(owner), footprint
 
     def is_for(self, owner: nn.Module) -> bool:
@@ -42,46 +50,61 @@ def run(owner: nn.Module, hidden: Tensor, batch: TokenBatch) -> Tensor | None:
     """The results of a layer, or of layers in turn, without dropout, head mask or probabilities, by one call.
 
     Args:
-        owner: the layer, or what holds the layers. It has an attribute `prepared` for this function, and a method
-            `native_parameters` that returns the native function of each layer and its parameters, or None.
+        owner: the layer, or what holds the layers. It has an attribute `prepared` for this function, and methods that
+            return the parameters of each layer, or None: `native_parameters`, each with its native function, and
+            `kernel_parameters`.
         hidden: `(tokens, hidden)`.
         batch: the tokens.
 
     Returns:
         `(tokens, hidden)`; None if a call would not give the numbers of the modules, or not sooner.
     """
-    eager = hidden.dtype == torch.float32 and hidden.device.type == "cpu" and modes.may_write(hidden)
-    if not (eager and _runs_natively()):
+    make = _maker(hidden) if modes.may_write(hidden) else None
+    if make is None:
         return None
     prepared = owner.prepared
-    if prepared is None or not prepared.is_for(owner):
-        prepared = _prepare(owner)
+    if prepared is None or prepared.make is not make or not prepared.is_for(owner):
+        prepared = Prepared(owner, make, modes.Footprint(owner))
         # Copies of weights would miss what changes in place.
         owner.prepared = None if prepared.layers is not None and prepared.layers.copied else prepared
-    if prepared.layers is None or not _multiplies_natively(prepared.layers, hidden):
+    if prepared.layers is None or not _serves(prepared.layers, hidden):
         return None
     return prepared.layers(hidden, batch.sequences)
 
 
-def _prepare(owner: nn.Module) -> Prepared:
-    footprint = modes.Footprint(owner)
-    found = owner.native_parameters() if footprint.is_plain else None
-    functions = {function for function, _ in found or ()}
-    layers = Layers([parameters for _, parameters in found], *functions) if len(functions) == 1 else None
-    return Prepared(owner, layers, footprint)
-
-
 @flags.while_held
-def _runs_natively() -> bool:
-    """Whether every op inside a layer would run natively, unverified, on the CPU in float32."""
-    ops_of_layer = ("attention", "bias_gelu", "add_norm")
-    return flags.read(flags.VERIFY) == "0" and all(
-        choose(op, torch.device("cpu"), torch.float32) == "native" for op in ops_of_layer
-    )
+def _maker(hidden: Tensor) -> Callable[[nn.Module], AnyLayers | None] | None:
+    """What makes layers for a call, if every op inside a layer would run natively or by Triton, unverified."""
+    device, dtype = hidden.device, hidden.dtype
+    if flags.read(flags.VERIFY) != "0":
+        return None
+    chosen = {choose(op, device, dtype) for op in ("attention", "bias_gelu", "add_norm")}
+    if chosen == {"native"} and dtype == torch.float32:
+        return _native_layers
+    return _kernel_layers if chosen == {"triton"} else None
 
 
-def _multiplies_natively(layers: Layers, hidden: Tensor) -> bool:
-    """Whether the layers' products would be native: with packed weights at every length, in float32 for few tokens."""
+def _native_layers(owner: nn.Module) -> Layers | None:
+    found = owner.native_parameters()
+    functions = {function for function, _ in found or ()}
+    return Layers([parameters for _, parameters in found], *functions) if len(functions) == 1 else None
+
+
+def _kernel_layers(owner: nn.Module) -> KernelLayers | None:
+    found = owner.kernel_parameters()
+    places = {
+        (tensor.dtype, tensor.device)
+        for layer in found or ()
+        for linear in (*layer.qkv, layer.out, layer.up, layer.down)
+        for tensor in linear
+    }
+    return KernelLayers(found) if len(places) == 1 else None
+
+
+def _serves(layers: AnyLayers, hidden: Tensor) -> bool:
+    """Whether products would be native too: with packed weights at every length, in float32 for few tokens."""
+    if isinstance(layers, KernelLayers):
+        return layers.serves(hidden)
     if layers.function is packed.LAYERS:
         return multiplies_natively(hidden)
     return hidden.shape[0] <= MOST_TOKENS and matmul.library_of(matmul.FORWARD, hidden) == matmul.NATIVE

@@ -37,7 +37,7 @@ def triton_implementation(
 def served_by_triton(implementation: Implementation) -> Implementation:
     """The implementation, which launches Triton kernels among other things, for the devices that can run these."""
     forward, backward = (
-        _on_device(lambda function=function: function) for function in (implementation.forward, implementation.backward)
+        _launching(lambda function=function: function) for function in (implementation.forward, implementation.backward)
     )
     refuses = partial(_refuses, _LEAST_CAPABILITY)
     return replace(implementation, forward=forward, backward=backward, refuses=refuses, automatic=on_gpu)
@@ -45,7 +45,7 @@ def served_by_triton(implementation: Implementation) -> Implementation:
 
 def triton_function(kernels: str, name: str) -> Callable[..., Tensors]:
     """A function of the module `erniem_fast.kernels.<kernels>`, to be called by keywords on any device."""
-    return _on_device(partial(_kernels, kernels, name))
+    return _launching(partial(_kernels, kernels, name))
 
 
 def refuses_16_bits(device: torch.device) -> str | None:
@@ -57,17 +57,17 @@ def _kernels(module: str, name: str) -> Callable[..., Tensors]:
     return getattr(import_module(f"erniem_fast.kernels.{module}"), name)
 
 
-def _on_device(load: Callable[[], Callable[..., Tensors]]) -> Callable[..., Tensors]:
+def _launching(load: Callable[[], Callable[..., Tensors]]) -> Callable[..., Tensors]:
     def run(**values: object) -> Tensors:
         function = load()
         device = next(each.device for each in values.values() if isinstance(each, Tensor))
-        with _current(device):
+        with on_device(device):
             return function(**arguments_of(function, values))
 
     return run
 
 
-def _current(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """What kernels run in: Triton launches on the current device, which may not be the tensors'."""
     if device.type != "cuda":
         return mended_floats()

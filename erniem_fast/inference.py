@@ -90,6 +90,16 @@ def inference_module(model: nn.Module) -> InferenceModule | None:
     return next((module for module in model.modules() if isinstance(module, InferenceModule)), None)
 
 
+class InferenceModel(nn.Module):
+    """A model that may hold inference modules: it refuses a change of dtype or device before any tensor has changed."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        found = inference_module(self)
+        if found is not None:
+            found.check_change(fn)
+        return super()._apply(fn, recurse)
+
+
 _WORD_TABLE = "embeddings.word_embeddings"
 
 

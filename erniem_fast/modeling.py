@@ -1,7 +1,5 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -18,7 +16,7 @@ from transformers.modeling_outputs import (
 from . import flags, inputs, modes
 from .configuration import ErnieMConfig
 from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
-from .inference import inference_module
+from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
 from .quantization import describe
 
@@ -52,7 +50,7 @@ class _UnreadPooler(ErnieMPooler):
             self.dense.register_buffer(name, parameter.detach())
 
 
-class ErnieMPreTrainedModel(PreTrainedModel):
+class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
     """The base of all ERNIE-M models: loading, saving, initialisation, and pruning of heads."""
 
     config_class = ErnieMConfig
@@ -74,12 +72,6 @@ class ErnieMPreTrainedModel(PreTrainedModel):
         """
         hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
         self._require_grads_hooks = [hook]  # `disable_input_require_grads` removes these
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        found = inference_module(self)
-        if found is not None:
-            found.check_change(fn)  # before any tensor of the model has changed
-        return super()._apply(fn, recurse)
 
     def save_pretrained(self, *arguments, **options) -> None:
         """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8.

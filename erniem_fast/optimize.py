@@ -4,6 +4,7 @@ import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
@@ -88,6 +89,8 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
             _change_weights(bare, weights, keep, uses)
         for root in _roots(model):
             leave_file(root)
+        if weights != "packed":
+            _refuse_saving(model, weights)
     return model
 
 
@@ -129,6 +132,8 @@ def restore(model: Model) -> Model:
         _restore_weights(bare)
     for bare in filter(families.is_packed, found):
         families.unpack(bare)
+    for each in _holders(model):
+        vars(each).pop("save_pretrained", None)
     return model
 
 
@@ -190,7 +195,29 @@ def _encoders(model: object) -> list[nn.Module]:
 
 
 def _is_taken(module: nn.Module) -> bool:
-    return isinstance(module, ErnieMModel) or families.is_packed(module) or families.packed_class(module) is not None
+    return isinstance(module, ErnieMModel) or families.is_taken(module)
+
+
+# --- What is not saved -----------------------------------------------------------------------------------------------
+
+
+def _holders(model: object) -> list[PreTrainedModel]:
+    """The models of transformers' classes in an object that hold an encoder, bare and with heads."""
+    inside = [module for root in _roots(model) for module in root.modules() if isinstance(module, PreTrainedModel)]
+    return [each for each in inside if any(map(families.is_taken, each.modules()))]
+
+
+def _refuse_saving(model: object, weights: str) -> None:
+    """Lets models refuse to save rounded weights, which transformers would load as if they were the original ones."""
+    for each in _holders(model):
+        each.save_pretrained = partial(_raise_unsaved, weights)
+
+
+def _raise_unsaved(weights: str, *_: object, **__: object) -> None:
+    raise RuntimeError(
+        f"A model of transformers with {weights} weights cannot be saved, because transformers would load them as if "
+        f"they were the original ones; call erniem_fast.restore(model) first."
+    )
 
 
 # --- What can be replaced --------------------------------------------------------------------------------------------

@@ -45,6 +45,11 @@ def is_packed(model: nn.Module) -> bool:
     return type(model).__module__.startswith(f"{__name__}.") and hasattr(model, "encoder_kind")
 
 
+def is_taken(model: nn.Module) -> bool:
+    """Whether a bare model has a packed class, or can be given one."""
+    return is_packed(model) or packed_class(model) is not None
+
+
 def pack(model: nn.Module) -> None:
     """Gives a bare model that has a packed class, its encoder and its layers their packed classes."""
     model.__class__ = packed_class(model)

@@ -107,8 +107,8 @@ def _in_modules(model: PreTrainedModel) -> str | None:
                 return f"{name} of layer {index} was replaced or hooked"
         if not _has_plain_dropouts(layer.dropouts()):
             return f"a dropout of layer {index} was replaced"
-    if _has_distributed_weights(model):
-        return "its weights are distributed (DTensor)"
+        if _has_distributed_weights(layer):
+            return f"the weights of layer {index} are distributed (DTensor)"
     return None
 
 
@@ -130,6 +130,8 @@ def _has_plain_dropouts(modules: Iterable[nn.Module | None]) -> bool:
     return all(type(each) in (nn.Dropout, nn.Identity, type(None)) for each in modules)
 
 
-def _has_distributed_weights(model: nn.Module) -> bool:
+def _has_distributed_weights(layer: nn.Module) -> bool:
+    """Whether tensor parallelism has cut the weights: it cuts those of queries and of the feed-forward network."""
     loaded = sys.modules.get("torch.distributed.tensor")  # without it there are none
-    return loaded is not None and any(isinstance(each, loaded.DTensor) for each in model.parameters())
+    linears = (layer.attention.self.query, layer.intermediate.dense)
+    return loaded is not None and any(isinstance(getattr(each, "weight", None), loaded.DTensor) for each in linears)

@@ -13,7 +13,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAtte
 from .. import flags
 from ..batch import TokenBatch
 from ..dropout import drop_features
-from ..inference import is_plain_inference
+from ..inference import InferenceModel, is_plain_inference
 from ..inputs import is_full, leaves_out_padding
 from ..modes import is_plain
 from ..ops import Product
@@ -56,7 +56,7 @@ class PackedEncoder(PostLNStack):
     layers_name = "layer"
 
 
-class PackedModel:
+class PackedModel(InferenceModel):
     """A bare model that computes no padding.
 
     Attributes:

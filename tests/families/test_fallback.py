@@ -7,6 +7,9 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.parallel import ColwiseParallel, parallelize_module
 from transformers import BertModel, DynamicCache, XLMRobertaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
@@ -252,8 +255,6 @@ def process_group(tmp_path):
 
 def test_distributed(process_group, log):
     """DDP runs packed; FSDP2 wraps layers and shards weights, and runs as in transformers."""
-    from torch.distributed.fsdp import fully_shard
-
     stock, fast = both()
     expected = stock(**INPUTS)
     replicated = nn.parallel.DistributedDataParallel(fast)
@@ -266,6 +267,17 @@ def test_distributed(process_group, log):
     fully_shard(fast)
     assert_close(fast(**INPUTS).last_hidden_state[REAL_TOKENS], expected.last_hidden_state[REAL_TOKENS], atol=2e-5)
     assert len(told(log)) == 1
+
+
+def test_tensor_parallelism(process_group, log):
+    """Each process holds some of the heads, whose number the packed layout would not know."""
+    stock, fast = both()
+    mesh = init_device_mesh("cpu", (1,))
+    for model in (stock, fast):
+        parallelize_module(model.encoder.layer[1].intermediate, mesh, {"dense": ColwiseParallel()})
+    with torch.no_grad():
+        assert torch.equal(fast(**INPUTS).last_hidden_state, stock(**INPUTS).last_hidden_state)
+    assert_told(log, "weights of layer 1 are distributed")
 
 
 def test_a_model_that_is_made_of_the_packed_class_is_transformers(log):

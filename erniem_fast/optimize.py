@@ -1,4 +1,4 @@
-"""`optimize` and `restore`: a model's weights in the form that is fastest or smallest for inference."""
+"""`optimize` and `restore`: models of transformers on our layers, and weights in another form for inference."""
 
 import hashlib
 import logging
@@ -41,17 +41,24 @@ class _Original:
 
 
 def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Model:
-    """Changes the form in which a model holds its weights, for inference; in place.
+    """Makes encoders faster: models of transformers compute no padding, and weights can change their form; in place.
 
-    The linears of the layers are replaced, on a CPU in `bfloat16` and `int8` the word table too. All else stays as it
-    is: the pooler and heads, layer norms, softmax and residuals. Modules that have hooks or adapters, that were
-    replaced, or that share their weight with others stay too, on a GPU also those whose numbers of features are no
-    multiples of 16 in `float8` and of 8 in `int8`; a line of the log names them. The parameters of embeddings and
-    layers are frozen, because no gradient flows through these weights.
+    XLM-RoBERTa, RoBERTa, CamemBERT and BERT models of transformers run on this package's layers, in inference and in
+    training. The object, its parameters and its config stay; the classes of bare models, encoders and layers become
+    subclasses of transformers' own. Hidden states are then zeros at padding, except in the first column. Calls that
+    these layers do not serve run by transformers' own forward, and a line of the log says why.
+
+    With `weights`, for inference, the linears of the layers are replaced, on a CPU in `bfloat16` and `int8` the word
+    table too. All else stays as it is: the pooler and heads, layer norms, softmax and residuals. Modules that have
+    hooks or adapters, that were replaced, or that share their weight with others stay too, on a GPU also those whose
+    numbers of features are no multiples of 16 in `float8` and of 8 in `int8`; a line of the log names them. The
+    parameters of embeddings and layers are frozen, because no gradient flows through these weights.
 
     Args:
-        model: an ERNIE-M model of this package, with or without a head; in float32 on the CPU, for `int8` and `float8`
-            in bfloat16 or float16 on an NVIDIA GPU.
+        model: an ERNIE-M model of this package or a model of transformers of the families above, bare or with a head;
+            or an object that contains such models: a module, as a `SentenceTransformer` is, or one with a module in an
+            attribute, as a pipeline has. With `weights` in float32 on the CPU, for `int8` and `float8` in bfloat16 or
+            float16 on an NVIDIA GPU.
         weights: None leaves the weights as they are.
             `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
             weights as they are take no longer on this machine, the weights stay as they are.
@@ -63,10 +70,10 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         keep: whether to keep rounded weights' originals in memory, for `restore`.
 
     Returns:
-        The model.
+        The same object.
 
     Raises:
-        TypeError: the model is not one of this package's.
+        TypeError: there is no such model in the object.
         ValueError: `weights` is unknown, or the device has no products in this form; or the model was optimised before,
             or is in another dtype or on another device than this form takes.
     """
@@ -110,20 +117,20 @@ def _change_weights(bare: nn.Module, weights: str, keep: bool, uses: Counter) ->
 
 
 def restore(model: Model) -> Model:
-    """Undoes `optimize`: the modules that it replaced come back, with the very bits that their weights had; in place.
+    """Undoes `optimize`: classes and modules are the former ones, with the very bits that weights had; in place.
 
     Rounded weights do not tell what they were rounded from. Unless `keep=True` kept the originals, they are read again
     from the checkpoint that the model was loaded from, `model.name_or_path`. If the model had other weights when it was
     optimised, as after fine-tuning, the model stays as it is, and an error says so.
 
     Args:
-        model: the model that `optimize` took. One that is not optimised is left as it is.
+        model: the object that `optimize` took. A model that is not optimised is left as it is.
 
     Returns:
-        The model.
+        The same object.
 
     Raises:
-        TypeError: the model is not one of this package's.
+        TypeError: there is no model in the object that `optimize` takes.
         ValueError: the original weights are not in the checkpoint; or the model was loaded with int8 weights; or a
             module was replaced since.
     """

@@ -100,7 +100,7 @@ class PackedModel(InferenceModel):
         return_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         with flags.held():
             output = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_states)
-        return output if kwargs.get("return_dict", self.config.return_dict) else output.to_tuple()
+        return output.to_tuple() if kwargs.get("return_dict", self.config.return_dict) is False else output
 
     def default_positions(self, input_ids: Tensor | None, grid: tuple[int, int], device: torch.device) -> Tensor:
         """int64 `(rows, columns)`, the rows of the position table for input that comes without positions."""

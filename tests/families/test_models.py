@@ -18,6 +18,7 @@ INPUTS = {
     "one token": {"input_ids": IDS[:1, :1]},
     "bools": {"input_ids": IDS, "attention_mask": REAL_TOKENS},
     "floats": {"input_ids": IDS, "attention_mask": ATTENTION_MASK.float()},
+    "other numbers than 0 and 1": {"input_ids": IDS, "attention_mask": 2 * ATTENTION_MASK},
     "embeds": {"inputs_embeds": EMBEDS, "attention_mask": ATTENTION_MASK},
     "embeds, no mask": {"inputs_embeds": EMBEDS},
     "positions": {

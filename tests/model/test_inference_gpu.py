@@ -34,7 +34,8 @@ def float8_by_reference(x, scale, weight, weight_scale, bias, dtype):
 def bytes_as_on_a_gpu(x, weight):
     """The product, with what a GPU demands."""
     assert len(x) > 16
-    assert not (weight.shape[0] % 8 or weight.shape[1] % 8)
+    assert not (weight.shape[0] % 8)
+    assert not (weight.shape[1] % 8)
     return torch._int_mm(x, weight)
 
 

@@ -9,6 +9,7 @@ that a hook or any other module receives or returns is not overwritten, because 
 
 import math
 from collections.abc import Callable
+from functools import partial
 from itertools import chain
 from typing import NamedTuple
 
@@ -25,6 +26,7 @@ from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features, is_active
 from .inference import InferenceEmbedding, NativeLinear, OnednnBFloat16Linear, is_plain_inference
 from .kernel_layers import LayerParameters, Linear
+from .kernel_training import LayerDropouts
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched
 from .native import layer as native_layer
@@ -33,9 +35,7 @@ from .native.function import Filled, Function
 from .ops import Product
 from .reference import Norm
 
-# The dropouts of a layer, each with its own seed.
-SEEDS_PER_LAYER = 4
-_ATTENTION, _AFTER_ATTENTION, _AFTER_ACTIVATION, _AFTER_FEED_FORWARD = range(SEEDS_PER_LAYER)
+SEEDS_PER_LAYER = len(LayerDropouts._fields)
 
 
 def _dropout(module: nn.Module, batch: TokenBatch, seeds: Tensor | None, place: int) -> Dropout | None:
@@ -258,23 +258,34 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         Returns:
             The result, `(tokens, hidden)`; and the attention probabilities, None unless `options.output_attentions`.
         """
-        attentions, scratch, settings = options
-        with flags.held(settings):
-            if seeds is head_mask is scores_bias is None and not attentions:
-                whole = one_call.run(self, hidden, batch)
+        with flags.held(options.settings):
+            dropouts = LayerDropouts(*(_dropout(each, batch, seeds, i) for i, each in enumerate(self.dropouts())))
+            if head_mask is scores_bias is None and not options.output_attentions:
+                whole = one_call.run(self, hidden, batch) if seeds is None else None
+                if whole is None:
+                    op_by_op = partial(self._op_by_op, batch=batch, dropouts=dropouts)
+                    whole = one_call.run_with_gradients(self, hidden, batch, dropouts, lambda x: op_by_op(x)[0])
                 if whole is not None:
                     return whole, None
-            attention, out_proj = self.self_attn.self_attn, self.self_attn.out_proj
-            after_attention = _dropout(self.dropout1, batch, seeds, _AFTER_ATTENTION)
-            after_activation = _dropout(self.dropout, batch, seeds, _AFTER_ACTIVATION)
-            after_feed_forward = _dropout(self.dropout2, batch, seeds, _AFTER_FEED_FORWARD)
+            return self._op_by_op(hidden, batch, dropouts, head_mask, scores_bias, options)
 
-            dropout = _dropout(attention.dropout, batch, seeds, _ATTENTION)
-            x = self._operand(hidden)
-            context, probabilities = attention(x, batch, dropout, head_mask, scores_bias, attentions, scratch)
-            hidden = _add_norm(hidden, project(out_proj, context, "add_norm"), self.norm1, after_attention)
-            product = self._feed_forward(self._operand(hidden), after_activation, scratch)
-            return _add_norm(hidden, product, self.norm2, after_feed_forward), probabilities
+    def _op_by_op(
+        self,
+        hidden: Tensor,
+        batch: TokenBatch,
+        dropouts: LayerDropouts,
+        head_mask: Tensor | None = None,
+        scores_bias: Tensor | None = None,
+        options: LayerOptions = LayerOptions(),  # noqa: B008 (immutable)
+    ) -> tuple[Tensor, Tensor | None]:
+        """`forward` by modules and ops."""
+        attentions, scratch, _ = options
+        attention, out_proj = self.self_attn.self_attn, self.self_attn.out_proj
+        x = self._operand(hidden)
+        context, probabilities = attention(x, batch, dropouts.attention, head_mask, scores_bias, attentions, scratch)
+        hidden = _add_norm(hidden, project(out_proj, context, "add_norm"), self.norm1, dropouts.after_attention)
+        product = self._feed_forward(self._operand(hidden), dropouts.after_activation, scratch)
+        return _add_norm(hidden, product, self.norm2, dropouts.after_feed_forward), probabilities
 
     def _operand(self, hidden: Tensor) -> Tensor:
         """The hidden states as the products take them, in bfloat16 if all linears do: then each is rounded once."""
@@ -373,6 +384,7 @@ class ErnieMEncoderLayer(GradientCheckpointingLayer):
         )
 
     def dropouts(self) -> tuple[nn.Module, ...]:
+        """Those of `LayerDropouts`, each with its own seed."""
         return self.self_attn.self_attn.dropout, self.dropout1, self.dropout, self.dropout2
 
 

@@ -157,16 +157,15 @@ class Task {
   void backward_row(int64_t i, float share, float* row, float* grad_row, float* to) {
     for (int64_t j = 0; j < keys; ++j) row[j] *= share;
     const float* factors = draw(i);
-    float sums[WIDTH] = {};
+    Vector sums = {};
     for (int64_t j = 0; j < keys; j += WIDTH) {
-      for (int lane = 0; lane < WIDTH; ++lane) {
-        const float factor = factors ? factors[j + lane] : 1.0f;
-        to[j + lane] = row[j + lane] * factor;
-        grad_row[j + lane] *= factor;
-        sums[lane] += grad_row[j + lane] * row[j + lane];
-      }
+      const Vector factor = factors ? load_vector(factors + j) : Vector{} + 1.0f;
+      const Vector p = load_vector(row + j), grad = load_vector(grad_row + j) * factor, dropped = p * factor;
+      memcpy(to + j, &dropped, sizeof dropped);
+      memcpy(grad_row + j, &grad, sizeof grad);
+      sums += grad * p;
     }
-    const float mean = total(load_vector(sums));
+    const float mean = total(sums);
     for (int64_t j = 0; j < keys; ++j) grad_row[j] = row[j] * (grad_row[j] - mean);
   }
 

@@ -72,8 +72,8 @@ ATTENTION = {
     "backward_row": [
         ("row[j] *= share;", ";"),
         ("= draw(i);", "= nullptr;"),
-        ("row[j + lane] * factor;", "row[j + lane];"),
-        ("grad_row[j + lane] *= factor;", ""),
+        ("dropped = p * factor", "dropped = p"),
+        ("load_vector(grad_row + j) * factor", "load_vector(grad_row + j)"),
         ("(grad_row[j] - mean)", "grad_row[j]"),
     ],
     "exponentials": [

@@ -108,9 +108,9 @@ class Task {
       const int64_t count = std::min<int64_t>(BLOCK, length - first), rows = round_up(count, TILE);
       load(QUERY, first, count, query);
       multiply(left, features, right, keys, row, rows, head_dim);
+      // Softmax divides by the sum of a row; here the result is divided, because it has fewer elements.
+      exponentials(row, count, shares);
       for (int64_t i = 0; i < count; ++i) {
-        // Softmax divides by the sum of a row; here the result is divided, because it has fewer elements.
-        shares[i] = exponentials(row + i * keys);
         if (const float* factors = draw(first + i)) {
           for (int64_t j = 0; j < length; ++j) row[i * keys + j] *= factors[j];
         }
@@ -131,7 +131,13 @@ class Task {
           *pd = reserve(dropped, rows * keys);
     multiply(queries, features, load_transposed(KEY, key), keys, p, rows, head_dim);
     multiply(grad_out, features, load_transposed(VALUE, value), keys, ds, rows, head_dim);
-    for (int64_t i = 0; i < length; ++i) backward_row(i, p + i * keys, ds + i * keys, pd + i * keys);
+    for (int64_t first = 0; first < length; first += BLOCK) {
+      const int64_t end = std::min<int64_t>(length, first + BLOCK);
+      exponentials(p + first * keys, end - first, shares);
+      for (int64_t i = first; i < end; ++i) {
+        backward_row(i, shares[i - first], p + i * keys, ds + i * keys, pd + i * keys);
+      }
+    }
 
     float *across = reserve(turned, rows * keys), *out = reserve(result, rows * features);
     transpose(pd, length, keys, length, across, keys);
@@ -146,22 +152,20 @@ class Task {
     store_gradient(out, float(op.scale), QUERY);
   }
 
-  // Row i: `row` holds scores and becomes probabilities, `grad_row` holds the gradient of the dropped probabilities and
-  // becomes that of the scores, and `to` becomes the dropped probabilities.
-  void backward_row(int64_t i, float* row, float* grad_row, float* to) {
-    const float share = exponentials(row);
+  // Row i: `row` holds exponentials and becomes probabilities by the factor `share`, `grad_row` holds the gradient of
+  // the dropped probabilities and becomes that of the scores, and `to` becomes the dropped probabilities.
+  void backward_row(int64_t i, float share, float* row, float* grad_row, float* to) {
     for (int64_t j = 0; j < keys; ++j) row[j] *= share;
     const float* factors = draw(i);
-    float sums[WIDTH] = {};
+    Vector sums = {};
     for (int64_t j = 0; j < keys; j += WIDTH) {
-      for (int lane = 0; lane < WIDTH; ++lane) {
-        const float factor = factors ? factors[j + lane] : 1.0f;
-        to[j + lane] = row[j + lane] * factor;
-        grad_row[j + lane] *= factor;
-        sums[lane] += grad_row[j + lane] * row[j + lane];
-      }
+      const Vector factor = factors ? load_vector(factors + j) : Vector{} + 1.0f;
+      const Vector p = load_vector(row + j), grad = load_vector(grad_row + j) * factor, dropped = p * factor;
+      memcpy(to + j, &dropped, sizeof dropped);
+      memcpy(grad_row + j, &grad, sizeof grad);
+      sums += grad * p;
     }
-    const float mean = total(load_vector(sums));
+    const float mean = total(sums);
     for (int64_t j = 0; j < keys; ++j) grad_row[j] = row[j] * (grad_row[j] - mean);
   }
 
@@ -226,25 +230,39 @@ class Task {
     for (int64_t j = 0; j < length; ++j) neighbours = neighbours && columns[j] == columns[0] + j;
   }
 
-  // Turns a row of scores into e^(scale (score - largest)), with zeros for masked keys and in the padding; returns the
-  // reciprocal of their sum, or 0 if every key is masked. Scaling after the largest is subtracted loses the fewest
-  // digits.
-  float exponentials(float* row) const {
-    for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;
-    if (op.key_mask != nullptr) {
-      for (int64_t j = 0; j < length; ++j) row[j] = op.key_mask[start + j] ? row[j] : -INFINITY;
+  // Turns `count` rows of scores, at most BLOCK, into e^(scale (score - largest)), with zeros for masked keys and in
+  // the padding; writes the reciprocals of their sums to `to`, or 0 if every key is masked. Scaling after the largest
+  // is subtracted loses the fewest digits. Each step is taken for all rows before the next one: a row alone would have
+  // to wait for its largest score, and then for its sum.
+  void exponentials(float* rows, int64_t count, float* to) const {
+    const float scale = float(op.scale);
+    Vector sums[BLOCK];
+    for (int64_t i = 0; i < count; ++i) {
+      float* row = rows + i * keys;
+      for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;
+      if (op.key_mask != nullptr) {
+        for (int64_t j = 0; j < length; ++j) row[j] = op.key_mask[start + j] ? row[j] : -INFINITY;
+      }
+      // With an array for the lanes, the compiler takes this loop apart into single numbers.
+      Vector most = Vector{} - INFINITY;
+      for (int64_t j = 0; j < keys; j += WIDTH) {
+        const Vector scores = load_vector(row + j);
+        most = scores > most ? scores : most;
+      }
+      const float found = largest(most);
+      to[i] = found == -INFINITY ? 0.0f : found;
     }
-    float most[WIDTH], sums[WIDTH] = {};
-    for (int i = 0; i < WIDTH; ++i) most[i] = -INFINITY;
-    for (int64_t j = 0; j < keys; j += WIDTH) {
-      for (int i = 0; i < WIDTH; ++i) most[i] = row[j + i] > most[i] ? row[j + i] : most[i];
+    for (int64_t i = 0; i < count; ++i) {
+      float *row = rows + i * keys, lanes[WIDTH] = {};
+      for (int64_t j = 0; j < keys; j += WIDTH) {
+        for (int k = 0; k < WIDTH; ++k) lanes[k] += row[j + k] = exponential((row[j + k] - to[i]) * scale);
+      }
+      sums[i] = load_vector(lanes);
     }
-    const float found = largest(load_vector(most)), top = found == -INFINITY ? 0.0f : found, scale = float(op.scale);
-    for (int64_t j = 0; j < keys; j += WIDTH) {
-      for (int i = 0; i < WIDTH; ++i) sums[i] += row[j + i] = exponential((row[j + i] - top) * scale);
+    for (int64_t i = 0; i < count; ++i) {
+      const float sum = total(sums[i]);
+      to[i] = sum == 0.0f ? 0.0f : 1.0f / sum;
     }
-    const float sum = total(load_vector(sums));
-    return sum == 0.0f ? 0.0f : 1.0f / sum;
   }
 
   // The factors of dropout for a query's probabilities, 0 or `rescale` for each key; null without dropout.

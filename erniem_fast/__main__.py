@@ -13,6 +13,7 @@ import transformers
 
 from . import flags, ops
 from .inference import BFloat16Linear, linear_kind
+from .inference_gpu import GPU_LINEARS, gpu_objection
 from .matmul import fastest, may_choose
 from .native import library, packed
 from .native.build import build
@@ -82,8 +83,7 @@ def status() -> str:
             for implementation_name, implementation in implementations.items():
                 reason = implementation.refuses(device, torch.float32)
                 lines += [f"    {implementation_name:10} {reason or 'available'}"]
-        if device.type == "cpu":
-            lines += _products() + _weights()
+        lines += _products() + _weights() if device.type == "cpu" else _weights_on_gpu(device)
     return "\n".join(lines)
 
 
@@ -101,6 +101,11 @@ def _weights() -> list[str]:
     by = "native" if linear_kind("bfloat16") is BFloat16Linear else "by oneDNN"
     rounded = {"bfloat16": bfloat16_objection() or by, "int8": products}
     return ["  weights by optimize", *(f"    {name:10} {each}" for name, each in rounded.items())]
+
+
+def _weights_on_gpu(device: torch.device) -> list[str]:
+    reasons = {weights: gpu_objection(weights, device) for weights in GPU_LINEARS}
+    return ["  weights by optimize", *(f"    {name:10} {reason or 'available'}" for name, reason in reasons.items())]
 
 
 def _chosen(op: str, device: torch.device) -> str:

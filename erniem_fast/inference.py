@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from . import flags, modes, reference
 from .matmul import fastest
-from .matmul.libraries import ONEDNN_PACKED
+from .matmul.libraries import ONEDNN_BFLOAT16, ONEDNN_PACKED
 from .native import packed
 
 _ROWS = 4096  # of a weight that are rounded at once
@@ -359,7 +359,7 @@ def linear_kind(weights: str) -> type[InferenceModule]:
     """The class of linears for a form of weights on this machine's CPU."""
     if weights == "packed" and fastest.packing() == ONEDNN_PACKED:
         return OnednnPackedLinear
-    if weights == "bfloat16" and (modes.has_amx() or not packed.multiplies(torch.bfloat16)):
+    if weights == "bfloat16" and fastest.bfloat16() == ONEDNN_BFLOAT16:
         return OnednnBFloat16Linear
     return LINEARS[weights]
 

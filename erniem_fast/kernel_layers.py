@@ -1,11 +1,12 @@
 """Layers that follow each other, by Triton's kernels and PyTorch's products, with parameters that were checked once.
 
-A GPU computes few tokens sooner than the host asks for them: op by op, one sentence took an H100's host 10.9 ms, of
-which the GPU worked for at most 1.5 (bench/results/nvidia-h100-80gb-hbm3).
+A GPU computes few tokens sooner than the host asks for them: op by op, one sentence took 11 ms on an H100, by CUDA
+graphs 1 (bench/results/nvidia-h100-80gb-hbm3).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from importlib import import_module
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -60,7 +61,7 @@ class KernelLayers:
         Args:
             layers: of each layer its parameters, biases and norms contiguous; all linears in one dtype.
         """
-        self._layers = layers
+        self.layers = layers
         parts = [linear for layer in layers for linear in layer.qkv]
         self._weights, self._biases = ([getattr(part, name) for part in parts] for name in Linear._fields)
         self._rows = [sum(len(linear.bias) for linear in layer.qkv) for layer in layers]
@@ -77,14 +78,12 @@ class KernelLayers:
 
     def __call__(self, x: Tensor, sequences: Sequences) -> Tensor:
         """Runs the layers on `(tokens, hidden)`; returns the same shape, in new memory."""
-        attention, bias_gelu, add_norm = (
-            import_module(f"erniem_fast.kernels.{name}").forward for name in ("attention", "bias_gelu", "add_norm")
-        )
-        x, sequences = x.contiguous(), Sequences._make(_contiguous(sequences))
+        attention, bias_gelu, add_norm = (module.forward for module in kernels())
+        x, sequences = x.contiguous(), Sequences._make(contiguous(sequences))
         with on_device(x.device):
             # One copy of all weights takes the host as long as one of a layer's.
             weights, biases = (torch.cat(each).split(self._rows) for each in (self._weights, self._biases))
-            for layer, weight, bias in zip(self._layers, weights, biases, strict=True):
+            for layer, weight, bias in zip(self.layers, weights, biases, strict=True):
                 qkv = F.linear(x, weight, bias)
                 context, _ = attention(qkv, sequences, layer.heads, layer.scale, None)
                 product = F.linear(context, layer.out.weight)
@@ -95,5 +94,14 @@ class KernelLayers:
         return x
 
 
-def _contiguous(sequences: Sequences) -> list[object]:
-    return [each.contiguous() if isinstance(each, Tensor) else each for each in sequences]
+def kernels() -> tuple[ModuleType, ModuleType, ModuleType]:
+    """The kernels of attention, bias_gelu and add_norm, imported by the first call, as Triton may be missing."""
+    attention, bias_gelu, add_norm = (
+        import_module(f"erniem_fast.kernels.{name}") for name in ("attention", "bias_gelu", "add_norm")
+    )
+    return attention, bias_gelu, add_norm
+
+
+def contiguous(values: Iterable[object]) -> list[object]:
+    """The values with tensors as kernels read them."""
+    return [each.contiguous() if isinstance(each, Tensor) else each for each in values]

@@ -129,7 +129,7 @@ def multiply_float8(
         bias: `(n,)` in `dtype`, or None.
         dtype: bfloat16 or float16.
     """
-    # The Hopper's sums are then rounded to fewer digits than float32 has, and still to more than the operands.
+    # Hopper's fast accumulation adds with fewer digits than float32 has, but with far more than the operands have.
     return torch._scaled_mm(
         x, weight, scale_a=scale, scale_b=weight_scale, bias=bias, out_dtype=dtype, use_fast_accum=True
     )

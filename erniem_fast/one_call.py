@@ -11,10 +11,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from . import flags, matmul, modes
+from . import flags, kernel_training, matmul, modes
 from .batch import TokenBatch
 from .inference import multiplies_natively
 from .kernel_layers import KernelLayers
+from .kernel_training import LayerDropouts
 from .native import packed
 from .native.layer import MOST_TOKENS, Layers
 from .ops.choose import choose
@@ -59,7 +60,34 @@ def run(owner: nn.Module, hidden: Tensor, batch: TokenBatch) -> Tensor | None:
     Returns:
         `(tokens, hidden)`; None if a call would not give the numbers of the modules, or not sooner.
     """
-    make = _maker(hidden) if modes.may_write(hidden) else None
+    layers = _layers(owner, hidden) if modes.may_write(hidden) else None
+    return None if layers is None else layers(hidden, batch.sequences)
+
+
+def run_with_gradients(
+    owner: nn.Module,
+    hidden: Tensor,
+    batch: TokenBatch,
+    dropouts: LayerDropouts,
+    op_by_op: Callable[[Tensor], Tensor],
+) -> Tensor | None:
+    """The result of a layer as one function of autograd; None if it would not give the numbers of the modules.
+
+    Args:
+        owner, hidden, batch: as for `run`; `owner` is one layer.
+        dropouts: the layer's.
+        op_by_op: computes the layer's result from `hidden` by its ops.
+    """
+    plain = torch.is_grad_enabled() and modes.is_plain_call(hidden) and flags.read(flags.RECOMPUTE) == "0"
+    layers = _layers(owner, hidden) if plain and _maker(hidden) is _kernel_layers else None
+    if layers is None:
+        return None
+    return kernel_training.run(layers.layers[0], hidden, batch.sequences, dropouts, op_by_op)
+
+
+def _layers(owner: nn.Module, hidden: Tensor) -> AnyLayers | None:
+    """The layers of their owner, as they were prepared or are prepared now; None if they do not serve a call."""
+    make = _maker(hidden)
     if make is None:
         return None
     prepared = owner.prepared
@@ -67,9 +95,7 @@ def run(owner: nn.Module, hidden: Tensor, batch: TokenBatch) -> Tensor | None:
         prepared = Prepared(owner, make, modes.Footprint(owner))
         # Copies of weights would miss what changes in place.
         owner.prepared = None if prepared.layers is not None and prepared.layers.copied else prepared
-    if prepared.layers is None or not _serves(prepared.layers, hidden):
-        return None
-    return prepared.layers(hidden, batch.sequences)
+    return prepared.layers if prepared.layers is not None and _serves(prepared.layers, hidden) else None
 
 
 @flags.while_held

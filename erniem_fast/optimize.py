@@ -62,7 +62,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         weights: None leaves the weights as they are.
             `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
             weights as they are take no longer on this machine, the weights stay as they are.
-            `bfloat16` rounds weights, and the inputs of products, to bfloat16; with AMX the results too.
+            `bfloat16` rounds weights, and the inputs of products, to bfloat16; where oneDNN is faster, the results too.
             `int8` rounds weights to 8 bits with a scale for each row, and inputs of products with a scale for each
             token, so that a sequence's result has the same bits alone and in any batch. On a GPU, which needs compute
             capability 8.0, only the products of the linears do.

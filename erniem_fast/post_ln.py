@@ -7,6 +7,7 @@ that a hook or any other module receives or returns is not overwritten, because 
 """
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
@@ -21,6 +22,7 @@ from .batch import TokenBatch
 from .dropout import Dropout, draw_seeds, drop_features, is_active
 from .inference import NativeLinear, OnednnBFloat16Linear, is_plain_inference
 from .kernel_layers import LayerParameters, Linear
+from .kernel_training import LayerDropouts
 from .linears import Scratch, project, project_side_by_side, scratch_for
 from .modes import is_plain, is_untouched
 from .native import layer as native_layer
@@ -29,9 +31,7 @@ from .native.function import Filled, Function
 from .ops import Product
 from .reference import Norm
 
-# The dropouts of a layer, each with its own seed.
-SEEDS_PER_LAYER = 4
-_ATTENTION, _AFTER_ATTENTION, _AFTER_ACTIVATION, _AFTER_FEED_FORWARD = range(SEEDS_PER_LAYER)
+SEEDS_PER_LAYER = len(LayerDropouts._fields)
 
 # The op's names for transformers' activations, by their classes.
 _FUSED_ACTIVATIONS = {type(ACT2FN[name]): fused for name, fused in ops.ACTIVATIONS.items()}
@@ -121,22 +121,35 @@ class PostLNLayer(nn.Module):
         Returns:
             The result, `(tokens, hidden)`; and the attention probabilities, None unless `options.output_attentions`.
         """
-        attentions, scratch, settings = options
-        with flags.held(settings):
-            if seeds is head_mask is scores_bias is None and not attentions:
-                whole = one_call.run(self, hidden, batch)
+        with flags.held(options.settings):
+            dropouts = LayerDropouts(*(_dropout(each, batch, seeds, i) for i, each in enumerate(self.dropouts())))
+            if head_mask is scores_bias is None and not options.output_attentions:
+                whole = one_call.run(self, hidden, batch) if seeds is None else None
+                if whole is None:
+                    op_by_op = partial(self._op_by_op, batch=batch, dropouts=dropouts)
+                    whole = one_call.run_with_gradients(self, hidden, batch, dropouts, lambda x: op_by_op(x)[0])
                 if whole is not None:
                     return whole, None
-            norm1, norm2 = self._norms()
-            dropouts = [_dropout(each, batch, seeds, place) for place, each in enumerate(self.dropouts())]
-            x = self._operand(hidden)
-            context, probabilities = self.attend(
-                x, batch, dropouts[_ATTENTION], head_mask, scores_bias, attentions, scratch
-            )
-            product = project(self._linears()["out"], context, "add_norm")
-            hidden = add_norm(hidden, product, norm1, dropouts[_AFTER_ATTENTION])
-            product = self._feed_forward(self._operand(hidden), dropouts[_AFTER_ACTIVATION], scratch)
-            return add_norm(hidden, product, norm2, dropouts[_AFTER_FEED_FORWARD]), probabilities
+            return self._op_by_op(hidden, batch, dropouts, head_mask, scores_bias, options)
+
+    def _op_by_op(
+        self,
+        hidden: Tensor,
+        batch: TokenBatch,
+        dropouts: LayerDropouts,
+        head_mask: Tensor | None = None,
+        scores_bias: Tensor | None = None,
+        options: LayerOptions = LayerOptions(),  # noqa: B008 (immutable)
+    ) -> tuple[Tensor, Tensor | None]:
+        """`compute` by modules and ops."""
+        attentions, scratch, _ = options
+        norm1, norm2 = self._norms()
+        x = self._operand(hidden)
+        context, probabilities = self.attend(x, batch, dropouts.attention, head_mask, scores_bias, attentions, scratch)
+        product = project(self._linears()["out"], context, "add_norm")
+        hidden = add_norm(hidden, product, norm1, dropouts.after_attention)
+        product = self._feed_forward(self._operand(hidden), dropouts.after_activation, scratch)
+        return add_norm(hidden, product, norm2, dropouts.after_feed_forward), probabilities
 
     def attend(
         self,
@@ -162,7 +175,7 @@ class PostLNLayer(nn.Module):
         return slice(None)
 
     def dropouts(self) -> tuple[nn.Module | None, ...]:
-        """In the order of a layer's seeds."""
+        """Those of `LayerDropouts`, each with its own seed; None where there is none."""
         places = self.places
         after_activation = places.activation_dropout and attrgetter(places.activation_dropout)(self)
         attention, first, last = attrgetter(places.attention_dropout, places.dropout1, places.dropout2)(self)

@@ -350,7 +350,8 @@ def quantise_tokens(x: Tensor, levels: int) -> QuantisedTokens:
 
 def _scale(size: Tensor, levels: float) -> Tensor:
     """The width of a level, in float32. Subnormal ones count as 0, because their reciprocals overflow."""
-    scale = size / levels
+    # On a GPU PyTorch would multiply by the reciprocal of a number, which rounds twice.
+    scale = size / torch.full_like(size, levels)
     scale = scale.masked_fill(scale < torch.finfo(scale.dtype).tiny, 0.0)
     return torch.where(size < torch.inf, scale, torch.nan)
 

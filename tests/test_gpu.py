@@ -332,8 +332,9 @@ every_form = pytest.mark.parametrize("weights", GPU_LINEARS)
 every_half = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 CUDA = torch.device("cuda")
 # The largest error of a row against the exact product of what is rounded, in root mean squares: the rounding of the
-# result, and in float8 that of the sums, which a Hopper adds up in fewer digits than float32 has.
-LARGEST_ERROR = {"int8": 0.0, "float8": 0.01}
+# result, and in float8 that of the sums, which a Hopper adds up in fewer digits than float32 has: at most 0.015 on an
+# H100.
+LARGEST_ERROR = {"int8": 0.0, "float8": 0.02}
 
 
 @pytest.fixture

@@ -13,8 +13,9 @@ from bench.model.jobs import Job
 from bench.model.workers import Worker, WorkerError
 
 # Largest difference of a hidden state between two peers, in units of the reference's root mean square. Right peers were
-# seen to differ by 5e-6, 0.1, 0.012 and 0.29 (base size, 2,600 tokens); a wrong one is off by 1 and more.
-TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03, "int8": 0.6}
+# seen to differ by 5e-6, 0.1, 0.012, 0.29 and, where a CPU multiplied what is rounded as on a GPU, 0.58 (base size,
+# 2,600 tokens); a wrong one is off by 1 and more.
+TOLERANCE = {"float32": 1e-4, "bfloat16": 0.25, "float16": 0.03, "int8": 0.6, "float8": 0.9}
 
 
 @dataclasses.dataclass

@@ -25,9 +25,10 @@ from torch import Tensor
 from .. import flags
 from ..native import library
 from ..native.library import BuildError
-from .libraries import LIBRARIES, NATIVE, NATIVE_PACKED, PACKED, TORCH, available, available_packed
+from .libraries import LIBRARIES, NATIVE, NATIVE_BFLOAT16, NATIVE_PACKED, PACKED, TORCH, available, available_packed
 
 FORWARD, GRAD_X, GRAD_WEIGHT = KINDS = ("forward", "grad_x", "grad_weight")
+_BFLOAT16 = "bfloat16"  # a forward with weights in bfloat16
 
 # The largest number of tokens of each range, and the numbers that stand for it. They differ, because oneDNN prepares
 # itself for every number that is new to it, which takes as long as a product of tens of tokens.
@@ -71,33 +72,45 @@ def choice(seconds: Seconds) -> str:
 def packing() -> str | None:
     """The library with packed weights whose forwards take the least time; None if weights as they are take no longer.
 
-    A model is packed for all its calls, so the ranges of tokens count alike. Of libraries that differ too little the
-    native one is taken: all layers are one call of it.
+    A model is packed for all its calls, so the ranges of tokens count alike.
     """
-    by_range = [_seconds(FORWARD, limit) for limit in RANGES]
-    shares = {
-        name: geometric_mean(each[name] / each[choice(each)] for each in by_range)
-        for name in PACKED
-        if name in by_range[0]
-    }
-    best = min(shares, key=shares.get, default=None)
-    if best is None or shares[best] > 1 - _LEAST_GAIN:
-        return None
-    return NATIVE_PACKED if shares.get(NATIVE_PACKED, inf) * (1 - _LEAST_GAIN) <= shares[best] else best
+    names = available_packed(torch.float32)
+    shares = {name: geometric_mean(each[name] / each[choice(each)] for each in _by_range(FORWARD)) for name in names}
+    best = _preferred(shares)
+    return best if best is not None and min(shares.values()) <= 1 - _LEAST_GAIN else None
+
+
+def bfloat16() -> str | None:
+    """The library whose forwards with weights in bfloat16 take the least time; None if there is none."""
+    names = available_packed(torch.bfloat16)
+    if len(names) < 2:
+        return next(iter(names), None)
+    return _preferred({name: geometric_mean(each[name] for each in _by_range(_BFLOAT16)) for name in names})
+
+
+def _preferred(times: Seconds) -> str | None:
+    """The library with the least time; the native one if it takes little more, as all layers are one call of it."""
+    best = min(times, key=times.get, default=None)
+    native = next((name for name in times if name in (NATIVE_PACKED, NATIVE_BFLOAT16)), best)
+    return native if best is not None and times[native] * (1 - _LEAST_GAIN) <= times[best] else best
+
+
+def _by_range(kind: str) -> list[Seconds]:
+    return [_seconds(kind, limit) for limit in RANGES]
 
 
 def measure_all() -> None:
     """Measures what was not measured yet, in one to two seconds."""
-    for kind in KINDS:
-        for limit in RANGES:
-            _seconds(kind, limit)
+    for kind in _measured():
+        _by_range(kind)
 
 
 def report() -> list[str]:
     """A line for each kind and range of tokens: the choice, and the milliseconds of all libraries."""
     known = _known.get(_situation()) or _kept()
     return [
-        f"{label:18} {_described(known.get(label))}" for label in (_label(k, limit) for k in KINDS for limit in RANGES)
+        f"{label:18} {_described(known.get(label))}"
+        for label in (_label(k, limit) for k in _measured() for limit in RANGES)
     ]
 
 
@@ -105,7 +118,7 @@ def _described(seconds: Seconds | None) -> str:
     if seconds is None:
         return "is not measured yet: `python -m erniem_fast build`, or the first use, does"
     times = ", ".join(f"{name} {1e3 * value:.3g} ms" for name, value in seconds.items())
-    return f"by {choice(seconds):7} {times}"
+    return f"by {choice(seconds) if TORCH in seconds else _preferred(seconds):7} {times}"
 
 
 def _label(kind: str, limit: float) -> str:
@@ -133,11 +146,18 @@ def _situation() -> tuple:
     return torch.get_num_threads(), _native_path(), *available()
 
 
+def _measured() -> list[str]:
+    """The kinds that leave a choice."""
+    return [*KINDS, *([_BFLOAT16] if len(_candidates(_BFLOAT16)) > 1 else [])]
+
+
 def _candidates(kind: str) -> tuple[str, ...]:
     """The libraries for a kind. The native product would have to copy the transposed operands of gradients."""
+    if kind == _BFLOAT16:
+        return available_packed(torch.bfloat16)
     if kind != FORWARD:
         return tuple(name for name in available() if name != NATIVE)
-    return *available(), *available_packed()
+    return *available(), *available_packed(torch.float32)
 
 
 @torch.no_grad()
@@ -173,14 +193,16 @@ def _measure(kind: str, sizes: range) -> Seconds:
 def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
     """x, the gradient of the result, and for a forward, which reuses memory, memory for the result."""
     x, grad = (torch.ones(tokens, width, dtype=torch.float32, device="cpu") for width in (inputs, outputs))
-    return x, grad, torch.ones_like(grad) if kind == FORWARD else None
+    return x, grad, torch.ones_like(grad) if kind in (FORWARD, _BFLOAT16) else None
 
 
 def _time(name: str, kind: str, operands: tuple[Tensor, Tensor, Tensor | None], weight: Tensor) -> float:
     x, grad, out = operands
     multiply = PACKED[name][1] if name in PACKED else LIBRARIES[name]
-    if kind != FORWARD:
-        x, weight = (grad, weight.t()) if kind == GRAD_X else (grad.t(), x.t())
+    if kind == GRAD_X:
+        x, weight = grad, weight.t()
+    elif kind == GRAD_WEIGHT:
+        x, weight = grad.t(), x.t()
     start = time.perf_counter()
     multiply(x, weight, None, out)
     return time.perf_counter() - start

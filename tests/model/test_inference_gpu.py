@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import erniem_fast
-from erniem_fast import ErnieMModel, inference_gpu, modes, ops, reference
+from erniem_fast import ErnieMModel, __main__, inference_gpu, modes, ops, reference
 from erniem_fast.inference_gpu import GPU_LINEARS, Float8Linear, Int8GpuLinear, gpu_objection, project_as_one
 from tests.model.tiny import IDS, MASK, REAL, load
 
@@ -31,10 +31,19 @@ def float8_by_reference(x, scale, weight, weight_scale, bias, dtype):
     return reference.dequantise(x.double() @ weight.double(), scale.double(), weight_scale, bias, dtype)
 
 
+def bytes_as_on_a_gpu(x, weight):
+    """The product, with what a GPU demands."""
+    assert len(x) > 16
+    assert not (weight.shape[0] % 8)
+    assert not (weight.shape[1] % 8)
+    return torch._int_mm(x, weight)
+
+
 @pytest.fixture(autouse=True)
 def on_cpu(monkeypatch):
     """As if the CPU were such a GPU."""
     monkeypatch.setattr(modes, "multiply_float8", float8_by_reference)
+    monkeypatch.setattr(modes, "multiply_bytes", bytes_as_on_a_gpu)
     monkeypatch.setattr(optimize, "gpu_objection", lambda *_: None)
     monkeypatch.setattr(optimize, "_kinds", lambda weights, _: {nn.Linear: GPU_LINEARS[weights]})
 
@@ -155,7 +164,9 @@ def test_shapes_and_dtypes_of_inputs(kind):
     assert torch.equal(scaled(x), scaled(x.flatten(0, 1)).view(2, 3, 32))
     assert torch.equal(scaled(x[0, 0]), scaled(x)[0, 0])
     assert torch.equal(scaled(x.transpose(0, 1)), scaled(x).transpose(0, 1))
-    assert torch.equal(scaled(x.float()), scaled(x).float())
+    wide = scaled(x.float())
+    assert wide.dtype == torch.float32
+    assert torch.equal(wide, scaled(x).float())
     assert scaled(x[:, :0]).shape == (2, 0, 32)
 
 
@@ -185,6 +196,9 @@ def test_side_by_side_is_one_product_with_one_rounding(kind, monkeypatch):
     for other in (nn.Linear(64, 32), kind.of(make_linear(64, 32, torch.float16))):
         assert project_as_one([*linears[:2], other], x) is None
         assert project_as_one([other, *linears[:2]], x) is None
+    with monkeypatch.context() as patch:
+        patch.setattr(modes, "is_recorded", lambda: True)  # a graph must not hold the kernels' launches
+        assert project_as_one(linears, x) is None
     linears[1].register_forward_hook(lambda *_: None)
     assert project_as_one(linears, x) is None
 
@@ -258,6 +272,16 @@ def test_hooks_and_compiled_models_give_the_same_numbers(weights):
     model.encoder.layers[0].self_attn.self_attn.k_proj.register_forward_hook(lambda *_: seen.append(1))
     assert torch.equal(hidden(model), expected)
     assert seen == [1]
+
+
+@pytest.mark.parametrize("weights", GPU_LINEARS)
+def test_a_layer_rounds_four_inputs(weights, monkeypatch):
+    """Of queries, keys and values together, of the attention's result, and of both linears of the feed-forward."""
+    model, shapes, quantise = make(weights), [], ops.quantise
+    monkeypatch.setattr(ops, "quantise", lambda x, dtype: shapes.append(x.shape[1]) or quantise(x, dtype))
+    hidden(model)
+    sizes = model.config.hidden_size, model.config.intermediate_size
+    assert shapes == [sizes[0], sizes[0], *sizes] * model.config.num_hidden_layers
 
 
 def saved_and_loaded(model):
@@ -354,6 +378,15 @@ def test_which_gpus_serve(capability, weights, reason, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
     found = gpu_objection(weights, torch.device("cuda:0"))
     assert found is None if reason is None else found.endswith(reason)
+
+
+def test_status_says_what_a_gpu_serves(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
+    _, float8, int8 = __main__._weights_on_gpu(torch.device("cuda:0"))
+    assert float8.strip().startswith(
+        "float8     needs an NVIDIA GPU of compute capability 8.9 or later, but cuda:0 has 8.6"
+    )
+    assert int8.split() == ["int8", "available"]
 
 
 def test_amd_is_refused(monkeypatch):

@@ -33,7 +33,7 @@ def calls(monkeypatch) -> Iterator[list[tuple[int, int]]]:
     seen, call = [], KernelLayers.__call__
 
     def recorded(layers, x, sequences):
-        seen.append((len(x), len(layers._layers)))
+        seen.append((len(x), len(layers.layers)))
         return call(layers, x, sequences)
 
     monkeypatch.setattr(KernelLayers, "__call__", recorded)

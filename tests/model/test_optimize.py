@@ -17,9 +17,17 @@ from transformers import DistilBertConfig, DistilBertModel
 
 import erniem_fast
 from erniem_fast import ErnieMModel, reference
-from erniem_fast.inference import LINEARS, InferenceModule, Int8Embedding, Int8Linear, is_plain_inference, linear_kind
+from erniem_fast.inference import (
+    LINEARS,
+    InferenceModule,
+    Int8Embedding,
+    Int8Linear,
+    OnednnBFloat16Linear,
+    is_plain_inference,
+    linear_kind,
+)
 from erniem_fast.matmul import fastest
-from erniem_fast.matmul.libraries import NATIVE_PACKED, ONEDNN_PACKED
+from erniem_fast.matmul.libraries import NATIVE_BFLOAT16, NATIVE_PACKED, ONEDNN_BFLOAT16, ONEDNN_PACKED
 from erniem_fast.native import packed as products
 from tests.golden import cases
 from tests.model.test_inference import LEVELS, SERVED
@@ -471,8 +479,30 @@ def test_pruned_heads_and_resized_tables():
 def test_the_measurement_decides_whether_packing_pays(onednn, native, expected, monkeypatch):
     monkeypatch.undo()
     times = {"torch": 2.0, "native": 1.0, ONEDNN_PACKED: onednn, NATIVE_PACKED: native}
-    with mock.patch.object(fastest, "_seconds", return_value=times):
+    both = mock.patch.object(fastest, "available_packed", return_value=(ONEDNN_PACKED, NATIVE_PACKED))
+    with both, mock.patch.object(fastest, "_seconds", return_value=times):
         assert fastest.packing() == expected
     assert fastest.choice({**times, NATIVE_PACKED: 0.1}) == "native"
-    with mock.patch.object(fastest, "_seconds", return_value={"torch": 1.0}):
+    with mock.patch.object(fastest, "available_packed", return_value=()):
         assert fastest.packing() is None
+
+
+@pytest.mark.parametrize(
+    ("onednn", "native", "expected"),
+    [
+        (0.9, 1.5, ONEDNN_BFLOAT16),
+        (1.5, 0.9, NATIVE_BFLOAT16),
+        (0.9, 0.92, NATIVE_BFLOAT16),
+        (None, 9.0, NATIVE_BFLOAT16),
+        (9.0, None, ONEDNN_BFLOAT16),
+        (None, None, None),
+    ],
+)
+def test_the_measurement_decides_who_multiplies_bfloat16(onednn, native, expected):
+    times = {ONEDNN_BFLOAT16: onednn, NATIVE_BFLOAT16: native}
+    times = {name: each for name, each in times.items() if each is not None}
+    with mock.patch.object(fastest, "available_packed", return_value=tuple(times)):
+        with mock.patch.object(fastest, "_seconds", return_value=times):
+            assert fastest.bfloat16() == expected
+        with mock.patch.object(fastest, "bfloat16", return_value=expected):
+            assert (linear_kind("bfloat16") is OnednnBFloat16Linear) == (expected == ONEDNN_BFLOAT16)

@@ -66,12 +66,14 @@ ATTENTION = {
     "backward": [
         ("float(op.scale), KEY", "1.0f, KEY"),
         ("float(op.scale), QUERY", "1.0f, QUERY"),
+        ("p + first * keys", "p"),
+        ("shares[i - first]", "shares[0]"),
     ],
     "backward_row": [
         ("row[j] *= share;", ";"),
         ("= draw(i);", "= nullptr;"),
-        ("row[j + lane] * factor;", "row[j + lane];"),
-        ("grad_row[j + lane] *= factor;", ""),
+        ("dropped = p * factor", "dropped = p"),
+        ("load_vector(grad_row + j) * factor", "load_vector(grad_row + j)"),
         ("(grad_row[j] - mean)", "grad_row[j]"),
     ],
     "exponentials": [
@@ -81,6 +83,7 @@ ATTENTION = {
         ("found == -INFINITY ? 0.0f : found", "found"),
         ("float(op.scale)", "1.0f"),
         ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
+        ("total(sums[i])", "total(sums[0])"),
     ],
     "survey": [
         ("*least / 4 * 4", "*least"),

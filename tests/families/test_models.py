@@ -3,8 +3,11 @@
 import pytest
 import torch
 
+from erniem_fast import kernel_training, use_kernels
+from erniem_fast.kernel_layers import KernelLayers
 from tests.families.tiny import ATTENTION_MASK, COLUMNS, EMBEDS, FAMILIES, IDS, REAL_TOKENS, TYPES, both, make
 from tests.model.tiny import assert_close, assert_same_gradients, gradients, random_weights, set_packing
+from tests.one_calls import record
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -102,7 +105,9 @@ def test_hidden_states_and_tuples(family):
     assert len(actual.hidden_states) == len(expected.hidden_states) == 3
     for result, wanted in zip(actual.hidden_states, expected.hidden_states, strict=True):
         assert_close(result[real], wanted[real], atol=2e-5)
+    assert type(as_tuple) is tuple
     assert torch.equal(as_tuple[2][1], actual.hidden_states[1])
+    assert not isinstance(fast(**inputs, return_dict=None), tuple)
 
 
 @every_family
@@ -197,9 +202,28 @@ def test_other_dtypes(dtype):
     assert errors[1] < 2 * errors[0]
 
 
-def test_layers_of_few_tokens_are_one_call(monkeypatch):
-    from tests.one_calls import record
+@pytest.mark.parametrize("training", [False, True])
+def test_layers_run_by_kernels_without_their_modules(training, monkeypatch):
+    """As on a GPU, but in Triton's interpreter: in training each layer is one function of autograd."""
+    runs = []
+    owner, name = (kernel_training, "run") if training else (KernelLayers, "__call__")
+    run = getattr(owner, name)
+    monkeypatch.setattr(owner, name, lambda *arguments: runs.append(1) or run(*arguments))
+    inputs, found = INPUTS["padding and holes"], []
+    with use_kernels(attention="triton", bias_gelu="triton", layernorm="triton"):
+        for model in both("bert"):
+            with torch.set_grad_enabled(training):
+                output = model(**inputs)
+            if training:
+                output.pooler_output.square().sum().backward()
+            found.append((output, gradients(model)))
+    assert_same(found[1][0], found[0][0], real_of(inputs))
+    if training:
+        assert_same_gradients(found[1][1], found[0][1])
+    assert len(runs) == (2 if training else 1)
 
+
+def test_layers_of_few_tokens_are_one_call(monkeypatch):
     calls = record(monkeypatch)
     stock, fast = make(), both()[1]
     with torch.inference_mode():

@@ -26,7 +26,10 @@ _REFUSED = {
     "DebertaV2Model": _BIASED,
 }
 
-TAKEN = "XLM-RoBERTa, RoBERTa, CamemBERT and BERT models of transformers, and ERNIE-M models of this package"
+TAKEN = (
+    "XLM-RoBERTa, RoBERTa, CamemBERT and BERT models of transformers whose encoder is transformers' own, and ERNIE-M "
+    "models of this package"
+)
 
 
 def packed_class(model: nn.Module) -> type[nn.Module] | None:
@@ -42,7 +45,7 @@ def packed_class(model: nn.Module) -> type[nn.Module] | None:
 
 def is_packed(model: nn.Module) -> bool:
     """Whether `pack` has given a bare model its class."""
-    return type(model).__module__.startswith(f"{__name__}.") and hasattr(model, "encoder_kind")
+    return _is_ours(model) and hasattr(model, "encoder_kind")
 
 
 def is_taken(model: nn.Module) -> bool:
@@ -61,12 +64,16 @@ def pack(model: nn.Module) -> None:
 
 
 def unpack(model: nn.Module) -> None:
-    """Gives a bare model, its encoder and its layers transformers' classes back, and removes what calls left there."""
-    encoder = model.encoder
-    for module in (*(layer for layer in encoder.layer if type(layer) is encoder.layer_kind), encoder, model):
-        module.__class__ = stock_class(type(module))
-        for name in ("prepared", "fallbacks"):
-            module.__dict__.pop(name, None)
+    """Gives a bare model and what is inside transformers' classes back, and removes what calls left there."""
+    for module in model.modules():
+        if _is_ours(module):
+            module.__class__ = stock_class(type(module))
+            for name in ("prepared", "fallbacks"):
+                module.__dict__.pop(name, None)
+
+
+def _is_ours(module: nn.Module) -> bool:
+    return type(module).__module__.startswith(f"{__name__}.")
 
 
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:

@@ -182,6 +182,7 @@ def test_hooks_that_transformers_leaves_do_not_matter(log):
         assert fast.encoder.prepared is not None
         assert not again.last_hidden_state[1, 7:].any()
     erniem_fast.restore(fast)
+    assert not {"fallbacks", "prepared"} & (vars(fast).keys() | vars(fast.encoder).keys())
     with torch.inference_mode():
         recorded = fast(**INPUTS, output_attentions=True, output_hidden_states=True)
     assert (len(recorded.attentions), len(recorded.hidden_states)) == (2, 3)

@@ -248,6 +248,16 @@ def test_restore_leaves_nothing_behind():
     assert erniem_fast.restore(model) is model
 
 
+def test_restore_reaches_layers_that_were_wrapped_since():
+    model = erniem_fast.optimize(make())
+    layers = list(model.encoder.layer)
+    model.encoder.layer[0] = nn.Sequential(layers[0])
+    model.encoder = nn.Sequential(model.encoder)
+    erniem_fast.restore(model)
+    assert {type(each) for each in layers} == {modeling_xlm_roberta.XLMRobertaLayer}
+    assert type(model.encoder[0]) is modeling_xlm_roberta.XLMRobertaEncoder
+
+
 def test_transformers_stays_as_it_is():
     before = {name: vars(each).copy() for name, each in vars(modeling_bert).items() if isinstance(each, type)}
     states(erniem_fast.optimize(make("bert")))
@@ -266,7 +276,10 @@ class Mine(XLMRobertaModel):
 def test_nothing_found():
     sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
     large = transformers.XLMRobertaXLModel(transformers.XLMRobertaXLConfig(vocab_size=9, **sizes))
+    other = make()
+    other.encoder = nn.Identity()
     cases = {
+        r"contains XLMRobertaModel\..*whose encoder is transformers' own": other,
         r"XLMRobertaXLModel is not taken because it normalises before.*take XLM-RoBERTa, RoBERTa": large,
         r"torch.nn.modules.container.Sequential, which contains no model of transformers": nn.Sequential(
             nn.Linear(2, 2)

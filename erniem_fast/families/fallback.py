@@ -67,13 +67,15 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
     ids, embeds = arguments["input_ids"], arguments["inputs_embeds"]
     if (ids is None) == (embeds is None):
         return "not exactly one of input_ids and inputs_embeds was given"
+    # No reason names a shape: each batch might have another one, and a line in the log.
     given, dims = (embeds, 3) if ids is None else (ids, 2)
     if given.dim() != dims or given.numel() == 0:
-        return f"the input has shape {tuple(given.shape)}"
+        return f"the input has {given.dim()} dimensions" if given.numel() else "the input is empty"
     mask = arguments["attention_mask"]
-    if mask is not None and (not isinstance(mask, Tensor) or mask.shape != given.shape[:2]):
-        return f"attention_mask has shape {tuple(mask.shape)}, not that of the input"
-    return None
+    if mask is None or mask.shape == given.shape[:2]:
+        return None
+    dimensions = len(mask.shape)
+    return f"attention_mask has {'another shape than the input' if dimensions == 2 else f'{dimensions} dimensions'}"
 
 
 def _in_config(model: PreTrainedModel) -> str | None:

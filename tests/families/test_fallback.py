@@ -42,7 +42,7 @@ def assert_told(log, *reasons):
     ("changes", "reason"),
     [
         ({"output_attentions": True}, "output_attentions was given"),
-        ({"attention_mask": SQUARE}, "attention_mask has shape (5, 1, 11, 11)"),
+        ({"attention_mask": SQUARE}, "attention_mask has 4 dimensions"),
         ({"encoder_hidden_states": EMBEDS}, "encoder_hidden_states was given"),
         ({"cu_seq_lens_q": torch.tensor([0, 11], dtype=torch.int32)}, "cu_seq_lens_q was given"),
         ({"is_causal": True}, "is_causal was given"),
@@ -63,10 +63,10 @@ def test_arguments(changes, reason, log):
     ("changes", "reason"),
     [
         ({"past_key_values": DynamicCache()}, "past_key_values was given"),
-        ({"attention_mask": ATTENTION_MASK[:, :3]}, "attention_mask has shape (5, 3)"),
+        ({"attention_mask": ATTENTION_MASK[:, :3]}, "attention_mask has another shape than the input"),
         ({"inputs_embeds": EMBEDS}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
-        ({"input_ids": IDS[0]}, "the input has shape (11,)"),
+        ({"input_ids": IDS[0]}, "the input has 1 dimensions"),
     ],
 )
 def test_calls_that_transformers_refuses(changes, reason, log):

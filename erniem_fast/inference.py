@@ -90,15 +90,28 @@ def inference_module(model: nn.Module) -> InferenceModule | None:
     return next((module for module in model.modules() if isinstance(module, InferenceModule)), None)
 
 
-# Where a bare ERNIE-M model holds its word table, and each layer its linears.
+class InferenceModel(nn.Module):
+    """A model that may hold inference modules: it refuses a change of dtype or device before any tensor has changed."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
+        found = inference_module(self)
+        if found is not None:
+            found.check_change(fn)
+        return super()._apply(fn, recurse)
+
+
 _WORD_TABLE = "embeddings.word_embeddings"
-_OF_LAYER = (*(f"self_attn.self_attn.{each}_proj" for each in "qkv"), "self_attn.out_proj", "linear1", "linear2")
 
 
 def places(bare: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules of a bare ERNIE-M model that inference modules can replace, by name; None for missing ones."""
-    layers = [f"encoder.layers.{index}" for index in range(len(bare.encoder.layers))]
-    names = [_WORD_TABLE, *(f"{layer}.{name}" for layer in layers for name in _OF_LAYER)]
+    """The modules of a bare model that inference modules can replace, by name; None for missing ones.
+
+    Args:
+        bare: a model that has `embeddings`, and a `PostLNStack` as `encoder`.
+    """
+    encoder = bare.encoder
+    linears = [path for index in range(len(encoder.all_layers())) for path in encoder.linear_paths(index)]
+    names = [_WORD_TABLE, *(f"encoder.{path}" for path in linears)]
     present = dict(bare.named_modules(remove_duplicate=False))
     return {name: present.get(name) for name in names}
 

@@ -78,7 +78,7 @@ def prepare(
             scores_bias = _scores_bias(attention_mask)
         else:
             mask = _padding_mask(config, input_ids, attention_mask, grid, device)
-            if _is_full(mask):
+            if is_full(mask):
                 mask = None
             elif _packs(mask):
                 padding = PaddingMask(mask, needs_first)
@@ -101,7 +101,7 @@ def prepare(
     elif padding:
         batch = padding.pack(**{name: found[name] for name in sizes})
     else:
-        batch = TokenBatch.padded(grid, device, mask, packed=mask is not None and _leaves_out_padding())
+        batch = TokenBatch.padded(grid, device, mask, packed=mask is not None and leaves_out_padding())
     return EncoderInputs(
         batch=batch,
         input_ids=None if input_ids is None else batch.pack(input_ids),
@@ -113,7 +113,7 @@ def prepare(
 
 def real_positions(config: ErnieMConfig, input_ids: Tensor | None, attention_mask: Tensor | None) -> Tensor | None:
     """The real tokens of the grid, bool `(rows, columns)`; None if every position counts, as in the padded layout."""
-    if not _leaves_out_padding():
+    if not leaves_out_padding():
         return None
     if attention_mask is None:
         return None if input_ids is None else input_ids != config.pad_token_id
@@ -229,7 +229,7 @@ def _padding_mask(
     return attention_mask.expand(grid) != 0
 
 
-def _is_full(mask: Tensor) -> bool:
+def is_full(mask: Tensor) -> bool:
     """Whether all positions are real tokens, if the host need not wait for the answer."""
     return mask.device.type == "cpu" and modes.has_values(mask) and not modes.is_recorded() and bool(mask.all())
 
@@ -256,11 +256,11 @@ def _packs(mask: Tensor) -> bool:
 
     Not in exported graphs, where this mask's number of tokens would be a constant, and not without values.
     """
-    return _leaves_out_padding() and not modes.is_exported() and modes.has_values(mask)
+    return leaves_out_padding() and not modes.is_exported() and modes.has_values(mask)
 
 
 @torch.compiler.assume_constant_result
-def _leaves_out_padding() -> bool:
+def leaves_out_padding() -> bool:
     return flags.read(flags.PACKING) == "1"
 
 

@@ -1,7 +1,5 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
-from collections.abc import Callable
-
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -17,9 +15,8 @@ from transformers.modeling_outputs import (
 
 from . import flags, inputs, modes
 from .configuration import ErnieMConfig
-from .dropout import draw_seeds, is_active
-from .encoder import SEEDS_PER_LAYER, ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
-from .inference import inference_module
+from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
+from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
 from .quantization import describe
 
@@ -53,7 +50,7 @@ class _UnreadPooler(ErnieMPooler):
             self.dense.register_buffer(name, parameter.detach())
 
 
-class ErnieMPreTrainedModel(PreTrainedModel):
+class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
     """The base of all ERNIE-M models: loading, saving, initialisation, and pruning of heads."""
 
     config_class = ErnieMConfig
@@ -75,12 +72,6 @@ class ErnieMPreTrainedModel(PreTrainedModel):
         """
         hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
         self._require_grads_hooks = [hook]  # `disable_input_require_grads` removes these
-
-    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
-        found = inference_module(self)
-        if found is not None:
-            found.check_change(fn)  # before any tensor of the model has changed
-        return super()._apply(fn, recurse)
 
     def save_pretrained(self, *arguments, **options) -> None:
         """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8.
@@ -233,8 +224,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
     ) -> BaseModelOutputWithPoolingAndCrossAttentions:
         """Runs embeddings, layers and pooler on prepared input, and unpacks their results."""
         batch = ready.batch
-        seeds = self._seeds(batch.columns.device)
-        embedding_seeds, layer_seeds = (None, None) if seeds is None else (seeds[0], seeds[1:])
+        embedding_seeds, layer_seeds = self.encoder.seeds(self.embeddings.dropout, batch.columns.device)
         embedded = self.embeddings(batch, ready.input_ids, ready.inputs_embeds, ready.positions, embedding_seeds)
         head_mask = self._head_mask(head_mask, embedded)
         hidden, states, attentions = self.encoder(
@@ -252,18 +242,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
 
     def _drops(self) -> bool:
         """Whether a dropout is active."""
-        dropouts = [self.embeddings.dropout, *(each for layer in self.encoder.layers for each in layer.dropouts())]
-        return any(is_active(dropout) for dropout in dropouts)
-
-    def _seeds(self, device: torch.device) -> Tensor | None:
-        """int64 `(1 + layers, SEEDS_PER_LAYER)`, dropout seeds of the embeddings and of each layer.
-
-        None if no dropout is active.
-        """
-        if not self._drops():
-            return None
-        rows = len(self.encoder.layers) + 1
-        return draw_seeds(rows * SEEDS_PER_LAYER, device).view(rows, SEEDS_PER_LAYER)
+        return self.encoder.drops(self.embeddings.dropout)
 
     def _head_mask(self, head_mask: Tensor | None, hidden: Tensor) -> Tensor | None:
         """`(layers, heads)`, with the dtype and device of `hidden`: replicas of `DataParallel` have no parameters."""

@@ -4,7 +4,7 @@ This is the only module that uses torch's private API; so it also holds the call
 of 8-bit numbers, and asks what the CPU can do.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
@@ -166,7 +166,7 @@ def is_untouched(module: nn.Module, kind: type[nn.Module]) -> bool:
     return (
         not is_exported()
         and type(module) is kind
-        and not any(getattr(module, name) for name in _HOOKS)
+        and not any(_act(getattr(module, name)) for name in _HOOKS)
         and "forward" not in module.__dict__  # which accelerate's offloading sets
         and not _has_any_global_hook()
     )
@@ -210,7 +210,9 @@ class Footprint:
         return [*children, *(each.get(name) for each, name in self._attributes)]
 
     def _read(self) -> tuple:
-        hooked = any(self._hooks) or _has_any_global_hook() or any("forward" in each for each in self._inside)
+        hooked = (
+            any(map(_act, self._hooks)) or _has_any_global_hook() or any("forward" in each for each in self._inside)
+        )
         types = [type(module) for module in self._modules]
         return hooked, types, [*map(id, self._values())], self._places()
 
@@ -224,7 +226,14 @@ class Footprint:
             return None
 
 
+def _act(hooks: dict[int, Callable]) -> bool:
+    """Whether hooks do something: those that transformers leaves on modules record outputs only while it asks."""
+    return bool(hooks) and any(getattr(hook, "__module__", None) != _RECORDER for hook in hooks.values())
+
+
+_RECORDER = "transformers.utils.output_capturing"
+
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 # Of modules that this library computes by itself.
-_ATTRIBUTES = ("eps", "scale", "num_attention_heads", "packed")
+_ATTRIBUTES = ("eps", "scale", "scaling", "num_attention_heads", "packed")

@@ -1,19 +1,21 @@
-"""`optimize` and `restore`: a model's weights in the form that is fastest or smallest for inference."""
+"""`optimize` and `restore`: models of transformers on our layers, and weights in another form for inference."""
 
 import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
-from . import modes
+from . import families, modes
 from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, leave_file, linear_kind, places
 from .inference_gpu import DTYPES, GPU_LINEARS, ScaledLinear, gpu_objection
 from .matmul import fastest
-from .modeling import ErnieMModel, ErnieMPreTrainedModel
+from .modeling import ErnieMModel
 from .native import packed
 
 _LOG = logging.getLogger(__name__)
@@ -22,7 +24,7 @@ _REMEDY = (
     "Load the model again; or pass keep=True to erniem_fast.optimize, which keeps the original weights in memory too."
 )
 
-Model = TypeVar("Model", bound=ErnieMPreTrainedModel)
+Model = TypeVar("Model")
 
 
 @dataclass
@@ -39,17 +41,24 @@ class _Original:
 
 
 def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Model:
-    """Changes the form in which a model holds its weights, for inference; in place.
+    """Makes encoders faster: models of transformers compute no padding, and weights can change their form; in place.
 
-    The linears of the layers are replaced, on a CPU in `bfloat16` and `int8` the word table too. All else stays as it
-    is: the pooler and heads, layer norms, softmax and residuals. Modules that have hooks or adapters, that were
-    replaced, or that share their weight with others stay too, on a GPU also those whose numbers of features are no
-    multiples of 16 in `float8` and of 8 in `int8`; a line of the log names them. The parameters of embeddings and
-    layers are frozen, because no gradient flows through these weights.
+    XLM-RoBERTa, RoBERTa, CamemBERT and BERT models of transformers run on this package's layers, in inference and in
+    training. The object, its parameters and its config stay; the classes of bare models, encoders and layers become
+    subclasses of transformers' own. Hidden states are then zeros at padding, except in the first column. Calls that
+    these layers do not serve run by transformers' own forward, and a line of the log says why.
+
+    With `weights`, for inference, the linears of the layers are replaced, on a CPU in `bfloat16` and `int8` the word
+    table too. All else stays as it is: the pooler and heads, layer norms, softmax and residuals. Modules that have
+    hooks or adapters, that were replaced, or that share their weight with others stay too, on a GPU also those whose
+    numbers of features are no multiples of 16 in `float8` and of 8 in `int8`; a line of the log names them. The
+    parameters of embeddings and layers are frozen, because no gradient flows through these weights.
 
     Args:
-        model: an ERNIE-M model of this package, with or without a head; in float32 on the CPU, for `int8` and `float8`
-            in bfloat16 or float16 on an NVIDIA GPU.
+        model: an ERNIE-M model of this package or a model of transformers of the families above, bare or with a head;
+            or an object that contains such models: a module, as a `SentenceTransformer` is, or one with a module in an
+            attribute, as a pipeline has. With `weights` in float32 on the CPU, for `int8` and `float8` in bfloat16 or
+            float16 on an NVIDIA GPU.
         weights: None leaves the weights as they are.
             `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
             weights as they are take no longer on this machine, the weights stay as they are.
@@ -61,22 +70,41 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         keep: whether to keep rounded weights' originals in memory, for `restore`.
 
     Returns:
-        The model.
+        The same object.
 
     Raises:
-        TypeError: the model is not one of this package's.
+        TypeError: there is no such model in the object.
         ValueError: `weights` is unknown, or the device has no products in this form; or the model was optimised before,
             or is in another dtype or on another device than this form takes.
     """
-    _check(model, weights)
-    if weights is None:
-        return model
+    found = _encoders(model)
+    added = [bare for bare in found if families.packed_class(bare) is not None]
+    for bare in added:
+        families.pack(bare)
+    try:
+        for bare in found:
+            _check(bare, weights)
+    except ValueError:
+        for bare in added:
+            families.unpack(bare)
+        raise
     if weights == "packed" and fastest.packing() is None:
         _LOG.warning("The weights stay as they are: this machine multiplies no faster by packed ones.")
-        return model
-    bare = model.base_model
+    elif weights is not None:
+        uses = _uses(model)
+        for bare in found:
+            _change_weights(bare, weights, keep, uses)
+        for root in _roots(model):
+            leave_file(root)
+        if weights != "packed":
+            _refuse_saving(model, weights)
+    return model
+
+
+def _change_weights(bare: nn.Module, weights: str, keep: bool, uses: Counter) -> None:
+    """Replaces the modules of a bare model whose weights change their form."""
     kinds = _kinds(weights, bare.device)
-    modules = _replaceable(model, kinds)
+    modules = _replaceable(bare, kinds, uses)
     bare.originals, bare.trained = {}, freeze(bare)
     for name, module in modules.items():
         kind = kinds[type(module)]
@@ -86,41 +114,49 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         bare.originals[name] = original
         if lost or weights == "packed":
             module.weight = None
-    leave_file(model)
-    return model
 
 
 def restore(model: Model) -> Model:
-    """Undoes `optimize`: the modules that it replaced come back, with the very bits that their weights had; in place.
+    """Undoes `optimize`: classes and modules are the former ones, with the very bits that weights had; in place.
 
     Rounded weights do not tell what they were rounded from. Unless `keep=True` kept the originals, they are read again
     from the checkpoint that the model was loaded from, `model.name_or_path`. If the model had other weights when it was
     optimised, as after fine-tuning, the model stays as it is, and an error says so.
 
     Args:
-        model: the model that `optimize` took. One that is not optimised is left as it is.
+        model: the object that `optimize` took. A model that is not optimised is left as it is.
 
     Returns:
-        The model.
+        The same object.
 
     Raises:
-        TypeError: the model is not one of this package's.
+        TypeError: there is no model in the object that `optimize` takes.
         ValueError: the original weights are not in the checkpoint; or the model was loaded with int8 weights; or a
             module was replaced since.
     """
-    _check_family(model)
-    bare = model.base_model
+    found = _encoders(model)
+    for bare in found:
+        _restore_weights(bare)
+    for bare in filter(families.is_packed, found):
+        families.unpack(bare)
+    for each in _holders(model):
+        vars(each).pop("save_pretrained", None)
+    return model
+
+
+def _restore_weights(bare: nn.Module) -> None:
+    """Puts the modules of a bare model back that `_change_weights` replaced."""
     if not hasattr(bare, "originals"):
         loaded = inference_module(bare)
         if loaded is not None:
             raise ValueError(
                 f"The model was loaded with {loaded.weights} weights; load its original checkpoint instead."
             )
-        return model
+        return
     for name in bare.originals:
         if not isinstance(bare.get_submodule(name), InferenceModule):
             raise ValueError(f"{name} was replaced since erniem_fast.optimize; undo that before erniem_fast.restore.")
-    read = _read_again(model, {name: each.digest for name, each in bare.originals.items() if each.digest is not None})
+    read = _read_again(bare, {name: each.digest for name, each in bare.originals.items() if each.digest is not None})
     for name, original in bare.originals.items():
         module, current = original.module, bare.get_submodule(name)
         if module.weight is None:
@@ -134,18 +170,64 @@ def restore(model: Model) -> Model:
         if name in parameters:
             parameters[name].requires_grad_(True)
     del bare.originals, bare.trained
-    return model
+
+
+# --- Which models are taken ------------------------------------------------------------------------------------------
+
+
+def _roots(model: object) -> list[nn.Module]:
+    """The modules of an object: itself, or those in its attributes, as in a pipeline of transformers."""
+    held = [model] if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
+    return [each for each in held if isinstance(each, nn.Module)]
+
+
+def _encoders(model: object) -> list[nn.Module]:
+    """The bare models in an object that are taken.
+
+    Raises:
+        TypeError: there are none.
+    """
+    modules = list(dict.fromkeys(module for root in _roots(model) for module in root.modules()))
+    found = [module for module in modules if _is_taken(module)]
+    if not found:
+        seen = {type(each).__name__: families.refusal(each) for each in modules if isinstance(each, PreTrainedModel)}
+        contents = f"contains {', '.join(seen)}" if seen else "contains no model of transformers"
+        reasons = "".join(f" {name} is not taken because {why}." for name, why in seen.items() if why)
+        raise TypeError(
+            f"model is a {type(model).__module__}.{type(model).__qualname__}, which {contents}.{reasons} "
+            f"erniem_fast.optimize and restore take {families.TAKEN}, not subclasses of these, with or without a head "
+            f"and inside of other objects. Pass one of these, or an object whose attributes hold one."
+        )
+    return found
+
+
+def _is_taken(module: nn.Module) -> bool:
+    return isinstance(module, ErnieMModel) or families.is_taken(module)
+
+
+# --- What is not saved -----------------------------------------------------------------------------------------------
+
+
+def _holders(model: object) -> list[PreTrainedModel]:
+    """The models of transformers' classes in an object that hold an encoder, bare and with heads."""
+    inside = [module for root in _roots(model) for module in root.modules() if isinstance(module, PreTrainedModel)]
+    return [each for each in inside if any(map(families.is_taken, each.modules()))]
+
+
+def _refuse_saving(model: object, weights: str) -> None:
+    """Lets models refuse to save rounded weights, which transformers would load as if they were the original ones."""
+    for each in _holders(model):
+        each.save_pretrained = partial(_raise_unsaved, weights)
+
+
+def _raise_unsaved(weights: str, *_: object, **__: object) -> None:
+    raise RuntimeError(
+        f"A model of transformers with {weights} weights cannot be saved, because transformers would load them as if "
+        f"they were the original ones; call erniem_fast.restore(model) first."
+    )
 
 
 # --- What can be replaced --------------------------------------------------------------------------------------------
-
-
-def _check_family(model: nn.Module) -> None:
-    if not isinstance(model, ErnieMPreTrainedModel) or not isinstance(model.base_model, ErnieMModel):
-        raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__qualname__}; erniem_fast.optimize and restore take "
-            f"ErnieMModel and its heads (ErnieMFor…). Pass such a model, from inside of what wraps it."
-        )
 
 
 def _kinds(weights: str, device: torch.device) -> dict[type[nn.Module], type[InferenceModule]]:
@@ -156,36 +238,35 @@ def _kinds(weights: str, device: torch.device) -> dict[type[nn.Module], type[Inf
     return {nn.Linear: linear_kind(weights), **table}
 
 
-def _check(model: nn.Module, weights: str | None) -> None:
-    _check_family(model)
+def _check(bare: nn.Module, weights: str | None) -> None:
     forms = dict.fromkeys([*LINEARS, *GPU_LINEARS])
     if weights not in (None, *forms):
         raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, forms))}.")
-    present = inference_module(model)
+    present = inference_module(bare)
     if present is not None:
         raise ValueError(f"The model has {present.weights} weights already; call erniem_fast.restore(model) first.")
     if weights is None:
         return
-    device = model.base_model.device
+    device = bare.device
     if issubclass(_kinds(weights, device)[nn.Linear], ScaledLinear):
         reason = gpu_objection(weights, device)
         if reason is not None:
             raise ValueError(f"weights={weights!r} {reason}")
         wanted, remedy = f"in bfloat16 or float16 on {device}", "dtype=torch.bfloat16, or call model.bfloat16()"
-        _check_place(model, weights, DTYPES, device, wanted, remedy)
+        _check_place(bare, weights, DTYPES, device, wanted, remedy)
         return
     wanted, remedy = "in float32 on the CPU", "dtype=torch.float32, or call model.float().cpu()"
-    _check_place(model, weights, (torch.float32,), torch.device("cpu"), wanted, remedy)
+    _check_place(bare, weights, (torch.float32,), torch.device("cpu"), wanted, remedy)
     reason = bfloat16_objection() if weights == "bfloat16" else None
     if reason is not None:
         raise ValueError(f"weights='bfloat16' is not for this machine: {reason}; use weights='int8' or 'packed'.")
 
 
 def _check_place(
-    model: nn.Module, weights: str, dtypes: tuple[torch.dtype, ...], device: torch.device, wanted: str, remedy: str
+    bare: nn.Module, weights: str, dtypes: tuple[torch.dtype, ...], device: torch.device, wanted: str, remedy: str
 ) -> None:
     """Refuses a model with a weight in another dtype or on another device."""
-    for name, module in places(model.base_model).items():
+    for name, module in places(bare).items():
         weight = getattr(module, "weight", None)
         if isinstance(weight, Tensor) and not (weight.dtype in dtypes and weight.device == device):
             raise ValueError(
@@ -202,12 +283,18 @@ def bfloat16_objection() -> str | None:
     return None if has_products else "the native library is not built, and oneDNN is missing or off"
 
 
+def _uses(model: object) -> Counter:
+    """How often each parameter is part of a module of an object, by its id."""
+    return Counter(
+        id(parameter) for root in _roots(model) for _, parameter in root.named_parameters(remove_duplicate=False)
+    )
+
+
 def _replaceable(
-    model: ErnieMPreTrainedModel, kinds: dict[type[nn.Module], type[InferenceModule]]
+    bare: nn.Module, kinds: dict[type[nn.Module], type[InferenceModule]], uses: Counter
 ) -> dict[str, nn.Module]:
     """The modules to replace, by their names in the bare model. The log names those that stay."""
-    uses = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
-    candidates = places(model.base_model)
+    candidates = places(bare)
     if nn.Embedding not in kinds:
         candidates = {name: each for name, each in candidates.items() if not isinstance(each, nn.Embedding)}
     kind, reasons = kinds[nn.Linear], "hooked, adapted, replaced or shared"
@@ -240,25 +327,26 @@ def _digest(weight: Tensor) -> str:
     return hashlib.sha256(weight.detach().contiguous().view(torch.uint8).cpu().numpy().data).hexdigest()
 
 
-def _read_again(model: ErnieMPreTrainedModel, digests: dict[str, str]) -> dict[str, Tensor]:
-    """The weights with these digests, by their modules' names, from the model's checkpoint.
+def _read_again(bare: nn.Module, digests: dict[str, str]) -> dict[str, Tensor]:
+    """The weights with these digests, by their modules' names, from the bare model's checkpoint.
 
     Raises:
         ValueError: they are not there.
     """
     if not digests:
         return {}
-    path = model.name_or_path
+    path = bare.name_or_path
     if not path:
         raise ValueError(
             f"The original weights are lost, because the model was not loaded from a checkpoint. {_REMEDY}"
         )
     try:
-        with torch.random.fork_rng(devices=[]):  # a head that is not in the checkpoint is drawn
-            loaded = type(model).from_pretrained(path, dtype=model.dtype)
+        with torch.random.fork_rng(devices=[]):  # a pooler that is not in the checkpoint is drawn
+            kind = families.stock_class(type(bare)) if families.is_packed(bare) else type(bare)
+            loaded = kind.from_pretrained(path, dtype=bare.dtype)
     except (OSError, RuntimeError, ValueError) as error:
         raise ValueError(f"The original weights cannot be read from {path!r}: {error} {_REMEDY}") from error
-    parameters = dict(loaded.base_model.named_parameters())
+    parameters = dict(loaded.named_parameters())
     weights = {name: parameters.get(f"{name}.weight") for name in digests}
     changed = [name for name, each in weights.items() if each is None or _digest(each) != digests[name]]
     if changed:

@@ -1,0 +1,120 @@
+"""Forms of weights: what is near float32, what comes back, and what is refused."""
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForMaskedLM, XLMRobertaForSequenceClassification, XLMRobertaModel
+
+import erniem_fast
+from erniem_fast.inference import LINEARS, InferenceEmbedding, InferenceModule, linear_kind
+from tests.families.tiny import ATTENTION_MASK, FAMILIES, IDS, REAL_TOKENS, make
+from tests.model.test_optimize import COSINES, assert_same_state, bits, every_form, packing_pays
+
+__all__ = ["packing_pays"]  # a fixture
+
+INPUTS = {"input_ids": IDS, "attention_mask": ATTENTION_MASK}
+
+
+@torch.inference_mode()
+def states(model, **changes):
+    return model(**INPUTS, **changes).last_hidden_state
+
+
+@every_form
+@pytest.mark.parametrize("family", FAMILIES)
+def test_it_is_near_float32(family, weights):
+    """Rounding errors of these weights are larger than trained ones', and so are the bounds."""
+    model = make(family)
+    exact = states(model)
+    erniem_fast.optimize(model, weights)
+    result = states(model)
+    assert torch.cosine_similarity(result[REAL_TOKENS], exact[REAL_TOKENS], dim=-1).min() > 3 * COSINES[weights] - 2
+    assert not any(type(module) is nn.Linear for module in model.encoder.modules())
+    assert isinstance(model.embeddings.word_embeddings, InferenceEmbedding) == (weights != "packed")
+    assert isinstance(model.encoder.layer[1].output.dense, linear_kind(weights))
+
+
+@every_form
+@pytest.mark.parametrize("keep", [True, False])
+def test_restore_gives_the_very_bits(weights, keep, tmp_path):
+    """Read again from the checkpoint of a head, unless they are kept."""
+    make(model_class=XLMRobertaForSequenceClassification).save_pretrained(tmp_path)
+    model = XLMRobertaForSequenceClassification.from_pretrained(tmp_path).eval()
+    state, names = bits(model), vars(model).keys() | vars(model.roberta).keys()
+    erniem_fast.optimize(model, weights, keep=keep)
+    assert not any(each.requires_grad for each in model.roberta.parameters())
+    erniem_fast.restore(copy.deepcopy(model))
+    assert erniem_fast.restore(model) is model
+    assert_same_state(model, state)
+    assert vars(model).keys() | vars(model.roberta).keys() == names
+    assert type(model.roberta) is XLMRobertaModel
+    assert all(each.requires_grad for each in model.parameters())
+
+
+def test_lost_weights_are_told():
+    model = erniem_fast.optimize(make(), "int8")
+    with pytest.raises(ValueError, match="keep=True"):
+        erniem_fast.restore(model)
+    assert isinstance(model.encoder.layer[0].output.dense, InferenceModule)
+
+
+@every_form
+def test_saving(weights, tmp_path):
+    """Rounded weights are not saved, because transformers would take them for the original ones."""
+    for model_class in (XLMRobertaModel, XLMRobertaForSequenceClassification):
+        stock, model = make(model_class=model_class), make(model_class=model_class)
+        holder = nn.Sequential(model)
+        erniem_fast.optimize(holder, weights, keep=True)
+        if weights == "packed":
+            model.save_pretrained(tmp_path / model_class.__name__)
+        else:
+            for each in (model, copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+                with pytest.raises(RuntimeError, match=rf"with {weights} weights cannot be saved.*restore"):
+                    each.save_pretrained(tmp_path)
+            erniem_fast.restore(holder)
+            model.save_pretrained(tmp_path / model_class.__name__)
+        assert_same_state(model_class.from_pretrained(tmp_path / model_class.__name__), bits(stock))
+
+
+@every_form
+def test_what_falls_back_computes_with_these_weights_too(weights, caplog):
+    with caplog.at_level(logging.WARNING, "erniem_fast"):
+        model = erniem_fast.optimize(make(attn_implementation="eager"), weights)
+        # A value on the edge between two levels may go to the other one.
+        torch.testing.assert_close(
+            states(model, output_attentions=True)[REAL_TOKENS], states(model)[REAL_TOKENS], rtol=0, atol=0.1
+        )
+    assert "output_attentions" in caplog.text
+
+
+@every_form
+def test_a_change_of_dtype_is_refused_before_a_tensor_has_changed(weights):
+    model = erniem_fast.optimize(make(), weights)
+    with pytest.raises(RuntimeError, match=rf"{weights} weights stays in float32"):
+        model.half()
+    assert {each.dtype for each in model.parameters()} == {torch.float32}
+
+
+def test_a_word_table_that_a_head_shares_stays(caplog):
+    model = erniem_fast.optimize(make("bert", model_class=BertForMaskedLM), "int8", keep=True)
+    assert type(model.bert.embeddings.word_embeddings) is nn.Embedding
+    assert "embeddings.word_embeddings" in caplog.text
+    assert isinstance(model.bert.encoder.layer[0].output.dense, LINEARS["int8"])
+
+
+def test_several_encoders():
+    both = nn.ModuleList([make("bert"), make()])
+    erniem_fast.optimize(both, "int8", keep=True)
+    assert all(isinstance(model.encoder.layer[0].output.dense, LINEARS["int8"]) for model in both)
+    with pytest.raises(ValueError, match="has int8 weights already"):
+        erniem_fast.optimize(both, "int8")
+
+
+def test_training_is_refused():
+    model = erniem_fast.optimize(make(), "int8")
+    with pytest.raises(RuntimeError, match=r"cannot be trained.*restore"):
+        model.train()(**INPUTS)

@@ -35,6 +35,7 @@ ALL = (
     OURS,
     ORIGINAL,
     _peer("XLM-R SDPA", RIVALS, "transformers5", "sdpa", trains=True),
+    _peer("XLM-R, optimize", OURS_PYTHON, "transformers5", "sdpa", "optimize", trains=True),
     OPTIMIZED["packed"],
     _peer("CTranslate2", RIVALS, "ctranslate2_peer", "float32", weights="packed"),
     _peer("OpenVINO", RIVALS, "openvino_peer", "openvino", weights="packed"),

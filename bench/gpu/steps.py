@@ -17,6 +17,7 @@ import threading
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import triton
@@ -154,18 +155,8 @@ def run(step: Step, limit: float) -> Outcome:
 
 def run_process(step: Step, limit: float) -> Outcome:
     """Runs a step's command, whose output goes to this process's, and ends what it leaves behind."""
-    start = time.monotonic()
-    environment = {**os.environ, "PYTHONUNBUFFERED": "1"}
-    process = subprocess.Popen(
-        [sys.executable, *step.command],
-        cwd=ROOT,
-        env=environment,
-        start_new_session=True,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-    )
+    begun = time.monotonic()
+    process = start(step.command)
     lines = [""]
     reader = threading.Thread(target=echo, args=(process.stdout, lines), daemon=True)
     reader.start()
@@ -178,7 +169,22 @@ def run_process(step: Step, limit: float) -> Outcome:
     finally:
         end_group(process)
     reader.join()
-    return Outcome(step.name, verdict, time.monotonic() - start, lines[0])
+    return Outcome(step.name, verdict, time.monotonic() - begun, lines[0])
+
+
+def start(command: Sequence[str]) -> subprocess.Popen:
+    """A process of Python with these arguments; it can be interrupted even if this one runs in the background."""
+    return subprocess.Popen(
+        [sys.executable, *command],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONUNBUFFERED": "1"},
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells let such processes ignore it
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        errors="replace",
+    )
 
 
 def echo(stream, last: list[str]) -> None:

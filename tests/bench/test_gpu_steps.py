@@ -78,7 +78,7 @@ except KeyboardInterrupt:
     pathlib.Path(sys.argv[2]).write_text("figures")
 """
     begun, kept = tmp_path / "begun", tmp_path / "kept"
-    process = subprocess.Popen([sys.executable, "-c", code, begun, kept], start_new_session=True)
+    process = steps.start(["-c", code, begun, kept])
     while not begun.exists():
         time.sleep(0.01)
     steps.interrupt(process)

@@ -217,11 +217,12 @@ class Footprint:
         return hooked, types, [*map(id, self._values())], self._places()
 
     def _places(self) -> list[tuple] | None:
-        """Where each weight lies, and how it is read there; None if one has no address."""
+        """Which each weight is, where it lies and how it is read there; None if one has no address."""
         weights = [weight for each in self._tensors for weight in each.values() if weight is not None]
         try:
-            # A part of a weight, or its transpose, may start where the weight did.
-            return [(type(each), each.data_ptr(), each.dtype, each.shape, each.stride()) for each in weights]
+            # A part of a weight, or its transpose, may start where the weight did. And another tensor may hold the
+            # same numbers, as `nn.Parameter(weight.data)` does: gradients are due to the one that the module has now.
+            return [(id(each), type(each), each.data_ptr(), each.dtype, each.shape, each.stride()) for each in weights]
         except RuntimeError:
             return None
 

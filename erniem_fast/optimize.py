@@ -40,6 +40,7 @@ class _Original:
     digest: str | None
 
 
+@torch.inference_mode(False)  # tensors made in inference mode could never be trained again
 def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Model:
     """Makes encoders faster: models of transformers compute no padding, and weights can change their form; in place.
 
@@ -116,6 +117,7 @@ def _change_weights(bare: nn.Module, weights: str, keep: bool, uses: Counter) ->
             module.weight = None
 
 
+@torch.inference_mode(False)
 def restore(model: Model) -> Model:
     """Undoes `optimize`: classes and modules are the former ones, with the very bits that weights had; in place.
 

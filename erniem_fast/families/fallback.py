@@ -98,7 +98,7 @@ def _in_modules(model: PreTrainedModel) -> str | None:
     if not _is_stock(model.embeddings, stock):
         return "its embeddings were replaced or hooked"
     if not _has_plain_dropouts([model.embeddings.dropout]):
-        return "the dropout of its embeddings was replaced"
+        return "the dropout of its embeddings was replaced or hooked"
     for index, layer in enumerate(encoder.layer):
         if not modes.is_untouched(layer, encoder.layer_kind):
             return f"layer {index} was replaced, wrapped or hooked"
@@ -108,7 +108,7 @@ def _in_modules(model: PreTrainedModel) -> str | None:
             if not _is_stock(part, stock):
                 return f"{name} of layer {index} was replaced or hooked"
         if not _has_plain_dropouts(layer.dropouts()):
-            return f"a dropout of layer {index} was replaced"
+            return f"a dropout of layer {index} was replaced or hooked"
         if _has_distributed_weights(layer):
             return f"the weights of layer {index} are distributed (DTensor)"
     return None
@@ -129,7 +129,10 @@ def _is_stock(module: object, stock: str) -> bool:
 
 
 def _has_plain_dropouts(modules: Iterable[nn.Module | None]) -> bool:
-    return all(type(each) in (nn.Dropout, nn.Identity, type(None)) for each in modules)
+    return all(
+        each is None or (type(each) in (nn.Dropout, nn.Identity) and modes.is_untouched(each, type(each)))
+        for each in modules
+    )
 
 
 def _has_distributed_weights(layer: nn.Module) -> bool:

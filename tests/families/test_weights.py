@@ -118,3 +118,16 @@ def test_training_is_refused():
     model = erniem_fast.optimize(make(), "int8")
     with pytest.raises(RuntimeError, match=r"cannot be trained.*restore"):
         model.train()(**INPUTS)
+
+
+def test_what_inference_mode_surrounds_can_be_trained_later():
+    """The weights of pooler and heads beside packed ones, and all after `restore`."""
+    model = make("bert", BertForMaskedLM)
+    with torch.inference_mode():
+        erniem_fast.optimize(model, "packed")
+    assert not any(parameter.is_inference() for parameter in model.parameters())
+    model.cls.train()(model(**INPUTS, output_hidden_states=True).hidden_states[-1]).sum().backward()
+    with torch.inference_mode():
+        erniem_fast.restore(model)
+    model.train()(**INPUTS).logits.square().sum().backward()
+    assert model.bert.encoder.layer[0].output.dense.weight.grad is not None

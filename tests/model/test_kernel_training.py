@@ -6,7 +6,9 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import nn
 from torch.autograd.graph import save_on_cpu
+from torch.func import functional_call
 
 from erniem_fast import one_call
 from erniem_fast.flags import use_implementations
@@ -155,3 +157,20 @@ def test_what_needs_modules_or_ops_goes_op_by_op(calls, monkeypatch):
     other.encoder.layers[1].linear1.register_forward_hook(lambda *_: None)
     gradients(other, inputs)
     assert calls == [7] * (LAYERS - 1)
+
+
+def test_gradients_are_of_the_parameters_that_a_model_has_now(calls):
+    """Not of those before that held the same numbers in the same memory."""
+    model, inputs = make_model().train(), make_input([7])
+    expected = gradients(model, inputs)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(parameter.data))
+    assert_same(gradients(model, inputs), expected)
+    for _ in range(2):
+        given = {name: each.detach().requires_grad_() for name, each in model.named_parameters()}
+        torch.manual_seed(3)
+        output = functional_call(model, given, kwargs=inputs).last_hidden_state
+        (output * torch.linspace(-1, 1, output.shape[-1])).square().sum().backward()
+        assert_same({"loss": expected["loss"], **{name: each.grad for name, each in given.items()}}, expected)
+    assert len(calls) == 4 * LAYERS

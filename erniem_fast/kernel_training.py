@@ -5,7 +5,6 @@ of their own: on an H100, steps of 64 sentences took longer on the host than on 
 (bench/results/nvidia-h100-80gb-hbm3).
 """
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -13,10 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import FunctionCtx
 
-from . import flags, modes
-from .batch import Sequences
+from . import flags, modes, ops
+from .batch import Sequences, TokenBatch
 from .dropout import Dropout
 from .kernel_layers import LayerParameters, contiguous, kernels
+from .ops import Product
 from .ops.triton import on_device
 from .reference import NormScale
 
@@ -35,37 +35,31 @@ class _Call(NamedTuple):
 
     Attributes:
         layer: the parameters.
-        sequences, dropouts: of the batch.
-        op_by_op: computes the layer's result from the same input by its ops.
+        sequences: the batch's, as kernels read them.
+        dropouts: the layer's, likewise.
+        batch: the tokens.
         settings: the flags' values.
     """
 
     layer: LayerParameters
     sequences: Sequences
     dropouts: LayerDropouts
-    op_by_op: Callable[[Tensor], Tensor]
+    batch: TokenBatch
     settings: flags.Settings
 
 
-def run(
-    layer: LayerParameters,
-    x: Tensor,
-    sequences: Sequences,
-    dropouts: LayerDropouts,
-    op_by_op: Callable[[Tensor], Tensor],
-) -> Tensor:
+def run(layer: LayerParameters, x: Tensor, batch: TokenBatch, dropouts: LayerDropouts) -> Tensor:
     """The layer's result, `(tokens, hidden)`, for whose gradients one function of autograd is recorded.
 
     Args:
         layer: the parameters, as `KernelLayers` takes them.
         x: `(tokens, hidden)`, in the parameters' dtype and on their device.
-        sequences, dropouts: of the batch.
-        op_by_op: computes the same by the layer's ops; for gradients of gradients, which the ops refuse by name, and
-            for maps over gradients.
+        batch: the tokens.
+        dropouts: the layer's.
     """
-    sequences = Sequences._make(contiguous(sequences))
+    sequences = Sequences._make(contiguous(batch.sequences))
     dropouts = LayerDropouts._make(each and Dropout._make(contiguous(each)) for each in dropouts)
-    call = _Call(layer, sequences, dropouts, op_by_op, flags.snapshot())
+    call = _Call(layer, sequences, dropouts, batch, flags.snapshot())
     return _Layer.apply(call, x.contiguous(), *_trained(layer))
 
 
@@ -166,11 +160,23 @@ def _gradients(
 
 
 def _op_by_op(call: _Call, x: Tensor, grad: Tensor, needed: tuple[bool, ...]) -> list[Tensor | None]:
-    """The same gradients through the layer's ops, which run again."""
+    """The same gradients by ops, which run again: they refuse gradients of gradients by name, and serve maps."""
     create_graph = torch.is_grad_enabled()
     with torch.enable_grad(), flags.held(call.settings):
         leaf = x.detach().requires_grad_(needed[0])
-        out = call.op_by_op(leaf)
+        out = _run_ops(call, leaf)
         inputs = [each for each, wanted in zip((leaf, *_trained(call.layer)), needed, strict=True) if wanted]
         grads = iter(torch.autograd.grad(out, inputs, grad, create_graph=create_graph))
     return [next(grads) if wanted else None for wanted in needed]
+
+
+def _run_ops(call: _Call, x: Tensor) -> Tensor:
+    layer, dropouts = call.layer, call.dropouts
+    qkv = F.linear(x, *(torch.cat(parts) for parts in zip(*layer.qkv, strict=True)))
+    context = ops.attention(qkv, call.batch, layer.heads, layer.scale, dropouts.attention)
+    product = Product(F.linear(context, layer.out.weight), layer.out.bias)
+    attended = ops.add_norm(x, product, layer.norm1, dropouts.after_attention)
+    product = Product(F.linear(attended, layer.up.weight), layer.up.bias)
+    activated = ops.bias_gelu(product, layer.activation, dropouts.after_activation)
+    product = Product(F.linear(activated, layer.down.weight), layer.down.bias)
+    return ops.add_norm(attended, product, layer.norm2, dropouts.after_feed_forward)

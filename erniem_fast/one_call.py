@@ -64,25 +64,18 @@ def run(owner: nn.Module, hidden: Tensor, batch: TokenBatch) -> Tensor | None:
     return None if layers is None else layers(hidden, batch.sequences)
 
 
-def run_with_gradients(
-    owner: nn.Module,
-    hidden: Tensor,
-    batch: TokenBatch,
-    dropouts: LayerDropouts,
-    op_by_op: Callable[[Tensor], Tensor],
-) -> Tensor | None:
+def run_with_gradients(owner: nn.Module, hidden: Tensor, batch: TokenBatch, dropouts: LayerDropouts) -> Tensor | None:
     """The result of a layer as one function of autograd; None if it would not give the numbers of the modules.
 
     Args:
         owner, hidden, batch: as for `run`; `owner` is one layer.
         dropouts: the layer's.
-        op_by_op: computes the layer's result from `hidden` by its ops.
     """
     plain = torch.is_grad_enabled() and modes.is_plain_call(hidden) and flags.read(flags.RECOMPUTE) == "0"
     layers = _layers(owner, hidden) if plain and _maker(hidden) is _kernel_layers else None
     if layers is None:
         return None
-    return kernel_training.run(layers.layers[0], hidden, batch.sequences, dropouts, op_by_op)
+    return kernel_training.run(layers.layers[0], hidden, batch, dropouts)
 
 
 def _layers(owner: nn.Module, hidden: Tensor) -> AnyLayers | None:

@@ -115,6 +115,13 @@ def _change_weights(bare: nn.Module, weights: str, keep: bool, uses: Counter) ->
         bare.originals[name] = original
         if lost or weights == "packed":
             module.weight = None
+    _forget_calls(bare)
+
+
+def _forget_calls(bare: nn.Module) -> None:
+    """Drops what calls have prepared, which keeps weights in memory."""
+    for module in bare.modules():
+        vars(module).pop("prepared", None)
 
 
 @torch.inference_mode(False)
@@ -172,6 +179,7 @@ def _restore_weights(bare: nn.Module) -> None:
         if name in parameters:
             parameters[name].requires_grad_(True)
     del bare.originals, bare.trained
+    _forget_calls(bare)
 
 
 # --- Which models are taken ------------------------------------------------------------------------------------------

@@ -7,7 +7,6 @@ that a hook or any other module receives or returns is not overwritten, because 
 """
 
 from collections.abc import Callable, Sequence
-from functools import partial
 from itertools import chain
 from operator import attrgetter
 from typing import ClassVar, NamedTuple
@@ -126,8 +125,7 @@ class PostLNLayer(nn.Module):
             if head_mask is scores_bias is None and not options.output_attentions:
                 whole = one_call.run(self, hidden, batch) if seeds is None else None
                 if whole is None:
-                    op_by_op = partial(self._op_by_op, batch=batch, dropouts=dropouts)
-                    whole = one_call.run_with_gradients(self, hidden, batch, dropouts, lambda x: op_by_op(x)[0])
+                    whole = one_call.run_with_gradients(self, hidden, batch, dropouts)
                 if whole is not None:
                     return whole, None
             return self._op_by_op(hidden, batch, dropouts, head_mask, scores_bias, options)

@@ -174,3 +174,17 @@ def test_gradients_are_of_the_parameters_that_a_model_has_now(calls):
         (output * torch.linspace(-1, 1, output.shape[-1])).square().sum().backward()
         assert_same({"loss": expected["loss"], **{name: each.grad for name, each in given.items()}}, expected)
     assert len(calls) == 4 * LAYERS
+
+
+def test_maps_over_gradients_of_parameters_that_a_call_borrows(calls):
+    """The modules have their own again when the backward runs."""
+    model, inputs = make_model().train(), make_input([7])
+    borrowed = {name: each.detach() * 1.1 for name, each in model.named_parameters()}
+    weight = borrowed["encoder.layers.1.linear1.weight"].requires_grad_()
+    torch.manual_seed(3)
+    out = torch.func.functional_call(model, borrowed, kwargs=inputs).last_hidden_state
+    grad = torch.randn_like(out)
+    (alone,) = torch.autograd.grad(out, weight, grad, retain_graph=True)
+    (batched,) = torch.autograd.grad(out, weight, grad[None], is_grads_batched=True)
+    assert (alone - batched[0]).abs().max() < 1e-5 * alone.abs().max()
+    assert len(calls) == LAYERS

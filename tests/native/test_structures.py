@@ -17,7 +17,13 @@ from erniem_fast.native.function import DTYPES, Structure
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
 MODULES = (add_norm, attention, bias_gelu, embeddings, layer, linear, products)
-STRUCTURES = [each for module in MODULES for each in vars(module).values() if isinstance(each, Structure)]
+STRUCTURES = [
+    each
+    for module in MODULES
+    for value in vars(module).values()
+    for each in (value.values() if isinstance(value, dict) else [value])
+    if isinstance(each, Structure)
+]
 POINTED = {
     torch.int64: "int64_t",
     torch.int32: "int32_t",

@@ -33,6 +33,9 @@ INPUTS = {
 }
 every_input = pytest.mark.parametrize("inputs", INPUTS.values(), ids=INPUTS)
 
+# Beside float64, transformers' gradients and ours were both off by up to 7e-6 of the largest, on a CPU without vectors.
+GRADIENTS = 2e-5
+
 
 def real_of(inputs):
     """What is compared: tokens that are attended to, and the first column."""
@@ -74,7 +77,7 @@ def test_gradients(family, inputs):
         ).sum()
         loss.backward()
         found.append(gradients(model))
-    assert_same_gradients(found[1], found[0])
+    assert_same_gradients(found[1], found[0], rtol=GRADIENTS)
 
 
 @pytest.mark.parametrize("inputs", [INPUTS["padding and holes"], INPUTS["embeds"]], ids=["ids", "embeds"])
@@ -88,7 +91,7 @@ def test_token_types(inputs):
         found.append((output, gradients(model)))
     (expected, expected_grads), (actual, grads) = found
     assert_same(actual, expected, real_of(inputs))
-    assert_same_gradients(grads, expected_grads)
+    assert_same_gradients(grads, expected_grads, rtol=GRADIENTS)
     assert (fast(**inputs).last_hidden_state - actual.last_hidden_state).abs().max() > 0.03
 
 

@@ -14,7 +14,7 @@ from transformers import BertModel, DynamicCache, XLMRobertaForCausalLM
 from transformers.modeling_outputs import BaseModelOutputWithPastAndCrossAttentions
 
 import erniem_fast
-from tests.families.tiny import ATTENTION_MASK, EMBEDS, IDS, REAL_TOKENS, both, make
+from tests.families.tiny import ATTENTION_MASK, EMBEDS, GRADIENTS, IDS, REAL_TOKENS, both, make
 from tests.model.tiny import assert_close, assert_same_gradients, gradients
 
 INPUTS = {"input_ids": IDS, "attention_mask": ATTENTION_MASK}
@@ -204,7 +204,7 @@ def test_gradient_checkpointing(reentrant, log):
         output.pooler_output.sum().backward()
         found.append((output.last_hidden_state, gradients(model)))
     assert_close(found[1][0], found[0][0])
-    assert_same_gradients(found[1][1], found[0][1])
+    assert_same_gradients(found[1][1], found[0][1], rtol=GRADIENTS)
     assert len(runs) == 2
     assert runs[0] == runs[1]
     assert len(runs[0]) == 2  # `(tokens, hidden)`
@@ -218,7 +218,7 @@ def test_checkpointing_of_what_falls_back():
         output = model(**INPUTS, output_attentions=True)
         output.pooler_output.sum().backward()
         found.append(gradients(model))
-    assert_same_gradients(found[1], found[0])
+    assert_same_gradients(found[1], found[0], rtol=GRADIENTS)
 
 
 def test_exports(log):
@@ -262,7 +262,7 @@ def test_distributed(process_group, log):
     replicated = nn.parallel.DistributedDataParallel(fast)
     replicated(**INPUTS).pooler_output.sum().backward()
     expected.pooler_output.sum().backward()
-    assert_same_gradients(gradients(fast), gradients(stock))
+    assert_same_gradients(gradients(fast), gradients(stock), rtol=GRADIENTS)
     assert_told(log)
     for layer in fast.encoder.layer:
         fully_shard(layer)

@@ -179,7 +179,7 @@ def start(command: Sequence[str]) -> subprocess.Popen:
         cwd=ROOT,
         env={**os.environ, "PYTHONUNBUFFERED": "1"},
         start_new_session=True,
-        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # shells let such processes ignore it
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # a shell's background processes ignore it
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

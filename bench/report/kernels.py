@@ -86,7 +86,7 @@ def plot(run: KernelRun, path: pathlib.Path) -> None:
         own = [result for result in results if result.contender == name]
         shares = [100 * result.floor / result.seconds.median for result in own]
         places = [lines.index(_line(result)) for result in own]
-        # Ours lies above its designs, one of which it is.
+        # On top, because one of the designs is what we run, and has the same point.
         axis.scatter(shares, places, color=COLOURS[index % len(COLOURS)], label=name, zorder=4 if name == OURS else 3)
     axis.set_yticks(range(len(lines)), lines)
     axis.invert_yaxis()

@@ -1,6 +1,6 @@
-"""The four ops, each of which chooses an implementation by its flag at every call, and is a custom op to torch.compile.
+"""The four ops. Every call runs the implementation that the op's flag asks for; torch.compile sees a custom op.
 
-Beside them: how inference on a GPU rounds the operands of products.
+Beside them stands the rounding to 8 bits, for products in inference on a GPU.
 """
 
 from .add_norm import add_norm

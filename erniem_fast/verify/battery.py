@@ -166,7 +166,7 @@ class Int8Check(ProductCheck):
 
 
 def _odd_rows(x: Tensor) -> Tensor:
-    """The rows, of which some are zeros, not finite, tiny, huge, of one sign, or two values; in place."""
+    """Makes some rows hard to round, in place: zeros, NaN and infinity, tiny or huge values, one sign, two values."""
     x[2::11] = 0.0
     x[3::11, x.shape[1] // 2] = nan
     x[4::11, -1] = -inf

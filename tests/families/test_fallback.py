@@ -70,7 +70,7 @@ def test_arguments(changes, reason, log):
     ],
 )
 def test_calls_that_transformers_refuses(changes, reason, log):
-    """With an error of its own, in other cases than with a cache."""
+    """What transformers then does, mostly to raise an error, is its own matter; the log has said why it runs."""
     with suppress(Exception):
         both("bert")[1](**{**INPUTS, **changes})
     assert_told(log, reason)

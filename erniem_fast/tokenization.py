@@ -21,14 +21,12 @@ from transformers.utils import PaddingStrategy, logging
 
 from . import truncation
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
+from .conversion.files import hub_options
 
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt", "sentencepiece_model_ckpt": "sentencepiece.bpe.model"}
 RESOURCE_FILES_NAMES = {"sentencepiece_model_file": "sentencepiece.bpe.model", "vocab_file": "vocab.txt"}
-
-# The arguments of `from_pretrained` that say where the files of a checkpoint are.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
 
 SPACE = "▁"  # SentencePiece's symbol for a space
 SURROGATES = re.compile("[\ud800-\udfff]")
@@ -765,10 +763,9 @@ def _as_example(item, is_split_into_words: bool) -> tuple:
 
 def _count_positions(source, kwargs: dict[str, Any]) -> int:
     """The number of tokens that the model of a checkpoint has positions for; a very large number if it is not known."""
-    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config = {}
     with contextlib.suppress(OSError):
-        config, _ = ErnieMConfig.get_config_dict(source, **options)
+        config, _ = ErnieMConfig.get_config_dict(source, **hub_options(kwargs))
     if config.get("model_type") != ErnieMConfig.model_type:
         return VERY_LARGE_INTEGER
     rows = config.get("max_position_embeddings", ErnieMConfig.max_position_embeddings)

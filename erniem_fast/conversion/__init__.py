@@ -1,0 +1,9 @@
+"""Checkpoints of other libraries and models: PaddleNLP's and Baidu's ERNIE-M, and XLM-RoBERTa.
+
+The classes of `modeling` read checkpoints through `paddle`, so nothing here imports them before it is called.
+"""
+
+from .paddle import save_as_paddle
+from .pickles import RefusedPickleError
+
+__all__ = ["RefusedPickleError", "save_as_paddle"]

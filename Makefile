@@ -59,7 +59,8 @@ goldens: $(PEERS)/installed
 	$(PEERS)/bin/python tests/golden/make.py
 
 goldens-paddle: $(PADDLE)/installed
-	$(PADDLE)/bin/python tests/golden/make_paddle.py
+	$(PADDLE)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/paddlenlp paddlenlp==2.3.4
+	$(PADDLE)/bin/python tests/golden/make_paddle.py build/paddlenlp/paddlenlp-2.3.4-*.whl
 
 # The wheel is built from the sdist, as an installer without a wheel would build it.
 wheel: $(VENV)/installed

@@ -1,16 +1,22 @@
 """Make the goldens in paddle/: checkpoints that PaddlePaddle and PaddleNLP wrote, and what their models answer.
 
-    python tests/golden/make_paddle.py
+    python tests/golden/make_paddle.py WHEEL
 
-It runs in an environment of its own, with the versions in paddle-requirements.txt, in half a minute. Nothing of
-erniem_fast is imported here.
+It runs in an environment of its own, with the versions in paddle-requirements.txt, in half a minute. WHEEL is that of
+PaddleNLP 2.3.4, whose tokenizer works as Baidu's. Nothing of erniem_fast is imported here.
 """
 
+import csv
+import importlib.util
+import io
 import json
+import lzma
 import pathlib
 import shutil
 import sys
+import tempfile
 import types
+import zipfile
 import zlib
 
 zlib.decompress(zlib.compress(b""))  # paddle exports another version's functions, so Python's are bound before
@@ -19,6 +25,7 @@ sys.modules["aistudio_sdk.hub"] = types.SimpleNamespace(download=None)  # the pu
 import numpy as np  # noqa: E402
 import paddle  # noqa: E402
 import paddlenlp  # noqa: E402
+import sentencepiece  # noqa: E402
 from paddlenlp.transformers import (  # noqa: E402
     UIEM,
     ErnieMConfig,
@@ -27,12 +34,16 @@ from paddlenlp.transformers import (  # noqa: E402
     ErnieMForSequenceClassification,
     ErnieMForTokenClassification,
     ErnieMModel,
+    ErnieMTokenizer,
 )
 
-FOLDER = pathlib.Path(__file__).parent / "paddle"
+GOLDEN = pathlib.Path(__file__).parent
+FOLDER = GOLDEN / "paddle"
+PARALLEL = GOLDEN.parent.parent / "bench" / "data" / "parallel.tsv"
 SIZES = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SIZES |= {"max_position_embeddings": 20, "initializer_range": 0.3}
 SHARD = "25KB"
+COMMAS = ("in 12, 13, and x5,", "x12,5 ,", "5,", "5, 12,13, x13, or, 1,")
 
 # Baidu's names of the variables, by Paddle's of the parameters.
 BAIDU = {
@@ -130,7 +141,61 @@ def save_as_baidu(model, folder):
     (folder / "ernie_config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
-def main():
+def read_texts():
+    """Some of the translations, and of the odd texts; and some with what the ways to tokenize differ in."""
+    with PARALLEL.open(encoding="utf-8", newline="") as file:
+        rows = list(csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE))
+    odd = json.loads((GOLDEN / "odd_texts.json").read_text(encoding="utf-8"))
+    by_hand = ["“a” \u2018b\u2019 — c", "a\u200bb\x00c\u00add", "在 2019年北京 开会", "\u3000日 本\u3000"]
+    return list(dict.fromkeys([row["translation"] for row in rows][::25] + odd + by_hand))
+
+
+def load_original(wheel):
+    """PaddleNLP 2.3.4's class for ERNIE-M, inside of the package that is installed."""
+    with tempfile.TemporaryDirectory() as folder, zipfile.ZipFile(wheel) as archive:
+        path = archive.extract("paddlenlp/transformers/ernie_m/tokenizer.py", folder)
+        spec = importlib.util.spec_from_file_location("paddlenlp.transformers.ernie_m.original", path)
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    return module.ErnieMTokenizer
+
+
+def train_commas(path):
+    """A SentencePiece model with pieces that end in a digit and a comma, as XLM-RoBERTa's has."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter([f"in {number}, {number} and x{number}, or {number}." for number in (12, 13, 5)] * 40),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=48,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    path.write_bytes(model.getvalue())
+    return sentencepiece.SentencePieceProcessor(model_file=str(path))
+
+
+def make_tokenizers(wheel):
+    """The tokens of each text, by today's tokenizer and by the original."""
+    files = str(GOLDEN / "tiny/vocab.txt"), str(GOLDEN / "tiny/sentencepiece.bpe.model")
+    today = ErnieMTokenizer(*files)
+    original_class = load_original(wheel)
+    original = original_class.__new__(original_class)  # its constructor wants the base class of its time
+    original.sp_model = today.sp_model
+    texts = read_texts()
+    golden = {"texts": texts, "paddlenlp": [today._tokenize(text) for text in texts]}
+    golden["original"] = [original._tokenize(text) for text in texts]
+    original.sp_model = train_commas(FOLDER / "commas.model")
+    golden["commas"] = {text: original._tokenize(text) for text in COMMAS}
+    text = json.dumps(golden, ensure_ascii=False, separators=(",", ":"))
+    (FOLDER / "tokenizer.json.xz").write_bytes(lzma.compress(text.encode(), preset=9 | lzma.PRESET_EXTREME))
+    with tempfile.TemporaryDirectory() as folder:
+        today.save_pretrained(folder)
+        for name in ("tokenizer_config.json", "special_tokens_map.json"):  # the other files are those of tiny/
+            shutil.copy(pathlib.Path(folder, name), FOLDER / "base")
+
+
+def main(wheel):
     versions = (paddle.__version__, paddlenlp.__version__)
     assert (versions[0], versions[1][:5]) == ("2.6.2", "2.8.1"), f"goldens come from 2.6.2 and 2.8.1: {versions}"
     shutil.rmtree(FOLDER, ignore_errors=True)
@@ -163,7 +228,8 @@ def main():
         results = answers(model, choices=2 if name == "choice" else None)
         golden |= {f"{name}/{key}": value for key, value in results.items()}
     np.savez_compressed(FOLDER / "answers.npz", **golden)
+    make_tokenizers(wheel)
 
 
 if __name__ == "__main__":
-    main()
+    main(*sys.argv[1:])

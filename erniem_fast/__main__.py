@@ -1,17 +1,20 @@
 """`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
 libraries and times the libraries for matrix products; `verify` compares every kernel that runs here with the
-reference."""
+reference; `convert` writes a checkpoint as another library or model reads it."""
 
 import argparse
 import os
+import pickle
 import platform
 import sys
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 import transformers
 
 from . import flags, ops
+from .conversion import command as conversion
 from .inference import BFloat16Linear, linear_kind
 from .inference_gpu import GPU_LINEARS, gpu_objection
 from .matmul import fastest, may_choose
@@ -30,8 +33,13 @@ def main() -> int:
         "build", help="compile the native libraries for this machine's devices, and time the libraries for products"
     )
     commands.add_parser("verify", help="compare every kernel that runs here with the reference, forward and backward")
-    command = parser.parse_args().command
-    return {"status": _status, "build": _build, "verify": _verify}[command]()
+    conversion.add_arguments(
+        commands.add_parser("convert", help="write a checkpoint of PaddleNLP, Baidu, XLM-RoBERTa or ERNIE-M as another")
+    )
+    arguments = vars(parser.parse_args())
+    return {"status": _status, "build": _build, "verify": _verify, "convert": _convert}[arguments.pop("command")](
+        **arguments
+    )
 
 
 def _status() -> int:
@@ -48,6 +56,15 @@ def _build() -> int:
         return 1
     fastest.measure_all()
     print("products: measured; `python -m erniem_fast status` shows the choice")
+    return 0
+
+
+def _convert(**arguments: Any) -> int:
+    try:
+        print("\n".join(conversion.convert(**arguments)))
+    except (ValueError, OSError, pickle.UnpicklingError) as error:
+        print(error, file=sys.stderr)
+        return 1
     return 0
 
 

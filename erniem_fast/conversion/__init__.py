@@ -5,5 +5,6 @@ The classes of `modeling` read checkpoints through `paddle`, so nothing here imp
 
 from .paddle import save_as_paddle
 from .pickles import RefusedPickleError
+from .xlm_roberta import from_xlm_roberta, to_xlm_roberta
 
-__all__ = ["RefusedPickleError", "save_as_paddle"]
+__all__ = ["RefusedPickleError", "from_xlm_roberta", "save_as_paddle", "to_xlm_roberta"]

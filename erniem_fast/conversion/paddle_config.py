@@ -36,6 +36,9 @@ def from_paddle(fields: dict[str, Any]) -> dict[str, Any]:
     ours["intermediate_size"] = 4 * flat.get("hidden_size", 768)
     ours["layer_norm_eps"] = 1e-5
     ours["pad_token_id"] = flat.get("pad_token_id") or 1
+    if any(name in _CLASSES for name in classes):
+        # UIE-M was trained on rows padded to this length, with attention to the padding.
+        ours["uie_padded_length"] = min(512, flat.get("max_position_embeddings", 514) - 2)
     return ours
 
 
@@ -72,6 +75,10 @@ def to_paddle(fields: dict[str, Any]) -> dict[str, Any]:
                 f"Paddle's ERNIE-M has {name}={value!r} always, and this model {fields[name]!r}; it cannot be saved in "
                 f"Paddle's layout."
             )
-    kept = {name: value for name, value in fields.items() if name not in ("dtype", "transformers_version")}
+    kept = {
+        name: value
+        for name, value in fields.items()
+        if name not in ("dtype", "transformers_version", "uie_padded_length")
+    }
     kept["architectures"] = [_PADDLES.get(name, name) for name in fields.get("architectures") or ()]
     return {**kept, "paddlenlp_version": None}

@@ -62,7 +62,10 @@ def assert_answers(model, golden, name):
 
 @pytest.mark.parametrize("name", CHECKPOINTS)
 def test_a_checkpoint_of_paddle_answers_as_in_paddle(golden, name):
-    model, info = CHECKPOINTS[name][0].from_pretrained(PADDLE / name, output_loading_info=True, dtype=torch.float32)
+    # The mask is given, so that UIE-M's own is not asked for.
+    options = {"uie_padded_length": None} if name == "extraction" else {}
+    options |= {"output_loading_info": True, "dtype": torch.float32}
+    model, info = CHECKPOINTS[name][0].from_pretrained(PADDLE / name, **options)
     # Paddle's taggers and question answering hold a pooler too, which they do not use.
     unread = {f"ernie_m.pooler.dense.{end}" for end in ("weight", "bias")} if name in ("token", "answer") else set()
     assert {key: value for key, value in info.items() if value} == ({"unexpected_keys": unread} if unread else {})
@@ -198,7 +201,7 @@ def test_weights_of_pytorch_win(tmp_path, golden):
 
 def test_a_subfolder_a_file_and_the_folder_of_variables(golden):
     assert_answers(ErnieMModel.from_pretrained(PADDLE, subfolder="base"), golden, "base")
-    extraction = ErnieMForInformationExtraction.from_pretrained(PADDLE, subfolder="extraction")
+    extraction = ErnieMForInformationExtraction.from_pretrained(PADDLE, subfolder="extraction", uie_padded_length=None)
     assert_answers(extraction, golden, "extraction")
     config = ErnieMConfig.from_pretrained(PADDLE / "base")
     file = PADDLE / "base/model_state.pdparams"
@@ -252,6 +255,7 @@ def test_configs_of_every_form(tmp_path):
     later = {"architectures": ["UIEM"], "model_type": "ernie_m", "hidden_size": 24, "paddlenlp_version": None}
     config = read(later, "config.json")
     assert (config.intermediate_size, config.architectures) == (96, ["ErnieMForInformationExtraction"])
+    assert config.uie_padded_length == 512
     assert read({"hidden_size": 1024, "num_attention_heads": 16}, "ernie_config.json").intermediate_size == 4096
     # Other configs keep our defaults.
     assert read({"hidden_size": 24, "model_type": "ernie_m"}, "config.json").intermediate_size == 3072

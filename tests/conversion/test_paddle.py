@@ -209,6 +209,21 @@ def test_a_subfolder_a_file_and_the_folder_of_variables(golden):
     assert_answers(ErnieMModel.from_pretrained(PADDLE / "baidu/params"), golden, "baidu")
 
 
+@pytest.mark.parametrize("name", ["base", "token", "answer", "extraction"])
+def test_names_on_the_hub(golden, tmp_path, name):
+    """As the hub's client caches a repository, in every form of its files."""
+    commit = "0123456789abcdef" * 2 + "01234567"
+    repository = tmp_path / "models--someone--ernie-m"
+    (repository / "refs").mkdir(parents=True)
+    (repository / "refs/main").write_text(commit)
+    shutil.copytree(PADDLE / name, repository / "snapshots" / commit)
+    options = {"uie_padded_length": None} if name == "extraction" else {}
+    options |= {"cache_dir": tmp_path, "local_files_only": True}
+    assert_answers(CHECKPOINTS[name][0].from_pretrained("someone/ernie-m", **options), golden, name)
+    with pytest.raises(OSError, match="find them in the cached files"):
+        ErnieMModel.from_pretrained("nobody/ernie-m", cache_dir=tmp_path, local_files_only=True)
+
+
 def test_a_damaged_variable_is_named(tmp_path):
     shutil.copytree(PADDLE / "baidu", tmp_path, dirs_exist_ok=True)
     path = tmp_path / "params/pooled_fc.w_0"

@@ -8,7 +8,7 @@ import transformers
 
 from .. import modeling
 from ..configuration import ErnieMConfig
-from . import tokenizers
+from . import published, tokenizers
 from .paddle import find_checkpoint, save_as_paddle
 from .xlm_roberta import from_xlm_roberta, to_xlm_roberta
 
@@ -20,9 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("out", type=Path, help="folder to make")
     parser.add_argument("--to", choices=TARGETS, default=TARGETS[0], help="what OUT is for (default: %(default)s)")
     parser.add_argument("--encoder", action="store_true", help="convert the encoder alone, without a head")
+    parser.add_argument(
+        "--check", action="store_true", help="compare with the result that was published for ernie-m-base"
+    )
 
 
-def convert(source: Path, out: Path, to: str = TARGETS[0], encoder: bool = False) -> list[str]:
+def convert(source: Path, out: Path, to: str = TARGETS[0], encoder: bool = False, check: bool = False) -> list[str]:
     """Writes a checkpoint, with its tokenizer, in another form.
 
     Args:
@@ -30,12 +33,14 @@ def convert(source: Path, out: Path, to: str = TARGETS[0], encoder: bool = False
         out: the folder to write.
         to: "ernie_m" for this library and transformers, "paddle" for PaddleNLP, "xlm_roberta" for transformers.
         encoder: whether to leave a head out.
+        check: whether to compare the model with the result that was published for ernie-m-base.
 
     Returns:
         What was written, and what to know about it, in lines.
 
     Raises:
-        ValueError: the target has nothing like a part of the model; or `source` holds no model that is known here.
+        ValueError: the target has nothing like a part of the model; or `source` holds no model that is known here, or,
+            with `check`, another one than ernie-m-base.
     """
     if out.exists() and any(out.iterdir()):
         raise ValueError(f"{str(out)!r} is not empty; name a new folder.")
@@ -43,6 +48,8 @@ def convert(source: Path, out: Path, to: str = TARGETS[0], encoder: bool = False
         raise ValueError(f"{str(source)!r} is not a folder; name the one with the checkpoint's files.")
     is_xlm_roberta = _model_type(source) == "xlm-roberta"
     model = from_xlm_roberta(_load_xlm_roberta(source, encoder)) if is_xlm_roberta else _load_ernie_m(source, encoder)
+    if check:
+        published.check(model.base_model)
     if to == "paddle":
         save_as_paddle(model, out)
     else:

@@ -11,7 +11,13 @@ import torch
 import transformers
 from transformers import AutoModel, AutoTokenizer, XLMRobertaTokenizer
 
-from erniem_fast import ErnieMForInformationExtraction, ErnieMForTokenClassification, ErnieMModel, ErnieMTokenizer
+from erniem_fast import (
+    ErnieMConfig,
+    ErnieMForInformationExtraction,
+    ErnieMForTokenClassification,
+    ErnieMModel,
+    ErnieMTokenizer,
+)
 from erniem_fast.__main__ import main
 from erniem_fast.conversion.command import convert
 from tests.families.tiny import make
@@ -118,6 +124,20 @@ def test_a_head_that_does_not_map_can_be_left_out(tmp_path):
     lines = convert(tmp_path / "source", tmp_path / "out", encoder=True)
     assert lines[0].startswith("ErnieMModel with ")
     assert lines[1].startswith("No tokenizer, because ")
+
+
+def test_a_check_says_that_it_is_another_model(tmp_path):
+    config = ErnieMConfig(
+        vocab_size=6100, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    ErnieMModel(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"off by \d.*, so that these are not the weights of ernie-m-base as published"
+    ):
+        convert(tmp_path / "other", tmp_path / "out", check=True)
+    with pytest.raises(ValueError, match="is for ernie-m-base, with 250002 words, not for a model with 60"):
+        convert(PADDLE / "base", tmp_path / "out", check=True)
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_command(tmp_path, monkeypatch, capsys):

@@ -21,6 +21,7 @@ from erniem_fast import (
 )
 from erniem_fast.conversion import RefusedPickleError, save_as_paddle
 from erniem_fast.conversion.pickles import read_pickle, write_pickle
+from erniem_fast.conversion.published import without_cls
 from tests.golden.cases import GOLDEN, TINY
 
 PADDLE = GOLDEN / "paddle"
@@ -119,6 +120,22 @@ def test_int8_weights_are_rounded_while_they_are_read():
     model = ErnieMModel.from_pretrained(PADDLE / "base", quantization_config=erniem_fast.ErnieMInt8Config())
     expected = erniem_fast.optimize(ErnieMModel.from_pretrained(PADDLE / "base"), weights="int8")
     assert torch.equal(model.encoder.layers[0].linear1.weight, expected.encoder.layers[0].linear1.weight)
+
+
+def test_without_a_mask_paddle_hides_cls_and_attends_to_padding(golden):
+    """What the converter's check compares, and what UIE-M was trained with: by a mask per query, here as there."""
+    model = ErnieMModel.from_pretrained(PADDLE / "base")
+    extractor = ErnieMForInformationExtraction.from_pretrained(PADDLE / "extraction", uie_padded_length=None)
+    for name, each, finish in (("base", model, lambda x: x), ("extraction", extractor, torch.sigmoid)):
+        ids, mask = (
+            torch.nn.functional.pad(golden[f"{name}/{key}"], (0, 9), value=value)
+            for key, value in (("input_ids", 1), ("attention_mask", 0))
+        )
+        with torch.inference_mode():
+            outputs = each(ids, position_ids=torch.arange(18) * mask, attention_mask=without_cls(ids))
+        for index, key in enumerate(CHECKPOINTS[name][1]):
+            expected = golden[f"{name}/unmasked/{index}"]
+            torch.testing.assert_close(finish(outputs[key]), expected, rtol=0, atol=ATOL)
 
 
 # ---- Heads, missing and unexpected tensors

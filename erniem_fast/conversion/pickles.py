@@ -174,9 +174,9 @@ def _from_bytes(data: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
     if not sizes or not isinstance(data, (bytes, bytearray)) or math.prod(shape) * dtype.itemsize != len(data):
         raise RefusedPickleError(f"an array of shape {shape!r} and dtype {dtype} does not have the bytes for it")
     array = np.empty(0, dtype)
-    # numpy's own way to use the bytes of a pickle as an array's memory, without a copy.
+    # numpy's own way to use the bytes of a pickle as an array's memory, without a copy. It swaps bytes if it has to.
     array.__setstate__((1, shape, dtype, order == "F", bytes(data)))
-    return array if dtype.isnative else array.astype(dtype.newbyteorder("="))
+    return array
 
 
 def _made(shape: Any, dtype: Any, data: Any, order: str = "C") -> _Array:

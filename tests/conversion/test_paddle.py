@@ -88,6 +88,12 @@ def test_saved_and_written_back_it_is_the_same(golden, name, tmp_path):
         assert again.dtype == model.dtype
         for key, value in model.state_dict().items():
             assert torch.equal(again.state_dict()[key], value), key
+    if name == "answer":
+        written, paddles = read_pickle(tmp_path / "paddles/model_state.pdparams"), {}
+        for path in (PADDLE / name).glob("*.safetensors"):
+            paddles |= load_file(path)
+        assert all(torch.equal(value, paddles[key]) for key, value in written.items())
+        assert {key for key in paddles if "pooler" not in key} == written.keys()
     if name in ("base", "choice"):
         written = read_pickle(tmp_path / "paddles/model_state.pdparams")
         original = read_pickle(PADDLE / name / "model_state.pdparams")
@@ -182,13 +188,14 @@ def test_a_tensor_of_another_shape_is_refused(copied):
 
 
 def test_a_shard_that_is_not_there_is_named(tmp_path):
-    shutil.copytree(PADDLE / "token", tmp_path, dirs_exist_ok=True)
+    shutil.copy(PADDLE / "base/model_state.pdparams", tmp_path)
+    tmp_path = shutil.copytree(PADDLE / "token", tmp_path / "token")
     (tmp_path / "model_state-00002-of-00002.pdparams").unlink()
     with pytest.raises(ValueError, match=r"names 'model_state-00002-of-00002\.pdparams', which .* does not have"):
         ErnieMForTokenClassification.from_pretrained(tmp_path)
     index = tmp_path / "model_state.pdparams.index.json"
-    index.write_text(json.dumps({"weight_map": {"a": "../token/model_state-00001-of-00002.pdparams"}}))
-    with pytest.raises(ValueError, match=r"names '\.\./token/"):
+    index.write_text(json.dumps({"weight_map": {"a": "../model_state.pdparams"}}))
+    with pytest.raises(ValueError, match=r"names '\.\./model_state"):
         ErnieMForTokenClassification.from_pretrained(tmp_path)
     index.write_text("[]")
     with pytest.raises(ValueError, match="is not an index of a checkpoint's files"):
@@ -203,6 +210,9 @@ def test_the_layout_of_safetensors_is_what_their_metadata_say(golden, tmp_path):
     tensors = load_file(tmp_path / "model.safetensors")
     save_file(tensors, tmp_path / "model.safetensors")  # no metadata: Paddle's
     assert_answers(ErnieMForSequenceClassification.from_pretrained(tmp_path), golden, "sequence")
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})  # PyTorch's: nothing is transposed
+    with pytest.raises(RuntimeError, match="ignore_mismatched_sizes"):
+        ErnieMForSequenceClassification.from_pretrained(tmp_path)
     model = ErnieMForSequenceClassification.from_pretrained(PADDLE / "sequence")
     save_file(model.state_dict(), tmp_path / "model.safetensors")  # our names: PyTorch's
     assert_answers(ErnieMForSequenceClassification.from_pretrained(tmp_path), golden, "sequence")
@@ -212,6 +222,9 @@ def test_weights_of_pytorch_win(tmp_path, golden):
     shutil.copytree(PADDLE / "base", tmp_path, dirs_exist_ok=True)
     (tmp_path / "model_state.pdparams").write_bytes(b"")
     model = ErnieMModel.from_pretrained(PADDLE / "base")
+    torch.save(model.state_dict(), tmp_path / "pytorch_model.bin")
+    assert_answers(ErnieMModel.from_pretrained(tmp_path), golden, "base")
+    (tmp_path / "pytorch_model.bin").write_bytes(b"")
     model.save_pretrained(tmp_path)
     assert_answers(ErnieMModel.from_pretrained(tmp_path), golden, "base")
 

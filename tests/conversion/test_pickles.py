@@ -115,6 +115,7 @@ HOSTILE = {
     "os.system": (Reduced(os.system, "touch hacked"), r"posix\.system|nt\.system"),
     "eval": (Reduced(eval, "__import__('os').system('touch hacked')"), r"builtins\.eval of \(\"__import__"),
     "eval of names": (Reduced(eval, "data", {"data": Reduced(exec, "1")}), r"builtins.exec"),
+    "eval of a text": (Reduced(eval, "data", {"data": "1"}), r"builtins\.eval of \('data'"),
     "getattr": (Reduced(getattr, "a", "upper"), r"builtins.getattr"),
     "import": (Reduced(__import__, "os"), r"builtins.__import__"),
     "numpy's loader": (Reduced(np.load, "x.npy"), r"numpy.*load"),

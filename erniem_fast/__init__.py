@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from .configuration import ErnieMConfig
+from .extraction import Extractor, extract
 from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
@@ -37,6 +38,8 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "Extractor",
+    "extract",
     "optimize",
     "restore",
     "use_graphs",

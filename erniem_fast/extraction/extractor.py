@@ -12,11 +12,8 @@ from . import compat as original
 from . import windows
 from .decoding import decode
 from .schema import LANGUAGES, Node, half_width, parse
-from .scoring import BATCH_TOKENS, SPECIAL_TOKENS, Row, Scorer
+from .scoring import BATCH_TOKENS, LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer
 from .tokens import Tokens, tokenize
-
-# A prompt has to leave room for at least this many tokens of the text.
-LEAST_ROOM = 16
 
 
 class Question(NamedTuple):

@@ -32,13 +32,14 @@ class Node:
     def prompt(self, subject: str | None, lang: str) -> str:
         """What the model is asked, about a span `subject` of the parent node, or about the whole text if None."""
         name = half_width(self.name)
-        return name if subject is None else _relation(name, half_width(subject), lang)
+        return name if subject is None else relation_prompt(name, half_width(subject), lang)
 
     def __str__(self) -> str:
         return "schema" + "".join(f"[{name!r}]" for name in self.path)
 
 
-def _relation(name: str, subject: str, lang: str) -> str:
+def relation_prompt(name: str, subject: str, lang: str) -> str:
+    """What the model is asked for `name` of `subject`."""
     if lang == "zh":
         return f"{subject}的{name}"
     options = OPTIONS.search(name)

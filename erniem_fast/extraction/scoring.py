@@ -13,6 +13,9 @@ SPECIAL_TOKENS = 4
 # Above this many tokens a batch gains nothing on two cores, and its activations take 0.3 GiB at base size.
 BATCH_TOKENS = 8192
 
+# A prompt has to leave room for at least this many tokens of the text.
+LEAST_ROOM = 16
+
 
 class Row(NamedTuple):
     """A prompt and a text, or a window of it, as ids."""
@@ -22,6 +25,9 @@ class Row(NamedTuple):
 
     def __len__(self) -> int:
         return len(self.prompt) + len(self.text) + SPECIAL_TOKENS
+
+    def ids(self, cls: int, sep: int) -> list[int]:
+        return [cls, *self.prompt, sep, sep, *self.text, sep]
 
     def prompt_columns(self) -> slice:
         return slice(1, 1 + len(self.prompt))
@@ -81,7 +87,7 @@ class Scorer:
     @torch.inference_mode()
     def _run(self, rows: Sequence[Row]) -> np.ndarray:
         """`(2, rows, columns)`."""
-        ids = [[self.cls, *row.prompt, self.sep, self.sep, *row.text, self.sep] for row in rows]
+        ids = [row.ids(self.cls, self.sep) for row in rows]
         columns = max(map(len, ids))
         input_ids = torch.tensor([row + [self.pad] * (columns - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (columns - len(row)) for row in ids])

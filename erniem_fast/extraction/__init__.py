@@ -1,6 +1,8 @@
 """Universal information extraction with UIE-M: schemas in, spans out; its training data and its metrics."""
 
 from .annotations import read_doccano, read_label_studio
+from .answer_metrics import answer_metrics
+from .answers import extract_answer
 from .examples import AnnotatedText, Answer, Entity, Example, Relation, make_examples, read_examples, write_examples
 from .extractor import Extractor, extract
 from .features import ExtractionCollator, make_features
@@ -14,7 +16,9 @@ __all__ = [
     "ExtractionCollator",
     "Extractor",
     "Relation",
+    "answer_metrics",
     "extract",
+    "extract_answer",
     "make_examples",
     "make_features",
     "read_doccano",

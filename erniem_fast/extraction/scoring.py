@@ -1,10 +1,11 @@
 """Rows of a prompt and a text, and the probabilities that a model gives to their tokens as starts and ends."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import torch
+from torch import Tensor
 from tqdm.auto import tqdm
 
 # Special tokens of [CLS] prompt [SEP] [SEP] text [SEP].
@@ -60,15 +61,17 @@ class Scorer:
         self.bar.close()
         self.model.train(self.was_training)
 
-    def score(self, rows: Sequence[Row]) -> Iterator[tuple[int, np.ndarray]]:
+    def score(
+        self, rows: Sequence[Row], of: Callable[[Tensor], Tensor] = torch.sigmoid
+    ) -> Iterator[tuple[int, np.ndarray]]:
         """Yields each row's index in `rows` and its probabilities, `(2, tokens)`: of starts and of ends.
 
-        Rows come in the order of their lengths, so that a batch has little padding.
+        `of` makes them from logits. Rows come in the order of their lengths, so that a batch has little padding.
         """
         self.bar.total += sum(map(len, rows))
         self.bar.refresh()
         for batch in self._batches(rows):
-            probabilities = self._run([rows[index] for index in batch])
+            probabilities = of(self._run([rows[index] for index in batch])).cpu().numpy()
             for place, index in enumerate(batch):
                 yield index, probabilities[:, place, : len(rows[index])]
                 self.bar.update(len(rows[index]))
@@ -85,13 +88,12 @@ class Scorer:
             yield batch
 
     @torch.inference_mode()
-    def _run(self, rows: Sequence[Row]) -> np.ndarray:
-        """`(2, rows, columns)`."""
+    def _run(self, rows: Sequence[Row]) -> Tensor:
+        """Logits, float32 `(2, rows, columns)`."""
         ids = [row.ids(self.cls, self.sep) for row in rows]
         columns = max(map(len, ids))
         input_ids = torch.tensor([row + [self.pad] * (columns - len(row)) for row in ids])
         mask = torch.tensor([[1] * len(row) + [0] * (columns - len(row)) for row in ids])
         device = self.model.device
         output = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
-        logits = torch.stack([output.start_logits, output.end_logits])
-        return logits.float().sigmoid().cpu().numpy()
+        return torch.stack([output.start_logits, output.end_logits]).float()

@@ -12,7 +12,8 @@ STYLE = """
 @media (prefers-color-scheme: dark) { :root { --back: #14161a; --card: #1e2127; --ink: #e6e8eb; --faint: #9aa2ad;
   --line: #30343c; --light: 27%; --deep: 74% } }
 * { box-sizing: border-box }
-body { margin: 0; background: var(--back); color: var(--ink); font: 16px/1.75 system-ui, "Noto Sans CJK SC", sans-serif }
+body { margin: 0; background: var(--back); color: var(--ink);
+  font: 16px/1.75 system-ui, "Noto Sans CJK SC", sans-serif }
 header { position: sticky; top: 0; z-index: 1; padding: .8rem 1.5rem; background: var(--card);
   border-bottom: 1px solid var(--line) }
 header h1 { display: inline-block; margin: 0 1rem 0 0; font-size: 1.1rem }
@@ -21,7 +22,7 @@ header input[type=search] { padding: .3rem .7rem; border: 1px solid var(--line);
 #names { display: flex; flex-wrap: wrap; gap: .4rem; margin-top: .6rem; max-height: 9rem; overflow: auto }
 #names label { padding: 0 .7rem; border-radius: 1rem; font-size: .85rem; cursor: pointer;
   background: hsl(var(--hue) 75% var(--light)) }
-#names label:has(:not(:checked)) { opacity: .4 }
+#names label:has(input:not(:checked)) { opacity: .4 }
 #names input { display: none }
 main { max-width: 60rem; margin: 1.5rem auto; padding: 0 1rem }
 article { margin-bottom: 1rem; padding: 1rem 1.3rem; background: var(--card); border: 1px solid var(--line);

@@ -52,7 +52,9 @@ def load(arguments: argparse.Namespace) -> tuple[ErnieMForInformationExtraction,
     if arguments.model:
         return ErnieMForInformationExtraction.from_pretrained(arguments.model), tokenizer
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
-    config = ErnieMConfig(vocab_size=len(tokenizer), **sizes, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0)
+    rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    # Larger weights than those of a large model, or a small one learns nothing for long.
+    config = ErnieMConfig(vocab_size=len(tokenizer), initializer_range=0.1, **sizes, **rates)
     return ErnieMForInformationExtraction(config), tokenizer
 
 

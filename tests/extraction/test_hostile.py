@@ -1,5 +1,5 @@
 # ruff: noqa: RUF001
-"""Random schemas and texts: no crash, and every span is where it says. ERNIEM_FAST_HOSTILE sets their number."""
+"""Random schemas and texts: no crash, and every span is where it says. HOSTILE_CASES sets their number."""
 
 import os
 import random
@@ -12,7 +12,7 @@ from erniem_fast.extraction import Extractor
 from tests.extraction.stub import Letters, Stub
 from tests.extraction.tiny import load_tokenizer
 
-COUNT = int(os.environ.get("ERNIEM_FAST_HOSTILE", 60))
+COUNT = int(os.environ.get("HOSTILE_CASES", 60))
 PIECES = [
     "a",
     "Log in",

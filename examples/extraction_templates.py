@@ -11,16 +11,22 @@ VALUES = {
     "city": ["Berlin", "London", "Paris", "Madrid", "Rome", "Oslo", "Vienna", "Prague", "Lisbon", "New York"],
     "date": ["Monday", "1 May", "12 June 2021", "Friday", "3 March", "30 July 2019", "Sunday", "8 October"],
 }
-TEMPLATES = [
-    "{person} works for {company} in {city}.",
-    "On {date}, {person} joined {company}.",
-    "{company} opened an office in {city} on {date}.",
-    "The new director of {company} is {person}, who lives in {city}.",
-    "{person} left {city} on {date}.",
-    "Since {date} the office of {company} has been closed.",
-    "We met {person} in {city}; the meeting with {company} is on {date}.",
-    "{city}: {company} names {person} as its director.",
+# Clauses in any order, so that a model learns what words mean, not where they stand.
+CLAUSES = [
+    *(
+        "{person}",
+        "{person} works",
+        "a letter from {person}",
+        "the director {person}",
+        "we met {person}",
+        "and {person}",
+    ),
+    *("{company}", "for {company}", "an office of {company}", "{company} opened", "with {company}", "joined {company}"),
+    *("{city}", "in {city}", "from {city}", "to {city}", "the office in {city}", "{city}:", "lives in {city}"),
+    *("{date}", "on {date}", "since {date}", "until {date}", "closed on {date}", "it was {date}"),
+    *("who left", "the meeting is", "and then", "has been closed", "will open", "no news", ",", "."),
 ]
+TEMPLATES = [" ".join(_draw.sample(CLAUSES, _draw.randint(2, 6))) for _draw in map(random.Random, range(400))]
 # Nothing is trained on these.
 HELD_OUT = [
     "{person} has worked in {city} for {company} since {date}.",
@@ -47,7 +53,7 @@ def _fill(draw: random.Random, template: str) -> AnnotatedText:
             text += part
     numbers = {entity.label: number for number, entity in enumerate(entities)}
     relations = ()
-    if {"person", "company"} <= numbers.keys():
+    if {"person", "company"} <= numbers.keys() and len(numbers) == len(entities):
         relations = (Relation(numbers["person"], numbers["company"], "company"),)
     return AnnotatedText(text, tuple(entities), relations)
 

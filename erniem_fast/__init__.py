@@ -9,8 +9,11 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import ErnieMConfig
+from .extraction import Extractor, extract, extract_answer
+from .extraction.pipeline import InformationExtractionPipeline
 from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
@@ -37,6 +40,9 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "Extractor",
+    "extract",
+    "extract_answer",
     "optimize",
     "restore",
     "use_graphs",
@@ -55,3 +61,6 @@ AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
 AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
 AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)
 AutoModelForTokenClassification.register(ErnieMConfig, ErnieMForTokenClassification)
+PIPELINE_REGISTRY.register_pipeline(
+    "information-extraction", InformationExtractionPipeline, pt_model=ErnieMForInformationExtraction
+)

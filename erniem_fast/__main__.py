@@ -1,20 +1,20 @@
 """`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
 libraries and times the libraries for matrix products; `verify` compares every kernel that runs here with the
-reference; `convert` writes a checkpoint as another library or model reads it."""
+reference; `convert` writes a checkpoint as another library or model reads it; `extract` finds what a schema names in a
+file of texts."""
 
 import argparse
 import os
-import pickle
 import platform
 import sys
 from importlib.util import find_spec
-from typing import Any
 
 import torch
 import transformers
 
 from . import flags, ops
 from .conversion import command as conversion
+from .extraction import command as extraction
 from .inference import BFloat16Linear, linear_kind
 from .inference_gpu import GPU_LINEARS, gpu_objection
 from .matmul import fastest, may_choose
@@ -36,18 +36,24 @@ def main() -> int:
     conversion.add_arguments(
         commands.add_parser("convert", help="write a checkpoint of PaddleNLP, Baidu, XLM-RoBERTa or ERNIE-M as another")
     )
-    arguments = vars(parser.parse_args())
-    return {"status": _status, "build": _build, "verify": _verify, "convert": _convert}[arguments.pop("command")](
-        **arguments
-    )
+    extraction.add_arguments(commands.add_parser("extract", help="find what a schema names in a file of texts"))
+    arguments = parser.parse_args()
+    run = {
+        "status": _status,
+        "build": _build,
+        "verify": _verify,
+        "convert": conversion.run,
+        "extract": extraction.run,
+    }[arguments.command]
+    return run(arguments)
 
 
-def _status() -> int:
+def _status(_: argparse.Namespace) -> int:
     print(status())
     return 0
 
 
-def _build() -> int:
+def _build(_: argparse.Namespace) -> int:
     try:
         print("compiling what is missing for this machine, which takes up to a minute", flush=True)
         for device, path in build().items():
@@ -61,16 +67,7 @@ def _build() -> int:
     return 0
 
 
-def _convert(**arguments: Any) -> int:
-    try:
-        print("\n".join(conversion.convert(**arguments)))
-    except (ValueError, OSError, pickle.UnpicklingError) as error:
-        print(error, file=sys.stderr)
-        return 1
-    return 0
-
-
-def _verify() -> int:
+def _verify(_: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
         print(f"{device} ({torch.cuda.get_device_name(device)})")

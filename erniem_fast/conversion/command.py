@@ -2,6 +2,8 @@
 
 import argparse
 import json
+import pickle
+import sys
 from pathlib import Path
 
 import transformers
@@ -23,6 +25,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--check", action="store_true", help="compare with the result that was published for ernie-m-base"
     )
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Converts; returns the exit status."""
+    options = {name: getattr(arguments, name) for name in ("source", "out", "to", "encoder", "check")}
+    try:
+        print("\n".join(convert(**options)))
+    except (ValueError, OSError, pickle.UnpicklingError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    return 0
 
 
 def convert(source: Path, out: Path, to: str = TARGETS[0], encoder: bool = False, check: bool = False) -> list[str]:

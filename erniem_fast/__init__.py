@@ -25,6 +25,7 @@ from .modeling import (
 from .optimize import optimize, restore
 from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
+from .verification.models import verify
 
 __all__ = [
     "ErnieMConfig",
@@ -41,6 +42,7 @@ __all__ = [
     "restore",
     "use_graphs",
     "use_kernels",
+    "verify",
 ]
 
 check_names()

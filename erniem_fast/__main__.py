@@ -1,6 +1,6 @@
 """`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
 libraries and times the libraries for matrix products; `verify` compares every kernel that runs here with the
-reference."""
+reference, or a model with the stock one."""
 
 import argparse
 import os
@@ -11,15 +11,16 @@ from importlib.util import find_spec
 import torch
 import transformers
 
-from . import flags, ops
+from . import flags, modeling, ops
 from .inference import BFloat16Linear, linear_kind
 from .inference_gpu import GPU_LINEARS, gpu_objection
 from .matmul import fastest, may_choose
 from .native import library, packed
 from .native.build import build
 from .ops.choose import choose
-from .optimize import bfloat16_objection
-from .verify.battery import verify
+from .optimize import FORMS, bfloat16_objection, optimize
+from .verification import battery
+from .verification.models import verify
 
 
 def main() -> int:
@@ -29,17 +30,25 @@ def main() -> int:
     commands.add_parser(
         "build", help="compile the native libraries for this machine's devices, and time the libraries for products"
     )
-    commands.add_parser("verify", help="compare every kernel that runs here with the reference, forward and backward")
-    command = parser.parse_args().command
-    return {"status": _status, "build": _build, "verify": _verify}[command]()
+    _add_verify(commands)
+    arguments = parser.parse_args()
+    return {"status": _status, "build": _build, "verify": _verify}[arguments.command](arguments)
 
 
-def _status() -> int:
+def _add_verify(commands: argparse._SubParsersAction) -> None:
+    command = commands.add_parser(
+        "verify", help="compare every kernel that runs here with the reference, or a model with the stock one"
+    )
+    command.add_argument("--model", metavar="DIR", help="a checkpoint that is compared with the stock model")
+    command.add_argument("--weights", choices=FORMS, help="the form of the model's weights, as optimize takes it")
+
+
+def _status(_: argparse.Namespace) -> int:
     print(status())
     return 0
 
 
-def _build() -> int:
+def _build(_: argparse.Namespace) -> int:
     try:
         for device, path in build().items():
             print(f"{device}: {path}")
@@ -51,7 +60,29 @@ def _build() -> int:
     return 0
 
 
-def _verify() -> int:
+def _verify(arguments: argparse.Namespace) -> int:
+    return _verify_kernels() if arguments.model is None else _verify_model(arguments.model, arguments.weights)
+
+
+def _verify_model(folder: str, weights: str | None) -> int:
+    try:
+        found = verify(optimize(_load(folder), weights))
+    except (OSError, TypeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(found)
+    return 0 if found else 1
+
+
+def _load(folder: str) -> transformers.PreTrainedModel:
+    """The model that a checkpoint names, on a GPU if there is one."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, None) or getattr(modeling, name, transformers.AutoModel)
+    return kind.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _verify_kernels() -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
         print(f"{device} ({torch.cuda.get_device_name(device)})")
@@ -59,7 +90,7 @@ def _verify() -> int:
         _interpret_triton()
         device = torch.device("cpu")
         print("No GPU: what is written in Triton runs in Triton's interpreter.")
-    return 0 if verify(device) else 1
+    return 0 if battery.verify(device) else 1
 
 
 def _interpret_triton() -> None:

@@ -14,7 +14,7 @@ from transformers.modeling_outputs import (
 )
 
 from . import flags, inputs, modes
-from .configuration import ErnieMConfig
+from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
@@ -137,6 +137,11 @@ class ErnieMModel(ErnieMPreTrainedModel):
         for layer, heads in config.pruned_heads.items():
             self.encoder.layers[layer].self_attn.prune_heads(set(heads))
         self.post_init()
+
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens of a sequence."""
+        return self.config.max_position_embeddings - RESERVED_POSITIONS
 
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings

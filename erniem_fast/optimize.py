@@ -9,20 +9,21 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from . import families, modes
 from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, leave_file, linear_kind, places
 from .inference_gpu import DTYPES, GPU_LINEARS, ScaledLinear, gpu_objection
 from .matmul import fastest
-from .modeling import ErnieMModel
 from .native import packed
+from .objects import encoders, holders, roots
 
 _LOG = logging.getLogger(__name__)
 
 _REMEDY = (
     "Load the model again; or pass keep=True to erniem_fast.optimize, which keeps the original weights in memory too."
 )
+
+FORMS = tuple(dict.fromkeys([*LINEARS, *GPU_LINEARS]))
 
 Model = TypeVar("Model")
 
@@ -78,7 +79,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         ValueError: `weights` is unknown, or the device has no products in this form; or the model was optimised before,
             or is in another dtype or on another device than this form takes.
     """
-    found = _encoders(model)
+    found = encoders(model)
     added = [bare for bare in found if families.packed_class(bare) is not None]
     for bare in added:
         families.pack(bare)
@@ -95,7 +96,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         uses = _uses(model)
         for bare in found:
             _change_weights(bare, weights, keep, uses)
-        for root in _roots(model):
+        for root in roots(model):
             leave_file(root)
         if weights != "packed":
             _refuse_saving(model, weights)
@@ -143,12 +144,12 @@ def restore(model: Model) -> Model:
         ValueError: the original weights are not in the checkpoint; or the model was loaded with int8 weights; or a
             module was replaced since.
     """
-    found = _encoders(model)
+    found = encoders(model)
     for bare in found:
         _restore_weights(bare)
     for bare in filter(families.is_packed, found):
         families.unpack(bare)
-    for each in _holders(model):
+    for each in holders(model):
         vars(each).pop("save_pretrained", None)
     return model
 
@@ -182,51 +183,12 @@ def _restore_weights(bare: nn.Module) -> None:
     _forget_calls(bare)
 
 
-# --- Which models are taken ------------------------------------------------------------------------------------------
-
-
-def _roots(model: object) -> list[nn.Module]:
-    """The modules of an object: itself, or those in its attributes, as in a pipeline of transformers."""
-    held = [model] if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
-    return [each for each in held if isinstance(each, nn.Module)]
-
-
-def _encoders(model: object) -> list[nn.Module]:
-    """The bare models in an object that are taken.
-
-    Raises:
-        TypeError: there are none.
-    """
-    modules = list(dict.fromkeys(module for root in _roots(model) for module in root.modules()))
-    found = [module for module in modules if _is_taken(module)]
-    if not found:
-        seen = {type(each).__name__: families.refusal(each) for each in modules if isinstance(each, PreTrainedModel)}
-        contents = f"contains {', '.join(seen)}" if seen else "contains no model of transformers"
-        reasons = "".join(f" {name} is not taken because {why}." for name, why in seen.items() if why)
-        raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__qualname__}, which {contents}.{reasons} "
-            f"erniem_fast.optimize and restore take {families.TAKEN}, not subclasses of these, with or without a head "
-            f"and inside of other objects. Pass one of these, or an object whose attributes hold one."
-        )
-    return found
-
-
-def _is_taken(module: nn.Module) -> bool:
-    return isinstance(module, ErnieMModel) or families.is_taken(module)
-
-
 # --- What is not saved -----------------------------------------------------------------------------------------------
-
-
-def _holders(model: object) -> list[PreTrainedModel]:
-    """The models of transformers' classes in an object that hold an encoder, bare and with heads."""
-    inside = [module for root in _roots(model) for module in root.modules() if isinstance(module, PreTrainedModel)]
-    return [each for each in inside if any(map(families.is_taken, each.modules()))]
 
 
 def _refuse_saving(model: object, weights: str) -> None:
     """Lets models refuse to save rounded weights, which transformers would load as if they were the original ones."""
-    for each in _holders(model):
+    for each in holders(model):
         each.save_pretrained = partial(_raise_unsaved, weights)
 
 
@@ -249,9 +211,8 @@ def _kinds(weights: str, device: torch.device) -> dict[type[nn.Module], type[Inf
 
 
 def _check(bare: nn.Module, weights: str | None) -> None:
-    forms = dict.fromkeys([*LINEARS, *GPU_LINEARS])
-    if weights not in (None, *forms):
-        raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, forms))}.")
+    if weights not in (None, *FORMS):
+        raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, FORMS))}.")
     present = inference_module(bare)
     if present is not None:
         raise ValueError(f"The model has {present.weights} weights already; call erniem_fast.restore(model) first.")
@@ -296,7 +257,7 @@ def bfloat16_objection() -> str | None:
 def _uses(model: object) -> Counter:
     """How often each parameter is part of a module of an object, by its id."""
     return Counter(
-        id(parameter) for root in _roots(model) for _, parameter in root.named_parameters(remove_duplicate=False)
+        id(parameter) for root in roots(model) for _, parameter in root.named_parameters(remove_duplicate=False)
     )
 
 

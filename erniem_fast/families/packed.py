@@ -61,9 +61,11 @@ class PackedModel(InferenceModel):
 
     Attributes:
         encoder_kind: the class of its encoder.
+        first_position: the row of the position table where sequences start.
     """
 
     encoder_kind: ClassVar[type[PackedEncoder]]
+    first_position: int
 
     def forward(
         self,
@@ -101,6 +103,11 @@ class PackedModel(InferenceModel):
         with flags.held():
             output = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_states)
         return output.to_tuple() if kwargs.get("return_dict", self.config.return_dict) is False else output
+
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens of a sequence."""
+        return self.embeddings.position_embeddings.num_embeddings - self.first_position
 
     def default_positions(self, input_ids: Tensor | None, grid: tuple[int, int], device: torch.device) -> Tensor:
         """int64 `(rows, columns)`, the rows of the position table for input that comes without positions."""

@@ -1,10 +1,14 @@
 """What is inside an object that a user hands over: the encoders that `optimize` takes, and the models around them."""
 
+import logging
+
 from torch import nn
 from transformers import PreTrainedModel
 
 from . import families
 from .modeling import ErnieMModel
+
+_LOG = logging.getLogger(__name__)
 
 
 def roots(model: object) -> list[nn.Module]:
@@ -19,18 +23,44 @@ def encoders(model: object) -> list[nn.Module]:
     Raises:
         TypeError: there are none.
     """
-    modules = list(dict.fromkeys(module for root in roots(model) for module in root.modules()))
-    found = [module for module in modules if is_taken(module)]
+    found = [module for module in _modules(model) if is_taken(module)]
     if not found:
-        seen = {type(each).__name__: families.refusal(each) for each in modules if isinstance(each, PreTrainedModel)}
-        contents = f"contains {', '.join(seen)}" if seen else "contains no model of transformers"
+        seen = _left(model)
+        kinds = [type(each).__name__ for each in roots(model)]
+        contents = ", ".join(seen) or f"no model of transformers{f', only {kinds}' if kinds else ''}"
         reasons = "".join(f" {name} is not taken because {why}." for name, why in seen.items() if why)
         raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__qualname__}, which {contents}.{reasons} "
+            f"model is a {type(model).__module__}.{type(model).__qualname__}, which contains {contents}.{reasons} "
             f"erniem_fast.optimize and restore take {families.TAKEN}, not subclasses of these, with or without a head "
             f"and inside of other objects. Pass one of these, or an object whose attributes hold one."
         )
     return found
+
+
+def tell(model: object) -> None:
+    """Logs which models in an object are taken, and if others are not, which and why, in one line."""
+    taken = ", ".join(type(each).__name__ for each in encoders(model))
+    left = [f"{name} ({why or 'has other layers'})" for name, why in _left(model).items()]
+    if left:
+        _LOG.warning("erniem_fast.optimize has taken %s, and left as they are: %s.", taken, ", ".join(left))
+    else:
+        _LOG.info("erniem_fast.optimize has taken %s.", taken)
+
+
+def _modules(model: object) -> list[nn.Module]:
+    """All modules in an object, each once."""
+    return list(dict.fromkeys(module for root in roots(model) for module in root.modules()))
+
+
+def _left(model: object) -> dict[str, str | None]:
+    """The models of transformers in an object that are not taken and hold none that is, and why, if that is known.
+
+    Of models inside each other, it is the innermost.
+    """
+    models = [each for each in _modules(model) if isinstance(each, PreTrainedModel)]
+    others = [each for each in models if not any(map(is_taken, each.modules()))]
+    outer = [each for each in others if any(inner in others for inner in list(each.modules())[1:])]
+    return {type(each).__name__: families.refusal(each) for each in others if each not in outer}
 
 
 def is_taken(module: nn.Module) -> bool:

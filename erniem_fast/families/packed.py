@@ -3,22 +3,26 @@
 Each class stands before transformers' own in a family's classes. What it cannot compute goes to that one.
 """
 
-from dataclasses import replace
 from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
-from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
+from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from .. import flags
 from ..batch import TokenBatch
 from ..dropout import drop_features
 from ..inference import InferenceModel, is_plain_inference
-from ..inputs import is_full, leaves_out_padding
 from ..modes import is_plain
 from ..ops import Product
 from ..post_ln import Places, PostLNLayer, PostLNStack, add_norm, embed_words, embeddings_dropout
 from . import fallback
+from .layout import Tokens, lay_out
+from .saving import refuse_saving
+
+# Given by a head that reads the first column of the hidden states, and nothing else.
+FIRST_ONLY = "first_tokens_only"
 
 
 class PackedLayer(PostLNLayer):
@@ -56,6 +60,14 @@ class PackedEncoder(PostLNStack):
     layers_name = "layer"
 
 
+class PackedClassifier(nn.Module):
+    """A head on the first column of the hidden states. Of input that came packed, it reads a row for each sequence."""
+
+    def forward(self, *arguments: object, **options: object) -> SequenceClassifierOutput | tuple:
+        """Arguments and results are transformers'; logits are `(sequences, labels)`."""
+        return super().forward(*arguments, **options, **{FIRST_ONLY: True})
+
+
 class PackedModel(InferenceModel):
     """A bare model that computes no padding.
 
@@ -79,10 +91,18 @@ class PackedModel(InferenceModel):
         past_key_values: object = None,
         use_cache: bool | None = None,
         **kwargs,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
+    ) -> Output | tuple:
         """Arguments and results are transformers'. Hidden states are zeros at padding, except in the first column.
 
         What the packed layout does not serve runs by transformers' own forward, and the log says so once.
+
+        Sequences may come packed in one row, as `DataCollatorWithFlattening` makes it: with `cu_seq_lens_q` and
+        `max_length_q`, or with `position_ids` alone that start anew where a sequence does. They do not attend to each
+        other, and `pooler_output` has a row for each.
+
+        Raises:
+            ValueError: a sequence is longer than there are positions, or packed input contradicts itself; the message
+                names the argument, its value and the remedy.
         """
         arguments = {
             "input_ids": input_ids,
@@ -95,13 +115,24 @@ class PackedModel(InferenceModel):
             "past_key_values": past_key_values,
             **kwargs,
         }
+        first_only = arguments.pop(FIRST_ONLY, False)
         reason = fallback.reason(self, arguments)
         if reason is not None:
             fallback.tell(self, reason)
             return super().forward(**arguments, use_cache=use_cache)
         return_states = kwargs.get("output_hidden_states", self.config.output_hidden_states)
         with flags.held():
-            output = self._encode(input_ids, attention_mask, token_type_ids, position_ids, inputs_embeds, return_states)
+            tokens = lay_out(
+                self,
+                input_ids,
+                inputs_embeds,
+                attention_mask,
+                position_ids,
+                token_type_ids,
+                kwargs.get("cu_seq_lens_q"),
+                kwargs.get("max_length_q"),
+            )
+            output = self._encode(tokens, return_states, first_only and tokens.came_packed)
         return output.to_tuple() if kwargs.get("return_dict", self.config.return_dict) is False else output
 
     @property
@@ -109,69 +140,39 @@ class PackedModel(InferenceModel):
         """The most tokens of a sequence."""
         return self.embeddings.position_embeddings.num_embeddings - self.first_position
 
+    def state_dict(self, *arguments: object, **options: object) -> dict[str, object]:
+        """As in transformers; `save_pretrained` gets no rounded weights."""
+        refuse_saving(self)
+        return super().state_dict(*arguments, **options)
+
     def default_positions(self, input_ids: Tensor | None, grid: tuple[int, int], device: torch.device) -> Tensor:
         """int64 `(rows, columns)`, the rows of the position table for input that comes without positions."""
         raise NotImplementedError
 
-    def _encode(
-        self,
-        input_ids: Tensor | None,
-        attention_mask: Tensor | None,
-        token_type_ids: Tensor | None,
-        position_ids: Tensor | None,
-        inputs_embeds: Tensor | None,
-        output_hidden_states: bool,
-    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
-        given = inputs_embeds if input_ids is None else input_ids
-        grid, device = tuple(given.shape[:2]), given.device
-        if position_ids is None:
-            position_ids = self.default_positions(input_ids, grid, device)
-        batch = _lay_out(attention_mask, grid, device)
-        of_embeddings, of_layers = self.encoder.seeds(self.embeddings.dropout, device)
-        positions = batch.pack(position_ids.expand(grid))
-        types = torch.zeros_like(positions) if token_type_ids is None else batch.pack(token_type_ids.expand(grid))
-        ids, embedded = (None if each is None else batch.pack(each) for each in (input_ids, inputs_embeds))
-        hidden = _embed(self.embeddings, batch, ids, embedded, positions, types, of_embeddings)
+    def _encode(self, tokens: Tokens, output_hidden_states: bool, first_only: bool) -> Output:
+        batch = tokens.batch
+        of_embeddings, of_layers = self.encoder.seeds(self.embeddings.dropout, batch.columns.device)
+        hidden = _embed(self.embeddings, tokens, of_embeddings)
         hidden, states, _ = self.encoder.compute(hidden, batch, of_layers, output_hidden_states=output_hidden_states)
         rows = batch.unpack(hidden)
-        return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=rows,
-            pooler_output=None if self.pooler is None else self.pooler(rows),
+        # Poolers and heads read the first column: of input that came packed, a row for each sequence.
+        read = batch.first_tokens(hidden)[:, None] if tokens.came_packed else rows
+        return Output(
+            last_hidden_state=read if first_only else rows,
+            pooler_output=None if self.pooler is None else self.pooler(read),
             hidden_states=(*map(batch.unpack, states[:-1]), rows) if output_hidden_states else None,
         )
 
 
-def _lay_out(attention_mask: Tensor | None, grid: tuple[int, int], device: torch.device) -> TokenBatch:
-    """The tokens of a forward: those that are attended to, and the first of each row, which poolers and heads read.
-
-    Without a mask all are attended to, padding included.
-    """
-    mask = None if attention_mask is None else attention_mask.to(device) != 0
-    if mask is None or is_full(mask):
-        return TokenBatch.padded(grid, device)
-    if not leaves_out_padding():
-        return TokenBatch.padded(grid, device, mask)
-    # What is computed in the first column is shown, even if it is padding.
-    return replace(TokenBatch.from_mask(mask, keep_first=True), packed=False)
-
-
-def _embed(
-    embeddings: nn.Module,
-    batch: TokenBatch,
-    input_ids: Tensor | None,
-    inputs_embeds: Tensor | None,
-    positions: Tensor,
-    token_types: Tensor,
-    seeds: Tensor | None,
-) -> Tensor:
-    """`(tokens, hidden)`, from `(tokens,)` ids, positions and token types, or embeddings in the place of the ids."""
+def _embed(embeddings: nn.Module, tokens: Tokens, seeds: Tensor | None) -> Tensor:
+    """`(tokens, hidden)`, the normalised sum of the rows of words, positions and token types, with dropout."""
     words = embeddings.word_embeddings
-    added = embeddings.position_embeddings(positions) + embeddings.token_type_embeddings(token_types)
-    if inputs_embeds is not None:
-        embedded = inputs_embeds.to(added.dtype)
+    added = embeddings.position_embeddings(tokens.positions) + embeddings.token_type_embeddings(tokens.types)
+    if tokens.inputs_embeds is not None:
+        embedded = tokens.inputs_embeds.to(added.dtype)
     elif is_plain(words, nn.Embedding) or is_plain_inference(words):
-        embedded = words(input_ids)
+        embedded = words(tokens.input_ids)
     else:
-        embedded = embed_words(words, input_ids, batch, getattr(words, "padding_idx", None) or 0)
+        embedded = embed_words(words, tokens.input_ids, tokens.batch, getattr(words, "padding_idx", None) or 0)
     normed = add_norm(embedded, Product(added), embeddings.LayerNorm)
-    return drop_features(normed, embeddings_dropout(embeddings.dropout, batch, seeds))
+    return drop_features(normed, embeddings_dropout(embeddings.dropout, tokens.batch, seeds))

@@ -32,6 +32,8 @@ _LUCK = 2048
 
 _LEAST_SECONDS, _LEAST_ROUNDS = 1.0, 3  # of a timing
 
+_PREPARED = {"prepared", "checked"}  # attributes in which modules keep what calls have prepared
+
 _PLAIN = {flags.KERNELS.name: "off", flags.PACKING.name: "0"}
 
 # Not compared: a loss over columns differs where there is padding, and attentions are transformers' own.
@@ -179,16 +181,16 @@ def _takes_tokens(model: PreTrainedModel) -> bool:
 @contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
     """In eval mode inside a `with` block, and as before after it, without what calls have prepared."""
-    before = [(module, module.training, "prepared" in vars(module)) for module in model.modules()]
+    before = [(module, module.training, vars(module).keys() & _PREPARED) for module in model.modules()]
     for module, *_ in before:
         module.training = False
     try:
         yield
     finally:
-        for module, training, was_prepared in before:
+        for module, training, prepared in before:
             module.training = training
-            if not was_prepared:
-                vars(module).pop("prepared", None)
+            for name in _PREPARED - prepared:
+                vars(module).pop(name, None)
 
 
 def _as_loaded(model: PreTrainedModel) -> tuple[PreTrainedModel, str]:

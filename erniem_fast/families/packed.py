@@ -10,13 +10,22 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 from transformers.modeling_outputs import SequenceClassifierOutput
 
-from .. import flags
+from .. import flags, ops
 from ..batch import TokenBatch
 from ..dropout import drop_features
-from ..inference import InferenceModel, is_plain_inference
+from ..inference import InferenceEmbedding, InferenceModel, is_plain_inference
 from ..modes import is_plain
 from ..ops import Product
-from ..post_ln import Places, PostLNLayer, PostLNStack, add_norm, embed_words, embeddings_dropout
+from ..post_ln import (
+    Places,
+    PostLNLayer,
+    PostLNStack,
+    add_norm,
+    embed_words,
+    embeddings_dropout,
+    is_plain_table,
+    norm_of,
+)
 from . import fallback
 from .layout import Tokens, lay_out
 from .saving import refuse_saving
@@ -166,13 +175,28 @@ class PackedModel(InferenceModel):
 
 def _embed(embeddings: nn.Module, tokens: Tokens, seeds: Tensor | None) -> Tensor:
     """`(tokens, hidden)`, the normalised sum of the rows of words, positions and token types, with dropout."""
-    words = embeddings.word_embeddings
+    words, norm, batch, ids = embeddings.word_embeddings, embeddings.LayerNorm, tokens.batch, tokens.input_ids
     added = embeddings.position_embeddings(tokens.positions) + embeddings.token_type_embeddings(tokens.types)
-    if tokens.inputs_embeds is not None:
+    dropout = embeddings_dropout(embeddings.dropout, batch, seeds)
+    padding = getattr(words, "padding_idx", None)
+    if ids is not None and is_plain(norm, nn.LayerNorm) and _fits_op(words, padding, added):
+        # The op adds a row to each word: here the sum of two others, a table with a row for each token.
+        scale = getattr(words, "weight_scale", None)
+        if isinstance(words, InferenceEmbedding):
+            words.check_inference(ids)
+        rows, options = torch.arange(batch.tokens, device=ids.device), {"word_scale": scale, "position_padding_idx": -1}
+        parameters = words.weight, added, norm_of(norm), padding, dropout, getattr(words, "sparse", False)
+        return ops.embeddings(ids, rows, *parameters, **options)
+    if ids is None:
         embedded = tokens.inputs_embeds.to(added.dtype)
     elif is_plain(words, nn.Embedding) or is_plain_inference(words):
-        embedded = words(tokens.input_ids)
+        embedded = words(ids)
     else:
-        embedded = embed_words(words, tokens.input_ids, tokens.batch, getattr(words, "padding_idx", None) or 0)
-    normed = add_norm(embedded, Product(added), embeddings.LayerNorm)
-    return drop_features(normed, embeddings_dropout(embeddings.dropout, tokens.batch, seeds))
+        embedded = embed_words(words, ids, batch, padding or 0)
+    return drop_features(add_norm(embedded, Product(added), norm), dropout)
+
+
+def _fits_op(words: nn.Module, padding: int | None, added: Tensor) -> bool:
+    """Whether `ops.embeddings` computes what a call of the word table would."""
+    fits = padding is not None and is_plain_table(words, padding)
+    return fits and (isinstance(words, InferenceEmbedding) or words.weight.dtype == added.dtype)

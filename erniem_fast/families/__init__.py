@@ -75,7 +75,7 @@ def unpack(model: nn.Module) -> None:
     for module in model.modules():
         if _is_ours(module):
             module.__class__ = stock_class(type(module))
-            for name in ("prepared", "checked", "fallbacks"):
+            for name in ("prepared", "checked", "fallbacks", "_graphs"):
                 module.__dict__.pop(name, None)
 
 

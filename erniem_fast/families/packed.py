@@ -87,6 +87,7 @@ class PackedModel(InferenceModel):
 
     encoder_kind: ClassVar[type[PackedEncoder]]
     first_position: int
+    _graphs: object = None  # see `use_graphs`
 
     def forward(
         self,
@@ -141,7 +142,13 @@ class PackedModel(InferenceModel):
                 kwargs.get("cu_seq_lens_q"),
                 kwargs.get("max_length_q"),
             )
-            output = self._encode(tokens, return_states, first_only and tokens.came_packed)
+            output = None
+            if self._graphs is not None and not return_states:
+                output = self._graphs.encode(self, tokens)
+            if output is None:
+                output = self._encode(tokens, return_states)
+            if first_only and tokens.came_packed:
+                output.last_hidden_state = tokens.batch.first_tokens(output.last_hidden_state[0])[:, None]
         return output.to_tuple() if kwargs.get("return_dict", self.config.return_dict) is False else output
 
     @property
@@ -158,7 +165,22 @@ class PackedModel(InferenceModel):
         """int64 `(rows, columns)`, the rows of the position table for input that comes without positions."""
         raise NotImplementedError
 
-    def _encode(self, tokens: Tokens, output_hidden_states: bool, first_only: bool) -> Output:
+    def graph_inputs(self, tokens: Tokens) -> dict[str, Tensor] | None:
+        """What a graph reads of each token, int64 `(tokens,)`, by name; None if none can serve the call."""
+        pools_first = self.pooler is None or type(self.pooler).__module__.startswith("transformers.")
+        if tokens.input_ids is None or not pools_first:
+            return None
+        return {"input_ids": tokens.input_ids, "positions": tokens.positions, "types": tokens.types}
+
+    def encode_packed(self, batch: TokenBatch, input_ids: Tensor, positions: Tensor, types: Tensor) -> Output:
+        """Encodes tokens that are packed in one row, as a graph does it; arguments as of `graph_inputs`."""
+        return self._encode(Tokens(batch, input_ids, None, positions, types, came_packed=True))
+
+    def _drops(self) -> bool:
+        """Whether a dropout is active."""
+        return self.encoder.drops(self.embeddings.dropout)
+
+    def _encode(self, tokens: Tokens, output_hidden_states: bool = False) -> Output:
         batch = tokens.batch
         of_embeddings, of_layers = self.encoder.seeds(self.embeddings.dropout, batch.columns.device)
         hidden = _embed(self.embeddings, tokens, of_embeddings)
@@ -167,7 +189,7 @@ class PackedModel(InferenceModel):
         # Poolers and heads read the first column: of input that came packed, a row for each sequence.
         read = batch.first_tokens(hidden)[:, None] if tokens.came_packed else rows
         return Output(
-            last_hidden_state=read if first_only else rows,
+            last_hidden_state=rows,
             pooler_output=None if self.pooler is None else self.pooler(read),
             hidden_states=(*map(batch.unpack, states[:-1]), rows) if output_hidden_states else None,
         )

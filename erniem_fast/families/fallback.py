@@ -97,8 +97,8 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
             return f"{name} was given"
     if arguments.get("output_attentions", model.config.output_attentions):
         return "output_attentions=True in its config"
-    if not isinstance(arguments.get("output_hidden_states"), bool | None):
-        return "output_hidden_states selects some of them"
+    if not _selects_states(arguments.get("output_hidden_states"), len(model.encoder.layer) + 1):
+        return "output_hidden_states selects states that there are not"
     ids, embeds = arguments["input_ids"], arguments["inputs_embeds"]
     if (ids is None) == (embeds is None):
         return "not exactly one of input_ids and inputs_embeds was given"
@@ -111,6 +111,13 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
         return None
     dimensions = len(mask.shape)
     return f"attention_mask has {'another shape than the input' if dimensions == 2 else f'{dimensions} dimensions'}"
+
+
+def _selects_states(selected: object, count: int) -> bool:
+    """Whether `output_hidden_states` is a bool or indices of states, of which there are `count`."""
+    if not isinstance(selected, (list, tuple)):
+        return isinstance(selected, bool | None)
+    return all(isinstance(index, int) and -count <= index < count for index in selected)
 
 
 def _in_config(model: PreTrainedModel) -> str | None:

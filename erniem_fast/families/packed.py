@@ -180,19 +180,26 @@ class PackedModel(InferenceModel):
         """Whether a dropout is active."""
         return self.encoder.drops(self.embeddings.dropout)
 
-    def _encode(self, tokens: Tokens, output_hidden_states: bool = False) -> Output:
+    def _encode(self, tokens: Tokens, output_hidden_states: bool | list[int] = False) -> Output:
         batch = tokens.batch
         of_embeddings, of_layers = self.encoder.seeds(self.embeddings.dropout, batch.columns.device)
         hidden = _embed(self.embeddings, tokens, of_embeddings)
-        hidden, states, _ = self.encoder.compute(hidden, batch, of_layers, output_hidden_states=output_hidden_states)
+        return_states = bool(output_hidden_states)
+        hidden, states, _ = self.encoder.compute(hidden, batch, of_layers, output_hidden_states=return_states)
         rows = batch.unpack(hidden)
         # Poolers and heads read the first column: of input that came packed, a row for each sequence.
         read = batch.first_tokens(hidden)[:, None] if tokens.came_packed else rows
         return Output(
             last_hidden_state=rows,
             pooler_output=None if self.pooler is None else self.pooler(read),
-            hidden_states=(*map(batch.unpack, states[:-1]), rows) if output_hidden_states else None,
+            hidden_states=_selected([*states[:-1], hidden], output_hidden_states, batch) if return_states else None,
         )
+
+
+def _selected(states: list[Tensor], indices: bool | list[int], batch: TokenBatch) -> tuple[Tensor | None, ...]:
+    """The states by rows: all of them, or those of a list of indices, with None for the others, as in transformers."""
+    wanted = range(len(states)) if indices is True else {index % len(states) for index in indices}
+    return tuple(batch.unpack(each) if index in wanted else None for index, each in enumerate(states))
 
 
 def _embed(embeddings: nn.Module, tokens: Tokens, seeds: Tensor | None) -> Tensor:

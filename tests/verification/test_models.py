@@ -10,7 +10,8 @@ from torch import nn
 
 import erniem_fast
 from erniem_fast import ErnieMForSequenceClassification, __main__
-from erniem_fast.batch import PaddingMask, TokenBatch
+from erniem_fast.batch import PaddingMask
+from erniem_fast.families.layout import lay_out
 from erniem_fast.families.packed import PackedEncoder
 from erniem_fast.verification import models
 from erniem_fast.verification.hard_batches import hard_batches
@@ -121,9 +122,10 @@ def test_small_errors_are_failures(monkeypatch):
 
 
 def test_padding_that_is_attended_to_is_a_failure(monkeypatch):
-    monkeypatch.setattr(
-        "erniem_fast.families.packed._lay_out", lambda mask, grid, device: TokenBatch.padded(grid, device)
-    )
+    def unmasked(model, input_ids, inputs_embeds, attention_mask, *rest):
+        return lay_out(model, input_ids, inputs_embeds, None, *rest)
+
+    monkeypatch.setattr("erniem_fast.families.packed.lay_out", unmasked)
     assert not erniem_fast.verify(make())
 
 

@@ -28,6 +28,7 @@ from .modeling import (
 from .optimize import optimize, restore
 from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
+from .verification.models import verify
 
 __all__ = [
     "ErnieMConfig",
@@ -47,6 +48,7 @@ __all__ = [
     "restore",
     "use_graphs",
     "use_kernels",
+    "verify",
 ]
 
 __version__ = "0.1.0"

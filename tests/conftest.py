@@ -11,6 +11,7 @@ from importlib.util import find_spec
 import pytest
 import torch
 
+from tests.compiling import compiling_process
 from tests.interpreter import patch_once_a_launch
 
 # Every checkpoint is a folder of the tests: nothing may be looked up on a network.
@@ -36,6 +37,13 @@ def device(request):
     if request.param == "cpu" and torch.cuda.is_available():
         pytest.skip("kernels are compiled where there is a GPU")
     return torch.device(request.param)
+
+
+@pytest.fixture(scope="session")
+def compiling():
+    """Runs code in a process that compiles kernels, and returns the JSON that the code prints."""
+    with compiling_process() as run:
+        yield run
 
 
 def share_threads(processes):

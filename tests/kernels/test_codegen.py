@@ -1,40 +1,4 @@
-"""What the kernels compile to for GPUs that are not here; in other processes, as this one may interpret."""
-
-import json
-import os
-import subprocess
-import sys
-
-import pytest
-
-from tests import ROOT
-
-ENVIRONMENT = {**os.environ, "PYTHONPATH": str(ROOT)}
-
-# Runs the code of each line, and answers with what it printed.
-COMPILING = """
-import contextlib, io, json, sys
-for line in sys.stdin:
-    with contextlib.redirect_stdout(io.StringIO()) as printed:
-        exec(json.loads(line), {})
-    print(json.dumps(printed.getvalue()), flush=True)
-"""
-
-
-@pytest.fixture(scope="module")
-def compiling():
-    """A function that runs code in a process that compiles, the same for all tests, and returns the JSON it prints."""
-    pipes = dict.fromkeys(("stdin", "stdout", "stderr"), subprocess.PIPE)
-    with subprocess.Popen([sys.executable, "-c", COMPILING], env=ENVIRONMENT, text=True, **pipes) as process:
-
-        def run(code):
-            print(json.dumps(code), file=process.stdin, flush=True)
-            answer = process.stdout.readline()
-            assert answer, process.stderr.read()
-            return json.loads(json.loads(answer))
-
-        yield run
-        process.stdin.close()
+"""What the kernels compile to for GPUs that are not here."""
 
 
 def test_the_table_is_of_these_kernels_and_breaks_no_rule(compiling):

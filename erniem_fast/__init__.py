@@ -11,6 +11,7 @@ from transformers import (
 )
 
 from .configuration import ErnieMConfig
+from .embedding import embed, score
 from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
@@ -37,8 +38,10 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "embed",
     "optimize",
     "restore",
+    "score",
     "use_graphs",
     "use_kernels",
 ]

@@ -124,7 +124,7 @@ class PackedModel(InferenceModel):
         positions = batch.pack(position_ids.expand(grid))
         types = torch.zeros_like(positions) if token_type_ids is None else batch.pack(token_type_ids.expand(grid))
         ids, embedded = (None if each is None else batch.pack(each) for each in (input_ids, inputs_embeds))
-        hidden = _embed(self.embeddings, batch, ids, embedded, positions, types, of_embeddings)
+        hidden = embed(self.embeddings, batch, ids, embedded, positions, types, of_embeddings)
         hidden, states, _ = self.encoder.compute(hidden, batch, of_layers, output_hidden_states=output_hidden_states)
         rows = batch.unpack(hidden)
         return BaseModelOutputWithPoolingAndCrossAttentions(
@@ -148,7 +148,7 @@ def _lay_out(attention_mask: Tensor | None, grid: tuple[int, int], device: torch
     return replace(TokenBatch.from_mask(mask, keep_first=True), packed=False)
 
 
-def _embed(
+def embed(
     embeddings: nn.Module,
     batch: TokenBatch,
     input_ids: Tensor | None,

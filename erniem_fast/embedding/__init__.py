@@ -1,0 +1,6 @@
+"""Texts to vectors and pairs to scores, batched by tokens: in a call, from files, and on a cluster."""
+
+from .scores import score
+from .vectors import embed
+
+__all__ = ["embed", "score"]

@@ -1,6 +1,6 @@
 """`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
 libraries and times the libraries for matrix products; `verify` compares every kernel that runs here with the
-reference."""
+reference; `embed` turns a file of texts into a file of vectors."""
 
 import argparse
 import os
@@ -12,6 +12,7 @@ import torch
 import transformers
 
 from . import flags, ops
+from .embedding import command as embed
 from .inference import BFloat16Linear, linear_kind
 from .inference_gpu import GPU_LINEARS, gpu_objection
 from .matmul import fastest, may_choose
@@ -30,16 +31,17 @@ def main() -> int:
         "build", help="compile the native libraries for this machine's devices, and time the libraries for products"
     )
     commands.add_parser("verify", help="compare every kernel that runs here with the reference, forward and backward")
-    command = parser.parse_args().command
-    return {"status": _status, "build": _build, "verify": _verify}[command]()
+    embed.add_arguments(commands.add_parser("embed", help="turn a file of texts into a file of vectors"))
+    arguments = parser.parse_args()
+    return {"status": _status, "build": _build, "verify": _verify, "embed": embed.run}[arguments.command](arguments)
 
 
-def _status() -> int:
+def _status(_: argparse.Namespace) -> int:
     print(status())
     return 0
 
 
-def _build() -> int:
+def _build(_: argparse.Namespace) -> int:
     try:
         for device, path in build().items():
             print(f"{device}: {path}")
@@ -51,7 +53,7 @@ def _build() -> int:
     return 0
 
 
-def _verify() -> int:
+def _verify(_: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
         print(f"{device} ({torch.cuda.get_device_name(device)})")

@@ -15,8 +15,8 @@ TOKENS_PER_BATCH = 8192
 
 # Texts are tokenised and sorted by length a window at a time: enough that one batch which is not full matters little,
 # and few enough that their tokens take megabytes.
-WINDOW_TEXTS = 4096
-WINDOW_CHARACTERS = 2**22
+WINDOW_TEXTS = 1024
+WINDOW_CHARACTERS = 2**20
 
 Item = TypeVar("Item")
 

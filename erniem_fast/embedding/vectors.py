@@ -58,7 +58,7 @@ def embed(
 
     Returns:
         float32 `(texts, dimension)`, of NumPy or torch. If `texts` has no length, an iterator over such arrays for
-        consecutive texts, which reads texts as it goes and holds no more than a few thousand of them.
+        consecutive texts, which reads texts as it goes and holds at most a thousand of them.
 
     Raises:
         TypeError: `texts` or a text is of another type, or there is no such model in the object.

@@ -1,6 +1,7 @@
 """Texts to vectors and pairs to scores, batched by tokens: in a call, from files, and on a cluster."""
 
+from .embedder import Embedder
 from .scores import score
 from .vectors import embed
 
-__all__ = ["embed", "score"]
+__all__ = ["Embedder", "embed", "score"]

@@ -103,7 +103,7 @@ def _steps_of_cross_encoder(
     sentence_transformer.check_kind(model, "score", "model.predict")
     held, activation = model.eval()[0].model, activation or model.activation_fn
     is_packed = len(model) == 1 and model[0].transformer_task == "sequence-classification" and _is_packed(held)
-    extras = sentence_transformer.find_extras(model, ("", ""), prompt)
+    extras = {}
 
     @torch.inference_mode()
     def compute(batch: list[Tokens]) -> Tensor:
@@ -115,7 +115,7 @@ def _steps_of_cross_encoder(
         return _finish(scores, activation, model.num_labels)
 
     limit = model.get_max_seq_length()
-    return Steps(sentence_transformer.tokenizes(model, prompt), compute, not is_packed, limit), model.num_labels
+    return Steps(sentence_transformer.tokenizes(model, prompt, extras), compute, not is_packed, limit), model.num_labels
 
 
 def _is_packed(model: PreTrainedModel) -> bool:

@@ -38,12 +38,6 @@ def refuse_options(model: nn.Module, **options: object) -> None:
             raise ValueError(f"{name} was given, but a {type(model).__name__} keeps its own {own}; leave it out.")
 
 
-def find_extras(model: nn.Module, item: str | tuple[str, str], prompt: str | None) -> dict:
-    """What the model's modules are given beside tokens, which is the same for all texts."""
-    features = model.preprocess([item], prompt=prompt)
-    return {name: features[name] for name in ("modality", "prompt_length") if name in features}
-
-
 def find_prompt(model: nn.Module, prompt: str | None, prompt_name: str | None) -> str | None:
     """The prompt that was given, or that of a name, or the model's default.
 
@@ -60,13 +54,18 @@ def find_prompt(model: nn.Module, prompt: str | None, prompt_name: str | None) -
     return None if name is None else model.prompts[name]
 
 
-def tokenizes(model: nn.Module, prompt: str | None):
-    """A function from a window of texts or pairs to their tokens, as the model itself makes them."""
-    return partial(_tokenize, model, prompt)
+def tokenizes(model: nn.Module, prompt: str | None, extras: dict):
+    """A function from a window of texts or pairs to their tokens, as the model itself makes them.
+
+    It puts into `extras` what the model's modules are given beside tokens, which is the same for all texts.
+    """
+    return partial(_tokenize, model, prompt, extras)
 
 
-def _tokenize(model: nn.Module, prompt: str | None, items: list) -> list[Tokens]:
-    return cut_rows(items, model.preprocess(items, prompt=prompt))
+def _tokenize(model: nn.Module, prompt: str | None, extras: dict, items: list) -> list[Tokens]:
+    features = model.preprocess(items, prompt=prompt)
+    extras.update({name: features[name] for name in ("modality", "prompt_length") if name in features})
+    return cut_rows(items, features)
 
 
 def is_packed(model: nn.Module, bare: nn.Module) -> bool:

@@ -112,7 +112,7 @@ def _steps_of_sentence_transformer(model: nn.Module, prompt: str | None, normali
     sentence_transformer.check_kind(model, "embed", "model.encode")
     bare = model.eval()[0].model
     is_packed = encoders(model) == [bare] and sentence_transformer.is_packed(model, bare)
-    extras = sentence_transformer.find_extras(model, "", prompt)
+    extras = {}
 
     @torch.inference_mode()
     def compute(batch: list[Tokens]) -> Tensor:
@@ -124,5 +124,7 @@ def _steps_of_sentence_transformer(model: nn.Module, prompt: str | None, normali
         vectors = features["sentence_embedding"].float()[:, : model.truncate_dim]
         return (to_unit_length(vectors, dim=-1) if normalize else vectors).cpu()
 
-    steps = Steps(sentence_transformer.tokenizes(model, prompt), compute, not is_packed, model.get_max_seq_length())
+    steps = Steps(
+        sentence_transformer.tokenizes(model, prompt, extras), compute, not is_packed, model.get_max_seq_length()
+    )
     return steps, model.get_embedding_dimension()

@@ -59,6 +59,14 @@ def pads(bare: nn.Module) -> bool:
     return fallback.reason(bare, arguments | {"input_ids": ids}) is not None
 
 
+def token_states(bare: nn.Module, packed: Packed, padded: bool, pad_id: int | None) -> Tensor:
+    """`(tokens, hidden)`, the last hidden states of any bare model, which is given rows with `pad_id` if it pads."""
+    if not padded:
+        return hidden_states(bare, packed)
+    arguments = packed.padded(pad_id or 0)
+    return bare(**arguments).last_hidden_state[arguments["attention_mask"].bool()]
+
+
 def hidden_states(bare: nn.Module, packed: Packed) -> Tensor:
     """`(tokens, hidden)`, the last hidden states of a bare model that does not pad."""
     longest = max(packed.lengths)

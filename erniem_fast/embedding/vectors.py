@@ -10,7 +10,7 @@ from transformers import PreTrainedTokenizerBase
 
 from . import sentence_transformer
 from .batches import TOKENS_PER_BATCH, Steps, Tokens, run
-from .hidden_states import Packed, hidden_states, pads
+from .hidden_states import Packed, pads, token_states
 from .models import bare_model, encoders
 from .pooling import POOLINGS, pool
 from .results import collect
@@ -92,16 +92,12 @@ def _steps(
         raise ValueError(f"pooling={pooling!r} is unknown; use {', '.join(map(repr, POOLINGS))}.")
     bare = bare_model(model).eval()
     tokenizer = find_tokenizer(model, tokenizer)
-    limit, padded, pad_id = find_limit(bare, tokenizer, max_length), pads(bare), tokenizer.pad_token_id or 0
+    limit, padded = find_limit(bare, tokenizer, max_length), pads(bare)
 
     @torch.inference_mode()
     def compute(batch: list[Tokens]) -> Tensor:
         packed = Packed.of(batch, bare.device)
-        if padded:
-            arguments = packed.padded(pad_id)
-            hidden = bare(**arguments).last_hidden_state[arguments["attention_mask"].bool()]
-        else:
-            hidden = hidden_states(bare, packed)
+        hidden = token_states(bare, packed, padded, tokenizer.pad_token_id)
         vectors = pool(hidden, packed.cu_seqlens, pooling)
         return (to_unit_length(vectors, dim=-1) if normalize else vectors).cpu()
 

@@ -15,7 +15,7 @@ COMMANDS = {
         "bench.model.quality",
         "what rounding costs: embeddings and retrieval on real weights, by language (make quality)",
     ),
-    "sentence-transformers": (
+    "encode": (
         "bench.model.sentence_transformers",
         "models of sentence-transformers before and after optimize: encode, a reranker, a single query",
     ),
@@ -31,7 +31,7 @@ COMMANDS = {
 
 def main(argv: list[str] | None = None) -> int:
     """Run the command that `argv` names; returns its exit code."""
-    lines = [f"  {name:<22}{summary}" for name, (_, summary) in COMMANDS.items()]
+    lines = [f"  {name:<12}{summary}" for name, (_, summary) in COMMANDS.items()]
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__,

@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None) -> int:
     try:
         run = measure(arguments)
     except ValueError as error:
-        sys.exit(f"python -m bench sentence-transformers: {error}")
+        sys.exit(f"python -m bench encode: {error}")
     except KeyboardInterrupt:
         return INTERRUPTED
     write(run, markdown(run), stem_of(run, arguments.output))
@@ -66,7 +66,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = make_parser("sentence-transformers", __doc__)
+    parser = make_parser("encode", __doc__)
     add_model_option(parser)
     group = parser.add_argument_group("run")
     group.add_argument("--texts", type=positive, default=256, metavar="N", help="that are encoded (default: 256)")
@@ -89,7 +89,7 @@ def add_model_option(parser: argparse.ArgumentParser) -> None:
 
 def measure(arguments: argparse.Namespace) -> EncodeRun:
     """All jobs, with all ways that run here."""
-    run = EncodeRun(**vars(begin("sentence-transformers", arguments)), absent=[], jobs=[])
+    run = EncodeRun(**vars(begin("encode", arguments)), absent=[], jobs=[])
     torch.set_num_threads(run.settings.threads)
     with tempfile.TemporaryDirectory() as folder:
         faces.save(arguments.model, pathlib.Path(folder))

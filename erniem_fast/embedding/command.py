@@ -11,6 +11,8 @@ import torch
 import transformers
 from tqdm.auto import tqdm
 
+import erniem_fast
+
 from .batches import TOKENS_PER_BATCH
 from .job import Job, partial_folder
 from .loading import DTYPES, find_folder, load
@@ -89,7 +91,11 @@ def _texts(rows: Iterator[Row], ids: deque) -> Iterator[str]:
 
 def _describe(arguments: argparse.Namespace) -> dict[str, object]:
     """What decides the bytes of the output, on one machine."""
-    versions = {"torch": torch.__version__, "transformers": transformers.__version__}
+    versions = {
+        "erniem_fast": erniem_fast.__version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
     options = {
         name: value for name, value in vars(arguments).items() if name not in ("command", "input", "output", "model")
     }

@@ -9,9 +9,12 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import ErnieMConfig
 from .embedding import embed, score
+from .extraction import Extractor, extract, extract_answer
+from .extraction.pipeline import InformationExtractionPipeline
 from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
@@ -38,7 +41,10 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "Extractor",
     "embed",
+    "extract",
+    "extract_answer",
     "optimize",
     "restore",
     "score",
@@ -58,3 +64,6 @@ AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
 AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
 AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)
 AutoModelForTokenClassification.register(ErnieMConfig, ErnieMForTokenClassification)
+PIPELINE_REGISTRY.register_pipeline(
+    "information-extraction", InformationExtractionPipeline, pt_model=ErnieMForInformationExtraction
+)

@@ -1,6 +1,7 @@
 """`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
 libraries and times the libraries for matrix products; `verify` compares every kernel that runs here with the
-reference; `embed` turns a file of texts into a file of vectors."""
+reference; `convert` writes a checkpoint as another library or model reads it; `extract` finds what a schema names in a
+file of texts; `embed` turns such a file into a file of vectors."""
 
 import argparse
 import os
@@ -12,7 +13,9 @@ import torch
 import transformers
 
 from . import flags, ops
+from .conversion import command as conversion
 from .embedding import command as embed
+from .extraction import command as extraction
 from .inference import BFloat16Linear, linear_kind
 from .inference_gpu import GPU_LINEARS, gpu_objection
 from .matmul import fastest, may_choose
@@ -31,9 +34,21 @@ def main() -> int:
         "build", help="compile the native libraries for this machine's devices, and time the libraries for products"
     )
     commands.add_parser("verify", help="compare every kernel that runs here with the reference, forward and backward")
+    conversion.add_arguments(
+        commands.add_parser("convert", help="write a checkpoint of PaddleNLP, Baidu, XLM-RoBERTa or ERNIE-M as another")
+    )
+    extraction.add_arguments(commands.add_parser("extract", help="find what a schema names in a file of texts"))
     embed.add_arguments(commands.add_parser("embed", help="turn a file of texts into a file of vectors"))
     arguments = parser.parse_args()
-    return {"status": _status, "build": _build, "verify": _verify, "embed": embed.run}[arguments.command](arguments)
+    run = {
+        "status": _status,
+        "build": _build,
+        "verify": _verify,
+        "convert": conversion.run,
+        "extract": extraction.run,
+        "embed": embed.run,
+    }[arguments.command]
+    return run(arguments)
 
 
 def _status(_: argparse.Namespace) -> int:

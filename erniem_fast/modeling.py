@@ -1,6 +1,7 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
 import logging
+import os
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,7 @@ from transformers.modeling_outputs import (
 
 from . import flags, inputs, modes
 from .configuration import ErnieMConfig
+from .conversion import paddle
 from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
@@ -67,6 +69,26 @@ class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
     def __init__(self, config: ErnieMConfig, *inputs, **kwargs) -> None:
         super().__init__(config, *inputs, **kwargs)
         config.check()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+        """As in transformers; the checkpoint may also be PaddleNLP's or Baidu's, as they published it.
+
+        Raises:
+            RefusedPickleError: a `.pdparams` file asks for a function that no checkpoint needs.
+            ValueError: a file of Paddle's is damaged or missing, or its config is another model's.
+        """
+        found = paddle.find_checkpoint(pretrained_model_name_or_path, kwargs)
+        if found is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        # transformers takes weights from a state dict only if it is told no checkpoint.
+        if kwargs.get("config") is None:
+            kwargs["config"] = pretrained_model_name_or_path
+        state = paddle.read_checkpoint(found, issubclass(cls, ErnieMForQuestionAnswering))
+        loaded = super().from_pretrained(None, *model_args, state_dict=state, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
 
     def enable_input_require_grads(self) -> None:
         """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need.

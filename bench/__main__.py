@@ -15,6 +15,11 @@ COMMANDS = {
         "bench.model.quality",
         "what rounding costs: embeddings and retrieval on real weights, by language (make quality)",
     ),
+    "encode": (
+        "bench.model.sentence_transformers",
+        "models of sentence-transformers before and after optimize: encode, a reranker, a single query",
+    ),
+    "lines": ("bench.model.lines", "many lines to vectors: encode of sentence-transformers beside embed, and memory"),
     "breakdown": ("bench.model.breakdown", "where the time of a forward and of a training step goes, op by op"),
     "kernels": ("bench.kernels.speed", "each op beside PyTorch's ways to do the same work, and beside its floor"),
     "sweep": ("bench.kernels.sweep", "ways to launch the Triton kernels, timed on a GPU beside the shipped ones"),

@@ -12,6 +12,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import ErnieMConfig
+from .embedding import embed, score
 from .extraction import Extractor, extract, extract_answer
 from .extraction.pipeline import InformationExtractionPipeline
 from .flags import check_names, use_kernels
@@ -42,10 +43,12 @@ __all__ = [
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
     "Extractor",
+    "embed",
     "extract",
     "extract_answer",
     "optimize",
     "restore",
+    "score",
     "use_graphs",
     "use_kernels",
     "verify",

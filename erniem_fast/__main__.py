@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .conversion import command as conversion
+from .embedding import command as embedding
 from .extraction import command as extraction
 from .matmul import fastest
 from .native.build import build
@@ -65,6 +66,7 @@ _COMMANDS = {
         conversion.run,
         conversion.add_arguments,
     ),
+    "embed": _Command("turn a file of texts into a file of vectors", embedding.run, embedding.add_arguments),
     "extract": _Command("find what a schema names in a file of texts", extraction.run, extraction.add_arguments),
 }
 

@@ -19,11 +19,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m erniem_fast")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in _COMMANDS.items():
-        added = commands.add_parser(name, help=command.does, description=command.does)
-        added.set_defaults(run=command.run)
-        command.add_arguments(added)
+        command.add_arguments(commands.add_parser(name, help=command.does, description=command.does))
     arguments = parser.parse_args()
-    return arguments.run(arguments)
+    return _COMMANDS[arguments.command].run(arguments)
 
 
 def _status(_: argparse.Namespace) -> int:

@@ -230,18 +230,18 @@ class Task {
     for (int64_t j = 0; j < length; ++j) neighbours = neighbours && columns[j] == columns[0] + j;
   }
 
-  // Turns `count` rows of scores, at most BLOCK, into e^(scale (score - largest)), with zeros for masked keys and in
-  // the padding; writes the reciprocals of their sums to `to`, or 0 if every key is masked. Scaling after the largest
-  // is subtracted loses the fewest digits. Each step is taken for all rows before the next one: a row alone would have
-  // to wait for its largest score, and then for its sum.
+  // Turns `count` rows of scores, at most BLOCK, into e^(scale (score - largest)), with the key bias in the scores and
+  // zeros in the padding; writes the reciprocals of their sums to `to`, or 0 if every bias is -inf. Scaling after the
+  // largest is subtracted loses the fewest digits. Each step is taken for all rows before the next one: a row alone
+  // would have to wait for its largest score, and then for its sum.
   void exponentials(float* rows, int64_t count, float* to) const {
-    const float scale = float(op.scale);
+    const float scale = float(op.scale), unscale = 1.0f / scale;
     Vector sums[BLOCK];
     for (int64_t i = 0; i < count; ++i) {
       float* row = rows + i * keys;
       for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;
-      if (op.key_mask != nullptr) {
-        for (int64_t j = 0; j < length; ++j) row[j] = op.key_mask[start + j] ? row[j] : -INFINITY;
+      if (op.key_bias != nullptr) {
+        for (int64_t j = 0; j < length; ++j) row[j] += op.key_bias[start + j] * unscale;
       }
       // With an array for the lanes, the compiler takes this loop apart into single numbers.
       Vector most = Vector{} - INFINITY;

@@ -152,7 +152,7 @@ class Graphs:
         ids, batch = ready.input_ids, ready.batch
         if ids is None or ids.device != model.device:
             return False
-        if ready.scores_bias is not None or batch.sequences.key_mask is not None:
+        if ready.scores_bias is not None or batch.sequences.key_bias is not None:
             return False
         observed = modes.is_recorded() or modes.is_transformed() or not modes.has_values(ids)
         return (

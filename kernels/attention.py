@@ -12,7 +12,8 @@ That is also why the forward saves a row's offset and sum apart: added up as log
 the sum beside a large offset.
 
 Tiles that lie within the sequence are computed in a loop of their own, without masks; the last keys of a sequence, if
-they fill no tile, come after it. Key masks apply in both.
+they fill no tile, come after it. Key biases apply in both; they are divided by the scale, so that softmax stays as it
+is.
 
 The backward uses no atomics in either of its two designs (`takes_one_pass` chooses), so it is deterministic. With two
 passes, a program owns a block of queries in the first and a block of keys in the second, and keeps its sums in
@@ -119,7 +120,7 @@ def backward(
 
 def _pointers(sequences: Sequences, dropout: Dropout | None) -> tuple[Tensor | int | float | None, ...]:
     columns, _, *rest = launch_arguments(dropout)
-    return sequences.cu_seqlens, sequences.longest_first, sequences.key_mask, columns, *rest
+    return sequences.cu_seqlens, sequences.longest_first, sequences.key_bias, columns, *rest
 
 
 def _constants(
@@ -196,12 +197,9 @@ def _store(ptr, row, length, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BL
 
 
 @triton.jit
-def _key_mask(key_mask_ptr, start, key, length):
-    """The key mask of the keys `key`, of any shape: True for keys that are attended to."""
-    key_mask = key < length
-    if key_mask_ptr is not None:
-        key_mask = tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)
-    return key_mask
+def _key_bias(key_bias_ptr, start, key, length, scale):
+    """The bias of the keys `key`, of any shape, for scores that are not scaled yet: -inf beyond the sequence."""
+    return tl.load(key_bias_ptr + start + key, mask=key < length, other=float("-inf")) / scale
 
 
 @triton.jit
@@ -246,7 +244,7 @@ def _scores(
 
     WHOLE: all keys of the tile lie in the sequence.
     """
-    key_ptr, key_mask_ptr, start, length = keys
+    key_ptr, key_bias_ptr, start, length, scale = keys
     BLOCK_DIM: tl.constexpr = query.shape[1]
     index = tl.arange(0, STEP)
     if INTERLEAVED:
@@ -255,8 +253,10 @@ def _scores(
     key = _load(key_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
     value = _load(key_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if not WHOLE or key_mask_ptr is not None:
-        scores = tl.where(_key_mask(key_mask_ptr, start, first_key + index[None, :], length), scores, float("-inf"))
+    if key_bias_ptr is not None:
+        scores += _key_bias(key_bias_ptr, start, first_key + index[None, :], length, scale)
+    elif not WHOLE:
+        scores = tl.where(first_key + index[None, :] < length, scores, float("-inf"))
     return scores, key, value
 
 
@@ -295,7 +295,7 @@ def _forward_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -332,7 +332,7 @@ def _forward_kernel(
         tl.zeros([BLOCK, BLOCK_DIM], tl.float32),
     )
     factor = scale * LOG2_E
-    keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
+    keys = (query_ptr + HIDDEN, key_bias_ptr, start, length, scale)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
     # Without streaming, as in float32, no registers are to spare for a second copy of the tile: all tiles have masks.
     STREAMS: tl.constexpr = STAGES > 1
@@ -437,7 +437,7 @@ def _backward_queries_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -480,7 +480,7 @@ def _backward_queries_kernel(
 
     grad_query = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
     factor = scale * LOG2_E
-    keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
+    keys = (query_ptr + HIDDEN, key_bias_ptr, start, length, scale)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
     whole = 0
     if STAGES > 1:  # see the forward
@@ -565,7 +565,7 @@ def _keys_tile(
     Keys beyond the sequence need no mask, as nothing is stored of them; queries do not, as their statistics are 0.
     """
     grad_key, grad_value = sums
-    key, value, key_mask_ptr, key_mask = keys
+    key, value, key_bias = keys
     query_ptr, grad_ptr, numbers_ptr = queries
     BLOCK: tl.constexpr = key.shape[0]
     BLOCK_DIM: tl.constexpr = key.shape[1]
@@ -575,9 +575,9 @@ def _keys_tile(
     offset, inverse, delta = _load_numbers(numbers_ptr, row, length, WHOLE)
     # Keys by queries: the transpose of the forward's tile.
     scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    if key_bias is not None:
+        scores += key_bias
     probabilities = tl.exp2(tl.fma(scores, factor, offset)) * inverse
-    if key_mask_ptr is not None:
-        probabilities = tl.where(key_mask, probabilities, 0.0)
     dropped = probabilities
     if draw[0] is not None:
         dropout_mask = tl.trans(_dropout_mask(*draw, row, first_key, BLOCK, CONTIGUOUS))
@@ -596,7 +596,7 @@ def _backward_keys_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -627,9 +627,9 @@ def _backward_keys_kernel(
     row = first + tl.arange(0, BLOCK)[:, None]
     key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-    key_mask = _key_mask(key_mask_ptr, start, row, length)
+    key_bias = None if key_bias_ptr is None else _key_bias(key_bias_ptr, start, row, length, scale)
     sums = (tl.zeros([BLOCK, BLOCK_DIM], tl.float32), tl.zeros([BLOCK, BLOCK_DIM], tl.float32))
-    keys = (key, value, key_mask_ptr, key_mask)
+    keys = (key, value, key_bias)
     queries = (query_ptr, grad_ptr, numbers_ptr + 4 * row_offset)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold)
     factor = scale * LOG2_E
@@ -686,7 +686,7 @@ def _backward_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -717,7 +717,7 @@ def _backward_kernel(
         row = first + tl.arange(0, BLOCK)[:, None]
         key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        key_mask = _key_mask(key_mask_ptr, start, row, length)
+        key_bias = None if key_bias_ptr is None else _key_bias(key_bias_ptr, start, row, length, scale)
         grad_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         grad_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         for first_query in tl.range(0, length, STEP, num_stages=STAGES):
@@ -733,8 +733,11 @@ def _backward_kernel(
             offset = _load_number(statistics_ptr, column, length)
             inverse = _load_number(statistics_ptr + HEADS * tokens, column, length)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-            exponentials = tl.exp2(tl.fma(scores, scale * LOG2_E, offset))
-            probabilities = tl.where(key_mask, exponentials * inverse, 0.0)
+            if key_bias is not None:
+                scores += key_bias
+            probabilities = tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse
+            if key_bias is None:
+                probabilities = tl.where(row < length, probabilities, 0.0)
             dropped = probabilities
             if seed_ptr is not None:
                 dropped = tl.where(dropout_mask, probabilities, 0.0)

@@ -63,7 +63,7 @@ def launch_attention(
         longest_first=torch.zeros(sequences, dtype=torch.int64),
         contiguous=True,
         sequence_ids=torch.zeros(64, dtype=torch.int64),
-        key_mask=None,
+        key_bias=None,
     )
     case = (where, heads, 0.1, dropout_of(seed, 64))
     out, statistics = attention.forward(qkv, *case)

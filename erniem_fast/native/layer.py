@@ -51,12 +51,12 @@ def forward_of(name: str) -> Function:
             "layers": (INT, "count"),
             "longest_first": (INT, "sequences"),
             "cu_seqlens": (torch.int32, "sequences + 1"),
-            "key_mask": (torch.bool, "tokens"),
+            "key_bias": (FLOAT, "tokens"),
             "out": (FLOAT, "tokens", "hidden"),
         },
         sizes="tokens hidden count sequences threads",
         written=("out",),
-        optional=("key_mask",),
+        optional=("key_bias",),
     )
 
 
@@ -116,7 +116,7 @@ class Layers:
             layers=self._addresses,
             longest_first=sequences.longest_first,
             cu_seqlens=sequences.cu_seqlens,
-            key_mask=sequences.key_mask,
+            key_bias=sequences.key_bias,
             out=out,
             hidden=self._hidden,
             threads=torch.get_num_threads(),

@@ -49,11 +49,11 @@ ATTENTION = {
     ],
     "_load": [("mask=_element_mask(row, length,", "mask=_element_mask(row, length - 1,")],
     "_store": [("mask=_element_mask(row, length,", "mask=_element_mask(row, length - 1,")],
-    "_key_mask": [
+    "_key_bias": [
         ("key < length", "key <= length"),
         ("key < length", "key < length - 1"),
-        ("tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)", "key_mask"),
-        ("key_mask_ptr + start + key", "key_mask_ptr + key"),
+        ("key_bias_ptr + start + key", "key_bias_ptr + key"),
+        (" / scale", ""),
     ],
     "_dropout_mask": [
         ("first_key // 4 + tl", "tl"),
@@ -66,8 +66,10 @@ ATTENTION = {
     "_scores": [
         ("row = first_key + index[:, None]", "row = index[:, None]"),
         ("index = interleaved(index)", "pass"),
-        ("if not WHOLE or key_mask_ptr is not None:", "if key_mask_ptr is not None:"),
-        ("if not WHOLE or key_mask_ptr is not None:", "if not WHOLE:"),
+        ("scores += _key_bias", "_key_bias"),
+        ("< length, scores", "<= length, scores"),
+        ("< length, scores", "< length - 1, scores"),
+        ("elif not WHOLE:", "elif WHOLE:"),
     ],
     "_forward_tile": [
         ("[:, None] * -factor", "[:, None] * factor"),
@@ -121,7 +123,7 @@ ATTENTION = {
         *OF_KEYS,
         ("tl.fma(scores, factor, offset)", "scores * factor"),
         (" * inverse", ""),
-        ("tl.where(key_mask, probabilities, 0.0)", "probabilities"),
+        ("scores += key_bias", "pass"),
     ],
     "_backward_keys_kernel": [
         *OF_STORES,
@@ -134,7 +136,8 @@ ATTENTION = {
         *OF_STORES,
         ("scale * LOG2_E", "LOG2_E"),
         (" * inverse", ""),
-        ("tl.where(key_mask, exponentials * inverse, 0.0)", "exponentials * inverse"),
+        ("scores += key_bias", "pass"),
+        ("tl.where(row < length, probabilities, 0.0)", "probabilities"),
         ("grad_query * (scale * rescale)", "grad_query * scale"),
         ("if first > 0:", "if first < 0:"),
         ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 
 from erniem_fast import ops
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from erniem_fast.flags import use_implementations
 from erniem_fast.native import packed as products
 from erniem_fast.native.layer import Layers
@@ -37,7 +37,7 @@ def packed(*lengths: int) -> TokenBatch:
 
 
 def padded(mask: Tensor) -> TokenBatch:
-    return TokenBatch.padded(tuple(mask.shape), CPU, mask)
+    return TokenBatch.padded(tuple(mask.shape), CPU, key_bias_of(mask))
 
 
 def _mask() -> Tensor:

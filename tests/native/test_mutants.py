@@ -78,8 +78,9 @@ ATTENTION = {
     ],
     "exponentials": [
         ("for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;", ""),
-        ("op.key_mask[start + j] ?", "true ?"),
-        ("op.key_mask[start + j]", "op.key_mask[j]"),
+        ("row[j] += op.key_bias[start + j] * unscale", ""),
+        ("op.key_bias[start + j]", "op.key_bias[j]"),
+        (" * unscale", ""),
         ("found == -INFINITY ? 0.0f : found", "found"),
         ("float(op.scale)", "1.0f"),
         ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
@@ -344,7 +345,7 @@ LAYER = {
         ("run_layer(op, layer(i)", "run_layer(op, layer(0)"),
     ],
     "attend": [
-        ("attention.key_mask = op.key_mask;", ""),
+        ("attention.key_bias = op.key_bias;", ""),
         ("attention.scale = layer.scale;", ""),
     ],
     "add_norm": [

@@ -4,15 +4,16 @@ Triton's interpreter is slow and has tests of its own; here it joins where input
 """
 
 import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from erniem_fast import flags, ops, reference
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from erniem_fast.dropout import dropout_mask
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
@@ -52,8 +53,18 @@ def masked(*rows, packed):
     """Rows of a padding mask such as "1101"; packed, their first columns are computed in any case."""
     mask = torch.tensor([[value == "1" for value in row] for row in rows])
     if not packed:
-        return TokenBatch.padded(tuple(mask.shape), CPU, key_mask=mask)
+        return TokenBatch.padded(tuple(mask.shape), CPU, key_bias_of(mask))
     return TokenBatch.from_mask(mask, keep_first=True)
+
+
+def biased(*lengths):
+    """Sequences whose keys count for more or less than one, for many, or for nothing; the first has no keys."""
+    batch = sequences(*lengths)
+    key_bias = torch.randn(batch.tokens, generator=torch.Generator().manual_seed(0))
+    key_bias[::3] = -torch.inf
+    key_bias[::4] = math.log(400)
+    key_bias[: lengths[0]] = -torch.inf
+    return replace(batch, sequences=batch.sequences._replace(key_bias=key_bias))
 
 
 HOLES = ("111111111", "110100000", "000001111", "000000000", "010101011", "100000000")
@@ -67,6 +78,7 @@ BATCHES = {
     "no sequences": sequences(),
     "holes, packed": masked(*HOLES, packed=True),
     "holes, padded": masked(*HOLES, packed=False),
+    "biases": biased(3, 40, 1, 0, 33),
 }
 TOKENS = BATCHES["holes, packed"].tokens  # of the problems that `problem_of` makes
 
@@ -150,7 +162,7 @@ def embeddings_problem(batch, dtype, hidden, p, words=50, norm=None):
 
 
 def problem_of(op, dtype=torch.float32, batch=BATCHES["holes, packed"], p=0.3):
-    """A small problem of each op, with all that it has: bias, dropout, key mask."""
+    """A small problem of each op, with all that it has: bias, dropout, key bias."""
     return {
         "attention": lambda: attention_problem(batch, dtype, heads=3, head_dim=32, p=p),
         "bias_gelu": lambda: bias_gelu_problem(batch, dtype, hidden=96, activation="gelu", p=p, bias=dtype),
@@ -208,17 +220,19 @@ def views(x):
 
 def naive_attention(qkv, batch, heads, scale, p):
     """One query at a time, by the definition."""
-    sequence_ids, key_mask = batch.sequences.sequence_ids, batch.sequences.key_mask
+    sequence_ids, key_bias = batch.sequences.sequence_ids, batch.sequences.key_bias
     query, key, value = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     out = torch.zeros_like(query)
     for i, h in itertools.product(range(batch.tokens), range(heads)):
         sequence, column = sequence_ids[i], batch.columns[i]
         keys = (sequence_ids == sequence).nonzero().squeeze(1)
-        if key_mask is not None:
-            keys = keys[key_mask[keys]]
         weights = torch.exp(key[keys, h] @ query[i, h] * scale)
+        if key_bias is not None:
+            weights = weights * key_bias[keys].exp()
+            if not weights.any():
+                continue
         weights = weights / weights.sum()
-        if p and len(keys):
+        if p:
             mask = dropout_mask(SEED, p, 512, column, sequence, h)[batch.columns[keys]]
             weights = weights * mask / (1 - p)
         out[i, h] = weights @ value[keys, h]

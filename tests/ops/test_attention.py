@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from erniem_fast import ops, use_kernels
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from tests.batches import dropout_of, sequences
 from tests.ops.problems import (
     BATCHES,
@@ -42,6 +42,8 @@ from tests.ops.problems import (
         ("holes, packed", 3, 32, 0.3),
         ("holes, padded", 8, 128, 0.0),
         ("holes, padded", 3, 32, 0.3),
+        ("biases", 2, 64, 0.0),
+        ("biases", 3, 32, 0.3),
         ("no tokens", 3, 32, 0.1),
     ],
 )
@@ -66,6 +68,35 @@ def test_float16_scores_may_overflow_before_the_scale(implementation, dtype, p):
         assert largest(results[name] - exact[name]) <= 2 * torch.finfo(dtype).eps * largest(exact[name])
 
 
+@each_implementation("attention", interpreted=True)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_key_with_the_bias_log_n_stands_for_n_equal_keys(implementation, dtype, p):
+    """In the results of the others; with dropout, one mask stands for n, so only what needs no key of it is equal."""
+    one, many = sequences(5, 21), sequences(5, 20 + 37)
+    qkv = randn(26, 3 * 64, dtype=dtype)
+    repeated = torch.cat([qkv, qkv[-1:].expand(36, -1)])
+    key_bias = torch.zeros(26)
+    key_bias[-1] = torch.tensor(37.0).log()
+    one = replace(one, sequences=one.sequences._replace(key_bias=key_bias))
+    if p:
+        qkv[-1, 128:], repeated[25:, 128:] = 0.0, 0.0
+    with use_kernels(attention=implementation):
+        out = ops.attention(qkv, one, 2, 0.2, dropout_of(one, p))
+        expected = ops.attention(repeated, many, 2, 0.2, dropout_of(many, p))
+    torch.testing.assert_close(out, expected[:26], rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+def test_key_biases_are_checked():
+    batch = sequences(3, 4)
+    for key_bias, message in (
+        (torch.zeros(6), r"key_bias has shape \(6,\) and dtype torch.float32; it must hold float32 .* shape \(7,\)"),
+        (torch.zeros(7, dtype=torch.bool), r"key_bias has shape \(7,\) and dtype torch.bool; it must hold float32"),
+        (torch.zeros(7, requires_grad=True), r"key_bias requires gradients, .* pass key_bias.detach\(\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(batch, sequences=batch.sequences._replace(key_bias=key_bias))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_attention_refuses_a_scale_that_is_not_positive(scale):
     with pytest.raises(ValueError, match=rf"scale must be positive, not {scale}; "):
@@ -88,7 +119,7 @@ def test_sequences_without_keys_give_zeros(implementation, dtype, p):
     batch = sequences(4, 70, 0, 1, 5)
     empty = torch.zeros(80, dtype=torch.bool)
     empty[4:75] = True  # of the sequences of 70 and of 1
-    batch = replace(batch, sequences=batch.sequences._replace(key_mask=~empty))
+    batch = replace(batch, sequences=batch.sequences._replace(key_bias=key_bias_of(~empty)))
     qkv = randn(80, 3 * 64, dtype=dtype).requires_grad_()
     with use_kernels(attention=implementation):
         out = ops.attention(qkv, batch, 2, 32**-0.5, dropout_of(batch, p))
@@ -166,7 +197,7 @@ def test_native_attention_refuses_bounds_beyond_the_tokens(bounds):
         ops.attention(torch.randn(8, 3 * 32), batch, heads=2, scale=1.0)
 
 
-@pytest.mark.parametrize("batch", ["short", "unequal", "holes, packed", "holes, padded", "no tokens"])
+@pytest.mark.parametrize("batch", ["short", "unequal", "holes, packed", "holes, padded", "biases", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_with_probabilities(batch, p):
     batch, heads = BATCHES[batch], 2

@@ -1,6 +1,6 @@
 """TokenBatch: the tokens that a forward computes, and their places in the grid of the caller's tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -20,6 +20,8 @@ class Sequences(NamedTuple):
         sequence_ids: int64 `(tokens,)`, the index of each token's sequence.
         key_bias: float32 `(tokens,)`, added to each scaled score of a token as a key; -inf for tokens that are not
             attended to, and log(n) for one that stands for n equal ones. None for zeros. It gets no gradient.
+        key_ranges: int32 `(tokens, 2)`, the first and the end of the tokens that each one attends to, as their indices
+            in its sequence; what lies outside the sequence does not count. None if each attends to all.
     """
 
     cu_seqlens: Tensor
@@ -27,7 +29,8 @@ class Sequences(NamedTuple):
     longest_first: Tensor
     contiguous: bool
     sequence_ids: Tensor
-    key_bias: Tensor | None
+    key_bias: Tensor | None = None
+    key_ranges: Tensor | None = None
 
     def indices(self) -> Tensor:
         """int64 `(tokens,)`, each token's index in its sequence."""
@@ -54,7 +57,7 @@ class TokenBatch:
         real: bool `(tokens,)`, False for tokens whose results are shown as zeros; None if there are none.
 
     Raises:
-        ValueError: the sequences' key bias has another dtype or shape, or requires gradients.
+        ValueError: the sequences' key bias or key ranges have another dtype or shape, or require gradients.
     """
 
     sequences: Sequences
@@ -65,16 +68,16 @@ class TokenBatch:
     real: Tensor | None
 
     def __post_init__(self) -> None:
-        bias = self.sequences.key_bias
-        if bias is None:
-            return
-        if bias.dtype != torch.float32 or bias.shape != self.columns.shape:
-            raise ValueError(
-                f"key_bias has shape {tuple(bias.shape)} and dtype {bias.dtype}; it must hold float32 numbers of shape "
-                f"{tuple(self.columns.shape)}, one for each token."
-            )
-        if bias.requires_grad:
-            raise ValueError("key_bias requires gradients, but attention computes none of it; pass key_bias.detach().")
+        tokens = self.columns.shape[0]
+        for name, dtype, shape in (("key_bias", torch.float32, (tokens,)), ("key_ranges", torch.int32, (tokens, 2))):
+            value = getattr(self.sequences, name)
+            if value is not None and (value.dtype != dtype or value.shape != shape):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; for {tokens} tokens it must have "
+                    f"shape {shape} and dtype {dtype}."
+                )
+            if value is not None and value.requires_grad:
+                raise ValueError(f"{name} requires gradients, but attention gives it none; pass {name}.detach().")
 
     @classmethod
     def padded(
@@ -144,6 +147,10 @@ class TokenBatch:
             indices=None,
             real=None,
         )
+
+    def attending_to(self, key_ranges: Tensor) -> "TokenBatch":
+        """The same tokens, each of which attends to a range of its sequence alone; see `Sequences`."""
+        return replace(self, sequences=self.sequences._replace(key_ranges=key_ranges))
 
     @property
     def tokens(self) -> int:

@@ -72,13 +72,13 @@ def word_rows(ids: Tensor, table: Tensor, padding_idx: int | None = None, scale:
 
 
 def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None = None) -> Tensor:
-    """softmax(Q Kᵀ · scale) with dropout, times V, within each sequence, with the key bias added to the scaled scores.
+    """softmax(Q Kᵀ · scale + key bias) with dropout, times V, within each sequence and the key ranges of its queries.
 
-    A sequence without keys, whose key bias is -inf, gives zeros.
+    A query without keys, because their bias is -inf or its range empty, gives zeros.
 
     Args:
         qkv: `(tokens, 3 · heads · head_dim)`: a token's queries, then its keys, then its values, of all heads.
-        sequences: how tokens are cut into sequences, and the key bias.
+        sequences: how tokens are cut into sequences, the key bias and the key ranges.
         heads: number of heads.
         scale: factor of the scores, 1 / √head_dim in ERNIE-M.
         dropout: the dropout of the probabilities; None for no dropout.
@@ -113,11 +113,29 @@ def _by_sequence(
 ) -> Iterator[tuple[Tensor, tuple[Tensor | None, Tensor | None, float]]]:
     """For each sequence: `(3, heads, length, head_dim)`, queries, keys, values; and `attend`'s bias to p."""
     for sequence, (start, end) in enumerate(pairwise(sequences.cu_seqlens.tolist())):
-        bias = None if sequences.key_bias is None else sequences.key_bias[start:end]
+        parts = (None if each is None else each[start:end] for each in (sequences.key_bias, sequences.key_ranges))
         mask, p = None, 0.0
         if dropout is not None:
             mask, p = _probabilities_mask(dropout, dropout.columns[start:end], sequence, heads), dropout.p
-        yield qkv[start:end].unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3), (bias, mask, p)
+        yield qkv[start:end].unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3), (scores_bias(*parts), mask, p)
+
+
+def scores_bias(key_bias: Tensor | None, key_ranges: Tensor | None) -> Tensor | None:
+    """What is added to the scaled scores of a sequence, -inf for keys that are not attended to; None for no bias.
+
+    Args:
+        key_bias: float32 `(..., keys)`, or None.
+        key_ranges: int32 `(..., keys, 2)`, see `Sequences`; or None.
+
+    Returns:
+        float32 `(..., 1 or queries, keys)`.
+    """
+    bias = None if key_bias is None else key_bias.unsqueeze(-2)
+    if key_ranges is None:
+        return bias
+    first, end = key_ranges.unsqueeze(-1).unbind(-2)
+    key = torch.arange(key_ranges.shape[-2], device=key_ranges.device)
+    return torch.where((key >= first) & (key < end), 0.0 if bias is None else bias, -torch.inf)
 
 
 def _probabilities_mask(dropout: Dropout, columns: Tensor, sequence: int, heads: int) -> Tensor:

@@ -17,6 +17,7 @@ _FORWARD = Function(
         "longest_first": (INT, "sequences"),
         "cu_seqlens": (torch.int32, "sequences + 1"),
         "key_bias": (FLOAT, "tokens"),
+        "key_ranges": (torch.int32, "tokens", 2),
         "columns": DROPOUT["columns"],
         "seed": DROPOUT["seed"],
         "grad": (ELEMENT, "tokens", "hidden"),
@@ -26,9 +27,9 @@ _FORWARD = Function(
     written=("out", "grad_qkv"),
     sizes="tokens sequences hidden heads threads threshold",
     factors="scale rescale",
-    optional=("key_bias", "columns", "seed", "grad", "grad_qkv"),
+    optional=("key_bias", "key_ranges", "columns", "seed", "grad", "grad_qkv"),
 )
-_BACKWARD = replace(_FORWARD, name="attention_backward", optional=("key_bias", "columns", "seed", "out"))
+_BACKWARD = replace(_FORWARD, name="attention_backward", optional=("key_bias", "key_ranges", "columns", "seed", "out"))
 
 
 def forward(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None) -> Tensor:
@@ -53,6 +54,7 @@ def _values(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout
         "longest_first": sequences.longest_first,
         "cu_seqlens": sequences.cu_seqlens,
         "key_bias": sequences.key_bias,
+        "key_ranges": sequences.key_ranges,
         "heads": heads,
         "threads": torch.get_num_threads(),
         "scale": scale,

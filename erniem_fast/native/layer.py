@@ -52,11 +52,12 @@ def forward_of(name: str) -> Function:
             "longest_first": (INT, "sequences"),
             "cu_seqlens": (torch.int32, "sequences + 1"),
             "key_bias": (FLOAT, "tokens"),
+            "key_ranges": (torch.int32, "tokens", 2),
             "out": (FLOAT, "tokens", "hidden"),
         },
         sizes="tokens hidden count sequences threads",
         written=("out",),
-        optional=("key_bias",),
+        optional=("key_bias", "key_ranges"),
     )
 
 
@@ -117,6 +118,7 @@ class Layers:
             longest_first=sequences.longest_first,
             cu_seqlens=sequences.cu_seqlens,
             key_bias=sequences.key_bias,
+            key_ranges=sequences.key_ranges,
             out=out,
             hidden=self._hidden,
             threads=torch.get_num_threads(),

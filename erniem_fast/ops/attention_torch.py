@@ -60,7 +60,9 @@ def _sdpa_by_sequence(qkv: Tensor, sequences: Sequences, heads: int, scale: floa
         count = len(list(run_of_sequences))
         end = start + count * length
         query, key, value = qkv[start:end].unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)
-        bias = None if sequences.key_bias is None else sequences.key_bias[start:end].view(count, 1, 1, length)
+        parts = (sequences.key_bias, sequences.key_ranges)
+        parts = (None if each is None else each[start:end].view(count, 1, length, *each.shape[1:]) for each in parts)
+        bias = reference.scores_bias(*parts)
         bias = bias if bias is None else bias.to(reference.wide(qkv.dtype))
         out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(count * length, qkv.shape[2] * qkv.shape[3]))
@@ -74,17 +76,13 @@ class _Grid(NamedTuple):
     Attributes:
         shape: `(sequences, max_seqlen)`.
         place: int64 `(tokens,)`, each token's place in the flattened grid; None if the tokens fill it in order.
-        key_bias: float32 `(sequences, max_seqlen)`, -inf for places that are not attended to; None for zeros.
+        bias: float32 `(sequences, 1, 1 or max_seqlen, max_seqlen)`, added to the scores; -inf for keys that are not
+            attended to. None for no bias.
     """
 
     shape: tuple[int, int]
     place: Tensor | None
-    key_bias: Tensor | None
-
-    @property
-    def bias(self) -> Tensor | None:
-        """The key bias, broadcastable to scores."""
-        return None if self.key_bias is None else self.key_bias[:, None, None, :]
+    bias: Tensor | None
 
 
 def _grid_of_sequences(sequences: Sequences) -> _Grid:
@@ -92,26 +90,31 @@ def _grid_of_sequences(sequences: Sequences) -> _Grid:
     sequence_ids, max_seqlen = sequences.sequence_ids, sequences.max_seqlen
     shape = (sequences.cu_seqlens.shape[0] - 1, max_seqlen)
     place = sequence_ids * max_seqlen + sequences.indices()
-    key_bias = sequences.key_bias
+    key_bias, key_ranges = sequences.key_bias, sequences.key_ranges
     if key_bias is None:
         key_bias = torch.zeros_like(place, dtype=torch.float32)
     nowhere = key_bias.new_full((math.prod(shape),), -torch.inf)
-    return _Grid(shape, place, nowhere.index_copy(0, place, key_bias).view(shape))
+    key_bias = nowhere.index_copy(0, place, key_bias).view(shape[0], 1, shape[1])
+    if key_ranges is not None:
+        nothing = key_ranges.new_zeros(math.prod(shape), 2)
+        key_ranges = nothing.index_copy(0, place, key_ranges).view(shape[0], 1, shape[1], 2)
+    return _Grid(shape, place, reference.scores_bias(key_bias, key_ranges))
 
 
 def _grid_of(batch: TokenBatch) -> _Grid:
     """The batch's own grid if the tokens fill it, otherwise the grid of its sequences."""
     if not batch.fills_grid:
         return _grid_of_sequences(batch.sequences)
-    key_bias = batch.sequences.key_bias
-    return _Grid(batch.grid, None, None if key_bias is None else key_bias.view(batch.grid))
+    (rows, columns), parts = batch.grid, (batch.sequences.key_bias, batch.sequences.key_ranges)
+    parts = (None if each is None else each.view(rows, 1, columns, *each.shape[1:]) for each in parts)
+    return _Grid(batch.grid, None, reference.scores_bias(*parts))
 
 
 def _sdpa_on_grid(qkv: QKV, grid: _Grid, heads: int, scale: float) -> Tensor:
     """One call for all sequences, padded to the longest: few launches, for devices where launches dominate the time.
 
-    For a sequence without keys, some runtimes give NaN, some zeros, some the mean of all values. Here such a sequence
-    attends to all of its places, and its result is then set to zero.
+    For a query without keys, some runtimes give NaN, some zeros, some the mean of all values. Here such a query attends
+    to all places of its sequence, and its result is then set to zero.
     """
     query, key, value = parts = _apart(qkv, grid, heads)
     bias = grid.bias

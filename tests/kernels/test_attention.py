@@ -15,7 +15,7 @@ from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import attention
 from erniem_fast.kernels.attention_configs import Config
 from erniem_fast.kernels.device import Device, describe
-from tests.batches import dropout_of, sequences
+from tests.batches import dropout_of, ranged, sequences
 from tests.kernels.comparison import DEVICE, SEED, assert_equivalent, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -96,6 +96,28 @@ def test_padded_layout_with_a_key_mask(dtype, seed, design):
     out, grad_qkv = run(partial(kernel, batch, 2, 0.1, seed), inputs_of(batch, 2, 32, dtype))
     assert torch.equal(out[3 * 70 :], torch.zeros_like(out[3 * 70 :]))
     assert torch.equal(grad_qkv[3 * 70 :], torch.zeros_like(grad_qkv[3 * 70 :]))
+
+
+@pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_key_ranges_and_biases(dtype, seed, design):
+    batch = ranged(70, 1, 0, 130, device=DEVICE)
+    check(batch, 1, 32, dtype, seed=seed)
+    key_bias = 3 * torch.randn(batch.tokens, device=DEVICE)
+    key_bias[::5] = -torch.inf
+    check(replace(batch, sequences=batch.sequences._replace(key_bias=key_bias)), 1, 32, dtype, seed=seed)
+
+
+def test_tiles_that_no_query_sees_are_left_out():
+    """Forward and in two passes: NaN in a half of a sequence does not reach the other, not even times 0."""
+    batch = sequences(512, device=DEVICE)
+    half = batch.columns // 256 * 256
+    batch = batch.attending_to(torch.stack([half, half + 256], dim=1).int())
+    (qkv,) = inputs_of(batch, 1, 32, torch.float32)
+    clean = run(partial(kernel, batch, 1, 0.0, None), [qkv])
+    qkv[:256] = torch.nan
+    for result, expected in zip(run(partial(kernel, batch, 1, 0.0, None), [qkv]), clean, strict=True):
+        assert torch.equal(result[256:], expected[256:])
 
 
 def test_packed_and_padded_give_the_same_tokens_the_same_mask(design):

@@ -17,7 +17,7 @@ from erniem_fast.batch import TokenBatch, key_bias_of
 from erniem_fast.dropout import dropout_mask
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
-from tests.batches import SEED, dropout_of, sequences
+from tests.batches import SEED, dropout_of, ranged, sequences
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -67,6 +67,10 @@ def biased(*lengths):
     return replace(batch, sequences=batch.sequences._replace(key_bias=key_bias))
 
 
+def biased_and_ranged(*lengths):
+    return biased(*lengths).attending_to(ranged(*lengths).sequences.key_ranges)
+
+
 HOLES = ("111111111", "110100000", "000001111", "000000000", "010101011", "100000000")
 BATCHES = {
     "short": sequences(1, 2, 15, 16, 17),
@@ -79,6 +83,8 @@ BATCHES = {
     "holes, packed": masked(*HOLES, packed=True),
     "holes, padded": masked(*HOLES, packed=False),
     "biases": biased(3, 40, 1, 0, 33),
+    "ranges": ranged(70, 1, 0, 33, 130),
+    "biases and ranges": biased_and_ranged(3, 40, 1, 0, 33),
 }
 TOKENS = BATCHES["holes, packed"].tokens  # of the problems that `problem_of` makes
 
@@ -220,15 +226,18 @@ def views(x):
 
 def naive_attention(qkv, batch, heads, scale, p):
     """One query at a time, by the definition."""
-    sequence_ids, key_bias = batch.sequences.sequence_ids, batch.sequences.key_bias
+    sequence_ids, (key_bias, key_ranges) = batch.sequences.sequence_ids, batch.sequences[-2:]
     query, key, value = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     out = torch.zeros_like(query)
     for i, h in itertools.product(range(batch.tokens), range(heads)):
         sequence, column = sequence_ids[i], batch.columns[i]
         keys = (sequence_ids == sequence).nonzero().squeeze(1)
+        if key_ranges is not None:
+            first, end = key_ranges[i].clamp(min=0).tolist()
+            keys = keys[first:end]
         weights = torch.exp(key[keys, h] @ query[i, h] * scale)
         if key_bias is not None:
-            weights = weights * key_bias[keys].exp()
+            weights = weights * key_bias[keys].to(qkv.dtype).exp()
             if not weights.any():
                 continue
         weights = weights / weights.sum()

@@ -44,6 +44,9 @@ from tests.ops.problems import (
         ("holes, padded", 3, 32, 0.3),
         ("biases", 2, 64, 0.0),
         ("biases", 3, 32, 0.3),
+        ("ranges", 2, 64, 0.0),
+        ("ranges", 1, 32, 0.3),
+        ("biases and ranges", 2, 32, 0.1),
         ("no tokens", 3, 32, 0.1),
     ],
 )
@@ -86,11 +89,50 @@ def test_a_key_with_the_bias_log_n_stands_for_n_equal_keys(implementation, dtype
     torch.testing.assert_close(out, expected[:26], rtol=0, atol=16 * torch.finfo(dtype).eps)
 
 
+@each_implementation("attention", interpreted=True)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_keys_outside_of_a_range_reach_nothing(implementation, dtype, p):
+    """By the bits of results and gradients: what stands there changes none."""
+    batch = sequences(70, 20)
+    ranges = torch.tensor([[16, 40]]).expand(90, 2).int()
+    seen = ((batch.columns >= 16) & (batch.columns < 40))[:, None]
+    qkv, grad, found = randn(90, 3 * 64, dtype=dtype), randn(90, 64, dtype=dtype), []
+    for other in (1.0, 3.0):
+        x = qkv.clone()
+        x[:, 64:] = torch.where(seen, x[:, 64:], x[:, 64:] * other)
+        x.requires_grad_()
+        with use_kernels(attention=implementation):
+            out = ops.attention(x, batch.attending_to(ranges), 2, 0.2, dropout_of(batch, p))
+        (grad_qkv,) = torch.autograd.grad(out, x, grad)
+        assert not grad_qkv[:, 64:][~seen.expand(-1, 128)].any()
+        found.append((out, grad_qkv))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.skipif("native" not in serving("attention"), reason="the native library cannot be built here")
+def test_native_attention_leaves_out_keys_that_no_query_of_a_block_sees():
+    """NaN among them does not reach the result, not even times 0."""
+    batch, qkv = sequences(512), torch.randn(512, 3 * 32)
+    half = batch.columns // 256 * 256
+    batch = batch.attending_to(torch.stack([half, half + 256], dim=1).int())
+    with use_kernels(attention="native"):
+        expected = ops.attention(qkv, batch, 1, 0.2)
+        qkv[:192] = torch.nan  # a block of queries may have some of both halves
+        assert torch.equal(ops.attention(qkv, batch, 1, 0.2)[288:], expected[288:])
+
+
+def test_key_ranges_are_checked():
+    batch = sequences(3, 4)
+    for shape, dtype in (((7,), torch.int32), ((7, 3), torch.int32), ((7, 2), torch.int64)):
+        with pytest.raises(ValueError, match=r"key_ranges has shape .* for 7 tokens it must have shape \(7, 2\)"):
+            batch.attending_to(torch.zeros(shape, dtype=dtype))
+
+
 def test_key_biases_are_checked():
     batch = sequences(3, 4)
     for key_bias, message in (
-        (torch.zeros(6), r"key_bias has shape \(6,\) and dtype torch.float32; it must hold float32 .* shape \(7,\)"),
-        (torch.zeros(7, dtype=torch.bool), r"key_bias has shape \(7,\) and dtype torch.bool; it must hold float32"),
+        (torch.zeros(6), r"key_bias has shape \(6,\) and dtype torch.float32; for 7 tokens it must have shape \(7,\)"),
+        (torch.zeros(7, dtype=torch.bool), r"key_bias has shape \(7,\) and dtype torch.bool; .* dtype torch.float32"),
         (torch.zeros(7, requires_grad=True), r"key_bias requires gradients, .* pass key_bias.detach\(\)"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -197,7 +239,7 @@ def test_native_attention_refuses_bounds_beyond_the_tokens(bounds):
         ops.attention(torch.randn(8, 3 * 32), batch, heads=2, scale=1.0)
 
 
-@pytest.mark.parametrize("batch", ["short", "unequal", "holes, packed", "holes, padded", "biases", "no tokens"])
+@pytest.mark.parametrize("batch", ["unequal", "holes, packed", "holes, padded", "biases and ranges", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_with_probabilities(batch, p):
     batch, heads = BATCHES[batch], 2

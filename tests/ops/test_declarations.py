@@ -18,7 +18,7 @@ NORM = ["weight", "norm_bias", "eps"]
 # The arguments of each op, without NamedTuples.
 ARGUMENTS = {
     "attention": [
-        *("qkv", "cu_seqlens", "max_seqlen", "longest_first", "contiguous", "key_bias", "heads", "scale"),
+        *("qkv", "cu_seqlens", "max_seqlen", "longest_first", "contiguous", "key_bias", "key_ranges", "heads", "scale"),
         *DROPOUT,
     ],
     "bias_gelu": ["x", "bias", "activation", *DROPOUT],

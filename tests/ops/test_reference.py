@@ -32,7 +32,7 @@ def test_reference_activations(activation):
     torch.testing.assert_close(computed, grad_x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "no tokens"])
+@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "biases and ranges", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_attention(batch, p):
     batch = BATCHES[batch]
@@ -41,7 +41,7 @@ def test_reference_attention(batch, p):
     torch.testing.assert_close(ours, naive_attention(qkv, batch, 2, 0.4, p), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "unequal", "no tokens"])
+@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "unequal", "ranges", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_attention_backward(batch, p):
     batch = BATCHES[batch]

@@ -57,16 +57,18 @@ format: $(VENV)/installed
 goldens: $(PEERS)/installed
 	$(PEERS)/bin/python tests/golden/make.py
 
-# The wheel is built from the sdist, as an installer without a wheel would build it.
+# A wheel for all machines, from the sdist, as an installer without a wheel would build it; and of it those with libraries.
 wheel: $(VENV)/installed
 	rm -rf dist
 	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m erniem_fast.native.wheel dist/*-any.whl
+	for each in dist/*-manylinux*.whl; do $(VENV)/bin/auditwheel show $$each | tee /dev/stderr | grep -q 'tag: "manylinux' || exit 1; done
 
 wheel-check: wheel
 	rm -rf build/wheel-check
 	$(PYTHON) -m venv build/wheel-check
 	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt torch
-	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt dist/*.whl
+	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt dist/*-manylinux*_$(shell uname -m).whl
 	build/wheel-check/bin/python tests/wheel_check.py
 
 # torch comes first, and pinned, because a later requirement could pull in another build of it.

@@ -43,6 +43,8 @@ __all__ = [
     "use_kernels",
 ]
 
+__version__ = "0.1.0"
+
 check_names()
 
 # These make transformers' Auto classes and pipelines load `ernie_m` checkpoints once this package is imported.

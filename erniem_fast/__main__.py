@@ -41,11 +41,13 @@ def _status() -> int:
 
 def _build() -> int:
     try:
+        print("compiling what is missing for this machine, which takes up to a minute", flush=True)
         for device, path in build().items():
             print(f"{device}: {path}")
     except library.BuildError as error:
         print(error, file=sys.stderr)
         return 1
+    print("timing the libraries for matrix products, which takes about ten seconds", flush=True)
     fastest.measure_all()
     print("products: measured; `python -m erniem_fast status` shows the choice")
     return 0

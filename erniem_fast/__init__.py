@@ -9,8 +9,11 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import ErnieMConfig
+from .extraction import Extractor, extract, extract_answer
+from .extraction.pipeline import InformationExtractionPipeline
 from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
@@ -25,6 +28,7 @@ from .modeling import (
 from .optimize import optimize, restore
 from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
+from .verification.models import verify
 
 __all__ = [
     "ErnieMConfig",
@@ -37,10 +41,14 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "Extractor",
+    "extract",
+    "extract_answer",
     "optimize",
     "restore",
     "use_graphs",
     "use_kernels",
+    "verify",
 ]
 
 __version__ = "0.1.0"
@@ -55,3 +63,6 @@ AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
 AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
 AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)
 AutoModelForTokenClassification.register(ErnieMConfig, ErnieMForTokenClassification)
+PIPELINE_REGISTRY.register_pipeline(
+    "information-extraction", InformationExtractionPipeline, pt_model=ErnieMForInformationExtraction
+)

@@ -1,6 +1,7 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
 import logging
+import os
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +17,9 @@ from transformers.modeling_outputs import (
 )
 
 from . import flags, inputs, modes
-from .configuration import ErnieMConfig
+from .batch import TokenBatch
+from .configuration import RESERVED_POSITIONS, ErnieMConfig
+from .conversion import paddle
 from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
@@ -67,6 +70,26 @@ class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
     def __init__(self, config: ErnieMConfig, *inputs, **kwargs) -> None:
         super().__init__(config, *inputs, **kwargs)
         config.check()
+
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+        """As in transformers; the checkpoint may also be PaddleNLP's or Baidu's, as they published it.
+
+        Raises:
+            RefusedPickleError: a `.pdparams` file asks for a function that no checkpoint needs.
+            ValueError: a file of Paddle's is damaged or missing, or its config is another model's.
+        """
+        found = paddle.find_checkpoint(pretrained_model_name_or_path, kwargs)
+        if found is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        # transformers takes weights from a state dict only if it is told no checkpoint.
+        if kwargs.get("config") is None:
+            kwargs["config"] = pretrained_model_name_or_path
+        state = paddle.read_checkpoint(found, issubclass(cls, ErnieMForQuestionAnswering))
+        loaded = super().from_pretrained(None, *model_args, state_dict=state, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
 
     def enable_input_require_grads(self) -> None:
         """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need.
@@ -151,6 +174,11 @@ class ErnieMModel(ErnieMPreTrainedModel):
             self.encoder.layers[layer].self_attn.prune_heads(set(heads))
         self.post_init()
 
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens of a sequence."""
+        return self.config.max_position_embeddings - RESERVED_POSITIONS
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
@@ -227,6 +255,18 @@ class ErnieMModel(ErnieMPreTrainedModel):
         # As in the original, the tuple has a None for a missing pooler.
         extras = [field for field in (output.hidden_states, output.attentions) if field is not None]
         return (output.last_hidden_state, output.pooler_output, *extras)
+
+    def graph_inputs(self, ready: inputs.EncoderInputs) -> dict[str, Tensor] | None:
+        """What a graph reads of each token, int64 `(tokens,)`, by name; None if none can serve the call."""
+        if ready.input_ids is None or ready.scores_bias is not None:
+            return None
+        return {"input_ids": ready.input_ids, "positions": ready.positions}
+
+    def encode_packed(
+        self, batch: TokenBatch, input_ids: Tensor, positions: Tensor
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Encodes tokens that are packed in one row, as a graph does it; arguments as of `graph_inputs`."""
+        return self._encode(inputs.EncoderInputs(batch, input_ids, None, positions, None))
 
     def _encode(
         self,

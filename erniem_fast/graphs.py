@@ -30,9 +30,10 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
     """Lets a model on a GPU replay CUDA graphs in inference, which lowers the latency of calls with few tokens.
 
     The model is called as before and returns the same. Graphs serve calls without gradients, dropout, autocast, hooks,
-    head mask, mask per query or `inputs_embeds`, that ask for neither hidden states nor attentions; other calls, and
-    those of more tokens, run as without graphs. The first call of each size captures a graph, which takes as long as
-    several forwards. All graphs share the memory of the largest one, and keep their own results besides.
+    head mask, mask per query, attended padding or `inputs_embeds`, that ask for neither hidden states nor attentions;
+    other calls, and those of more tokens, run as without graphs. The first call of each size captures a graph, which
+    takes as long as several forwards. All graphs share the memory of the largest one, and keep their own results
+    besides.
 
     Weights may change in place. Where a weight is replaced or moved, a module replaced, or a flag changed, the next
     call captures anew. Several threads may call the model: calls take turns on the GPU. A copy of the model, pickled
@@ -157,7 +158,8 @@ class Graphs:
                 return self._graphs[key](tokens, ready.batch)
 
     def _serves(self, model: nn.Module, ids: Tensor, batch: TokenBatch) -> bool:
-        if ids.device != model.device or batch.sequences.key_mask is not None:
+        plain = batch.sequences.key_bias is batch.sequences.key_ranges is None
+        if ids.device != model.device or not plain:
             return False
         observed = modes.is_recorded() or modes.is_transformed() or not modes.has_values(ids)
         return (

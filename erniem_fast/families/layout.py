@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from ..batch import PaddingMask, TokenBatch, read
+from ..batch import PaddingMask, TokenBatch, key_bias_of, read
 from ..inputs import (
     bounds,
     check_bounds,
@@ -90,9 +90,9 @@ def lay_out(
     else:
         if padding:
             # What is computed in the first column is shown, even if it is padding.
-            batch = replace(padding.pack(**{name: found[name] for name in sizes}), packed=False)
+            batch = replace(padding.pack(**{name: found[name] for name in sizes}), real=None)
         else:
-            batch = TokenBatch.padded(grid, device, mask)
+            batch = TokenBatch.padded(grid, device, None if mask is None else key_bias_of(mask))
         positions = batch.pack(_positions(model, input_ids, position_ids, grid, device, found))
     _check_ids(model, input_ids, token_type_ids, found)
     types = torch.zeros_like(positions) if token_type_ids is None else batch.pack(token_type_ids.expand(grid))

@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -15,6 +16,7 @@ from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
     ErnieMForInformationExtraction,
+    ErnieMForMaskedLM,
     ErnieMForMultipleChoice,
     ErnieMForQuestionAnswering,
     ErnieMForSequenceClassification,
@@ -29,6 +31,7 @@ from .tokenization import ErnieMTokenizer
 __all__ = [
     "ErnieMConfig",
     "ErnieMForInformationExtraction",
+    "ErnieMForMaskedLM",
     "ErnieMForMultipleChoice",
     "ErnieMForQuestionAnswering",
     "ErnieMForSequenceClassification",
@@ -49,6 +52,7 @@ check_names()
 AutoConfig.register(ErnieMConfig.model_type, ErnieMConfig)
 AutoTokenizer.register(ErnieMConfig, slow_tokenizer_class=ErnieMTokenizer)
 AutoModel.register(ErnieMConfig, ErnieMModel)
+AutoModelForMaskedLM.register(ErnieMConfig, ErnieMForMaskedLM)
 AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
 AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
 AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)

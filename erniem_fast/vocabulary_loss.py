@@ -4,6 +4,7 @@ PyTorch has such a loss since 2.13 (`torch.nn.functional.linear_cross_entropy` w
 This one serves every version of PyTorch that we support, on every device, and also returns each token's loss.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -37,6 +38,12 @@ def vocabulary_losses(hidden: Tensor, weight: Tensor, bias: Tensor, labels: Tens
         return _VocabularyLosses.apply(hidden, weight, bias, labels, dtype, needs)
 
 
+def chunks(tokens: int, words: int) -> Iterator[slice]:
+    """Pieces of the tokens whose logits, `(tokens, words)`, may be in memory at once."""
+    size = max(1, LOGITS_AT_ONCE // words)
+    return (slice(start, min(start + size, tokens)) for start in range(0, tokens, size))
+
+
 class _VocabularyLosses(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -49,9 +56,7 @@ class _VocabularyLosses(torch.autograd.Function):
         grads = [
             torch.zeros_like(each, dtype=wide) if needed else None for each, needed in zip(leaves, needs, strict=True)
         ]
-        size = max(1, LOGITS_AT_ONCE // len(table))
-        for start in range(0, len(labels), size):
-            rows = slice(start, start + size)
+        for rows in chunks(len(labels), len(table)):
             logits = (x[rows] @ table.T).to(wide).add_(bias)
             of_labels = logits.gather(1, labels[rows, None])
             normaliser = logits.logsumexp(1, keepdim=True)

@@ -25,6 +25,7 @@ from .modeling import (
     ErnieMPreTrainedModel,
 )
 from .optimize import optimize, restore
+from .optimizer import create_optimizer
 from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
 
@@ -40,6 +41,7 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "create_optimizer",
     "optimize",
     "restore",
     "use_graphs",

@@ -38,7 +38,11 @@ class _Lines:
         self._start = self._place = (state["file"], state["offset"])
 
     def _read(self) -> Iterator[tuple[Path, str]]:
-        (first, offset), self._start = self._start, (0, 0)
+        """The lines with the files that they are from."""
+        (first, offset), self._place, self._start = self._start, self._start, (0, 0)
+        return self._read_from(first, offset)
+
+    def _read_from(self, first: int, offset: int) -> Iterator[tuple[Path, str]]:
         for index, path in enumerate(self.paths[first:], start=first):
             with path.open("rb") as file:
                 if self.has_header and not offset:
@@ -115,7 +119,10 @@ class TsvFiles(_Lines):
         return [header.index(name) if name in header else name for name in names]
 
     def __iter__(self) -> Iterator[Pair]:
-        for path, line in self._read():
+        return self._split(self._read())
+
+    def _split(self, lines: Iterator[tuple[Path, str]]) -> Iterator[Pair]:
+        for path, line in lines:
             fields, columns = line.split("\t"), self._columns[path]
             if len(fields) <= max(each for each in columns if isinstance(each, int)):
                 raise ValueError(f"{path} has {len(fields)} columns in the line {line[:80]!r}; its header names more.")

@@ -168,13 +168,13 @@ class _Reader:
             "epoch": self._epoch,
             "position": self._position,
             "buffer": [list(record) for record in self._buffer],
-            "source": self._source.state_dict() if self._stateful else None,
+            "source": self._source.state_dict() if self._stateful and self._position else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self._epoch, self._position = state["epoch"], state["position"]
         self._buffer = [self._objective.as_record(each) for each in state["buffer"]]
-        if self._stateful:
+        if state["source"] is not None:
             self._source.load_state_dict(state["source"])
         self._records = self._read()
 

@@ -60,11 +60,13 @@ class Sample:
         return len(self.input_ids)
 
 
-def pack(samples: Sequence[Sample]) -> dict[str, Any]:
+def pack(samples: Sequence[Sample], with_pseudo_tokens: bool = False) -> dict[str, Any]:
     """One sample after another, in one row: the arguments of `ErnieMForPreTraining.forward`.
 
     Args:
         samples: at least one, of any objectives.
+        with_pseudo_tokens: whether the result has BTMLM's fields even if none of the samples is BTMLM's. The model then
+            runs twice all the same, as it has to where several processes with sharded weights run together.
 
     Returns:
         `input_ids`, `labels` and `position_ids`, int64 `(1, tokens)`; `cu_seq_lens_q`, int32 `(samples + 1,)`;
@@ -91,7 +93,7 @@ def pack(samples: Sequence[Sample]) -> dict[str, Any]:
     if any(sample.language_ids is not None for sample in samples):
         ids = [sample.language_ids or [NO_LANGUAGE] * len(sample) for sample in samples]
         packed["language_ids"] = torch.tensor([[each for one in ids for each in one]])
-    if any(sample.source_length for sample in samples):
+    if with_pseudo_tokens or any(sample.source_length for sample in samples):
         packed |= _pack_pseudo_tokens(samples)
     return packed
 

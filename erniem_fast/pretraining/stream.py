@@ -9,7 +9,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
-from .objectives import Objective
+from .objectives import BTMLM, Objective
 from .samples import Pair, Sample, Sentence, pack
 
 
@@ -81,8 +81,9 @@ class PretrainingStream(IterableDataset):
     def __iter__(self) -> Iterator[dict[str, Any]]:
         self._reset(self._loaded)
         self._loaded = None
+        with_pseudo_tokens = any(isinstance(task.objective, BTMLM) for task in self.tasks)
         while samples := self._next_batch():
-            yield pack(samples)
+            yield pack(samples, with_pseudo_tokens)
 
     def state_dict(self) -> dict[str, Any]:
         """Where the iteration is: behind the batch that it yielded last."""

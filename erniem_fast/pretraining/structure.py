@@ -72,10 +72,13 @@ def first_step(input_ids: Tensor, labels: Tensor, structure: Structure, source_l
     Args:
         input_ids, labels: int64 `(1, tokens)`.
         structure: the second step's.
-        source_lengths: int64 `(samples,)`, the number of tokens of BTMLM's texts; 0 for samples of other objectives.
+        source_lengths: int64 `(samples,)`, the number of tokens of BTMLM's texts; 0 for samples of other objectives. If
+            there are no texts of BTMLM, the first sample takes the place of one.
     """
-    chosen = structure.per_token(source_lengths > 0)
     lengths = structure.cu_seqlens.diff().long()
+    source_lengths = source_lengths.clone()
+    source_lengths[0] = torch.where(source_lengths.any(), source_lengths[0], lengths[0])
+    chosen = structure.per_token(source_lengths > 0)
     limits, everything = structure.per_token(source_lengths), structure.per_token(lengths)
     ends = torch.where(structure.indices() < limits, limits, everything)
     lengths = lengths[source_lengths > 0]

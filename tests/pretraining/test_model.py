@@ -147,6 +147,16 @@ def test_pseudo_tokens(tokenizer):
     assert_close(model(**batch).loss, expected)
 
 
+def test_batches_that_happen_to_have_no_pseudo_tokens(tokenizer):
+    """The model runs twice on them as on others, since shards of it on other processes wait for it."""
+    model, calls = load(), []
+    samples = [each for record in PAIRS[:4] for each in CAMLM(tokenizer=tokenizer).samples(record, Random(1))]
+    expected = model(**pack(samples)).loss
+    model.ernie_m.encoder.layers[0].register_forward_hook(lambda *arguments: calls.append(1))
+    assert_close(model(**pack(samples, with_pseudo_tokens=True)).loss, expected)
+    assert len(calls) == 2
+
+
 def test_pseudo_tokens_are_drawn(tokenizer):
     """From torch's generator; without gradient and dropout, and the modes of all modules stay."""
     model = load(LANGUAGES).train()

@@ -26,27 +26,28 @@ constexpr int BLOCK = 4 * TILE;      // queries whose scores the forward compute
 constexpr int DRAWN = 2 * WIDTH;     // elements of a row whose random words are drawn at once
 constexpr int64_t CACHED = 3 << 19;  // bytes of q, k and v that fit a core's cache beside a task's arrays
 
-// c = a b, where a has whole tiles of rows, and b and c have `columns` columns, whole vectors.
-void multiply(const float* a, int64_t a_stride, const float* b, int64_t columns, float* c, int64_t rows,
-              int64_t depth) {
+// c = a b, where a has whole tiles of rows, and b and c have `columns` columns, whole vectors; those of c are all that
+// it has.
+void multiply(const float* a, int64_t a_stride, const float* b, int64_t b_stride, int64_t columns, float* c,
+              int64_t rows, int64_t depth) {
   const auto nothing = [](int64_t) {};
   for (int64_t row = 0; row < rows; row += TILE) {
     const float* left = a + row * a_stride;
     int64_t column = 0;
     for (; column + 4 * WIDTH <= columns; column += 4 * WIDTH) {
-      multiply_tile<TILE, 4>(left, a_stride, b + column, columns, c + row * columns + column, columns, depth, nothing);
+      multiply_tile<TILE, 4>(left, a_stride, b + column, b_stride, c + row * columns + column, columns, depth, nothing);
     }
     const float* right = b + column;
     float* to = c + row * columns + column;
     switch ((columns - column) / WIDTH) {
       case 1:
-        multiply_tile<TILE, 1>(left, a_stride, right, columns, to, columns, depth, nothing);
+        multiply_tile<TILE, 1>(left, a_stride, right, b_stride, to, columns, depth, nothing);
         break;
       case 2:
-        multiply_tile<TILE, 2>(left, a_stride, right, columns, to, columns, depth, nothing);
+        multiply_tile<TILE, 2>(left, a_stride, right, b_stride, to, columns, depth, nothing);
         break;
       case 3:
-        multiply_tile<TILE, 3>(left, a_stride, right, columns, to, columns, depth, nothing);
+        multiply_tile<TILE, 3>(left, a_stride, right, b_stride, to, columns, depth, nothing);
         break;
     }
   }
@@ -73,6 +74,11 @@ void convert(const T* from, int64_t size, float* to) {
 }
 
 enum Part { QUERY, KEY, VALUE };
+
+// Indices [first, end) in a sequence.
+struct Range {
+  int64_t first, end;
+};
 
 // The tasks of one thread, one after another, which share their arrays.
 template <typename T>
@@ -106,16 +112,18 @@ class Task {
     const float *right = load_transposed(KEY, key), *values = load(VALUE, 0, length, value);
     for (int64_t first = 0; first < length; first += BLOCK) {
       const int64_t count = std::min<int64_t>(BLOCK, length - first), rows = round_up(count, TILE);
+      const Range seen = seen_by(first, count);
+      const int64_t depth = seen.end - seen.first, width = round_up(depth, WIDTH);
       load(QUERY, first, count, query);
-      multiply(left, features, right, keys, row, rows, head_dim);
+      multiply(left, features, right + seen.first, keys, width, row, rows, head_dim);
       // Softmax divides by the sum of a row; here the result is divided, because it has fewer elements.
-      exponentials(row, count, shares);
+      exponentials(row, first, count, seen, shares);
       for (int64_t i = 0; i < count; ++i) {
         if (const float* factors = draw(first + i)) {
-          for (int64_t j = 0; j < length; ++j) row[i * keys + j] *= factors[j];
+          for (int64_t j = 0; j < depth; ++j) row[i * width + j] *= factors[seen.first + j];
         }
       }
-      multiply(row, keys, values, features, out, rows, length);
+      multiply(row, width, values + seen.first * features, features, features, out, rows, depth);
       for (int64_t i = 0; i < count; ++i) {
         store_row(out + i * features, shares[i], static_cast<T*>(op.out) + (start + first + i) * op.hidden);
       }
@@ -129,11 +137,11 @@ class Task {
     const float *queries = load(QUERY, 0, length, query), *grad_out = load_grad();
     float *p = reserve(scores, rows * keys), *ds = reserve(grad_scores, rows * keys),
           *pd = reserve(dropped, rows * keys);
-    multiply(queries, features, load_transposed(KEY, key), keys, p, rows, head_dim);
-    multiply(grad_out, features, load_transposed(VALUE, value), keys, ds, rows, head_dim);
+    multiply(queries, features, load_transposed(KEY, key), keys, keys, p, rows, head_dim);
+    multiply(grad_out, features, load_transposed(VALUE, value), keys, keys, ds, rows, head_dim);
     for (int64_t first = 0; first < length; first += BLOCK) {
       const int64_t end = std::min<int64_t>(length, first + BLOCK);
-      exponentials(p + first * keys, end - first, shares);
+      exponentials(p + first * keys, first, end - first, {0, length}, shares);
       for (int64_t i = first; i < end; ++i) {
         backward_row(i, shares[i - first], p + i * keys, ds + i * keys, pd + i * keys);
       }
@@ -141,14 +149,14 @@ class Task {
 
     float *across = reserve(turned, rows * keys), *out = reserve(result, rows * features);
     transpose(pd, length, keys, length, across, keys);
-    multiply(across, keys, grad_out, features, out, rows, length);
+    multiply(across, keys, grad_out, features, features, out, rows, length);
     store_gradient(out, 1.0f, VALUE);
 
     transpose(ds, length, keys, length, across, keys);
-    multiply(across, keys, queries, features, out, rows, length);
+    multiply(across, keys, queries, features, features, out, rows, length);
     store_gradient(out, float(op.scale), KEY);
 
-    multiply(ds, keys, load(KEY, 0, length, key), features, out, rows, length);
+    multiply(ds, keys, load(KEY, 0, length, key), features, features, out, rows, length);
     store_gradient(out, float(op.scale), QUERY);
   }
 
@@ -230,22 +238,47 @@ class Task {
     for (int64_t j = 0; j < length; ++j) neighbours = neighbours && columns[j] == columns[0] + j;
   }
 
-  // Turns `count` rows of scores, at most BLOCK, into e^(scale (score - largest)), with zeros for masked keys and in
-  // the padding; writes the reciprocals of their sums to `to`, or 0 if every key is masked. Scaling after the largest
-  // is subtracted loses the fewest digits. Each step is taken for all rows before the next one: a row alone would have
-  // to wait for its largest score, and then for its sum.
-  void exponentials(float* rows, int64_t count, float* to) const {
-    const float scale = float(op.scale);
+  // The keys that query i sees; they may be none.
+  Range range_of(int64_t i) const {
+    if (op.key_ranges == nullptr) return {0, length};
+    const int32_t* range = op.key_ranges + 2 * (start + i);
+    return {std::max<int64_t>(0, range[0]), std::min<int64_t>(length, range[1])};
+  }
+
+  // A range that holds the keys that `count` queries see, from `first` on; it starts where a vector does.
+  Range seen_by(int64_t first, int64_t count) const {
+    if (op.key_ranges == nullptr) return {0, length};
+    Range seen = {length, 0};
+    for (int64_t i = first; i < first + count; ++i) {
+      const Range range = range_of(i);
+      if (range.first >= range.end) continue;
+      seen = {std::min(seen.first, range.first), std::max(seen.end, range.end)};
+    }
+    return {std::min(seen.first / WIDTH * WIDTH, seen.end), seen.end};
+  }
+
+  // Turns `count` rows of scores, at most BLOCK, into e^(scale (score - largest)), with the key bias in the scores and
+  // zeros for keys that a query does not see and in the padding; writes the reciprocals of their sums to `to`, or 0 if
+  // there is no key. The rows are those of queries from `first` on, with the keys `seen`. Scaling after the largest is
+  // subtracted loses the fewest digits. Each step is taken for all rows before the next one: a row alone would have to
+  // wait for its largest score, and then for its sum.
+  void exponentials(float* rows, int64_t first, int64_t count, Range seen, float* to) const {
+    const float scale = float(op.scale), unscale = 1.0f / scale;
+    const int64_t depth = seen.end - seen.first, width = round_up(depth, WIDTH);
     Vector sums[BLOCK];
     for (int64_t i = 0; i < count; ++i) {
-      float* row = rows + i * keys;
-      for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;
-      if (op.key_mask != nullptr) {
-        for (int64_t j = 0; j < length; ++j) row[j] = op.key_mask[start + j] ? row[j] : -INFINITY;
+      float* row = rows + i * width;
+      if (op.key_bias != nullptr) {
+        for (int64_t j = 0; j < depth; ++j) row[j] += op.key_bias[start + seen.first + j] * unscale;
       }
+      const Range range = range_of(first + i);
+      const int64_t begin = std::min(std::max<int64_t>(0, range.first - seen.first), depth);
+      const int64_t end = std::max(begin, std::min(range.end - seen.first, depth));
+      for (int64_t j = 0; j < begin; ++j) row[j] = -INFINITY;
+      for (int64_t j = end; j < width; ++j) row[j] = -INFINITY;
       // With an array for the lanes, the compiler takes this loop apart into single numbers.
       Vector most = Vector{} - INFINITY;
-      for (int64_t j = 0; j < keys; j += WIDTH) {
+      for (int64_t j = 0; j < width; j += WIDTH) {
         const Vector scores = load_vector(row + j);
         most = scores > most ? scores : most;
       }
@@ -253,8 +286,8 @@ class Task {
       to[i] = found == -INFINITY ? 0.0f : found;
     }
     for (int64_t i = 0; i < count; ++i) {
-      float *row = rows + i * keys, lanes[WIDTH] = {};
-      for (int64_t j = 0; j < keys; j += WIDTH) {
+      float *row = rows + i * width, lanes[WIDTH] = {};
+      for (int64_t j = 0; j < width; j += WIDTH) {
         for (int k = 0; k < WIDTH; ++k) lanes[k] += row[j + k] = exponential((row[j + k] - to[i]) * scale);
       }
       sums[i] = load_vector(lanes);

@@ -14,7 +14,8 @@ struct LayersForward {
   const int64_t* layers;         // (count,), the addresses of the layers' parameters
   const int64_t* longest_first;  // (sequences,)
   const int32_t* cu_seqlens;     // (sequences + 1,)
-  const bool* key_mask;          // (tokens,) or null
+  const float* key_bias;         // (tokens,) or null
+  const int32_t* key_ranges;     // (tokens, 2) or null
   float* out;                    // (tokens, hidden)
   int64_t tokens, hidden, count, sequences, threads;
 };
@@ -42,7 +43,8 @@ void attend(const LayersForward& op, const Layer& layer, const float* qkv, float
   attention.qkv = qkv;
   attention.longest_first = op.longest_first;
   attention.cu_seqlens = op.cu_seqlens;
-  attention.key_mask = op.key_mask;
+  attention.key_bias = op.key_bias;
+  attention.key_ranges = op.key_ranges;
   attention.out = out;
   attention.tokens = op.tokens;
   attention.sequences = op.sequences;

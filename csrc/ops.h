@@ -13,7 +13,8 @@ struct Attention {
   const void* qkv;  // (tokens, 3 * hidden) elements: all queries, then all keys, then all values of a token
   const int64_t* longest_first;  // (sequences,)
   const int32_t* cu_seqlens;     // (sequences + 1,)
-  const bool* key_mask;          // (tokens,) or null
+  const float* key_bias;         // (tokens,) or null
+  const int32_t* key_ranges;     // (tokens, 2) or null
   const int64_t* columns;        // (tokens,) or null
   const int64_t* seed;           // (1,) or null
   const void* grad;              // (tokens, hidden) elements, or null in the forward

@@ -1,6 +1,6 @@
 """TokenBatch: the tokens that a forward computes, and their places in the grid of the caller's tensors."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -10,7 +10,7 @@ from .dropout import Dropout
 
 
 class Sequences(NamedTuple):
-    """How tokens are cut into sequences, and which of them are attended to.
+    """How tokens are cut into sequences, and how they are attended to.
 
     Attributes:
         cu_seqlens: int32 `(sequences + 1,)`; sequence i consists of tokens `cu_seqlens[i] … cu_seqlens[i + 1] - 1`.
@@ -18,7 +18,10 @@ class Sequences(NamedTuple):
         longest_first: int64 `(sequences,)`, the sequences in the order in which attention starts them.
         contiguous: True if every token's column is known to be its index in its sequence; otherwise False.
         sequence_ids: int64 `(tokens,)`, the index of each token's sequence.
-        key_mask: bool `(tokens,)`, False for tokens that are not attended to; None if all are attended to.
+        key_bias: float32 `(tokens,)`, added to each scaled score of a token as a key; -inf for tokens that are not
+            attended to, and log(n) for one that stands for n equal ones. None for zeros. It gets no gradient.
+        key_ranges: int32 `(tokens, 2)`, the first and the end of the tokens that each one attends to, as their indices
+            in its sequence; what lies outside the sequence does not count. None if each attends to all.
     """
 
     cu_seqlens: Tensor
@@ -26,12 +29,18 @@ class Sequences(NamedTuple):
     longest_first: Tensor
     contiguous: bool
     sequence_ids: Tensor
-    key_mask: Tensor | None
+    key_bias: Tensor | None = None
+    key_ranges: Tensor | None = None
 
     def indices(self) -> Tensor:
         """int64 `(tokens,)`, each token's index in its sequence."""
         token = torch.arange(self.sequence_ids.shape[0], device=self.sequence_ids.device)
         return token - self.cu_seqlens.long()[self.sequence_ids]
+
+
+def key_bias_of(mask: Tensor) -> Tensor:
+    """The key bias for a mask of any shape, bool, False for tokens that are not attended to."""
+    return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, -torch.inf)
 
 
 @dataclass(frozen=True)
@@ -45,7 +54,10 @@ class TokenBatch:
         grid: `(rows, columns)` of the caller's tensors.
         fills_grid: True if every row of the grid is a sequence without gaps, so that a view turns tokens into rows.
         indices: int64 `(tokens,)`, each token's place in the flattened grid; None if the tokens fill it in order.
-        packed: True if results are shown at real tokens only, with zeros at padding; False if at every position.
+        real: bool `(tokens,)`, False for tokens whose results are shown as zeros; None if there are none.
+
+    Raises:
+        ValueError: the sequences' key bias or key ranges have another dtype or shape, or require gradients.
     """
 
     sequences: Sequences
@@ -53,19 +65,36 @@ class TokenBatch:
     grid: tuple[int, int]
     fills_grid: bool
     indices: Tensor | None
-    packed: bool
+    real: Tensor | None
+
+    def __post_init__(self) -> None:
+        tokens = self.columns.shape[0]
+        for name, dtype, shape in (("key_bias", torch.float32, (tokens,)), ("key_ranges", torch.int32, (tokens, 2))):
+            value = getattr(self.sequences, name)
+            if value is not None and (value.dtype != dtype or value.shape != shape):
+                raise ValueError(
+                    f"{name} has shape {tuple(value.shape)} and dtype {value.dtype}; for {tokens} tokens it must have "
+                    f"shape {shape} and dtype {dtype}."
+                )
+            if value is not None and value.requires_grad:
+                raise ValueError(f"{name} requires gradients, but attention gives it none; pass {name}.detach().")
 
     @classmethod
     def padded(
-        cls, grid: tuple[int, int], device: torch.device, key_mask: Tensor | None = None, packed: bool = False
+        cls,
+        grid: tuple[int, int],
+        device: torch.device,
+        key_bias: Tensor | None = None,
+        real: Tensor | None = None,
     ) -> "TokenBatch":
         """The batch in which every position of the grid is a token.
 
         Args:
             grid: `(rows, columns)`.
             device: of the batch's tensors.
-            key_mask: bool `(rows, columns)`, False for positions that are not attended to; None if all are.
-            packed: whether `unpack` shows zeros at padding, so that results look the same as in the packed layout.
+            key_bias: float32 `(rows, columns)`, see `Sequences`; None for zeros.
+            real: bool `(rows, columns)`, False for positions where results are shown as zeros, as in the packed
+                layout; None if there are none.
         """
         rows, columns = grid
         sequences = Sequences(
@@ -74,7 +103,7 @@ class TokenBatch:
             longest_first=torch.arange(rows, device=device),
             contiguous=True,
             sequence_ids=torch.arange(rows, device=device)[:, None].expand(grid).flatten(),
-            key_mask=None if key_mask is None else key_mask.flatten(),
+            key_bias=None if key_bias is None else key_bias.flatten(),
         )
         return cls(
             sequences=sequences,
@@ -82,13 +111,13 @@ class TokenBatch:
             grid=grid,
             fills_grid=True,
             indices=None,
-            packed=packed,
+            real=None if real is None else real.flatten(),
         )
 
     @classmethod
-    def from_mask(cls, mask: Tensor, *, keep_first: bool) -> "TokenBatch":
+    def from_mask(cls, mask: Tensor, *, keep_first: bool, key_bias: Tensor | None = None) -> "TokenBatch":
         """Packs the tokens of a padding mask, with one synchronisation; the arguments are those of `PaddingMask`."""
-        padding = PaddingMask(mask, keep_first)
+        padding = PaddingMask(mask, keep_first, key_bias)
         return padding.pack(**read(padding.sizes()))
 
     @classmethod
@@ -108,7 +137,7 @@ class TokenBatch:
             longest_first=cu_seqlens.diff().argsort(descending=True),
             contiguous=True,
             sequence_ids=sequence_ids,
-            key_mask=None,
+            key_bias=None,
         )
         return cls(
             sequences=sequences,
@@ -116,8 +145,12 @@ class TokenBatch:
             grid=(1, tokens),
             fills_grid=False,
             indices=None,
-            packed=True,
+            real=None,
         )
+
+    def attending_to(self, key_ranges: Tensor) -> "TokenBatch":
+        """The same tokens, each of which attends to a range of its sequence alone; see `Sequences`."""
+        return replace(self, sequences=self.sequences._replace(key_ranges=key_ranges))
 
     @property
     def tokens(self) -> int:
@@ -134,9 +167,9 @@ class TokenBatch:
         return flat if self.indices is None else flat.index_select(0, self.indices)
 
     def unpack(self, x: Tensor) -> Tensor:
-        """`(tokens, ...)` to `(rows, columns, ...)`, with zeros at padding if the batch is `packed`."""
-        if self.packed and self.sequences.key_mask is not None:
-            x = torch.where(self.sequences.key_mask.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
+        """`(tokens, ...)` to `(rows, columns, ...)`, with zeros where there is no token or one that is not real."""
+        if self.real is not None:
+            x = torch.where(self.real.view(-1, *[1] * (x.dim() - 1)), x, x.new_zeros(()))
         if self.indices is None:
             return x.unflatten(0, self.grid)
         rows, columns = self.grid
@@ -164,9 +197,9 @@ class TokenBatch:
             `(rows, heads, columns, columns)`; for input that came packed, the shape of `probabilities`.
         """
         if self.fills_grid:
-            if not self.packed or self.sequences.key_mask is None:
+            if self.real is None:
                 return probabilities
-            real = self.sequences.key_mask.view(self.grid)
+            real = self.real.view(self.grid)
         elif self.indices is None:  # input that came packed: indices beyond a sequence's length have no token
             lengths = self.sequences.cu_seqlens.diff()
             real = torch.arange(self.sequences.max_seqlen, device=lengths.device) < lengths[:, None]
@@ -185,16 +218,19 @@ class TokenBatch:
 class PaddingMask:
     """A padding mask on its way to a batch: sizes must be read from the device before its tokens can be packed."""
 
-    def __init__(self, mask: Tensor, keep_first: bool) -> None:
+    def __init__(self, mask: Tensor, keep_first: bool, key_bias: Tensor | None = None) -> None:
         """
         Args:
             mask: bool `(rows, columns)`, True for real tokens.
             keep_first: whether to compute column 0 of every row, because a pooler reads it; if it is padding, no token
                 attends to it.
+            key_bias: float32 `(rows, columns)`, see `Sequences`; tokens that are attended to are computed, real or not.
+                None for 0 at real tokens, and -inf at others.
         """
-        self._mask = self._computed = mask
+        self._mask, self._key_bias = mask, key_bias
+        self._computed = mask if key_bias is None else mask | (key_bias > -torch.inf)
         if keep_first and mask.shape[1]:
-            self._computed = mask.clone()
+            self._computed = self._computed.clone()
             self._computed[:, 0] = True
         self._lengths = self._computed.sum(dim=1)
 
@@ -216,9 +252,11 @@ class PaddingMask:
             real_tokens: the number of them that are real.
             holes: the number of them that directly follow padding.
         """
-        mask, (rows, columns) = self._mask, self._mask.shape
-        if columns and real_tokens == rows * columns:
-            return TokenBatch.padded((rows, columns), mask.device, packed=True)
+        mask, key_bias, (rows, columns) = self._mask, self._key_bias, self._mask.shape
+        if key_bias is None and real_tokens < tokens:
+            key_bias = key_bias_of(mask)
+        if columns and tokens == rows * columns:
+            return TokenBatch.padded((rows, columns), mask.device, key_bias, mask if real_tokens < tokens else None)
         indices = torch.nonzero_static(self._computed.flatten(), size=tokens).squeeze(-1)
         cu_seqlens = torch.zeros(rows + 1, dtype=torch.int32, device=mask.device)
         cu_seqlens[1:] = self._lengths.cumsum(0)
@@ -228,7 +266,7 @@ class PaddingMask:
             longest_first=self._lengths.argsort(descending=True),
             contiguous=holes == 0,
             sequence_ids=indices // columns,
-            key_mask=mask.flatten()[indices] if real_tokens < tokens else None,
+            key_bias=None if key_bias is None else key_bias.flatten()[indices],
         )
         return TokenBatch(
             sequences=sequences,
@@ -236,7 +274,7 @@ class PaddingMask:
             grid=(rows, columns),
             fills_grid=False,
             indices=indices,
-            packed=True,
+            real=mask.flatten()[indices] if real_tokens < tokens else None,
         )
 
 

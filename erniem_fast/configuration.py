@@ -31,6 +31,8 @@ class ErnieMConfig(PreTrainedConfig):
         classifier_dropout: dropout before a head's classifier, `hidden_dropout_prob` if None. Also called `dropout`.
         act_dropout: dropout after the activation, `hidden_dropout_prob` if None.
         pruned_heads: the heads that were removed, by layer; written by `prune_heads`.
+        uie_padded_length: the number of tokens that every row counts as padded to, 512 in UIE-M, whose weights were
+            trained so: padding is attended to, and [CLS] (id 0) is not. None in ERNIE-M, where padding is not.
         tie_word_embeddings: whether a head of your own that predicts words shares the word table with the encoder.
 
     Raises:
@@ -55,6 +57,7 @@ class ErnieMConfig(PreTrainedConfig):
     classifier_dropout: float | int | None = None
     act_dropout: float | int | None = 0.0
     pruned_heads: dict[int, list[int]] | dict[str, list[int]] | None = None
+    uie_padded_length: int | None = None
     tie_word_embeddings: bool = True
 
     def __post_init__(self, **kwargs: Any) -> None:
@@ -96,6 +99,10 @@ class ErnieMConfig(PreTrainedConfig):
                 raise ValueError(f"{field}={getattr(self, field)} is not a size; use 1 or more.")
         if self.num_hidden_layers < 0:
             raise ValueError(f"num_hidden_layers={self.num_hidden_layers} is not a number of layers; use 0 or more.")
+        if self.uie_padded_length is not None and self.uie_padded_length < 1:
+            raise ValueError(
+                f"uie_padded_length={self.uie_padded_length} is not a length; use UIE-M's 512, or None for ERNIE-M."
+            )
 
     def _check_pruned_heads(self) -> None:
         for layer, heads in self.pruned_heads.items():

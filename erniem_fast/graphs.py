@@ -29,9 +29,10 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
     """Lets an ERNIE-M on a GPU replay CUDA graphs in inference, which lowers the latency of calls with few tokens.
 
     The model is called as before and returns the same. Graphs serve calls without gradients, dropout, autocast, hooks,
-    head mask, mask per query or `inputs_embeds`, that ask for neither hidden states nor attentions; other calls, and
-    those of more tokens, run as without graphs. The first call of each size captures a graph, which takes as long as
-    several forwards. All graphs share the memory of the largest one, and keep their own results besides.
+    head mask, mask per query, attended padding or `inputs_embeds`, that ask for neither hidden states nor attentions;
+    other calls, and those of more tokens, run as without graphs. The first call of each size captures a graph, which
+    takes as long as several forwards. All graphs share the memory of the largest one, and keep their own results
+    besides.
 
     Weights may change in place. Where a weight is replaced or moved, a module replaced, or a flag changed, the next
     call captures anew. Several threads may call the model: calls take turns on the GPU. A copy of the model, pickled
@@ -152,7 +153,7 @@ class Graphs:
         ids, batch = ready.input_ids, ready.batch
         if ids is None or ids.device != model.device:
             return False
-        if ready.scores_bias is not None or batch.sequences.key_mask is not None:
+        if not (ready.scores_bias is batch.sequences.key_bias is batch.sequences.key_ranges is None):
             return False
         observed = modes.is_recorded() or modes.is_transformed() or not modes.has_values(ids)
         return (

@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from . import flags, modes
-from .batch import PaddingMask, TokenBatch, read
+from .attended_padding import attend_to_padding
+from .batch import PaddingMask, TokenBatch, key_bias_of, read
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 
 
@@ -21,6 +22,7 @@ class EncoderInputs:
         positions: int64 `(tokens,)`, counted from 0.
         scores_bias: added to attention scores, broadcastable to `(rows, heads, columns, columns)`; None unless there is
             a mask per query.
+        columns: the number of columns of the input; None if the batch's grid has no more.
     """
 
     batch: TokenBatch
@@ -28,6 +30,17 @@ class EncoderInputs:
     inputs_embeds: Tensor | None
     positions: Tensor
     scores_bias: Tensor | None
+    columns: int | None = None
+
+    def unpack(self, x: Tensor) -> Tensor:
+        """`(tokens, ...)` to `(rows, columns, ...)` of the input; see `TokenBatch.unpack`."""
+        rows = self.batch.unpack(x)
+        return rows if self.columns is None else rows[:, : self.columns].contiguous()
+
+    def unpack_attention(self, probabilities: Tensor) -> Tensor:
+        """Attention probabilities by columns of the input; see `TokenBatch.unpack_attention`."""
+        rows = self.batch.unpack_attention(probabilities)
+        return rows if self.columns is None else rows[..., : self.columns, : self.columns].contiguous()
 
 
 def prepare(
@@ -66,7 +79,9 @@ def prepare(
     position_ids = _expand_positions(position_ids, grid)
     device = (inputs_embeds if input_ids is None else input_ids).device
     came_packed = cu_seqlens is not None or max_seqlen is not None
-    mask = scores_bias = padding = None
+    _check_attended_padding(config, inputs_embeds, came_packed)
+    ids, positions = input_ids, position_ids
+    mask = key_bias = scores_bias = padding = None
     if came_packed:
         _check_packed(config, grid, cu_seqlens, max_seqlen, attention_mask)
     else:
@@ -78,10 +93,12 @@ def prepare(
             scores_bias = _scores_bias(attention_mask)
         else:
             mask = _padding_mask(config, input_ids, attention_mask, grid, device)
-            if is_full(mask):
+            if config.uie_padded_length is not None:
+                ids, positions, mask, key_bias = attend_to_padding(config, input_ids, position_ids, mask)
+            elif is_full(mask):
                 mask = None
-            elif _packs(mask):
-                padding = PaddingMask(mask, needs_first)
+            if mask is not None and _packs(mask):
+                padding = PaddingMask(mask, needs_first, key_bias)
 
     sizes = padding.sizes() if padding else {}
     to_check = {
@@ -100,14 +117,18 @@ def prepare(
         batch = TokenBatch.from_cu_seqlens(cu_seqlens, max_seqlen, grid[1])
     elif padding:
         batch = padding.pack(**{name: found[name] for name in sizes})
+    elif mask is None:
+        batch = TokenBatch.padded(grid, device)
     else:
-        batch = TokenBatch.padded(grid, device, mask, packed=mask is not None and leaves_out_padding())
+        real = mask if leaves_out_padding() else None
+        batch = TokenBatch.padded(tuple(mask.shape), device, key_bias_of(mask) if key_bias is None else key_bias, real)
     return EncoderInputs(
         batch=batch,
-        input_ids=None if input_ids is None else batch.pack(input_ids),
+        input_ids=None if ids is None else batch.pack(ids),
         inputs_embeds=None if inputs_embeds is None else batch.pack(inputs_embeds),
-        positions=batch.columns if position_ids is None else batch.pack(position_ids),
+        positions=batch.columns if positions is None else batch.pack(positions),
         scores_bias=scores_bias,
+        columns=None if key_bias is None else grid[1],
     )
 
 
@@ -127,6 +148,17 @@ def _check_not_mapped(**values: Tensor | None) -> None:
                 f"{name} is mapped over by torch.vmap, but its values decide which tokens are computed; map over "
                 f"parameters or inputs_embeds, or loop over the rows."
             )
+
+
+def _check_attended_padding(config: ErnieMConfig, inputs_embeds: Tensor | None, came_packed: bool) -> None:
+    """Refuses input without ids or rows, where padding cannot be attended to as `config.uie_padded_length` asks."""
+    if config.uie_padded_length is None or (inputs_embeds is None and not came_packed):
+        return
+    given, remedy = ("inputs_embeds", "input_ids") if inputs_embeds is not None else ("cu_seq_lens_q", "attention_mask")
+    raise ValueError(
+        f"{given} cannot be used with uie_padded_length={config.uie_padded_length}, where [CLS] and padding are told "
+        f"apart by their ids, row by row; pass {remedy}, or set config.uie_padded_length to None."
+    )
 
 
 def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:

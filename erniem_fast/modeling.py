@@ -234,10 +234,10 @@ class ErnieMModel(ErnieMPreTrainedModel):
             embedded, batch, layer_seeds, head_mask, ready.scores_bias, output_attentions, output_hidden_states
         )
         return BaseModelOutputWithPoolingAndCrossAttentions(
-            last_hidden_state=batch.unpack(hidden),
+            last_hidden_state=ready.unpack(hidden),
             pooler_output=self.pooler(batch.first_tokens(hidden)) if self._pools() else None,
-            hidden_states=tuple(batch.unpack(state) for state in states) if output_hidden_states else None,
-            attentions=tuple(batch.unpack_attention(each) for each in attentions) if output_attentions else None,
+            hidden_states=tuple(ready.unpack(state) for state in states) if output_hidden_states else None,
+            attentions=tuple(ready.unpack_attention(each) for each in attentions) if output_attentions else None,
         )
 
     def _pools(self) -> bool:

@@ -72,13 +72,13 @@ def word_rows(ids: Tensor, table: Tensor, padding_idx: int | None = None, scale:
 
 
 def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None = None) -> Tensor:
-    """softmax(Q Kᵀ · scale) with dropout, times V, within each sequence and over the keys that are attended to.
+    """softmax(Q Kᵀ · scale + key bias) with dropout, times V, within each sequence and the key ranges of its queries.
 
-    A sequence without keys gives zeros.
+    A query without keys, because their bias is -inf or its range empty, gives zeros.
 
     Args:
         qkv: `(tokens, 3 · heads · head_dim)`: a token's queries, then its keys, then its values, of all heads.
-        sequences: how tokens are cut into sequences, and the key mask.
+        sequences: how tokens are cut into sequences, the key bias and the key ranges.
         heads: number of heads.
         scale: factor of the scores, 1 / √head_dim in ERNIE-M.
         dropout: the dropout of the probabilities; None for no dropout.
@@ -87,8 +87,8 @@ def attention(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropo
         `(tokens, heads · head_dim)`.
     """
     outputs = [qkv.new_zeros(0, qkv.shape[1] // 3)]
-    for qkv_of_one, masks in _by_sequence(qkv, sequences, heads, dropout):
-        out, _ = attend(*qkv_of_one, scale, *masks)
+    for qkv_of_one, rest in _by_sequence(qkv, sequences, heads, dropout):
+        out, _ = attend(*qkv_of_one, scale, *rest)
         outputs.append(out.transpose(0, 1).flatten(1))
     return torch.cat(outputs)
 
@@ -101,9 +101,9 @@ def attention_backward(
     lengths = sequences.cu_seqlens.diff().tolist()
     grad_of_each = grad.unflatten(-1, (heads, -1)).transpose(0, 1).split(lengths, dim=1)
     parts = _by_sequence(qkv, sequences, heads, dropout)
-    for grad_of_one, (qkv_of_one, masks) in zip(grad_of_each, parts, strict=True):
-        out, _ = attend(*qkv_of_one, scale, *masks)
-        grads_of_one = attend_backward(grad_of_one, *qkv_of_one, scale, *masks, out)
+    for grad_of_one, (qkv_of_one, rest) in zip(grad_of_each, parts, strict=True):
+        out, _ = attend(*qkv_of_one, scale, *rest)
+        grads_of_one = attend_backward(grad_of_one, *qkv_of_one, scale, *rest, out)
         grads.append(torch.stack(grads_of_one).permute(2, 0, 1, 3).flatten(1))
     return torch.cat(grads)
 
@@ -111,13 +111,31 @@ def attention_backward(
 def _by_sequence(
     qkv: Tensor, sequences: Sequences, heads: int, dropout: Dropout | None
 ) -> Iterator[tuple[Tensor, tuple[Tensor | None, Tensor | None, float]]]:
-    """For each sequence: `(3, heads, length, head_dim)`, queries, keys, values; and `attend`'s key_mask to p."""
+    """For each sequence: `(3, heads, length, head_dim)`, queries, keys, values; and `attend`'s bias to p."""
     for sequence, (start, end) in enumerate(pairwise(sequences.cu_seqlens.tolist())):
-        key_mask = None if sequences.key_mask is None else sequences.key_mask[start:end]
+        parts = (None if each is None else each[start:end] for each in (sequences.key_bias, sequences.key_ranges))
         mask, p = None, 0.0
         if dropout is not None:
             mask, p = _probabilities_mask(dropout, dropout.columns[start:end], sequence, heads), dropout.p
-        yield qkv[start:end].unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3), (key_mask, mask, p)
+        yield qkv[start:end].unflatten(-1, (3, heads, -1)).permute(1, 2, 0, 3), (scores_bias(*parts), mask, p)
+
+
+def scores_bias(key_bias: Tensor | None, key_ranges: Tensor | None) -> Tensor | None:
+    """What is added to the scaled scores of a sequence, -inf for keys that are not attended to; None for no bias.
+
+    Args:
+        key_bias: float32 `(..., keys)`, or None.
+        key_ranges: int32 `(..., keys, 2)`, see `Sequences`; or None.
+
+    Returns:
+        float32 `(..., 1 or queries, keys)`.
+    """
+    bias = None if key_bias is None else key_bias.unsqueeze(-2)
+    if key_ranges is None:
+        return bias
+    first, end = key_ranges.unsqueeze(-1).unbind(-2)
+    key = torch.arange(key_ranges.shape[-2], device=key_ranges.device)
+    return torch.where((key >= first) & (key < end), 0.0 if bias is None else bias, -torch.inf)
 
 
 def _probabilities_mask(dropout: Dropout, columns: Tensor, sequence: int, heads: int) -> Tensor:
@@ -133,10 +151,9 @@ def attend(
     key: Tensor,
     value: Tensor,
     scale: float,
-    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     p: float = 0.0,
-    scores_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Attention of one sequence, or of a batch of equally long sequences.
 
@@ -146,16 +163,15 @@ def attend(
     Args:
         query, key, value: `(..., length, head_dim)`.
         scale: factor of the scores.
-        key_mask: bool, broadcastable to `(..., length, length)`, False for keys that are not attended to; None if all
-            are.
+        bias: added to the scaled scores, broadcastable to `(..., length, length)`; -inf for keys that are not attended
+            to. None for no bias.
         dropout_mask: bool `(..., length, length)`, False for probabilities that are dropped; None for no dropout.
         p: probability of dropping.
-        scores_bias: added to the scaled scores, broadcastable to them; None for no bias.
 
     Returns:
         The result, `(..., length, head_dim)`; and the probabilities after dropout, `(..., length, length)`.
     """
-    probabilities = _rounded(softmax(_scores(query, key, scale, key_mask, scores_bias)), value.dtype)
+    probabilities = _rounded(softmax(_scores(query, key, scale, bias)), value.dtype)
     dropped = probabilities if dropout_mask is None else apply_mask(probabilities, dropout_mask, p)
     return (dropped @ value.to(dropped.dtype)).to(value.dtype), dropped.to(value.dtype)
 
@@ -166,7 +182,7 @@ def attend_backward(
     key: Tensor,
     value: Tensor,
     scale: float,
-    key_mask: Tensor | None = None,
+    bias: Tensor | None = None,
     dropout_mask: Tensor | None = None,
     p: float = 0.0,
     out: Tensor | None = None,
@@ -178,7 +194,7 @@ def attend_backward(
     others cancel.
     """
     dtype = query.dtype
-    probabilities = softmax(_scores(query, key, scale, key_mask, None))
+    probabilities = softmax(_scores(query, key, scale, bias))
     grad, query, key, value = (x.to(probabilities.dtype) for x in (grad, query, key, value))
     dropped, grad_probabilities = _rounded(probabilities, dtype), grad @ value.transpose(-1, -2)
     if dropout_mask is not None:
@@ -196,10 +212,9 @@ def _rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
     return x.to(dtype).to(x.dtype)
 
 
-def _scores(query: Tensor, key: Tensor, scale: float, key_mask: Tensor | None, scores_bias: Tensor | None) -> Tensor:
+def _scores(query: Tensor, key: Tensor, scale: float, bias: Tensor | None) -> Tensor:
     scores = query.to(wide(query.dtype)) @ key.to(wide(key.dtype)).transpose(-1, -2) * scale
-    scores = scores if scores_bias is None else scores + scores_bias.to(scores.dtype)
-    return scores if key_mask is None else scores.masked_fill(~key_mask, -torch.inf)
+    return scores if bias is None else scores + bias.to(scores.dtype)
 
 
 def bias_gelu(x: Tensor, bias: Tensor | None, activation: str, dropout: Dropout | None = None) -> Tensor:

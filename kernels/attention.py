@@ -12,7 +12,8 @@ That is also why the forward saves a row's offset and sum apart: added up as log
 the sum beside a large offset.
 
 Tiles that lie within the sequence are computed in a loop of their own, without masks; the last keys of a sequence, if
-they fill no tile, come after it. Key masks apply in both.
+they fill no tile, come after it. Key biases apply in both; they are divided by the scale, so that softmax stays as it
+is. Where queries have key ranges, tiles are left out that no query of a program sees.
 
 The backward uses no atomics in either of its two designs (`takes_one_pass` chooses), so it is deterministic. With two
 passes, a program owns a block of queries in the first and a block of keys in the second, and keeps its sums in
@@ -101,6 +102,8 @@ def backward(
     single = one_pass_config(*case)
     if one_pass is None:
         one_pass = takes_one_pass(single, pairs, sequences.max_seqlen, dropout is not None, device)
+        if sequences.key_ranges is not None:  # whose tiles two passes can leave out
+            one_pass = one_pass and sequences.max_seqlen <= single.block
     config = config or (single if one_pass else backward_config(*case[:3], dropout is not None))
     blocks = cdiv(sequences.max_seqlen, config.block)
     shared = (qkv, *_pointers(sequences, dropout), grad_qkv, tokens)
@@ -119,7 +122,7 @@ def backward(
 
 def _pointers(sequences: Sequences, dropout: Dropout | None) -> tuple[Tensor | int | float | None, ...]:
     columns, _, *rest = launch_arguments(dropout)
-    return sequences.cu_seqlens, sequences.longest_first, sequences.key_mask, columns, *rest
+    return sequences.cu_seqlens, sequences.longest_first, sequences.key_bias, sequences.key_ranges, columns, *rest
 
 
 def _constants(
@@ -196,12 +199,46 @@ def _store(ptr, row, length, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BL
 
 
 @triton.jit
-def _key_mask(key_mask_ptr, start, key, length):
-    """The key mask of the keys `key`, of any shape: True for keys that are attended to."""
-    key_mask = key < length
-    if key_mask_ptr is not None:
-        key_mask = tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)
-    return key_mask
+def _key_bias(key_bias_ptr, start, key, length, scale):
+    """The bias of the keys `key`, of any shape, for scores that are not scaled yet: -inf beyond the sequence."""
+    return tl.load(key_bias_ptr + start + key, mask=key < length, other=float("-inf")) / scale
+
+
+@triton.jit
+def _key_range(key_ranges_ptr, start, query, length):
+    """The first and the end of the keys that the queries `query`, of any shape, see; none beyond the sequence."""
+    key_ranges_ptr += 2 * start.to(tl.int64)
+    first = tl.load(key_ranges_ptr + 2 * query, mask=query < length, other=length)
+    end = tl.load(key_ranges_ptr + 2 * query + 1, mask=query < length, other=0)
+    return first, tl.minimum(end, length)
+
+
+@triton.jit
+def _is_seen(key, key_ranges_ptr, start, query, length):
+    """Whether the queries `query`, `[N, 1]`, see the keys `key`, `[M, 1]`: `[M, N]`. A range is loaded at once."""
+    key_range = key_ranges_ptr + 2 * start.to(tl.int64) + 2 * query + tl.arange(0, 2)[None, :]
+    first, end = tl.split(tl.load(key_range, mask=query < length, other=0))
+    return (key >= first[None, :]) & (key < tl.minimum(end, length)[None, :])
+
+
+@triton.jit
+def _seen_keys(key_range, STEP: tl.constexpr):
+    """The first tile's first and the end of the keys that a program's queries see."""
+    first, end = key_range
+    return tl.maximum(tl.min(first), 0) // STEP * STEP, tl.max(end)
+
+
+@triton.jit
+def _seeing_queries(key_ranges_ptr, start, length, first_key, KEYS: tl.constexpr, STEP: tl.constexpr):
+    """The first tile's first and the end of the queries that see any of the keys from `first_key` on."""
+    least, most = length, length * 0
+    for first_query in tl.range(0, length, STEP):
+        query = first_query + tl.arange(0, STEP)
+        first, end = _key_range(key_ranges_ptr, start, query, length)
+        sees = (first < first_key + KEYS) & (end > first_key) & (first < end)
+        least = tl.minimum(least, tl.min(tl.where(sees, query, length)))
+        most = tl.maximum(most, tl.max(tl.where(sees, query + 1, 0)))
+    return least // STEP * STEP, most
 
 
 @triton.jit
@@ -246,7 +283,7 @@ def _scores(
 
     WHOLE: all keys of the tile lie in the sequence.
     """
-    key_ptr, key_mask_ptr, start, length = keys
+    key_ptr, key_bias_ptr, key_ranges_ptr, key_range, start, length, scale = keys
     BLOCK_DIM: tl.constexpr = query.shape[1]
     index = tl.arange(0, STEP)
     if INTERLEAVED:
@@ -255,8 +292,13 @@ def _scores(
     key = _load(key_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
     value = _load(key_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
-    if not WHOLE or key_mask_ptr is not None:
-        scores = tl.where(_key_mask(key_mask_ptr, start, first_key + index[None, :], length), scores, float("-inf"))
+    column = first_key + index[None, :]
+    if key_bias_ptr is not None:
+        scores += _key_bias(key_bias_ptr, start, column, length, scale)
+    if key_ranges_ptr is not None:
+        scores = tl.where((column >= key_range[0]) & (column < key_range[1]), scores, float("-inf"))
+    elif key_bias_ptr is None and not WHOLE:
+        scores = tl.where(column < length, scores, float("-inf"))
     return scores, key, value
 
 
@@ -295,7 +337,8 @@ def _forward_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
+    key_ranges_ptr,  # (tokens, 2), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -332,15 +375,20 @@ def _forward_kernel(
         tl.zeros([BLOCK, BLOCK_DIM], tl.float32),
     )
     factor = scale * LOG2_E
-    keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
+    begin, end = 0, length
+    key_range = (begin, end)
+    if key_ranges_ptr is not None:
+        key_range = _key_range(key_ranges_ptr, start, row, length)
+        begin, end = _seen_keys(key_range, STEP)
+    keys = (query_ptr + HIDDEN, key_bias_ptr, key_ranges_ptr, key_range, start, length, scale)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
     # Without streaming, as in float32, no registers are to spare for a second copy of the tile: all tiles have masks.
     STREAMS: tl.constexpr = STAGES > 1
-    whole = length // STEP * STEP if STREAMS else length
+    whole = end // STEP * STEP if STREAMS else end
     if ONE_TILE:
         whole = 0
     else:
-        for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
+        for first_key in tl.range(begin, whole, STEP, num_stages=STAGES):
             sums = _forward_tile(
                 sums,
                 query,
@@ -356,7 +404,7 @@ def _forward_kernel(
                 PRECISION,
                 WHOLE=STREAMS,
             )
-    if whole < length:
+    if whole < end:
         sums = _forward_tile(
             sums,
             query,
@@ -437,7 +485,8 @@ def _backward_queries_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
+    key_ranges_ptr,  # (tokens, 2), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -480,12 +529,17 @@ def _backward_queries_kernel(
 
     grad_query = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
     factor = scale * LOG2_E
-    keys = (query_ptr + HIDDEN, key_mask_ptr, start, length)
+    begin, end = 0, length
+    key_range = (begin, end)
+    if key_ranges_ptr is not None:
+        key_range = _key_range(key_ranges_ptr, start, row, length)
+        begin, end = _seen_keys(key_range, STEP)
+    keys = (query_ptr + HIDDEN, key_bias_ptr, key_ranges_ptr, key_range, start, length, scale)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
-    whole = 0
+    whole = begin
     if STAGES > 1:  # see the forward
-        whole = length // STEP * STEP
-        for first_key in tl.range(0, whole, STEP, num_stages=STAGES):
+        whole = end // STEP * STEP
+        for first_key in tl.range(begin, whole, STEP, num_stages=STAGES):
             grad_query = _queries_tile(
                 grad_query,
                 query,
@@ -504,7 +558,7 @@ def _backward_queries_kernel(
                 PRECISION,
                 WHOLE=True,
             )
-    for first_key in tl.range(whole, length, STEP, num_stages=1):  # an `if` would cost registers
+    for first_key in tl.range(whole, end, STEP, num_stages=1):  # an `if` would cost registers
         grad_query = _queries_tile(
             grad_query,
             query,
@@ -565,7 +619,7 @@ def _keys_tile(
     Keys beyond the sequence need no mask, as nothing is stored of them; queries do not, as their statistics are 0.
     """
     grad_key, grad_value = sums
-    key, value, key_mask_ptr, key_mask = keys
+    key, value, key_bias_ptr, key_bias, key_ranges_ptr, start = keys
     query_ptr, grad_ptr, numbers_ptr = queries
     BLOCK: tl.constexpr = key.shape[0]
     BLOCK_DIM: tl.constexpr = key.shape[1]
@@ -575,9 +629,12 @@ def _keys_tile(
     offset, inverse, delta = _load_numbers(numbers_ptr, row, length, WHOLE)
     # Keys by queries: the transpose of the forward's tile.
     scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
+    if key_bias_ptr is not None:
+        scores += key_bias
     probabilities = tl.exp2(tl.fma(scores, factor, offset)) * inverse
-    if key_mask_ptr is not None:
-        probabilities = tl.where(key_mask, probabilities, 0.0)
+    if key_ranges_ptr is not None:
+        column = first_key + tl.arange(0, BLOCK)[:, None]
+        probabilities = tl.where(_is_seen(column, key_ranges_ptr, start, row, length), probabilities, 0.0)
     dropped = probabilities
     if draw[0] is not None:
         dropout_mask = tl.trans(_dropout_mask(*draw, row, first_key, BLOCK, CONTIGUOUS))
@@ -596,7 +653,8 @@ def _backward_keys_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
+    key_ranges_ptr,  # (tokens, 2), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -627,16 +685,21 @@ def _backward_keys_kernel(
     row = first + tl.arange(0, BLOCK)[:, None]
     key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-    key_mask = _key_mask(key_mask_ptr, start, row, length)
+    key_bias = 0.0
+    if key_bias_ptr is not None:
+        key_bias = _key_bias(key_bias_ptr, start, row, length, scale)
     sums = (tl.zeros([BLOCK, BLOCK_DIM], tl.float32), tl.zeros([BLOCK, BLOCK_DIM], tl.float32))
-    keys = (key, value, key_mask_ptr, key_mask)
+    keys = (key, value, key_bias_ptr, key_bias, key_ranges_ptr, start)
     queries = (query_ptr, grad_ptr, numbers_ptr + 4 * row_offset)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold)
     factor = scale * LOG2_E
-    whole = 0
+    begin, end = 0, length
+    if key_ranges_ptr is not None:
+        begin, end = _seeing_queries(key_ranges_ptr, start, length, first, BLOCK, STEP)
+    whole = begin
     if STAGES > 1:  # see the forward
-        whole = length // STEP * STEP
-        for first_query in tl.range(0, whole, STEP, num_stages=STAGES):
+        whole = end // STEP * STEP
+        for first_query in tl.range(begin, whole, STEP, num_stages=STAGES):
             sums = _keys_tile(
                 sums,
                 keys,
@@ -653,7 +716,7 @@ def _backward_keys_kernel(
                 PRECISION,
                 WHOLE=True,
             )
-    for first_query in tl.range(whole, length, STEP, num_stages=1):  # an `if` would cost registers
+    for first_query in tl.range(whole, end, STEP, num_stages=1):  # an `if` would cost registers
         sums = _keys_tile(
             sums,
             keys,
@@ -686,7 +749,8 @@ def _backward_kernel(
     qkv_ptr,  # (tokens, 3 · HEADS · HEAD_DIM)
     cu_seqlens_ptr,  # (sequences + 1,)
     longest_first_ptr,  # (sequences,)
-    key_mask_ptr,  # (tokens,), or None
+    key_bias_ptr,  # (tokens,), or None
+    key_ranges_ptr,  # (tokens, 2), or None
     columns_ptr,  # (tokens,); None without dropout, like the seed
     seed_ptr,  # one element
     threshold,
@@ -717,7 +781,8 @@ def _backward_kernel(
         row = first + tl.arange(0, BLOCK)[:, None]
         key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
-        key_mask = _key_mask(key_mask_ptr, start, row, length)
+        if key_bias_ptr is not None:
+            key_bias = _key_bias(key_bias_ptr, start, row, length, scale)
         grad_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         grad_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         for first_query in tl.range(0, length, STEP, num_stages=STAGES):
@@ -733,8 +798,14 @@ def _backward_kernel(
             offset = _load_number(statistics_ptr, column, length)
             inverse = _load_number(statistics_ptr + HEADS * tokens, column, length)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
-            exponentials = tl.exp2(tl.fma(scores, scale * LOG2_E, offset))
-            probabilities = tl.where(key_mask, exponentials * inverse, 0.0)
+            if key_bias_ptr is not None:
+                scores += key_bias
+            probabilities = tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse
+            if key_ranges_ptr is not None:
+                seen = _is_seen(row, key_ranges_ptr, start, query_row, length)
+                probabilities = tl.where(seen, probabilities, 0.0)
+            elif key_bias_ptr is None:
+                probabilities = tl.where(row < length, probabilities, 0.0)
             dropped = probabilities
             if seed_ptr is not None:
                 dropped = tl.where(dropout_mask, probabilities, 0.0)

@@ -53,7 +53,13 @@ def launch_dequantise(dtype: torch.dtype, features: int, _: None, tokens: int = 
 
 
 def launch_attention(
-    dtype: torch.dtype, head_dim: int, seed: Tensor | None, max_seqlen: int = 512, sequences: int = 1
+    dtype: torch.dtype,
+    head_dim: int,
+    seed: Tensor | None,
+    max_seqlen: int = 512,
+    sequences: int = 1,
+    key_bias: Tensor | None = None,
+    key_ranges: Tensor | None = None,
 ) -> None:
     heads = 768 // head_dim  # the base model's hidden size
     qkv = torch.zeros(64, 3 * heads * head_dim, dtype=dtype)
@@ -63,7 +69,8 @@ def launch_attention(
         longest_first=torch.zeros(sequences, dtype=torch.int64),
         contiguous=True,
         sequence_ids=torch.zeros(64, dtype=torch.int64),
-        key_mask=None,
+        key_bias=key_bias,
+        key_ranges=key_ranges,
     )
     case = (where, heads, 0.1, dropout_of(seed, 64))
     out, statistics = attention.forward(qkv, *case)
@@ -104,6 +111,11 @@ def attention_launches(dtype: torch.dtype, seed: Tensor | None) -> Iterator[tupl
     for head_dim in (64,) if dtype == torch.bfloat16 else (32, 64, 128, 256):
         yield "attention", launch_attention, dtype, head_dim, seed
         yield "attention, many", launch_attention, dtype, head_dim, seed, 512, MANY
+    if dtype == torch.float16:
+        for op, max_seqlen in (("attention", 512), ("attention ≤ 64", 64)):
+            case = (launch_attention, dtype, 64, seed, max_seqlen, 1)
+            yield f"{op}, key bias", *case, torch.zeros(64)
+            yield f"{op}, key ranges", *case, None, torch.zeros(64, 2, dtype=torch.int32)
     of_one_block = ((16, 64),) if dtype == torch.float32 else ((64, 64), (128, 64), (64, 128))
     for max_seqlen, head_dim in of_one_block:
         yield f"attention ≤ {max_seqlen}", launch_attention, dtype, head_dim, seed, max_seqlen

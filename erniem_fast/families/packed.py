@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions
 
 from .. import flags
-from ..batch import TokenBatch
+from ..batch import TokenBatch, key_bias_of
 from ..dropout import drop_features
 from ..inference import InferenceModel, is_plain_inference
 from ..inputs import is_full, leaves_out_padding
@@ -143,9 +143,9 @@ def _lay_out(attention_mask: Tensor | None, grid: tuple[int, int], device: torch
     if mask is None or is_full(mask):
         return TokenBatch.padded(grid, device)
     if not leaves_out_padding():
-        return TokenBatch.padded(grid, device, mask)
+        return TokenBatch.padded(grid, device, key_bias_of(mask))
     # What is computed in the first column is shown, even if it is padding.
-    return replace(TokenBatch.from_mask(mask, keep_first=True), packed=False)
+    return replace(TokenBatch.from_mask(mask, keep_first=True), real=None)
 
 
 def _embed(

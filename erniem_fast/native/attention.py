@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..batch import Sequences
 from ..dropout import Dropout
-from .function import DROPOUT, ELEMENT, INT, Function, dropout_values
+from .function import DROPOUT, ELEMENT, FLOAT, INT, Function, dropout_values
 
 # Both directions share one structure; each leaves out the tensors that only the other uses.
 _FORWARD = Function(
@@ -16,7 +16,8 @@ _FORWARD = Function(
         "qkv": (ELEMENT, "tokens", "3 * hidden"),
         "longest_first": (INT, "sequences"),
         "cu_seqlens": (torch.int32, "sequences + 1"),
-        "key_mask": (torch.bool, "tokens"),
+        "key_bias": (FLOAT, "tokens"),
+        "key_ranges": (torch.int32, "tokens", 2),
         "columns": DROPOUT["columns"],
         "seed": DROPOUT["seed"],
         "grad": (ELEMENT, "tokens", "hidden"),
@@ -26,9 +27,9 @@ _FORWARD = Function(
     written=("out", "grad_qkv"),
     sizes="tokens sequences hidden heads threads threshold",
     factors="scale rescale",
-    optional=("key_mask", "columns", "seed", "grad", "grad_qkv"),
+    optional=("key_bias", "key_ranges", "columns", "seed", "grad", "grad_qkv"),
 )
-_BACKWARD = replace(_FORWARD, name="attention_backward", optional=("key_mask", "columns", "seed", "out"))
+_BACKWARD = replace(_FORWARD, name="attention_backward", optional=("key_bias", "key_ranges", "columns", "seed", "out"))
 
 
 def forward(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout: Dropout | None) -> Tensor:
@@ -52,7 +53,8 @@ def _values(qkv: Tensor, sequences: Sequences, heads: int, scale: float, dropout
         "qkv": qkv,
         "longest_first": sequences.longest_first,
         "cu_seqlens": sequences.cu_seqlens,
-        "key_mask": sequences.key_mask,
+        "key_bias": sequences.key_bias,
+        "key_ranges": sequences.key_ranges,
         "heads": heads,
         "threads": torch.get_num_threads(),
         "scale": scale,

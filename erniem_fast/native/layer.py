@@ -51,12 +51,13 @@ def forward_of(name: str) -> Function:
             "layers": (INT, "count"),
             "longest_first": (INT, "sequences"),
             "cu_seqlens": (torch.int32, "sequences + 1"),
-            "key_mask": (torch.bool, "tokens"),
+            "key_bias": (FLOAT, "tokens"),
+            "key_ranges": (torch.int32, "tokens", 2),
             "out": (FLOAT, "tokens", "hidden"),
         },
         sizes="tokens hidden count sequences threads",
         written=("out",),
-        optional=("key_mask",),
+        optional=("key_bias", "key_ranges"),
     )
 
 
@@ -116,7 +117,8 @@ class Layers:
             layers=self._addresses,
             longest_first=sequences.longest_first,
             cu_seqlens=sequences.cu_seqlens,
-            key_mask=sequences.key_mask,
+            key_bias=sequences.key_bias,
+            key_ranges=sequences.key_ranges,
             out=out,
             hidden=self._hidden,
             threads=torch.get_num_threads(),

@@ -18,14 +18,14 @@ from .triton import triton_implementation
 
 
 def attention(qkv: QKV, batch: TokenBatch, heads: int, scale: float, dropout: Dropout | None = None) -> Tensor:
-    """softmax(Q Kᵀ · scale) with dropout, times V, within each sequence and over the keys of the batch's key mask.
+    """softmax(Q Kᵀ · scale + key bias) with dropout, times V, within each sequence and the key ranges of its queries.
 
-    A sequence without keys gives zeros, forward and backward.
+    A query without keys, because their bias is -inf or its range empty, gives zeros, forward and backward.
 
     Args:
         qkv: `(tokens, 3 · heads · head_dim)`, floating point: a token's queries, then its keys, then its values, of
             all heads. While a graph is exported (`modes.is_exported`), the three may also be separate tensors.
-        batch: the tokens, their sequences and the key mask.
+        batch: the tokens, their sequences, the key bias, which gets no gradient, and the key ranges.
         heads: number of heads.
         scale: factor of the scores, positive; 1 / √head_dim in ERNIE-M (Vaswani et al., arXiv 1706.03762, section
             3.2.1).

@@ -32,7 +32,7 @@ def backward(
     grid = _grid_of_sequences(sequences)
     mask, p = _dropout_mask(dropout, grid, heads)
     qkv_on_grid = _apart(qkv, grid, heads)
-    grads = reference.attend_backward(_on_grid(grad, grid, heads), *qkv_on_grid, scale, grid.keys, mask, p)
+    grads = reference.attend_backward(_on_grid(grad, grid, heads), *qkv_on_grid, scale, grid.bias, mask, p)
     return torch.cat([_off_grid(grad_on_grid, grid) for grad_on_grid in grads], dim=1)
 
 
@@ -60,8 +60,11 @@ def _sdpa_by_sequence(qkv: Tensor, sequences: Sequences, heads: int, scale: floa
         count = len(list(run_of_sequences))
         end = start + count * length
         query, key, value = qkv[start:end].unflatten(0, (count, length)).permute(2, 0, 3, 1, 4)
-        mask = None if sequences.key_mask is None else sequences.key_mask[start:end].view(count, 1, 1, length)
-        out = F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)
+        parts = (sequences.key_bias, sequences.key_ranges)
+        parts = (None if each is None else each[start:end].view(count, 1, length, *each.shape[1:]) for each in parts)
+        bias = reference.scores_bias(*parts)
+        bias = bias if bias is None else bias.to(reference.wide(qkv.dtype))
+        out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
         outputs.append(out.transpose(1, 2).reshape(count * length, qkv.shape[2] * qkv.shape[3]))
         start = end
     return outputs[1] if len(outputs) == 2 else torch.cat(outputs)
@@ -73,17 +76,13 @@ class _Grid(NamedTuple):
     Attributes:
         shape: `(sequences, max_seqlen)`.
         place: int64 `(tokens,)`, each token's place in the flattened grid; None if the tokens fill it in order.
-        key_mask: bool `(sequences, max_seqlen)`, True for places that are attended to; None if all are.
+        bias: float32 `(sequences, 1, 1 or max_seqlen, max_seqlen)`, added to the scores; -inf for keys that are not
+            attended to. None for no bias.
     """
 
     shape: tuple[int, int]
     place: Tensor | None
-    key_mask: Tensor | None
-
-    @property
-    def keys(self) -> Tensor | None:
-        """The key mask, broadcastable to scores."""
-        return None if self.key_mask is None else self.key_mask[:, None, None, :]
+    bias: Tensor | None
 
 
 def _grid_of_sequences(sequences: Sequences) -> _Grid:
@@ -91,32 +90,42 @@ def _grid_of_sequences(sequences: Sequences) -> _Grid:
     sequence_ids, max_seqlen = sequences.sequence_ids, sequences.max_seqlen
     shape = (sequences.cu_seqlens.shape[0] - 1, max_seqlen)
     place = sequence_ids * max_seqlen + sequences.indices()
-    real = torch.ones_like(sequence_ids, dtype=torch.bool) if sequences.key_mask is None else sequences.key_mask
-    key_mask = sequence_ids.new_zeros(shape, dtype=torch.bool)
-    return _Grid(shape, place, key_mask.flatten().index_copy(0, place, real).view_as(key_mask))
+    key_bias, key_ranges = sequences.key_bias, sequences.key_ranges
+    if key_bias is None:
+        key_bias = torch.zeros_like(place, dtype=torch.float32)
+    nowhere = key_bias.new_full((math.prod(shape),), -torch.inf)
+    key_bias = nowhere.index_copy(0, place, key_bias).view(shape[0], 1, shape[1])
+    if key_ranges is not None:
+        nothing = key_ranges.new_zeros(math.prod(shape), 2)
+        key_ranges = nothing.index_copy(0, place, key_ranges).view(shape[0], 1, shape[1], 2)
+    return _Grid(shape, place, reference.scores_bias(key_bias, key_ranges))
 
 
 def _grid_of(batch: TokenBatch) -> _Grid:
     """The batch's own grid if the tokens fill it, otherwise the grid of its sequences."""
     if not batch.fills_grid:
         return _grid_of_sequences(batch.sequences)
-    key_mask = batch.sequences.key_mask
-    return _Grid(batch.grid, None, None if key_mask is None else key_mask.view(batch.grid))
+    (rows, columns), parts = batch.grid, (batch.sequences.key_bias, batch.sequences.key_ranges)
+    parts = (None if each is None else each.view(rows, 1, columns, *each.shape[1:]) for each in parts)
+    return _Grid(batch.grid, None, reference.scores_bias(*parts))
 
 
 def _sdpa_on_grid(qkv: QKV, grid: _Grid, heads: int, scale: float) -> Tensor:
     """One call for all sequences, padded to the longest: few launches, for devices where launches dominate the time.
 
-    For a sequence without keys, some runtimes give NaN, some zeros, some the mean of all values. Here such a sequence
-    attends to all of its places, and its result is then set to zero.
+    For a query without keys, some runtimes give NaN, some zeros, some the mean of all values. Here such a query attends
+    to all places of its sequence, and its result is then set to zero.
     """
-    query, key, value = _apart(qkv, grid, heads)
-    if grid.key_mask is None:
+    query, key, value = parts = _apart(qkv, grid, heads)
+    bias = grid.bias
+    if bias is None:
         return _off_grid(F.scaled_dot_product_attention(query, key, value, scale=scale), grid)
-    has_keys = grid.keys.any(-1, keepdim=True)
-    bias = query.new_zeros(()).masked_fill(grid.keys != has_keys, torch.finfo(query.dtype).min)
-    out = F.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
-    return _off_grid(torch.where(has_keys, out, 0.0), grid)
+    has_keys = (bias > -torch.inf).any(-1, keepdim=True)
+    # On GPUs the bias must have the dtype of the queries, in which 16 bits are too few.
+    dtype = reference.wide(query.dtype)
+    bias = torch.where(has_keys, bias, 0.0).clamp(min=torch.finfo(dtype).min).to(dtype)
+    out = F.scaled_dot_product_attention(*(part.to(dtype) for part in parts), attn_mask=bias, scale=scale)
+    return _off_grid(torch.where(has_keys, out, 0.0).to(value.dtype), grid)
 
 
 def _explicit(
@@ -129,7 +138,10 @@ def _explicit(
 ) -> tuple[Tensor, Tensor]:
     """The formula, with all probabilities in memory, which dropout and a caller's own bias need."""
     mask, p = _dropout_mask(dropout, grid, heads)
-    out, probabilities = reference.attend(*_apart(qkv, grid, heads), scale, grid.keys, mask, p, scores_bias)
+    bias = grid.bias if scores_bias is None else scores_bias
+    if grid.bias is not None and scores_bias is not None:
+        bias = grid.bias + scores_bias
+    out, probabilities = reference.attend(*_apart(qkv, grid, heads), scale, bias, mask, p)
     return _off_grid(out, grid), probabilities
 
 

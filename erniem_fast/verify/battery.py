@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
-from math import inf, nan
+from math import inf, log, nan
 from typing import ClassVar
 
 import torch
@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import ops
-from ..batch import TokenBatch
+from ..batch import TokenBatch, key_bias_of
 from ..configuration import RESERVED_POSITIONS
 from ..dropout import Dropout
 from ..flags import use_implementations
@@ -384,7 +384,36 @@ def _left_padded(device: torch.device) -> TokenBatch:
 
 
 def _padded(device: torch.device) -> TokenBatch:
-    return TokenBatch.padded((5, 70), device, _mask(device))
+    return TokenBatch.padded((5, 70), device, key_bias_of(_mask(device)))
+
+
+def _biased(device: torch.device) -> TokenBatch:
+    """Beside the masked ones, keys that stand for many and keys that count for less than one."""
+    key_bias = key_bias_of(_mask(device))
+    key_bias[:, ::5] += log(400)
+    key_bias[:, 1::5] -= 2.0
+    return TokenBatch.padded((5, 70), device, key_bias)
+
+
+def _ranged(*lengths: int) -> Callable[[torch.device], TokenBatch]:
+    """A layout of queries that see one half of their sequence, neighbours, or nothing; some see keys beyond it too."""
+
+    def layout(device: torch.device) -> TokenBatch:
+        batch = _sequences(*lengths)(device)
+        index, length = batch.sequences.indices(), batch.sequences.cu_seqlens.diff()[batch.sequences.sequence_ids]
+        half = (index * 2 >= length) * (length // 2)
+        ranges = torch.stack([half, half + length // 2 + 5 * (index % 2)], dim=1)
+        ranges[::7] = torch.stack([index - 3, index + 2], dim=1)[::7]
+        ranges[::11, 1] = 0
+        return batch.attending_to(ranges.int())
+
+    return layout
+
+
+def _ranged_and_biased(device: torch.device) -> TokenBatch:
+    batch = _biased(device)
+    index = batch.sequences.indices()
+    return batch.attending_to(torch.stack([index // 20 * 16, index // 20 * 16 + 30], dim=1).int())
 
 
 _LAYOUTS = {
@@ -398,6 +427,10 @@ _LAYOUTS = {
     "packed with holes": _packed,
     "padded at the left": _left_padded,
     "padded with a mask": _padded,
+    "padded with key biases": _biased,
+    "with key ranges": _ranged(63, 0, 130, 1),
+    "with short key ranges": _ranged(5, 0, 60),
+    "padded with both": _ranged_and_biased,
     "32 of 1 to 497": _sequences(*range(1, 512, 16)),
     "32 of 512": _sequences(*[512] * 32),
 }
@@ -541,14 +574,17 @@ _HARD = (
     _attention("lengths around 16", 3, 64),
     _attention("lengths around 64", 1, 128, p=0.1),
     _attention("lengths around 64", 2, 64, p=0.1),
-    _attention("padded with a mask", 2, 64),
+    _attention("padded with key biases", 2, 64),
     _attention("lengths around 64", 1, 16, p=0.1, ties=True),
     _attention("lengths around 64", 1, 16, ties=True),
     _attention("18 tokens", 1, 256, p=0.1),
     _attention("packed with holes", 2, 32, p=0.3),
     _attention("padded at the left", 1, 128, p=0.3),
     _attention("padded with a mask", 2, 48, p=0.1),
-    _attention("padded with a mask", 1, 128),
+    _attention("padded with key biases", 1, 128),
+    _attention("with key ranges", 1, 64),
+    _attention("with short key ranges", 2, 32, p=0.1),
+    _attention("padded with both", 1, 48, p=0.3),
     _attention("lengths around 128", 1, 128, p=0.1),
     _attention("lengths around 128", 1, 64),
     _attention("lengths 2, 512, 257", 1, 32, p=0.1),

@@ -9,13 +9,13 @@ import pytest
 import torch
 
 from erniem_fast import ops, reference
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from erniem_fast.dropout import dropout_mask
 from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import attention
 from erniem_fast.kernels.attention_configs import Config
 from erniem_fast.kernels.device import Device, describe
-from tests.batches import dropout_of, sequences
+from tests.batches import dropout_of, ranged, sequences
 from tests.kernels.comparison import DEVICE, SEED, assert_equivalent, run
 
 pytestmark = pytest.mark.usefixtures("poisoned_memory")
@@ -91,18 +91,40 @@ def test_padded_layout_with_a_key_mask(dtype, seed, design):
     mask[1, :66] = False
     mask[2, ::3] = False
     mask[3] = False
-    batch = TokenBatch.padded((4, 70), DEVICE, mask)
+    batch = TokenBatch.padded((4, 70), DEVICE, key_bias_of(mask))
     check(batch, 2, 32, dtype, seed=seed)
     out, grad_qkv = run(partial(kernel, batch, 2, 0.1, seed), inputs_of(batch, 2, 32, dtype))
     assert torch.equal(out[3 * 70 :], torch.zeros_like(out[3 * 70 :]))
     assert torch.equal(grad_qkv[3 * 70 :], torch.zeros_like(grad_qkv[3 * 70 :]))
 
 
+@pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_key_ranges_and_biases(dtype, seed, design):
+    batch = ranged(70, 1, 0, 130, device=DEVICE)
+    check(batch, 1, 32, dtype, seed=seed)
+    key_bias = 3 * torch.randn(batch.tokens, device=DEVICE)
+    key_bias[::5] = -torch.inf
+    check(replace(batch, sequences=batch.sequences._replace(key_bias=key_bias)), 1, 32, dtype, seed=seed)
+
+
+def test_tiles_that_no_query_sees_are_left_out():
+    """Forward and in two passes: NaN in a half of a sequence does not reach the other, not even times 0."""
+    batch = sequences(512, device=DEVICE)
+    half = batch.columns // 256 * 256
+    batch = batch.attending_to(torch.stack([half, half + 256], dim=1).int())
+    (qkv,) = inputs_of(batch, 1, 32, torch.float32)
+    clean = run(partial(kernel, batch, 1, 0.0, None), [qkv])
+    qkv[:256] = torch.nan
+    for result, expected in zip(run(partial(kernel, batch, 1, 0.0, None), [qkv]), clean, strict=True):
+        assert torch.equal(result[256:], expected[256:])
+
+
 def test_packed_and_padded_give_the_same_tokens_the_same_mask(design):
     """The padded rows are longer by a tail of masked keys, which shifts every tile boundary of later sequences."""
     lengths, columns = [5, 40, 17], 45
     mask = torch.arange(columns, device=DEVICE)[None, :] < torch.tensor(lengths, device=DEVICE)[:, None]
-    padded = TokenBatch.padded((3, columns), DEVICE, mask)
+    padded = TokenBatch.padded((3, columns), DEVICE, key_bias_of(mask))
     packed = TokenBatch.from_mask(mask, keep_first=False)
     qkv = torch.randn(3, columns, 3 * 64, device=DEVICE)
     of_packed = run(partial(kernel, packed, 2, 0.3, SEED), [packed.pack(qkv)])
@@ -175,7 +197,11 @@ def test_tying_keys_beside_large_scores(root, layout, dtype, seed, design):
     """
     mask = torch.rand(3, 70, device=DEVICE) < 0.6
     mask[1] = False
-    batch = TokenBatch.padded((3, 70), DEVICE, mask) if layout == "padded" else sequences(70, 1, 65, device=DEVICE)
+    batch = (
+        TokenBatch.padded((3, 70), DEVICE, key_bias_of(mask))
+        if layout == "padded"
+        else sequences(70, 1, 65, device=DEVICE)
+    )
     qkv = inputs_of(batch, 1, 64, dtype)[0]
     qkv[:, :128] = qkv[:, :128].round()
     qkv[:, [0, 64]] = root
@@ -266,7 +292,7 @@ def test_head_dims_beyond_256_are_refused():
 
 BEYOND_INT32 = """
 import torch
-from erniem_fast.batch import Sequences
+from erniem_fast.batch import Sequences, key_bias_of
 from erniem_fast.dropout import Dropout
 from erniem_fast.kernels import attention
 
@@ -278,7 +304,7 @@ def run(tokens):
     columns = torch.zeros(tokens, dtype=torch.int64)
     columns[-20:] = torch.arange(20).flip(0)
     cu_seqlens = torch.tensor([tokens - 20, tokens], dtype=torch.int32)
-    sequences = Sequences(cu_seqlens, 20, torch.zeros(1, dtype=torch.int64), False, columns, key_mask=columns != 7)
+    sequences = Sequences(cu_seqlens, 20, torch.zeros(1, dtype=torch.int64), False, columns, key_bias_of(columns != 7))
     case = (sequences, 16, 0.125, Dropout(0.1, torch.tensor([5]), columns, columns))
     out, statistics = attention.forward(qkv, *case)
     grad_qkv = attention.backward(grad, out, statistics, qkv, *case, one_pass={one_pass})

@@ -38,7 +38,7 @@ OF_STORES = [
 ]
 # In all kernels that stream tiles in one loop, and what remains in another:
 OF_TAIL = [
-    ("tl.range(whole, length, STEP", "tl.range(whole, length - 1, STEP"),
+    ("tl.range(whole, end, STEP", "tl.range(whole, end - 1, STEP"),
     ("WHOLE=False", "WHOLE=True"),
 ]
 # And of all kernels, by file and function:
@@ -49,11 +49,35 @@ ATTENTION = {
     ],
     "_load": [("mask=_element_mask(row, length,", "mask=_element_mask(row, length - 1,")],
     "_store": [("mask=_element_mask(row, length,", "mask=_element_mask(row, length - 1,")],
-    "_key_mask": [
+    "_key_bias": [
         ("key < length", "key <= length"),
         ("key < length", "key < length - 1"),
-        ("tl.load(key_mask_ptr + start + key, mask=key_mask, other=0).to(tl.int1)", "key_mask"),
-        ("key_mask_ptr + start + key", "key_mask_ptr + key"),
+        ("key_bias_ptr + start + key", "key_bias_ptr + key"),
+        (" / scale", ""),
+    ],
+    "_key_range": [
+        ("2 * start.to(tl.int64)", "0"),
+        ("2 * query + 1", "2 * query"),
+        ("tl.minimum(end, length)", "end"),
+    ],
+    "_is_seen": [
+        ("2 * start.to(tl.int64)", "0"),
+        ("key >= first[None, :]", "key > first[None, :]"),
+        ("key < tl.minimum(end, length)[None, :]", "key <= tl.minimum(end, length)[None, :]"),
+        ("tl.minimum(end, length)", "end"),
+    ],
+    "_seen_keys": [
+        ("// STEP * STEP", "// STEP * STEP + STEP"),
+        ("tl.max(end)", "tl.max(end) - 1"),
+        ("tl.max(end)", "tl.min(end)"),
+    ],
+    "_seeing_queries": [
+        ("first < first_key + KEYS", "first < first_key"),
+        ("end > first_key", "end > first_key + KEYS"),
+        ("query + 1, 0", "query, 0"),
+        ("least // STEP * STEP", "least // STEP * STEP + STEP"),
+        ("tl.minimum(least, tl.min", "(tl.min"),
+        ("tl.maximum(most, tl.max", "(tl.max"),
     ],
     "_dropout_mask": [
         ("first_key // 4 + tl", "tl"),
@@ -66,8 +90,12 @@ ATTENTION = {
     "_scores": [
         ("row = first_key + index[:, None]", "row = index[:, None]"),
         ("index = interleaved(index)", "pass"),
-        ("if not WHOLE or key_mask_ptr is not None:", "if key_mask_ptr is not None:"),
-        ("if not WHOLE or key_mask_ptr is not None:", "if not WHOLE:"),
+        ("scores += _key_bias", "_key_bias"),
+        ("column >= key_range[0]", "column > key_range[0]"),
+        ("column < key_range[1]", "column <= key_range[1]"),
+        ("column < length", "column <= length"),
+        ("column < length", "column < length - 1"),
+        ("and not WHOLE", "and WHOLE"),
     ],
     "_forward_tile": [
         ("[:, None] * -factor", "[:, None] * factor"),
@@ -86,9 +114,9 @@ ATTENTION = {
         ("offset, mask=row < length)", "offset, mask=row < length - 1)"),
         ("inverse, mask=row < length)", "inverse, mask=row < length - 1)"),
         ("HEADS * tokens, inverse", "HEADS * tokens, 1.0 + 0.0 * inverse"),
-        ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
-        ("tl.range(0, whole, STEP", "tl.range(0, whole - STEP, STEP"),
-        ("if whole < length:", "if whole < length - 1:"),
+        ("tl.range(begin, whole, STEP", "tl.range(begin + STEP, whole, STEP"),
+        ("tl.range(begin, whole, STEP", "tl.range(begin, whole - STEP, STEP"),
+        ("if whole < end:", "if whole < end - 1:"),
         ("WHOLE=False", "WHOLE=True"),
     ],
     "_load_number": [("row < length", "row < length - 1")],
@@ -108,7 +136,7 @@ ATTENTION = {
         ("offset, mask=row < length", "offset, mask=row < length - 1"),
         ("inverse, mask=row < length", "inverse, mask=row < length - 1"),
         ("delta, mask=row < length", "delta, mask=row < length - 1"),
-        ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
+        ("tl.range(begin, whole, STEP", "tl.range(begin + STEP, whole, STEP"),
         *OF_TAIL,
     ],
     "_load_numbers": [
@@ -121,12 +149,13 @@ ATTENTION = {
         *OF_KEYS,
         ("tl.fma(scores, factor, offset)", "scores * factor"),
         (" * inverse", ""),
-        ("tl.where(key_mask, probabilities, 0.0)", "probabilities"),
+        ("scores += key_bias", "pass"),
+        ("tl.where(_is_seen(column, key_ranges_ptr, start, row, length), probabilities, 0.0)", "probabilities"),
     ],
     "_backward_keys_kernel": [
         *OF_STORES,
         ("scale * LOG2_E", "LOG2_E"),
-        ("tl.range(0, whole, STEP", "tl.range(STEP, whole, STEP"),
+        ("tl.range(begin, whole, STEP", "tl.range(begin + STEP, whole, STEP"),
         *OF_TAIL,
     ],
     "_backward_kernel": [
@@ -134,7 +163,9 @@ ATTENTION = {
         *OF_STORES,
         ("scale * LOG2_E", "LOG2_E"),
         (" * inverse", ""),
-        ("tl.where(key_mask, exponentials * inverse, 0.0)", "exponentials * inverse"),
+        ("scores += key_bias", "pass"),
+        ("tl.where(row < length, probabilities, 0.0)", "probabilities"),
+        ("tl.where(seen, probabilities, 0.0)", "probabilities"),
         ("grad_query * (scale * rescale)", "grad_query * scale"),
         ("if first > 0:", "if first < 0:"),
         ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),

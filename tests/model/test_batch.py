@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from erniem_fast.batch import PaddingMask, TokenBatch, read
+from erniem_fast.batch import PaddingMask, TokenBatch, key_bias_of, read
 
 ROWS = {
     "full": ["11111", "11111"],
@@ -73,13 +73,13 @@ def test_from_mask(name, keep_first):
     assert batch.sequences.cu_seqlens.tolist() == [0, *itertools.accumulate(lengths)]
     assert max(lengths, default=0) <= batch.sequences.max_seqlen <= columns
     assert batch.grid == (rows, columns)
-    assert batch.packed
     assert_order(batch, lengths)
     assert batch.sequences.cu_seqlens.dtype == torch.int32
     assert batch.columns.dtype == batch.sequences.sequence_ids.dtype == torch.int64
     attended = [bool(mask[cell]) for cell in tokens]
-    key_mask = batch.sequences.key_mask
-    assert (None if key_mask is None else key_mask.tolist()) == (None if all(attended) else attended)
+    real, key_bias = batch.real, batch.sequences.key_bias
+    assert (None if real is None else real.tolist()) == (None if all(attended) else attended)
+    assert (None if key_bias is None else key_bias.tolist()) == (None if all(attended) else key_bias_of(real).tolist())
     places = range(len(tokens)) if batch.indices is None else batch.indices.tolist()
     assert list(places) == [row * columns + column for row, column in tokens]
 
@@ -93,7 +93,7 @@ def test_from_mask_takes_views(view):
     }[view]
     ours = TokenBatch.from_mask(mask, keep_first=True)
     contiguous = TokenBatch.from_mask(mask.contiguous(), keep_first=True)
-    for field in ("columns", "indices", "cu_seqlens", "sequence_ids", "key_mask"):
+    for field in ("columns", "indices", "cu_seqlens", "sequence_ids", "key_bias"):
         here, there = (each if hasattr(each, field) else each.sequences for each in (ours, contiguous))
         assert torch.equal(getattr(here, field), getattr(there, field)), field
 
@@ -136,8 +136,8 @@ def test_unpack_keeps_the_dtype(name, dtype):
 def test_unpack_gives_zeros_at_padding_whatever_was_computed_there(name, keep_first):
     batch = batch_of(name, keep_first)
     tokens = torch.randn(batch.tokens, 3)
-    if batch.sequences.key_mask is not None:
-        tokens[~batch.sequences.key_mask] = torch.nan
+    if batch.real is not None:
+        tokens[~batch.real] = torch.nan
     assert torch.equal(batch.unpack(tokens), naive_unpack(name, keep_first, tokens))
 
 
@@ -220,8 +220,8 @@ def test_from_cu_seqlens(lengths, dtype):
     assert batch.sequences.cu_seqlens.tolist() == cu_seqlens.tolist()
     assert batch.sequences.sequence_ids.tolist() == [i for i, length in enumerate(lengths) for _ in range(length)]
     assert batch.columns.tolist() == [column for length in lengths for column in range(length)]
-    assert (batch.sequences.max_seqlen, batch.sequences.key_mask) == (600, None)
-    assert (batch.grid, batch.packed) == ((1, tokens), True)
+    assert (batch.sequences.max_seqlen, batch.sequences.key_bias) == (600, None)
+    assert (batch.grid, batch.real) == ((1, tokens), None)
     assert_order(batch, lengths)
     x = torch.randn(1, tokens, 3)
     assert torch.equal(batch.pack(x), x[0])
@@ -244,15 +244,15 @@ def test_unpack_attention_of_input_that_came_packed():
 def test_padded(name):
     mask = MASKS[name]
     rows, columns = mask.shape
-    batch = TokenBatch.padded((rows, columns), mask.device, key_mask=mask)
+    batch = TokenBatch.padded((rows, columns), mask.device, key_bias_of(mask))
     assert batch.sequences.cu_seqlens.tolist() == [row * columns for row in range(rows + 1)]
     assert batch.sequences.cu_seqlens.dtype == torch.int32
     assert batch.sequences.sequence_ids.tolist() == [row for row in range(rows) for _ in range(columns)]
     assert batch.columns.tolist() == list(range(columns)) * rows
-    assert torch.equal(batch.sequences.key_mask, mask.flatten())
-    assert (batch.sequences.max_seqlen, batch.grid, batch.packed) == (columns, (rows, columns), False)
+    assert batch.sequences.key_bias.tolist() == [0.0 if each else -torch.inf for each in mask.flatten().tolist()]
+    assert (batch.sequences.max_seqlen, batch.grid, batch.real) == (columns, (rows, columns), None)
     assert_order(batch, [columns] * rows)
-    assert TokenBatch.padded((rows, columns), mask.device).sequences.key_mask is None
+    assert TokenBatch.padded((rows, columns), mask.device).sequences.key_bias is None
     x = torch.randn(rows, columns, 3)
     assert torch.equal(batch.unpack(batch.pack(x)), x)
     assert torch.equal(batch.first_tokens(batch.pack(x)), x[:, 0])
@@ -262,4 +262,4 @@ def test_padded(name):
 
 def test_a_full_mask_is_the_padded_grid_without_indices():
     batch = batch_of("full", keep_first=False)
-    assert (batch.indices, batch.sequences.key_mask, batch.packed) == (None, None, True)
+    assert (batch.indices, batch.sequences.key_bias, batch.real) == (None, None, None)

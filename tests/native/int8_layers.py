@@ -4,12 +4,13 @@ import torch
 from torch import Tensor
 
 from erniem_fast import ops
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from erniem_fast.flags import use_implementations
 from erniem_fast.native import packed as products
 from erniem_fast.native.layer import Layers
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm, quantise_weight
+from tests.batches import ranged
 
 CPU = torch.device("cpu")
 HIDDEN, HEADS, SCALE = 40, 3, 8**-0.5
@@ -37,7 +38,7 @@ def packed(*lengths: int) -> TokenBatch:
 
 
 def padded(mask: Tensor) -> TokenBatch:
-    return TokenBatch.padded(tuple(mask.shape), CPU, mask)
+    return TokenBatch.padded(tuple(mask.shape), CPU, key_bias_of(mask))
 
 
 def _mask() -> Tensor:
@@ -52,6 +53,7 @@ BATCHES = {
     "a sequence without tokens": packed(7, 0, 20),
     "blocks of tokens": packed(100, 31, 2, 64),
     "padded, with a mask": padded(_mask()),
+    "with key ranges": ranged(40, 3),
     "no tokens": packed(0, 0),
 }
 

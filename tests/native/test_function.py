@@ -93,7 +93,7 @@ def mask() -> Tensor:
 def run_ops(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     batch = TokenBatch.from_mask(mask(), keep_first=True)
-    assert batch.sequences.key_mask is not None
+    assert batch.sequences.key_bias is not None
     ids, dropout = torch.arange(batch.tokens) % 5, batch.dropout(0.3, torch.tensor([5]))
 
     def leaf(*shape):

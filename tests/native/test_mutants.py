@@ -60,13 +60,19 @@ EMBEDDINGS = {
 }
 ATTENTION = {
     "forward": [
-        ("row[i * keys + j] *= factors[j];", ";"),
+        ("row[i * width + j] *= factors[seen.first + j];", ";"),
+        ("factors[seen.first + j]", "factors[j]"),
+        ("right + seen.first", "right"),
+        ("values + seen.first * features", "values"),
+        ("seen_by(first, count)", "seen_by(first, 1)"),
+        ("seen_by(first, count)", "seen_by(0, count)"),
         ("shares[i], static_cast", "1.0f, static_cast"),
     ],
     "backward": [
         ("float(op.scale), KEY", "1.0f, KEY"),
         ("float(op.scale), QUERY", "1.0f, QUERY"),
-        ("p + first * keys", "p"),
+        ("exponentials(p + first * keys, first", "exponentials(p, first"),
+        ("keys, first, end", "keys, 0, end"),
         ("shares[i - first]", "shares[0]"),
     ],
     "backward_row": [
@@ -77,13 +83,25 @@ ATTENTION = {
         ("(grad_row[j] - mean)", "grad_row[j]"),
     ],
     "exponentials": [
-        ("for (int64_t j = length; j < keys; ++j) row[j] = -INFINITY;", ""),
-        ("op.key_mask[start + j] ?", "true ?"),
-        ("op.key_mask[start + j]", "op.key_mask[j]"),
+        ("for (int64_t j = end; j < width; ++j) row[j] = -INFINITY;", ""),
+        ("for (int64_t j = 0; j < begin; ++j) row[j] = -INFINITY;", ""),
+        ("row[j] += op.key_bias[start + seen.first + j] * unscale", ""),
+        ("op.key_bias[start + seen.first + j]", "op.key_bias[seen.first + j]"),
+        ("op.key_bias[start + seen.first + j]", "op.key_bias[start + j]"),
+        ("range_of(first + i)", "range_of(i)"),
+        (" * unscale", ""),
         ("found == -INFINITY ? 0.0f : found", "found"),
         ("float(op.scale)", "1.0f"),
         ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
         ("total(sums[i])", "total(sums[0])"),
+    ],
+    "range_of": [
+        ("2 * (start + i)", "2 * i"),
+        ("std::min<int64_t>(length, range[1])", "range[1]"),
+    ],
+    "seen_by": [
+        ("std::min(seen.first, range.first)", "range.first"),
+        ("std::max(seen.end, range.end)", "range.end"),
     ],
     "survey": [
         ("*least / 4 * 4", "*least"),
@@ -344,7 +362,8 @@ LAYER = {
         ("run_layer(op, layer(i)", "run_layer(op, layer(0)"),
     ],
     "attend": [
-        ("attention.key_mask = op.key_mask;", ""),
+        ("attention.key_bias = op.key_bias;", ""),
+        ("attention.key_ranges = op.key_ranges;", ""),
         ("attention.scale = layer.scale;", ""),
     ],
     "add_norm": [

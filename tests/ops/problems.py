@@ -4,19 +4,20 @@ Triton's interpreter is slow and has tests of its own; here it joins where input
 """
 
 import itertools
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor
 
 from erniem_fast import flags, ops, reference
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from erniem_fast.dropout import dropout_mask
 from erniem_fast.ops import Product
 from erniem_fast.reference import Norm
-from tests.batches import SEED, dropout_of, sequences
+from tests.batches import SEED, dropout_of, ranged, sequences
 
 CPU = torch.device("cpu")
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
@@ -52,8 +53,22 @@ def masked(*rows, packed):
     """Rows of a padding mask such as "1101"; packed, their first columns are computed in any case."""
     mask = torch.tensor([[value == "1" for value in row] for row in rows])
     if not packed:
-        return TokenBatch.padded(tuple(mask.shape), CPU, key_mask=mask)
+        return TokenBatch.padded(tuple(mask.shape), CPU, key_bias_of(mask))
     return TokenBatch.from_mask(mask, keep_first=True)
+
+
+def biased(*lengths):
+    """Sequences whose keys count for more or less than one, for many, or for nothing; the first has no keys."""
+    batch = sequences(*lengths)
+    key_bias = torch.randn(batch.tokens, generator=torch.Generator().manual_seed(0))
+    key_bias[::3] = -torch.inf
+    key_bias[::4] = math.log(400)
+    key_bias[: lengths[0]] = -torch.inf
+    return replace(batch, sequences=batch.sequences._replace(key_bias=key_bias))
+
+
+def biased_and_ranged(*lengths):
+    return biased(*lengths).attending_to(ranged(*lengths).sequences.key_ranges)
 
 
 HOLES = ("111111111", "110100000", "000001111", "000000000", "010101011", "100000000")
@@ -67,6 +82,9 @@ BATCHES = {
     "no sequences": sequences(),
     "holes, packed": masked(*HOLES, packed=True),
     "holes, padded": masked(*HOLES, packed=False),
+    "biases": biased(3, 40, 1, 0, 33),
+    "ranges": ranged(70, 1, 0, 33, 130),
+    "biases and ranges": biased_and_ranged(3, 40, 1, 0, 33),
 }
 TOKENS = BATCHES["holes, packed"].tokens  # of the problems that `problem_of` makes
 
@@ -150,7 +168,7 @@ def embeddings_problem(batch, dtype, hidden, p, words=50, norm=None):
 
 
 def problem_of(op, dtype=torch.float32, batch=BATCHES["holes, packed"], p=0.3):
-    """A small problem of each op, with all that it has: bias, dropout, key mask."""
+    """A small problem of each op, with all that it has: bias, dropout, key bias."""
     return {
         "attention": lambda: attention_problem(batch, dtype, heads=3, head_dim=32, p=p),
         "bias_gelu": lambda: bias_gelu_problem(batch, dtype, hidden=96, activation="gelu", p=p, bias=dtype),
@@ -208,17 +226,22 @@ def views(x):
 
 def naive_attention(qkv, batch, heads, scale, p):
     """One query at a time, by the definition."""
-    sequence_ids, key_mask = batch.sequences.sequence_ids, batch.sequences.key_mask
+    sequence_ids, (key_bias, key_ranges) = batch.sequences.sequence_ids, batch.sequences[-2:]
     query, key, value = qkv.unflatten(1, (3, heads, -1)).unbind(1)
     out = torch.zeros_like(query)
     for i, h in itertools.product(range(batch.tokens), range(heads)):
         sequence, column = sequence_ids[i], batch.columns[i]
         keys = (sequence_ids == sequence).nonzero().squeeze(1)
-        if key_mask is not None:
-            keys = keys[key_mask[keys]]
+        if key_ranges is not None:
+            first, end = key_ranges[i].clamp(min=0).tolist()
+            keys = keys[first:end]
         weights = torch.exp(key[keys, h] @ query[i, h] * scale)
+        if key_bias is not None:
+            weights = weights * key_bias[keys].to(qkv.dtype).exp()
+            if not weights.any():
+                continue
         weights = weights / weights.sum()
-        if p and len(keys):
+        if p:
             mask = dropout_mask(SEED, p, 512, column, sequence, h)[batch.columns[keys]]
             weights = weights * mask / (1 - p)
         out[i, h] = weights @ value[keys, h]

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from erniem_fast import ops, use_kernels
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from tests.batches import dropout_of, sequences
 from tests.ops.problems import (
     BATCHES,
@@ -42,6 +42,11 @@ from tests.ops.problems import (
         ("holes, packed", 3, 32, 0.3),
         ("holes, padded", 8, 128, 0.0),
         ("holes, padded", 3, 32, 0.3),
+        ("biases", 2, 64, 0.0),
+        ("biases", 3, 32, 0.3),
+        ("ranges", 2, 64, 0.0),
+        ("ranges", 1, 32, 0.3),
+        ("biases and ranges", 2, 32, 0.1),
         ("no tokens", 3, 32, 0.1),
     ],
 )
@@ -66,6 +71,74 @@ def test_float16_scores_may_overflow_before_the_scale(implementation, dtype, p):
         assert largest(results[name] - exact[name]) <= 2 * torch.finfo(dtype).eps * largest(exact[name])
 
 
+@each_implementation("attention", interpreted=True)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_a_key_with_the_bias_log_n_stands_for_n_equal_keys(implementation, dtype, p):
+    """In the results of the others; with dropout, one mask stands for n, so only what needs no key of it is equal."""
+    one, many = sequences(5, 21), sequences(5, 20 + 37)
+    qkv = randn(26, 3 * 64, dtype=dtype)
+    repeated = torch.cat([qkv, qkv[-1:].expand(36, -1)])
+    key_bias = torch.zeros(26)
+    key_bias[-1] = torch.tensor(37.0).log()
+    one = replace(one, sequences=one.sequences._replace(key_bias=key_bias))
+    if p:
+        qkv[-1, 128:], repeated[25:, 128:] = 0.0, 0.0
+    with use_kernels(attention=implementation):
+        out = ops.attention(qkv, one, 2, 0.2, dropout_of(one, p))
+        expected = ops.attention(repeated, many, 2, 0.2, dropout_of(many, p))
+    torch.testing.assert_close(out, expected[:26], rtol=0, atol=16 * torch.finfo(dtype).eps)
+
+
+@each_implementation("attention", interpreted=True)
+@pytest.mark.parametrize("p", [0.0, 0.3])
+def test_keys_outside_of_a_range_reach_nothing(implementation, dtype, p):
+    """By the bits of results and gradients: what stands there changes none."""
+    batch = sequences(70, 20)
+    ranges = torch.tensor([[16, 40]]).expand(90, 2).int()
+    seen = ((batch.columns >= 16) & (batch.columns < 40))[:, None]
+    qkv, grad, found = randn(90, 3 * 64, dtype=dtype), randn(90, 64, dtype=dtype), []
+    for other in (1.0, 3.0):
+        x = qkv.clone()
+        x[:, 64:] = torch.where(seen, x[:, 64:], x[:, 64:] * other)
+        x.requires_grad_()
+        with use_kernels(attention=implementation):
+            out = ops.attention(x, batch.attending_to(ranges), 2, 0.2, dropout_of(batch, p))
+        (grad_qkv,) = torch.autograd.grad(out, x, grad)
+        assert not grad_qkv[:, 64:][~seen.expand(-1, 128)].any()
+        found.append((out, grad_qkv))
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
+@pytest.mark.skipif("native" not in serving("attention"), reason="the native library cannot be built here")
+def test_native_attention_leaves_out_keys_that_no_query_of_a_block_sees():
+    """NaN among them does not reach the result, not even times 0."""
+    batch, qkv = sequences(512), torch.randn(512, 3 * 32)
+    half = batch.columns // 256 * 256
+    batch = batch.attending_to(torch.stack([half, half + 256], dim=1).int())
+    with use_kernels(attention="native"):
+        expected = ops.attention(qkv, batch, 1, 0.2)
+        qkv[:192] = torch.nan  # a block of queries may have some of both halves
+        assert torch.equal(ops.attention(qkv, batch, 1, 0.2)[288:], expected[288:])
+
+
+def test_key_ranges_are_checked():
+    batch = sequences(3, 4)
+    for shape, dtype in (((7,), torch.int32), ((7, 3), torch.int32), ((7, 2), torch.int64)):
+        with pytest.raises(ValueError, match=r"key_ranges has shape .* for 7 tokens it must have shape \(7, 2\)"):
+            batch.attending_to(torch.zeros(shape, dtype=dtype))
+
+
+def test_key_biases_are_checked():
+    batch = sequences(3, 4)
+    for key_bias, message in (
+        (torch.zeros(6), r"key_bias has shape \(6,\) and dtype torch.float32; for 7 tokens it must have shape \(7,\)"),
+        (torch.zeros(7, dtype=torch.bool), r"key_bias has shape \(7,\) and dtype torch.bool; .* dtype torch.float32"),
+        (torch.zeros(7, requires_grad=True), r"key_bias requires gradients, .* pass key_bias.detach\(\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            replace(batch, sequences=batch.sequences._replace(key_bias=key_bias))
+
+
 @pytest.mark.parametrize("scale", [0.0, -1.0, float("nan")])
 def test_attention_refuses_a_scale_that_is_not_positive(scale):
     with pytest.raises(ValueError, match=rf"scale must be positive, not {scale}; "):
@@ -88,7 +161,7 @@ def test_sequences_without_keys_give_zeros(implementation, dtype, p):
     batch = sequences(4, 70, 0, 1, 5)
     empty = torch.zeros(80, dtype=torch.bool)
     empty[4:75] = True  # of the sequences of 70 and of 1
-    batch = replace(batch, sequences=batch.sequences._replace(key_mask=~empty))
+    batch = replace(batch, sequences=batch.sequences._replace(key_bias=key_bias_of(~empty)))
     qkv = randn(80, 3 * 64, dtype=dtype).requires_grad_()
     with use_kernels(attention=implementation):
         out = ops.attention(qkv, batch, 2, 32**-0.5, dropout_of(batch, p))
@@ -166,7 +239,7 @@ def test_native_attention_refuses_bounds_beyond_the_tokens(bounds):
         ops.attention(torch.randn(8, 3 * 32), batch, heads=2, scale=1.0)
 
 
-@pytest.mark.parametrize("batch", ["short", "unequal", "holes, packed", "holes, padded", "no tokens"])
+@pytest.mark.parametrize("batch", ["unequal", "holes, packed", "holes, padded", "biases and ranges", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_attention_with_probabilities(batch, p):
     batch, heads = BATCHES[batch], 2

@@ -18,7 +18,7 @@ NORM = ["weight", "norm_bias", "eps"]
 # The arguments of each op, without NamedTuples.
 ARGUMENTS = {
     "attention": [
-        *("qkv", "cu_seqlens", "max_seqlen", "longest_first", "contiguous", "key_mask", "heads", "scale"),
+        *("qkv", "cu_seqlens", "max_seqlen", "longest_first", "contiguous", "key_bias", "key_ranges", "heads", "scale"),
         *DROPOUT,
     ],
     "bias_gelu": ["x", "bias", "activation", *DROPOUT],
@@ -28,7 +28,7 @@ ARGUMENTS = {
 
 
 def name_of(node):
-    """The name that an expression ends in: `key_mask` for `sequences.key_mask` and for `"key_mask"`."""
+    """The name that an expression ends in: `key_bias` for `sequences.key_bias` and for `"key_bias"`."""
     node = node.value if isinstance(node, ast.Starred) else node
     return getattr(node, "id", None) or getattr(node, "attr", None) or getattr(node, "value", None)
 

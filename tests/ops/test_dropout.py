@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from erniem_fast import dropout, ops, use_kernels
-from erniem_fast.batch import TokenBatch
+from erniem_fast.batch import TokenBatch, key_bias_of
 from erniem_fast.ops import Product
 from tests.ops.problems import serving
 
@@ -249,7 +249,7 @@ MASK = torch.tensor(
 
 def layouts(keep_first):
     packed = TokenBatch.from_mask(MASK, keep_first=keep_first)
-    return packed, TokenBatch.padded(tuple(MASK.shape), MASK.device, key_mask=MASK)
+    return packed, TokenBatch.padded(tuple(MASK.shape), MASK.device, key_bias_of(MASK))
 
 
 @pytest.mark.parametrize("keep_first", [True, False])

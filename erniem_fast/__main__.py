@@ -1,6 +1,7 @@
 """`python -m erniem_fast`: `status` shows which implementation runs each op here, and why; `build` compiles the native
 libraries and times the libraries for matrix products; `verify` compares every kernel that runs here with the
-reference."""
+reference; `convert` writes a checkpoint as another library or model reads it; `extract` finds what a schema names in a
+file of texts."""
 
 import argparse
 import os
@@ -12,6 +13,8 @@ import torch
 import transformers
 
 from . import flags, ops
+from .conversion import command as conversion
+from .extraction import command as extraction
 from .inference import BFloat16Linear, linear_kind
 from .inference_gpu import GPU_LINEARS, gpu_objection
 from .matmul import fastest, may_choose
@@ -30,28 +33,41 @@ def main() -> int:
         "build", help="compile the native libraries for this machine's devices, and time the libraries for products"
     )
     commands.add_parser("verify", help="compare every kernel that runs here with the reference, forward and backward")
-    command = parser.parse_args().command
-    return {"status": _status, "build": _build, "verify": _verify}[command]()
+    conversion.add_arguments(
+        commands.add_parser("convert", help="write a checkpoint of PaddleNLP, Baidu, XLM-RoBERTa or ERNIE-M as another")
+    )
+    extraction.add_arguments(commands.add_parser("extract", help="find what a schema names in a file of texts"))
+    arguments = parser.parse_args()
+    run = {
+        "status": _status,
+        "build": _build,
+        "verify": _verify,
+        "convert": conversion.run,
+        "extract": extraction.run,
+    }[arguments.command]
+    return run(arguments)
 
 
-def _status() -> int:
+def _status(_: argparse.Namespace) -> int:
     print(status())
     return 0
 
 
-def _build() -> int:
+def _build(_: argparse.Namespace) -> int:
     try:
+        print("compiling what is missing for this machine, which takes up to a minute", flush=True)
         for device, path in build().items():
             print(f"{device}: {path}")
     except library.BuildError as error:
         print(error, file=sys.stderr)
         return 1
+    print("timing the libraries for matrix products, which takes about ten seconds", flush=True)
     fastest.measure_all()
     print("products: measured; `python -m erniem_fast status` shows the choice")
     return 0
 
 
-def _verify() -> int:
+def _verify(_: argparse.Namespace) -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
         print(f"{device} ({torch.cuda.get_device_name(device)})")

@@ -1,11 +1,14 @@
 """ErnieMConfig: the fields of an ERNIE-M checkpoint's config.json."""
 
 import math
+import os
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.activations import ACT2FN
+
+from .conversion import paddle, paddle_config
 
 # ERNIE-M's position table starts with two reserved rows: column c uses row c + 2.
 RESERVED_POSITIONS = 2
@@ -69,6 +72,26 @@ class ErnieMConfig(PreTrainedConfig):
         self.check()
 
     @classmethod
+    def get_config_dict(
+        cls, pretrained_model_name_or_path: str | os.PathLike, **kwargs: Any
+    ) -> tuple[dict[str, Any], dict[str, Any]]:
+        """As in transformers; PaddleNLP's model_config.json and Baidu's ernie_config.json are found too."""
+        error = None
+        try:
+            found = super().get_config_dict(pretrained_model_name_or_path, **kwargs)
+        except OSError as missing:
+            found, error = ({}, kwargs), missing
+        if found[0]:
+            return found
+        path = paddle.find_config(pretrained_model_name_or_path, kwargs)
+        if path is not None:
+            fields, rest = super().get_config_dict(path, **{**kwargs, "subfolder": ""})
+            return paddle_config.from_paddle(fields), rest
+        if error is not None:
+            raise error
+        return found
+
+    @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> "ErnieMConfig":
         model_type = config_dict.get("model_type", cls.model_type)
         if model_type != cls.model_type:
@@ -76,6 +99,8 @@ class ErnieMConfig(PreTrainedConfig):
                 f"This checkpoint's config says model_type={model_type!r}, but erniem_fast runs {cls.model_type!r} "
                 f"only; load it with transformers.AutoModel instead."
             )
+        if paddle_config.is_paddles(config_dict):
+            config_dict = paddle_config.from_paddle(config_dict)
         return super().from_dict(config_dict, **kwargs)
 
     def check(self) -> None:

@@ -1,5 +1,6 @@
 """From the arguments of a forward to the tokens it computes, with every check of the input on the way."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -74,6 +75,13 @@ def prepare(
     Raises:
         ValueError: the input cannot be run; the message names the argument, its value and the remedy.
     """
+    _check_tensors(
+        input_ids=input_ids,
+        inputs_embeds=inputs_embeds,
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        cu_seq_lens_q=cu_seqlens,
+    )
     if modes.is_transformed():
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
     grid = _grid(config, input_ids, inputs_embeds)
@@ -165,6 +173,17 @@ def _check_attended_padding(config: ErnieMConfig, inputs_embeds: Tensor | None, 
         f"{given} cannot be used with uie_padded_length={config.uie_padded_length}, where [CLS] and padding are told "
         f"apart by their ids, row by row; pass {remedy}, or set config.uie_padded_length to None."
     )
+
+
+def _check_tensors(**values: Tensor | None) -> None:
+    for name, value in values.items():
+        if isinstance(value, Mapping):
+            raise ValueError(f"{name} is a {type(value).__name__}; call model(**batch), with two asterisks.")
+        if value is not None and not isinstance(value, Tensor):
+            raise ValueError(
+                f"{name} is a {type(value).__name__}, but must be a tensor: pass return_tensors='pt' to the tokenizer, "
+                f"or call torch.tensor."
+            )
 
 
 def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
@@ -361,6 +380,7 @@ def _check_structure(
         _check_bounds(found, grid, max_seqlen)
         _check_first_position(found)
     elif attention_mask is None:
+        _check_no_mask(position_ids, found)
         _check_one_sequence(position_ids, found)
     if found.get("odd values"):
         raise ValueError(
@@ -385,6 +405,17 @@ def _check_first_position(found: dict[str, int]) -> None:
         raise ValueError(
             f"position_ids of packed input start at {least}; positions count from 0 in every sequence, as "
             f"DataCollatorWithFlattening(position_ids_start=0) makes them."
+        )
+
+
+def _check_no_mask(position_ids: Tensor | None, found: dict[str, int]) -> None:
+    """Refuses positions that are a mask: the model takes positions second, the heads take the mask there."""
+    if position_ids is None or position_ids.shape[1] < 3 or "least of position_ids" not in found:
+        return
+    if (found["least of position_ids"], found["greatest of position_ids"]) in ((0, 1), (1, 1)):
+        raise ValueError(
+            f"position_ids holds only 0 and 1 in {position_ids.shape[1]} columns, as a mask does; pass the mask by its "
+            f"name, attention_mask=. For such positions, pass an attention_mask too."
         )
 
 

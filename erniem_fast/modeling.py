@@ -1,5 +1,8 @@
 """ErnieMModel and its heads: the classes, arguments and outputs of transformers 4.57.6, over the packed encoder."""
 
+import logging
+import os
+
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, gelu, one_hot
@@ -17,11 +20,14 @@ from transformers.modeling_outputs import (
 
 from . import flags, inputs, modes
 from .configuration import ErnieMConfig
+from .conversion import paddle
 from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
 from .quantization import describe
 from .vocabulary_loss import vocabulary_losses
+
+_LOG = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
 
@@ -67,6 +73,26 @@ class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
         super().__init__(config, *inputs, **kwargs)
         config.check()
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+        """As in transformers; the checkpoint may also be PaddleNLP's or Baidu's, as they published it.
+
+        Raises:
+            RefusedPickleError: a `.pdparams` file asks for a function that no checkpoint needs.
+            ValueError: a file of Paddle's is damaged or missing, or its config is another model's.
+        """
+        found = paddle.find_checkpoint(pretrained_model_name_or_path, kwargs)
+        if found is None:
+            return super().from_pretrained(pretrained_model_name_or_path, *model_args, **kwargs)
+        # transformers takes weights from a state dict only if it is told no checkpoint.
+        if kwargs.get("config") is None:
+            kwargs["config"] = pretrained_model_name_or_path
+        state = paddle.read_checkpoint(found, issubclass(cls, ErnieMForQuestionAnswering))
+        loaded = super().from_pretrained(None, *model_args, state_dict=state, **kwargs)
+        model = loaded[0] if isinstance(loaded, tuple) else loaded
+        model.name_or_path = model.config.name_or_path = str(pretrained_model_name_or_path)
+        return loaded
+
     def enable_input_require_grads(self) -> None:
         """Lets gradients flow through a frozen model, as adapters under reentrant checkpoints need.
 
@@ -75,6 +101,15 @@ class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
         """
         hook = self.base_model.embeddings.register_forward_hook(lambda module, inputs, hidden: hidden.requires_grad_())
         self._require_grads_hooks = [hook]  # `disable_input_require_grads` removes these
+
+    def get_correct_attn_implementation(self, requested_attention: str | None, is_init_check: bool = False) -> str:
+        """`eager`, whatever is asked for, so that code which asks every model for an implementation runs."""
+        if requested_attention not in (None, "eager"):
+            _LOG.warning(
+                "attn_implementation=%r changes nothing in ERNIE-M: the flags of erniem_fast choose the kernels.",
+                requested_attention,
+            )
+        return "eager"
 
     def save_pretrained(self, *arguments, **options) -> None:
         """As in transformers; int8 weights are saved with their scales, and the config says which weights are int8.
@@ -343,9 +378,11 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         if labels is not None:
             if self._takes_classes(labels, logits):
                 labels = _as_integers("labels", labels)
+                _check_count("labels", labels, len(logits))
                 _check_classes(labels, self.num_labels, _REMEDY)
-            elif not labels.is_floating_point():
-                labels = labels.float()
+            else:
+                self._check_numbers(labels, logits)
+                labels = labels if labels.is_floating_point() else labels.float()
             loss = self.loss_function(labels, logits, self.config)
         return self._answer(return_dict, encoded, SequenceClassifierOutput, loss=loss, logits=logits)
 
@@ -354,6 +391,16 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         if self.config.problem_type is None:
             return self.num_labels > 1 and not labels.is_floating_point() and labels.shape != logits.shape
         return self.config.problem_type == "single_label_classification"
+
+    def _check_numbers(self, labels: Tensor, logits: Tensor) -> None:
+        """Refuses labels that have not a number for each logit: the loss would first keep its guess of their kind."""
+        if labels.shape == logits.shape or (self.num_labels == 1 and labels.shape == logits.shape[:1]):
+            return
+        classes = "" if self.config.problem_type else f"; or integers of shape ({len(logits)},), a class for each text"
+        raise ValueError(
+            f"labels has dtype {labels.dtype} and shape {tuple(labels.shape)}; with num_labels={self.num_labels} and "
+            f"problem_type={self.config.problem_type!r} it must hold numbers of shape {tuple(logits.shape)}{classes}."
+        )
 
 
 class ErnieMForMultipleChoice(_ErnieMHead):
@@ -408,6 +455,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         loss = None
         if labels is not None:
             labels = _as_integers("labels", labels)
+            _check_count("labels", labels, len(logits))
             _check_classes(labels, given.shape[1], "count the choices of a row from 0")
             loss = cross_entropy(logits, labels)
         return self._answer(return_dict, encoded, MultipleChoiceModelOutput, loss=loss, logits=logits)
@@ -743,6 +791,13 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do:
         other = f", or ({rows},) with one column a row" if columns_will_do else ""
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; it must be ({rows}, {columns}) like the input{other}."
+        )
+
+
+def _check_count(name: str, labels: Tensor, rows: int) -> None:
+    if labels.numel() != rows:
+        raise ValueError(
+            f"{name} has shape {tuple(labels.shape)}; it must be ({rows},), one for each row of the logits."
         )
 
 

@@ -5,6 +5,7 @@ SentencePiece's threads; and every string can be tokenized.
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import re
@@ -19,18 +20,18 @@ from transformers.tokenization_python import Trie
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
 
+from . import pretokenization as ways
 from . import truncation
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
+from .conversion.files import hub_options, look
+from .pretokenization import SPACE
 
 logger = logging.get_logger(__name__)
 
 VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt", "sentencepiece_model_ckpt": "sentencepiece.bpe.model"}
+BAIDUS_SENTENCEPIECE = "piece.model"
 RESOURCE_FILES_NAMES = {"sentencepiece_model_file": "sentencepiece.bpe.model", "vocab_file": "vocab.txt"}
 
-# The arguments of `from_pretrained` that say where the files of a checkpoint are.
-HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
-
-SPACE = "▁"  # SentencePiece's symbol for a space
 SURROGATES = re.compile("[\ud800-\udfff]")
 
 # Starting a thread costs as much as encoding about this many characters (2 cores, SentencePiece 0.2.0 and 0.2.3).
@@ -78,17 +79,21 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     Args:
         sentencepiece_model_ckpt (`str`): path of the SentencePiece model.
         vocab_file (`str`, *optional*): path of the vocabulary, with one token per line; a token's id is its line's
-            number, counted from 0. Without it the ids are SentencePiece's own, which no published checkpoint uses.
+            number, counted from 0, or follows the token after a tab, as in Baidu's files. Without it the ids are
+            SentencePiece's own, which no published checkpoint uses.
         do_lower_case (`bool`): lower-case everything but special tokens.
         encoding (`str`): ignored, because files are UTF-8; it keeps the order of the arguments.
         unk_token, sep_token, pad_token, cls_token, mask_token (`str`): the special tokens.
         sp_model_kwargs (`dict`, *optional*): arguments of `sentencepiece.SentencePieceProcessor`.
             `enable_sampling=True` samples the segmentation, with `alpha` (default 0.1) and `nbest_size` (default 64);
             `num_threads` limits the threads of a batch (default: one per core).
+        pretokenization (`str`): how pieces become tokens: as in "transformers" 4.57.6, in "paddlenlp" (2.3.7 and later;
+            UIE-M's), in Baidu's "original", or as "sentencepiece" cuts them; see `erniem_fast.pretokenization`.
 
     Raises:
         FileNotFoundError: a path does not exist.
-        ValueError: `from_pretrained` does not find one of the two files, or the SentencePiece model cannot be read.
+        ValueError: `from_pretrained` does not find one of the two files, or the SentencePiece model cannot be read; or
+            `pretokenization` is unknown.
     """
 
     vocab_files_names = VOCAB_FILES_NAMES
@@ -111,8 +116,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         cls_token="[CLS]",
         mask_token="[MASK]",
         sp_model_kwargs: dict[str, Any] | None = None,
+        pretokenization: str = "transformers",
         **kwargs,
     ):
+        ways.check_way(pretokenization)
+        self.pretokenization = pretokenization
         if source := kwargs.get("name_or_path"):
             _require_checkpoint_files(source, sentencepiece_model_ckpt=sentencepiece_model_ckpt, vocab_file=vocab_file)
         self.sp_model_kwargs = {} if sp_model_kwargs is None else sp_model_kwargs
@@ -136,12 +144,13 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             vocab_file=vocab_file,
             encoding=encoding,
             sp_model_kwargs=self.sp_model_kwargs,
+            pretokenization=pretokenization,
             **kwargs,
         )
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs) -> "ErnieMTokenizer":
-        """Loads a tokenizer, with the base class's arguments.
+        """Loads a tokenizer, with the base class's arguments, also from folders of PaddleNLP and Baidu.
 
         `model_max_length` is at most the number of tokens that the checkpoint's model has positions for, unless it is
         given as an argument.
@@ -149,9 +158,14 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         Raises:
             ValueError: the checkpoint lacks a file, or `max_position_embeddings` in its config.json is not an integer.
         """
-        tokenizer = super().from_pretrained(pretrained_model_name_or_path, *init_inputs, **kwargs)
+        source, options = pretrained_model_name_or_path, hub_options(kwargs)
+        is_folder = os.path.isdir(source) and "sentencepiece_model_ckpt" not in kwargs
+        if is_folder and not look(source, VOCAB_FILES_NAMES["sentencepiece_model_ckpt"], options):
+            path = look(source, BAIDUS_SENTENCEPIECE, options)
+            kwargs |= {"sentencepiece_model_ckpt": path} if path else {}
+        tokenizer = super().from_pretrained(source, *init_inputs, **kwargs)
         if "model_max_length" not in kwargs:
-            positions = _count_positions(pretrained_model_name_or_path, kwargs)
+            positions = _count_positions(source, kwargs)
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         return tokenizer
 
@@ -182,14 +196,16 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return self.vocab | self.added_tokens_encoder
 
     def load_vocab(self, filepath) -> dict[str, int]:
-        """Reads a vocabulary, one token per line, and returns each token's id: its line's number, counted from 0.
+        """Reads a vocabulary, one token per line, and returns each token's id.
+
+        That is its line's number, counted from 0, or what follows the token after a tab.
 
         Raises:
             FileNotFoundError: `filepath` is not a file.
         """
         _require_file("vocab_file", filepath)
         with open(filepath, encoding="utf-8") as lines:
-            return {line.rstrip("\n"): index for index, line in enumerate(lines)}
+            return dict(_token_and_id(line.rstrip("\n"), number) for number, line in enumerate(lines))
 
     def save_vocabulary(self, save_directory: str, filename_prefix: str | None = None) -> tuple[str]:
         """Writes vocab.txt and sentencepiece.bpe.model.
@@ -280,7 +296,10 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
         added = () if split_special_tokens else self._added_tokens_encoder.keys()
-        all_parts = [self._split_at_added_tokens(self._prepare(text), added) for text in texts]
+        all_parts = [
+            [part if part.text in added else self._clean(part) for part in self._split_at_added_tokens(text, added)]
+            for text in map(self._prepare, texts)
+        ]
         pieces = self._encode_pieces([part.text for parts in all_parts for part in parts if part.text not in added])
 
         results = []
@@ -314,6 +333,13 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         # The lower case of one character, İ, has two characters.
         positions = [index for index, character in enumerate(characters) for _ in character]
         return AlignedText("".join(characters), positions)
+
+    def _clean(self, part: AlignedText) -> AlignedText:
+        if self.pretokenization != "original":
+            return part
+        characters = list(ways.cleaned(part.text))
+        positions = [part.positions[index] for index, _ in characters]
+        return AlignedText("".join(character for _, character in characters), positions)
 
     def _split_at_added_tokens(self, text: AlignedText, added: Iterable[str]) -> list[AlignedText]:
         """Splits a text into added tokens and the text between them, without empty parts."""
@@ -357,12 +383,18 @@ class ErnieMTokenizer(PreTrainedTokenizer):
 
     def _cut_pieces(self, pieces: list[str]) -> list[str]:
         """The tokens of a text, from its pieces."""
+        if self.pretokenization == "sentencepiece":
+            return list(pieces)
+        if self.pretokenization == "original":
+            encode = functools.partial(self.sp_model.encode, out_type=str)
+            return list(ways.without_digit_commas(pieces, encode))
+        keeps_spaces = self.pretokenization == "transformers"
         tokens, cuts = [], self.cache
         for index, piece in enumerate(pieces):
             if piece != SPACE:
                 tokens += cuts.get(piece) or self._cut_piece(piece)
             # Between other pieces, a lone space is a token if the next piece does not start with a space.
-            elif 0 < index < len(pieces) - 1 and not pieces[index + 1].startswith(SPACE):
+            elif keeps_spaces and 0 < index < len(pieces) - 1 and not pieces[index + 1].startswith(SPACE):
                 tokens.append(piece)
         return tokens
 
@@ -763,12 +795,16 @@ def _as_example(item, is_split_into_words: bool) -> tuple:
     return tuple(item)
 
 
+def _token_and_id(line: str, number: int) -> tuple[str, int]:
+    token, tab, id_ = line.rpartition("\t")
+    return (token, int(id_)) if tab and id_.isdecimal() else (line, number)
+
+
 def _count_positions(source, kwargs: dict[str, Any]) -> int:
     """The number of tokens that the model of a checkpoint has positions for; a very large number if it is not known."""
-    options = {name: kwargs[name] for name in HUB_OPTIONS if kwargs.get(name) is not None}
     config = {}
     with contextlib.suppress(OSError):
-        config, _ = ErnieMConfig.get_config_dict(source, **options)
+        config, _ = ErnieMConfig.get_config_dict(source, **hub_options(kwargs))
     if config.get("model_type") != ErnieMConfig.model_type:
         return VERY_LARGE_INTEGER
     rows = config.get("max_position_embeddings", ErnieMConfig.max_position_embeddings)

@@ -1,6 +1,7 @@
-"""Compiles csrc/ into the cache.
+"""Compiles csrc/.
 
-A finished library is moved there in one step, so that processes that build at the same time cannot disturb each other.
+A finished library is moved to its place in one step, so that processes that build at the same time cannot disturb each
+other.
 """
 
 import os
@@ -12,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from . import compiler, library
-from .library import BuildError
+from .compiler import BuildError
 
 _REQUIREMENTS = (
     "The CPU library needs a C++17 compiler (GCC 9, Clang 10 or newer; `apt install g++`, or name one in CXX). The "
@@ -22,7 +23,7 @@ _REQUIREMENTS = (
 
 
 def build(devices: Sequence[str] | None = None) -> dict[str, Path]:
-    """Compiles the libraries that are not in the cache yet. If one fails, the other is still built.
+    """Compiles the libraries that are missing. If one fails, the other is still built.
 
     Args:
         devices: `cpu`, `cuda` or both; None for all that this machine has.
@@ -48,17 +49,17 @@ def compile_libraries(commands: dict[Path, list[str]]) -> None:
     """Runs the compilers in parallel, in a temporary folder, and moves the finished libraries to their paths.
 
     Args:
-        commands: the compiler's command line for each path, without `-o`.
+        commands: the compiler's command line for each path, without `-o`; all paths are in one folder.
 
     Raises:
-        BuildError: a compiler fails, and its output is in the message; ninja is missing; or the cache cannot be written
-            or is open to others.
+        BuildError: a compiler fails, and its output is in the message; ninja is missing; or the folder cannot be
+            written to or is open to others.
     """
-    cache = library.cache()
+    (target,) = {path.parent for path in commands}
     try:
-        cache.mkdir(mode=0o700, parents=True, exist_ok=True)
-        library.check_trust(cache)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
+        target.mkdir(mode=0o700, parents=True, exist_ok=True)
+        library.check_trust(target)
+        with tempfile.TemporaryDirectory(dir=target) as folder:
             rules = (_ninja_rule(path.name, command) for path, command in commands.items())
             Path(folder, "build.ninja").write_text("".join(rules))
             ninja = subprocess.run(
@@ -72,7 +73,7 @@ def compile_libraries(commands: dict[Path, list[str]]) -> None:
                 if Path(folder, path.name).exists():
                     os.replace(Path(folder, path.name), path)
     except OSError as error:
-        raise BuildError(f"the cache cannot be written: {error}. {library.OTHER_CACHE}") from error
+        raise BuildError(f"{target} cannot be written to: {error}. {library.OTHER_CACHE}") from error
     if ninja.returncode != 0:
         raise BuildError(f"the compiler failed:\n{ninja.stdout}\n{_REQUIREMENTS}")
 

@@ -1,13 +1,23 @@
 """The compilers for csrc/, and their command lines."""
 
 import os
+import shlex
 import shutil
+import sys
 from collections.abc import Sequence
+from importlib.util import find_spec
 from pathlib import Path
 
 import torch
 
 SOURCES = Path(__file__).parents[1] / "csrc"
+
+_CPP = ("c++", "g++", "clang++")
+
+
+class BuildError(RuntimeError):
+    """A library cannot be built or loaded; the message includes the compiler's output, if any, and the remedy."""
+
 
 # The flags that ATen itself is compiled with for each CPU capability, so that this machine can run the library.
 _VECTOR_FLAGS = {
@@ -17,10 +27,19 @@ _VECTOR_FLAGS = {
 
 
 def command(device: str) -> list[str]:
-    """The command line that compiles a device's library, without `-o`."""
-    sources = sorted(SOURCES.glob({"cpu": "*_cpu.cpp", "cuda": "*_cuda.cu"}[device]))
-    compiler = compiler_path() if device == "cpu" else nvcc_path()
-    return [compiler, *flags(device), *(str(source.resolve()) for source in sources)]
+    """The command line that compiles a device's library, without `-o`.
+
+    Raises:
+        BuildError: there is no compiler for it.
+    """
+    compiler = cpp() if device == "cpu" else [nvcc_path()]
+    return [*compiler, *flags(device), *map(str, sources(device))]
+
+
+def sources(device: str) -> list[Path]:
+    """The files that are compiled into a device's library."""
+    found = SOURCES.glob({"cpu": "*_cpu.cpp", "cuda": "*_cuda.cu"}[device])
+    return sorted(source.resolve() for source in found)
 
 
 def flags(device: str) -> list[str]:
@@ -43,9 +62,32 @@ def cuda_flags(architectures: Sequence[int]) -> list[str]:
     return ["-std=c++17", "-O3", "-shared", "-Xcompiler=-fPIC", "-cudart=static", *code]
 
 
-def compiler_path() -> str:
-    """The path of the C++ compiler; if there is none, a name that the shell's error will mention."""
-    return first_found([os.environ.get("CXX"), "c++", "g++", "clang++"]) or "c++"
+def cpp() -> list[str]:
+    """What starts the C++ compiler: CXX, one on the PATH, or that of the package ziglang.
+
+    Raises:
+        BuildError: there is none, or CXX names a program that does not exist.
+    """
+    named = shlex.split(os.environ.get("CXX", ""))
+    if named:
+        if shutil.which(named[0]) is None:
+            raise BuildError(f"CXX={os.environ['CXX']!r} names a program that does not exist; correct it or unset it.")
+        return named
+    found = first_found(_CPP)
+    if found is not None:
+        return [found]
+    if find_spec("ziglang") is not None:
+        return zig("-mcpu=baseline")
+    raise BuildError(
+        f"No C++ compiler was found: looked for $CXX, {', '.join(_CPP)}, and the package ziglang. Install one (`apt "
+        f"install g++`), or `pip install ziglang`, which contains a compiler. Without the library every op still runs, "
+        f"in PyTorch or Triton."
+    )
+
+
+def zig(*arguments: str) -> list[str]:
+    """What starts the C++ compiler of the package ziglang; it optimises for this very machine unless told otherwise."""
+    return [sys.executable, "-m", "ziglang", "c++", *arguments]
 
 
 def nvcc_path() -> str:

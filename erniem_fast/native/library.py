@@ -1,7 +1,8 @@
-"""The built libraries in the cache: where they are, whether they can be trusted, and loading them.
+"""The built libraries: where they are, whether they can be trusted, and loading them.
 
-A library's file name contains a digest of everything it depends on: the sources, the compiler's flags and the machine.
-Loading a library runs its code, so neither it nor its folder may belong to another user or be writable by others.
+A wheel can bring libraries; all others are in the cache. A library's file name contains a digest of everything it
+depends on: the sources, the compiler's flags and the machine. Loading a library runs its code, so neither a library in
+the cache nor its folder may belong to another user or be writable by others.
 """
 
 import ctypes
@@ -12,21 +13,22 @@ import platform
 import shlex
 import stat
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 
 from . import compiler
+from .compiler import BuildError
 
 DEVICES = ("cpu", "cuda")
+
+# Those that a wheel brings, see `native/wheel.py`.
+SHIPPED = Path(__file__).parents[1] / "libraries"
 
 OTHER_CACHE = "Set XDG_CACHE_HOME to a folder of your own, and run `python -m erniem_fast build`."
 
 _opened: dict[Path, ctypes.CDLL] = {}
-
-
-class BuildError(RuntimeError):
-    """A library cannot be built or loaded; the message includes the compiler's output, if any, and the remedy."""
 
 
 def load(device: str) -> ctypes.CDLL:
@@ -70,15 +72,28 @@ def _status(device: str) -> str:
 
 @functools.cache
 def path(device: str) -> Path:
-    """The path in the cache of the library for this process, whether it is built or not.
+    """The path of the library for this process: the wheel's if it has one, else one in the cache, built or not.
 
     Raises:
         BuildError: the user has no home folder.
     """
-    digest = hashlib.sha256(shlex.join([platform.system(), platform.machine(), *compiler.flags(device)]).encode())
+    name = file_name(device, platform.machine(), compiler.flags(device))
+    shipped = SHIPPED / name
+    return shipped if shipped.exists() else cache() / name
+
+
+def file_name(device: str, machine: str, flags: Sequence[str]) -> str:
+    """The name of a library, from what it depends on.
+
+    Args:
+        device: `cpu` or `cuda`.
+        machine: as `platform.machine()` names it.
+        flags: the compiler's.
+    """
+    digest = hashlib.sha256(shlex.join([platform.system(), machine, *flags]).encode())
     for source in sorted(compiler.SOURCES.iterdir()):
         digest.update(source.name.encode() + source.read_bytes())
-    return cache() / f"native_{device}-{digest.hexdigest()[:16]}.so"
+    return f"native_{device}-{digest.hexdigest()[:16]}.so"
 
 
 def cache() -> Path:
@@ -96,12 +111,14 @@ def cache() -> Path:
 def trusted(library: Path) -> Path | None:
     """The real path of a library, with links resolved; None if it is not built.
 
-    Folders further up need no check: another user who may write there can replace the library's folder, but the new
-    folder does not belong to this user, and so is refused.
+    One that a wheel brought is as trustworthy as this file. Folders further up need no check: another user who may
+    write there can replace the library's folder, but the new folder does not belong to this user, and so is refused.
 
     Raises:
         BuildError: the library or its folder cannot be read, or others may have written to it.
     """
+    if library.parent == SHIPPED:
+        return library
     try:
         real = Path(os.path.realpath(library, strict=True))
         check_trust(real.parent)

@@ -3,7 +3,7 @@
 import pytest
 import torch
 from torch import nn
-from transformers import BertConfig, BertModel
+from transformers import BatchEncoding, BertConfig, BertModel
 
 import erniem_fast
 from tests.golden import cases
@@ -42,6 +42,20 @@ PER_QUERY = MASK[:, None, :].expand(ROWS, COLUMNS, COLUMNS)
 BAD_INPUTS = {
     "no input": ({}, "input_ids or inputs_embeds; neither"),
     "both inputs": ({"input_ids": IDS, "inputs_embeds": EMBEDS}, "input_ids or inputs_embeds; both"),
+    "a batch in one": (
+        {"input_ids": BatchEncoding({"input_ids": IDS})},
+        r"input_ids is a BatchEncoding; call model\(\*\*",
+    ),
+    "a list": ({"input_ids": IDS.tolist()}, "input_ids is a list, but must be a tensor: pass return_tensors='pt'"),
+    "a text": ({"input_ids": "text"}, "input_ids is a str, but must be a tensor"),
+    "a mask in place of positions": (
+        {"input_ids": IDS, "position_ids": MASK},
+        r"position_ids holds only 0 and 1 in 8 columns, as a mask does; pass the mask by its name, attention_mask=",
+    ),
+    "a full mask in place of positions": (
+        {"input_ids": IDS, "position_ids": MASK[:1].expand(IDS.shape)},
+        "attention_mask=",
+    ),
     # Ids
     "id too large": ({"input_ids": with_value(IDS, VOCABULARY)}, r"input_ids\[1, 3\] is 2300, outside \[0, 2300\)"),
     "id negative": ({"input_ids": with_value(IDS, -7, (2, 0))}, r"input_ids\[2, 0\] is -7, outside \[0, 2300\)"),

@@ -1,6 +1,7 @@
 """Building and loading csrc/: for real, in caches of the tests' own, and with everything that can be missing."""
 
 import os
+import platform
 import re
 import shutil
 import stat
@@ -13,7 +14,7 @@ import torch
 
 from erniem_fast.flags import use_kernels
 from erniem_fast.native import compiler as compilers
-from erniem_fast.native import library
+from erniem_fast.native import library, wheel
 from erniem_fast.native.build import build
 from erniem_fast.native.library import BuildError
 from erniem_fast.ops import embeddings
@@ -56,6 +57,7 @@ def compiler(tmp_path, monkeypatch):
             (path / name).chmod(stat.S_IRWXU)
         monkeypatch.delenv("CXX", raising=False)
         monkeypatch.setenv("PATH", str(path))
+        monkeypatch.setattr(compilers, "find_spec", lambda name: None)  # ziglang
 
     return use
 
@@ -151,11 +153,24 @@ def test_without_a_compiler_torch_serves_and_native_says_what_to_install(cache, 
     compiler(None)
     assert chosen() == "torch"
     run_embeddings()
-    with (
-        use_kernels(embeddings="native"),
-        pytest.raises(RuntimeError, match=r"(?s)c\+\+: not found.*C\+\+17 compiler.*apt install g\+\+"),
-    ):
+    names = r"\$CXX, c\+\+, g\+\+, clang\+\+, and the package ziglang"
+    with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match=f"No C.. compiler.*{names}.*pip install"):
         run_embeddings()
+
+
+def test_a_compiler_that_cxx_names_and_that_is_not_there(cache, compiler, monkeypatch):
+    compiler("exit 0")
+    monkeypatch.setenv("CXX", "missing++ -v")
+    with pytest.raises(BuildError, match=r"CXX='missing\+\+ -v' names a program that does not exist"):
+        build(["cpu"])
+
+
+def test_a_compiler_with_arguments(cache, compiler, monkeypatch, tmp_path):
+    """As `ccache g++` is."""
+    compiler(f'echo "$1" > {tmp_path / "first"}; for last; do :; done; : > "$last"')
+    monkeypatch.setenv("CXX", "c++ -first")
+    build(["cpu"])
+    assert (tmp_path / "first").read_text() == "-first\n"
 
 
 def test_a_failing_compiler_is_quoted(cache, tmp_path, monkeypatch):
@@ -173,7 +188,7 @@ def test_a_home_that_cannot_be_written(cache, tmp_path):
     cache(tmp_path / "file")
     assert chosen() == "torch"
     run_embeddings()
-    with pytest.raises(BuildError, match=r"cache cannot be written: .*Set XDG_CACHE_HOME"):
+    with pytest.raises(BuildError, match=r"cannot be written to: .*Set XDG_CACHE_HOME"):
         build(["cpu"])
 
 
@@ -186,6 +201,45 @@ def test_a_library_that_does_not_load(cache):
     assert re.search(r"does not load: .*Delete it", library.status()["cpu"])
     with use_kernels(embeddings="native"), pytest.raises(RuntimeError, match="does not load"):
         run_embeddings()
+
+
+# ---- Libraries that a wheel brings
+
+
+@pytest.fixture
+def shipped(built, cache, compiler, tmp_path, monkeypatch) -> Path:
+    """A library in the package, on a machine with neither a compiler nor a cache."""
+    (file,) = (built / "erniem_fast").iterdir()
+    folder = tmp_path / "libraries"
+    folder.mkdir()
+    monkeypatch.setattr(library, "SHIPPED", folder)
+    compiler(None)
+    return Path(shutil.copy(file, folder / file.name))
+
+
+def test_a_library_of_the_wheel_serves_without_a_build(shipped):
+    assert chosen() == "native"
+    assert library.status()["cpu"] == str(shipped)
+    assert build(["cpu"]) == {"cpu": shipped}
+    assert not library.cache().exists()
+
+
+def test_a_library_of_the_wheel_for_another_capability_is_not_loaded(shipped, monkeypatch):
+    monkeypatch.setattr(compilers, "flags", lambda device: ["-march=other"])
+    library.path.cache_clear()
+    assert chosen() == "torch"
+
+
+def test_the_wheels_libraries_have_the_names_that_are_looked_for(monkeypatch, cache):
+    """On each machine, and with each capability, that there is a library for."""
+    for machine, capabilities in wheel.CAPABILITIES.items():
+        monkeypatch.setattr(platform, "machine", lambda machine=machine: machine)
+        looked_for = set()
+        for capability in capabilities:
+            monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+            library.path.cache_clear()
+            looked_for.add(library.path("cpu").name)
+        assert {path.name for path in wheel.commands(Path("libraries"), machine)} == looked_for
 
 
 # ---- Caches that others may write to

@@ -428,7 +428,7 @@ def install(tmp_path, monkeypatch):
         source = str(sources / FILE_OF_OP[op])
         # What the file calls of others, such as a layer its ops, is that of the unchanged library.
         files = [source, str(library.path("cpu"))]
-        subprocess.run([compiler.compiler_path(), *flags, "-O0", "-w", *files, "-o", str(built)], check=True)
+        subprocess.run([*compiler.cpp(), *flags, "-O0", "-w", *files, "-o", str(built)], check=True)
         monkeypatch.setattr(library, "path", lambda device: built)
 
     return install

@@ -61,7 +61,7 @@ sys.exit(pytest.main(["-q", "-p", "no:cacheprovider", "-k", f"not ({{unwanted}})
 
 def runtime() -> Path:
     """The library that has to be in a process before any other; relative where the compiler has none."""
-    command = [compiler.compiler_path(), "-print-file-name=libasan.so"]
+    command = [*compiler.cpp(), "-print-file-name=libasan.so"]
     return Path(subprocess.check_output(command, text=True).strip())
 
 

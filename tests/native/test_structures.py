@@ -73,7 +73,7 @@ def complaints(tables: Iterable[Structure], folder: Path, more: str = "") -> str
         unit.write_text("\n".join([f'#include "{compiler.SOURCES / source}"', "#include <cstddef>", *own, more]))
         units.append(str(unit))
     flags = compiler.cpu_flags(torch.backends.cpu.get_cpu_capability())
-    command = [compiler.compiler_path(), *flags, "-fsyntax-only", "-w", *units]
+    command = [*compiler.cpp(), *flags, "-fsyntax-only", "-w", *units]
     return subprocess.run(command, capture_output=True, text=True).stderr
 
 

@@ -64,3 +64,19 @@ def test_losses_in_other_dtypes(head, dtype):
     assert relative_error(found[0][0], found[1][0]) < 4 * eps
     assert found[0][1].dtype == dtype
     assert relative_error(found[0][1], found[1][1]) < 16 * eps
+
+
+def test_labels_of_the_wrong_shape_are_refused_and_leave_no_guess_behind():
+    """transformers keeps what it takes labels for before the loss fails, so that right labels fail afterwards."""
+    model = load(ErnieMForSequenceClassification, num_labels=2)
+    rows = len(BATCH["input_ids"])
+    right = torch.zeros(rows, dtype=torch.int64)
+    for labels, message in (
+        (right.float(), rf"labels has dtype torch.float32 and shape \({rows},\); .* or integers of shape \({rows},\)"),
+        (torch.zeros(rows, 3), rf"shape \({rows}, 3\); with num_labels=2 .* must hold numbers of shape \({rows}, 2\)"),
+        (right[1:], rf"labels has shape \({rows - 1},\); it must be \({rows},\)"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            model(**BATCH, labels=labels)
+        assert model.config.problem_type is None
+    assert_close(model(**BATCH, labels=right).loss, nn.functional.cross_entropy(model(**BATCH).logits, right))

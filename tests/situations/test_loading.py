@@ -182,3 +182,17 @@ def test_a_head_of_ones_own_that_shares_the_word_table(tmp_path):
     again.resize_token_embeddings(cases.VOCABULARY + 1, pad_to_multiple_of=64)
     assert again.config.vocab_size == again.decoder.out_features == 2304
     assert again.decoder.weight is again.get_parameter(table)
+
+
+def test_an_attention_implementation_is_accepted_and_named_in_the_log(caplog):
+    """Code for models of every kind asks for one; the flags choose ours."""
+    with caplog.at_level("WARNING", "erniem_fast"):
+        expected = load()
+        assert not caplog.records
+        for name in ("sdpa", "flash_attention_2"):
+            model = ErnieMModel.from_pretrained(cases.TINY, attn_implementation=name).eval()
+            assert [record.getMessage() for record in caplog.records] == [
+                f"attn_implementation='{name}' changes nothing in ERNIE-M: the flags of erniem_fast choose the kernels."
+            ]
+            assert_same_results(model, expected)
+            caplog.clear()

@@ -136,6 +136,7 @@ def test_signature_and_class_attributes():
         *special,
         ("mask_token", "[MASK]"),
         ("sp_model_kwargs", None),
+        ("pretokenization", "transformers"),
     ]
     files = {"vocab_file": "vocab.txt", "sentencepiece_model_ckpt": "sentencepiece.bpe.model"}
     assert ErnieMTokenizer.vocab_files_names == files

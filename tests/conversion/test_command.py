@@ -1,0 +1,162 @@
+"""`python -m erniem_fast convert`: from every form to every other, with the tokenizer."""
+
+import io
+import json
+import shutil
+import sys
+
+import pytest
+import sentencepiece
+import torch
+import transformers
+from transformers import AutoModel, AutoTokenizer, XLMRobertaTokenizer
+
+from erniem_fast import (
+    ErnieMConfig,
+    ErnieMForInformationExtraction,
+    ErnieMForTokenClassification,
+    ErnieMModel,
+    ErnieMTokenizer,
+)
+from erniem_fast.__main__ import main
+from erniem_fast.conversion.command import convert
+from tests.families.tiny import make
+from tests.golden.cases import GOLDEN, TINY
+from tests.tokenization.tiny import MODEL_FILE, VOCAB_FILE
+
+PADDLE = GOLDEN / "paddle"
+TEXTS = ["Save 12, and add 在 2019年 another", "日本 语 — “quoted”", "", "unseen ▁ 🙂", "a, b; c"]
+
+
+@pytest.fixture(scope="module")
+def xlm_roberta(tmp_path_factory):
+    """A folder with an XLM-RoBERTa model that classifies tokens, and its tokenizer."""
+    folder = tmp_path_factory.mktemp("xlm_roberta")
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(TEXTS * 20),
+        model_writer=model,
+        vocab_size=60,
+        hard_vocab_limit=False,
+        minloglevel=2,
+    )
+    (folder / "sentencepiece.bpe.model").write_bytes(model.getvalue())
+    size = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue()).get_piece_size()
+    (folder / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "XLMRobertaTokenizer"}))
+    make(model_class=transformers.XLMRobertaForTokenClassification, vocab_size=size + 2, num_labels=5).save_pretrained(
+        folder
+    )
+    return folder
+
+
+def test_from_xlm_roberta_and_back(xlm_roberta, tmp_path):
+    """The same ids for every text, and the same function; ours by the tokens that SentencePiece cuts."""
+    assert convert(xlm_roberta, tmp_path / "ours")[0].startswith("ErnieMForTokenClassification with ")
+    stock = XLMRobertaTokenizer.from_pretrained(xlm_roberta)
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "ours")
+    assert type(tokenizer) is ErnieMTokenizer
+    expected = stock(TEXTS, padding=True, return_tensors="pt")
+    batch = tokenizer(TEXTS, padding=True, return_tensors="pt")
+    assert torch.equal(batch["input_ids"], expected["input_ids"])
+    assert tokenizer(TEXTS[:2], TEXTS[1:3])["input_ids"] == stock(TEXTS[:2], TEXTS[1:3])["input_ids"]
+    assert tokenizer.mask_token_id == stock.mask_token_id
+    assert tokenizer.model_max_length == 38
+
+    models = [
+        ErnieMForTokenClassification.from_pretrained(tmp_path / "ours"),
+        transformers.XLMRobertaForTokenClassification.from_pretrained(xlm_roberta),
+    ]
+    assert convert(tmp_path / "ours", tmp_path / "theirs", to="xlm_roberta")[1:] == []
+    models.append(transformers.XLMRobertaForTokenClassification.from_pretrained(tmp_path / "theirs"))
+    again = AutoTokenizer.from_pretrained(tmp_path / "theirs")
+    assert again(TEXTS)["input_ids"] == stock(TEXTS)["input_ids"]
+    real = batch["attention_mask"].bool()
+    with torch.inference_mode():
+        found = [model.double()(**batch).logits[real] for model in models]
+    # The row for the token type was added in float32.
+    for each in found:
+        torch.testing.assert_close(each, found[0], rtol=0, atol=2e-6)
+
+
+def test_from_paddle(tmp_path):
+    """UIE-M's tokens are PaddleNLP's, and others the default."""
+    for name, way in (("extraction", "paddlenlp"), ("base", "transformers")):
+        source = shutil.copytree(PADDLE / name, tmp_path / name)
+        for path in (MODEL_FILE, VOCAB_FILE):
+            shutil.copy(path, source)
+        convert(source, tmp_path / "out" / name)
+        assert ErnieMTokenizer.from_pretrained(tmp_path / "out" / name).pretokenization == way
+    model = ErnieMForInformationExtraction.from_pretrained(tmp_path / "out/extraction")
+    expected = ErnieMForInformationExtraction.from_pretrained(PADDLE / "extraction")
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+    assert model.config.uie_padded_length == expected.config.uie_padded_length == 18
+
+
+def test_to_paddle(tmp_path):
+    """PaddleNLP's own files again, and a note on what its tokenizer does otherwise."""
+    source = shutil.copytree(PADDLE / "base", tmp_path / "source")
+    for path in (MODEL_FILE, VOCAB_FILE):
+        shutil.copy(path, source)
+    convert(source, tmp_path / "ours")
+    lines = convert(tmp_path / "ours", tmp_path / "paddles", to="paddle")
+    assert lines[1] == "PaddleNLP cuts some texts otherwise than pretokenization='transformers' does here."
+    files = {"config.json", "model_state.pdparams", "sentencepiece.bpe.model", "tokenizer_config.json", "vocab.txt"}
+    assert {path.name for path in (tmp_path / "paddles").iterdir()} == files
+    for name in ("sentencepiece.bpe.model", "vocab.txt"):
+        assert (tmp_path / "paddles" / name).read_bytes() == (TINY / name).read_bytes()
+    expected, model = (ErnieMModel.from_pretrained(folder) for folder in (source, tmp_path / "paddles"))
+    assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())
+
+
+def test_ernie_m_s_own_ids_need_its_own_tokenizer(tmp_path):
+    lines = convert(TINY, tmp_path / "out", to="xlm_roberta")
+    assert lines[1].startswith("The tokenizer is ErnieMTokenizer, as XLM-RoBERTa's would give other ids")
+    assert type(AutoModel.from_pretrained(tmp_path / "out")) is transformers.XLMRobertaModel
+    tokenizer = ErnieMTokenizer.from_pretrained(tmp_path / "out")
+    assert tokenizer(TEXTS)["input_ids"] == ErnieMTokenizer.from_pretrained(TINY)(TEXTS)["input_ids"]
+
+
+def test_a_head_that_does_not_map_can_be_left_out(tmp_path):
+    make(model_class=transformers.XLMRobertaForMaskedLM).save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="XLMRobertaForMaskedLM has a head that ERNIE-M does not have"):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    lines = convert(tmp_path / "source", tmp_path / "out", encoder=True)
+    assert lines[0].startswith("ErnieMModel with ")
+    assert lines[1].startswith("No tokenizer, because ")
+
+
+def test_a_check_says_that_it_is_another_model(tmp_path):
+    config = ErnieMConfig(
+        vocab_size=6100, hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8
+    )
+    ErnieMModel(config).save_pretrained(tmp_path / "other")
+    with pytest.raises(
+        ValueError, match=r"off by \d.*, so that these are not the weights of ernie-m-base as published"
+    ):
+        convert(tmp_path / "other", tmp_path / "out", check=True)
+    with pytest.raises(ValueError, match="is for ernie-m-base, with 250002 words, not for a model with 60"):
+        convert(PADDLE / "base", tmp_path / "out", check=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_command(tmp_path, monkeypatch, capsys):
+    def command(*arguments):
+        monkeypatch.setattr(sys, "argv", ["erniem_fast", "convert", *map(str, arguments)])
+        return main(), *capsys.readouterr()
+
+    status, out, _ = command(PADDLE / "sequence", tmp_path / "out", "--encoder")
+    assert status == 0
+    assert out.startswith("ErnieMModel with ")
+    (tmp_path / "hostile").mkdir()
+    (tmp_path / "hostile/config.json").write_text(json.dumps({"model_type": "ernie_m", "paddlenlp_version": None}))
+    (tmp_path / "hostile/model_state.pdparams").write_bytes(b"cposix\nsystem\n(S'touch hacked'\ntR.")
+    status, out, error = command(tmp_path / "hostile", tmp_path / "other")
+    assert (status, out) == (1, "")
+    assert "it asks for posix.system" in error
+    for source, out, message in (
+        (tmp_path / "none", tmp_path / "other", "is not a folder; name the one with the checkpoint's files"),
+        (TINY, tmp_path / "out", "is not empty; name a new folder"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            convert(source, out)

@@ -1,0 +1,144 @@
+"""The command, its page, and the pipeline, with the tiny checkpoint."""
+
+import argparse
+import json
+import shutil
+import subprocess
+
+import pytest
+import torch
+from transformers import pipeline
+
+from erniem_fast import ErnieMForInformationExtraction, extract
+from erniem_fast.extraction import command
+from erniem_fast.extraction.html import write_page
+from tests.extraction.tiny import load_tokenizer
+from tests.golden.cases import TINY
+
+TEXTS = ["Your password was changed.", "", "Log in again, please.", "<b>&amp; \ud83d 已存在一位使用该名字的用户。"] * 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("model")
+    model = ErnieMForInformationExtraction.from_pretrained(TINY)
+    model.save_pretrained(folder)
+    load_tokenizer().save_pretrained(folder)
+    (folder / "schema.json").write_text(json.dumps(["user", {"password": ["date", "mood[good,bad]"]}]))
+    (folder / "in.jsonl").write_text(
+        "".join(json.dumps({"text": text, "id": i}) + "\n" for i, text in enumerate(TEXTS))
+    )
+    return folder
+
+
+def run(folder, output, **options):
+    parser = argparse.ArgumentParser()
+    command.add_arguments(parser)
+    options = {"model": folder, "schema": folder / "schema.json", "input": folder / "in.jsonl"} | options
+    options |= {"output": output, "lang": "en", "threshold": 0.45}
+    return command.run(parser.parse_args([f"--{name.replace('_', '-')}={value}" for name, value in options.items()]))
+
+
+@pytest.fixture(scope="module")
+def results(folder):
+    model, schema = (
+        ErnieMForInformationExtraction.from_pretrained(folder),
+        json.loads((folder / "schema.json").read_text()),
+    )
+    return extract(model, load_tokenizer(), TEXTS, schema, lang="en", threshold=0.45)
+
+
+def test_the_file_holds_the_fields_and_the_results(folder, results, tmp_path):
+    assert run(folder, tmp_path / "out.jsonl", html=tmp_path / "out.html") == 0
+    lines = [json.loads(line) for line in (tmp_path / "out.jsonl").read_text(encoding="utf-8").splitlines()]
+    assert lines == [{"text": text, "id": i, "result": results[i]} for i, text in enumerate(TEXTS)]
+    assert any(results)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.jsonl"]
+
+
+def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(command, "GROUP", 2)
+    run(folder, tmp_path / "whole.jsonl")
+    calls, extractor = [], command.Extractor
+
+    class Stopped(extractor):
+        def __call__(self, texts):
+            calls.append(texts)
+            if len(calls) == 3:
+                raise KeyboardInterrupt
+            return super().__call__(texts)
+
+    monkeypatch.setattr(command, "Extractor", Stopped)
+    assert run(folder, tmp_path / "out.jsonl") == 130
+    assert not (tmp_path / "out.jsonl").exists()
+    with (tmp_path / "out.jsonl.partial").open("a") as file:
+        file.write('{"text": "half a li')
+    assert run(folder, tmp_path / "out.jsonl", batch_tokens=99) == 2
+    assert "was begun with another input" in capsys.readouterr().err
+    assert run(folder, tmp_path / "out.jsonl") == 0
+    assert [len(texts) for texts in calls] == [2, 2, 2, 2, 2]
+    assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.partial*"))
+
+
+def test_bad_input_is_told_before_anything_is_computed(folder, tmp_path, capsys):
+    (tmp_path / "in.jsonl").write_text('"a"\n{"txt": 1}\n')
+    assert run(folder, tmp_path / "out.jsonl", input=tmp_path / "in.jsonl") == 2
+    assert "in.jsonl, line 2: no text" in capsys.readouterr().err
+    assert run(folder, tmp_path / "out.jsonl", input=tmp_path / "in.csv") == 2
+    assert "in.csv: name a file that ends in .txt" in capsys.readouterr().err
+    (tmp_path / "schema.json").write_text('{"a": 3}')
+    assert run(folder, tmp_path / "out.jsonl", schema=tmp_path / "schema.json") == 2
+    assert "schema['a'] holds 3" in capsys.readouterr().err
+
+
+def test_the_pipeline_extracts_the_same(folder, results):
+    pipe = pipeline("information-extraction", model=str(folder), schema="user", lang="en", threshold=0.45, device="cpu")
+    schema = json.loads((folder / "schema.json").read_text())
+    assert pipe(TEXTS, schema=schema) == results
+    assert pipe(TEXTS[0]) == {name: spans for name, spans in results[0].items() if name == "user"}
+    assert pipe(iter(TEXTS[:2]), schema=schema) == results[:2]
+    with pytest.raises(ValueError, match="limit=3 is not an option"):
+        pipe(TEXTS, limit=3)
+    with pytest.raises(ValueError, match="schema is missing"):
+        pipeline("information-extraction", model=str(folder), device="cpu")(TEXTS)
+
+
+def test_the_page_renders_in_a_browser(tmp_path):
+    text = "Ann & <Bob> work\nfor Acme Media."
+    span = {"text": "Bob", "start": 7, "end": 10, "probability": 0.9}
+    company = {"text": "Acme Media", "start": 21, "end": 31, "probability": 0.8}
+    crossing = {"text": "Media.", "start": 26, "end": 32, "probability": 0.7}
+    mood = {"text": "good", "probability": 0.6}
+    result = {"person": [span | {"relations": {"company": [company], "mood[good,bad]": [mood]}}], "x": [crossing]}
+    write_page(tmp_path / "page.html", [{"text": text, "result": result}, {"text": "none", "result": {}}])
+    dom = _browse(tmp_path / "page.html")
+    paragraph = dom.split("<article><p>")[1].split("</p>")[0]
+    assert paragraph.count("<mark") == paragraph.count("</mark>") == 4
+    assert ">Bob</mark>&gt; work\nfor " in paragraph
+    assert 'data-name="company">Acme <mark' in paragraph
+    assert dom.count("<article>") == 2
+    assert "<li" in dom.split("<b>person</b>")[1].split("</ul>")[0]
+    assert 'id="ran"' in dom
+
+
+def _browse(path):
+    """The page's elements after its script ran, in which an error would have left out the last line."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        pytest.skip("no Chromium is installed")
+    page = path.read_text(encoding="utf-8")
+    path.write_text(page.replace("</script>", 'document.body.id = "ran";</script>'), encoding="utf-8")
+    options = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        "--enable-logging=stderr",
+        f"--user-data-dir={path.parent}/profile",
+    ]
+    done = subprocess.run(
+        [chromium, *options, "--dump-dom", path.as_uri()], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "CONSOLE" not in done.stderr
+    return done.stdout

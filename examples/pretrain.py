@@ -174,6 +174,8 @@ def make_model(arguments: argparse.Namespace) -> ErnieMForPreTraining:
 def distribute(model: nn.Module, process: Process, fsdp: bool) -> nn.Module:
     """The model on the device, as a replica or a shard if there are several processes."""
     model = model.to(process.device)
+    if fsdp and process.world == 1:
+        raise SystemExit("--fsdp shards over several processes; start them by torchrun, or leave it out")
     if fsdp:
         for layer in model.ernie_m.encoder.layers:
             fully_shard(layer)

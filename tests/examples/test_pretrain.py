@@ -101,3 +101,20 @@ def test_a_killed_run_goes_on(folder):
     files = [(each / "model/model.safetensors").read_bytes() for each in (killed, folder / "alone")]
     assert files[0] == files[1]
     assert (killed / "losses.png").stat().st_size > 10_000
+
+
+@pytest.mark.parametrize(
+    ("more", "message"),
+    [
+        (["--fsdp"], "--fsdp shards over several processes"),
+        (["--objectives", "mlm"], "--objectives mlm: it is none of mmlm, tlm, camlm, btmlm"),
+        (["--objectives", "mmlm"], "--objectives mmlm needs --text"),
+    ],
+)
+def test_what_is_refused(folder, more, message):
+    arguments = command(folder / "refused", *more)
+    if "mmlm" in more:
+        place = arguments.index("--text")
+        del arguments[place : place + 2]
+    with pytest.raises(SystemExit, match=message):
+        import_example("pretrain").main(arguments)

@@ -15,7 +15,7 @@ test: $(VENV)/installed
 
 # The tests again as on a machine with AVX2 alone, and on one without: PyTorch's kernels and the native library are then
 # those of that capability. Left out are files whose subject runs in Triton's interpreter, in a compiler or in the bench.
-LEFT_OUT := 'tests/kernels/*' 'tests/bench/*' tests/ops/test_triton.py tests/native/test_mutants.py tests/native/test_sanitizers.py tests/verify/test_battery.py
+LEFT_OUT := 'tests/kernels/*' 'tests/bench/*' tests/ops/test_triton.py tests/native/test_mutants.py tests/native/test_sanitizers.py tests/verification/test_battery.py
 test-portable: $(VENV)/installed
 	for capability in avx2 default; do \
 	    ATEN_CPU_CAPABILITY=$$capability $(VENV)/bin/python -m pytest $(LEFT_OUT:%=--ignore-glob=%) || exit 1; done

@@ -31,6 +31,7 @@ from .optimize import optimize, restore
 from .optimizer import create_optimizer
 from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
+from .verification.models import verify
 
 __all__ = [
     "ErnieMConfig",
@@ -52,6 +53,7 @@ __all__ = [
     "restore",
     "use_graphs",
     "use_kernels",
+    "verify",
 ]
 
 __version__ = "0.1.0"

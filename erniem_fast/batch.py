@@ -51,7 +51,7 @@ class TokenBatch:
         sequences: how the tokens are cut into sequences.
         columns: int64 `(tokens,)`, each token's column in the grid; in input that came packed, its index in its
             sequence.
-        grid: `(rows, columns)` of the caller's tensors.
+        grid: `(rows, columns)` of the tensors that `pack` takes and `unpack` returns.
         fills_grid: True if every row of the grid is a sequence without gaps, so that a view turns tokens into rows.
         indices: int64 `(tokens,)`, each token's place in the flattened grid; None if the tokens fill it in order.
         real: bool `(tokens,)`, False for tokens whose results are shown as zeros; None if there are none.

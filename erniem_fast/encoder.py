@@ -15,7 +15,7 @@ from . import ops
 from .batch import TokenBatch
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .dropout import Dropout, drop_features
-from .inference import InferenceEmbedding, is_plain_inference
+from .inference import InferenceEmbedding
 from .linears import Scratch
 from .modes import is_plain, is_untouched
 from .ops import Product
@@ -27,6 +27,7 @@ from .post_ln import (
     attend,
     embed_words,
     embeddings_dropout,
+    is_plain_table,
     norm_of,
 )
 
@@ -65,7 +66,9 @@ class ErnieMEmbeddings(nn.Module):
         rows = positions + RESERVED_POSITIONS
         dropout = embeddings_dropout(self.dropout, batch, seeds)
         words, places, norm = self.word_embeddings, self.position_embeddings, self.layer_norm
-        plain = self._is_plain_table(words) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
+        plain = (
+            is_plain_table(words, self.padding_idx) and is_plain(places, nn.Embedding) and is_plain(norm, nn.LayerNorm)
+        )
         if inputs_embeds is None and plain:
             parameters = (words.weight, places.weight, norm_of(norm), self.padding_idx, dropout)
             if isinstance(words, InferenceEmbedding):
@@ -78,14 +81,6 @@ class ErnieMEmbeddings(nn.Module):
         else:
             embedded = inputs_embeds.to(positioned.dtype)
         return drop_features(add_norm(embedded, Product(positioned), norm), dropout)
-
-    def _is_plain_table(self, words: nn.Module) -> bool:
-        """Whether the op can read the word table: it supports only these values of a table's options."""
-        if is_plain_inference(words, InferenceEmbedding):
-            return True
-        options = ("padding_idx", "max_norm", "scale_grad_by_freq")
-        wanted = [self.padding_idx, None, False]
-        return is_plain(words, nn.Embedding) and [getattr(words, name) for name in options] == wanted
 
 
 class ErnieMSelfAttention(nn.Module):

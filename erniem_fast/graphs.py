@@ -13,11 +13,12 @@ from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPoolingAndCrossAttentions as Output
 
-from . import flags, modes
+from . import families, flags, modes
 from .batch import TokenBatch
+from .families.layout import Tokens
 from .inputs import EncoderInputs
 from .modeling import ErnieMModel
 
@@ -26,7 +27,7 @@ _WARM_UP = 2  # forwards before a capture: kernels are compiled, and libraries a
 
 
 def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
-    """Lets an ERNIE-M on a GPU replay CUDA graphs in inference, which lowers the latency of calls with few tokens.
+    """Lets a model on a GPU replay CUDA graphs in inference, which lowers the latency of calls with few tokens.
 
     The model is called as before and returns the same. Graphs serve calls without gradients, dropout, autocast, hooks,
     head mask, mask per query, attended padding or `inputs_embeds`, that ask for neither hidden states nor attentions;
@@ -39,15 +40,19 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
     ones included, has no graphs.
 
     Args:
-        model: an `ErnieMModel`, or any module that contains some, such as `ErnieMForSequenceClassification`.
+        model: an `ErnieMModel` or a model that `optimize` has taken, or any module that contains some, such as
+            `ErnieMForSequenceClassification`.
         most_tokens: the most real tokens of a call that a graph serves; 0 to use no graphs any more.
 
     Raises:
-        ValueError: the model contains no `ErnieMModel`, or is not on a GPU; or `most_tokens` is negative.
+        ValueError: the model contains no such model, or is not on a GPU; or `most_tokens` is negative.
     """
-    encoders = [each for each in model.modules() if isinstance(each, ErnieMModel)]
+    encoders = [each for each in model.modules() if isinstance(each, ErnieMModel) or families.is_packed(each)]
     if not encoders:
-        raise ValueError(f"model is a {type(model).__name__}, which contains no ErnieMModel; pass one that does.")
+        raise ValueError(
+            f"model is a {type(model).__name__}, which contains no ErnieMModel; pass one that does, or call "
+            f"erniem_fast.optimize(model) first."
+        )
     if most_tokens < 0:
         raise ValueError(f"most_tokens is {most_tokens}; pass the most tokens of a call, or 0 for no graphs.")
     for encoder in encoders:
@@ -119,7 +124,7 @@ class Graphs:
     """The graphs of a model."""
 
     def __init__(
-        self, model: ErnieMModel, most_tokens: int, recorder: Callable[[torch.device], Recorder] = Recorder
+        self, model: nn.Module, most_tokens: int, recorder: Callable[[torch.device], Recorder] = Recorder
     ) -> None:
         self._model = weakref.ref(model)
         self._most_tokens = most_tokens
@@ -130,9 +135,12 @@ class Graphs:
     def __reduce__(self) -> tuple:
         return type(None), ()  # copies have no graphs: theirs would read this model's weights
 
-    def encode(self, model: ErnieMModel, ready: EncoderInputs) -> Output | None:
+    def encode(self, model: nn.Module, ready: EncoderInputs | Tokens) -> Output | None:
         """What `model` returns for `ready`; None where no graph can serve the call."""
-        if model is not self._model() or not self._serves(model, ready):
+        if model is not self._model():
+            return None
+        tokens = model.graph_inputs(ready)
+        if tokens is None or not self._serves(model, tokens["input_ids"], ready.batch):
             return None
         with self._lock:
             if self._footprint is None or not self._footprint.is_current():
@@ -146,14 +154,12 @@ class Graphs:
                 bucket = Bucket.of(ready.batch)
                 key = (bucket, *flags.snapshot().values.values(), torch.get_float32_matmul_precision())
                 if key not in self._graphs:
-                    self._graphs[key] = _Graph(model, bucket, self._recorder)
-                return self._graphs[key](ready)
+                    self._graphs[key] = _Graph(model, list(tokens), bucket, self._recorder)
+                return self._graphs[key](tokens, ready.batch)
 
-    def _serves(self, model: ErnieMModel, ready: EncoderInputs) -> bool:
-        ids, batch = ready.input_ids, ready.batch
-        if ids is None or ids.device != model.device:
-            return False
-        if not (ready.scores_bias is batch.sequences.key_bias is batch.sequences.key_ranges is None):
+    def _serves(self, model: nn.Module, ids: Tensor, batch: TokenBatch) -> bool:
+        plain = batch.sequences.key_bias is batch.sequences.key_ranges is None
+        if ids.device != model.device or not plain:
             return False
         observed = modes.is_recorded() or modes.is_transformed() or not modes.has_values(ids)
         return (
@@ -168,9 +174,9 @@ class Graphs:
 class _Graph:
     """A forward of a bucket, and the memory of its inputs."""
 
-    def __init__(self, model: ErnieMModel, bucket: Bucket, recorder: Recorder) -> None:
+    def __init__(self, model: nn.Module, names: list[str], bucket: Bucket, recorder: Recorder) -> None:
         zeros = partial(torch.zeros, device=model.device, dtype=torch.int64)
-        self._input_ids, self._positions = zeros(bucket.tokens), zeros(bucket.tokens)
+        self._tokens = {name: zeros(bucket.tokens) for name in names}
         self._cu_seqlens = zeros(bucket.sequences + 1, dtype=torch.int32)
         fillers = -(-bucket.tokens // bucket.max_seqlen)
         lengths = bucket.max_seqlen * torch.arange(1, fillers + 1, device=model.device)
@@ -179,7 +185,7 @@ class _Graph:
             filled_up = (self._cu_seqlens[-1] + lengths).clamp(max=bucket.tokens)
             cu_seqlens = torch.cat([self._cu_seqlens, filled_up.int()])
             batch = TokenBatch.from_cu_seqlens(cu_seqlens, bucket.max_seqlen, bucket.tokens)
-            return model._encode(EncoderInputs(batch, self._input_ids, None, self._positions, None))
+            return model.encode_packed(batch, **self._tokens)
 
         try:
             self._replay = recorder.capture(forward)
@@ -189,13 +195,13 @@ class _Graph:
                 f"`use_graphs(model, most_tokens=0)` runs the model without graphs."
             ) from error
 
-    def __call__(self, ready: EncoderInputs) -> Output:
+    def __call__(self, given: dict[str, Tensor], batch: TokenBatch) -> Output:
         """Copies the input in, replays, and copies the results out, which the next replay overwrites."""
-        batch, cu_seqlens = ready.batch, ready.batch.sequences.cu_seqlens
+        cu_seqlens = batch.sequences.cu_seqlens
         tokens, sequences = batch.tokens, len(cu_seqlens) - 1
         # Behind them remain ids and positions of an earlier call, which do no harm.
-        self._input_ids[:tokens].copy_(ready.input_ids)
-        self._positions[:tokens].copy_(ready.positions)
+        for name, values in self._tokens.items():
+            values[:tokens].copy_(given[name])
         self._cu_seqlens[: sequences + 1].copy_(cu_seqlens)
         self._cu_seqlens[sequences + 1 :].fill_(tokens)
         out = self._replay()

@@ -42,11 +42,7 @@ class InferenceModule(nn.Module):
             self.training or any(each.requires_grad for each in (x, *self.parameters()))
         )
         if needed or modes.is_transformed():
-            raise RuntimeError(
-                f"A {type(self).__name__} cannot be trained, and no gradient flows through it: {self.weights} weights "
-                f"are for inference. Call model.eval() and use torch.inference_mode(), or erniem_fast.restore(model) "
-                f"before training."
-            )
+            raise RuntimeError(untrainable(type(self).__name__, self.weights))
         if modes.is_exported():
             raise RuntimeError(
                 f"A {type(self).__name__} cannot be exported: {self.weights} weights run with erniem_fast only. Export "
@@ -77,6 +73,22 @@ class InferenceModule(nn.Module):
             return changed if changed.dtype == tensor.dtype else tensor
 
         return super()._apply(without_cast, recurse)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name == "weight" and self.__dict__.get("packed") is not None:
+            raise AttributeError(
+                f"The weight of a {type(self).__name__} is packed and cannot be replaced; call "
+                f"erniem_fast.restore(model), change it, and call erniem_fast.optimize again."
+            )
+        super().__setattr__(name, value)
+
+
+def untrainable(name: str, weights: str) -> str:
+    """The message of the error where gradients would have to flow through weights of a form."""
+    return (
+        f"A {name} cannot be trained, and no gradient flows through it: {weights} weights are for inference. Call "
+        f"model.eval() and use torch.inference_mode(), or erniem_fast.restore(model) before training."
+    )
 
 
 @torch.compiler.disable
@@ -155,7 +167,10 @@ class _OpaqueLinear(InferenceModule):
 
     @property
     def weight(self) -> Tensor:
-        """A plain copy of the weight, `(out_features, in_features)`."""
+        """A copy of the weight, `(out_features, in_features)`, which refuses to be changed."""
+        return modes.read_only(self._unpacked)
+
+    def _unpacked(self) -> Tensor:
         return self.packed.to_dense(self.dtype)
 
     def compute(self, x: Tensor) -> Tensor:
@@ -165,7 +180,7 @@ class _OpaqueLinear(InferenceModule):
         return f"{self.in_features}, {self.out_features}, bias={self.bias is not None}"
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
+        destination[f"{prefix}weight"] = self._unpacked()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, state: dict, prefix: str, metadata: dict, strict: bool, *lists: list[str]) -> None:
@@ -182,7 +197,7 @@ class _OpaqueLinear(InferenceModule):
             unexpected.remove(key)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "packed": self.weight}
+        return {**self.__dict__, "packed": self._unpacked()}
 
     def __setstate__(self, state: dict[str, object]) -> None:
         super().__setstate__({**state, "packed": modes.onednn_pack(state["packed"])})
@@ -210,7 +225,7 @@ class NativeLinear(InferenceModule):
 
     Attributes:
         dtype: of the weight.
-        weight: `(out_features, in_features)`; a copy if `packed` holds it.
+        weight: `(out_features, in_features)`; if `packed` holds it, a copy, which refuses to be changed.
         weight_scale: factors of the weight's rows, float32 `(out_features,)`; None for none.
         bias: float32 `(out_features,)`, or None.
         packed: the weight in the native product's order; None until there is a native product.
@@ -273,22 +288,27 @@ class NativeLinear(InferenceModule):
 
     def __getattr__(self, name: str) -> object:
         if name == "weight" and self.__dict__.get("packed") is not None:
-            return packed.unpack(self.packed, self.out_features, self.in_features, self.dtype)
+            return modes.read_only(self._unpacked)
         return super().__getattr__(name)
 
+    def _unpacked(self) -> Tensor:
+        if self.packed is None:
+            return self.weight
+        return packed.unpack(self.packed, self.out_features, self.in_features, self.dtype)
+
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        destination[f"{prefix}weight"] = self.weight
+        destination[f"{prefix}weight"] = self._unpacked()
         super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *arguments: object) -> None:
         if self.packed is not None:
-            weight, self.packed = self.weight, None
+            weight, self.packed = self._unpacked(), None
             self.register_buffer("weight", weight)
         super()._load_from_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, object]:
         """Without the packed weight, which another machine may be unable to use."""
-        return {**self.__dict__, "packed": None, "_buffers": {**self._buffers, "weight": self.weight}}
+        return {**self.__dict__, "packed": None, "_buffers": {**self._buffers, "weight": self._unpacked()}}
 
 
 class PackedLinear(NativeLinear):

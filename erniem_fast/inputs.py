@@ -84,7 +84,7 @@ def prepare(
     )
     if modes.is_transformed():
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-    grid = _grid(config, input_ids, inputs_embeds)
+    grid, longest = _grid(config, input_ids, inputs_embeds), config.max_position_embeddings - RESERVED_POSITIONS
     input_ids = None if input_ids is None else input_ids.long()  # PyTorch has few operators for unsigned integers
     position_ids = _expand_positions(position_ids, grid)
     device = (inputs_embeds if input_ids is None else input_ids).device
@@ -95,9 +95,10 @@ def prepare(
     if key_ranges is not None:
         _check_key_ranges(key_ranges, grid, came_packed)
     if came_packed:
-        _check_packed(config, grid, cu_seqlens, max_seqlen, attention_mask)
+        check_packed(grid, cu_seqlens, max_seqlen, attention_mask)
+        check_length("max_length_q", max_seqlen, longest)
     else:
-        _check_length(config, "the input's number of columns", grid[1])
+        check_length("the input's number of columns", grid[1], longest)
         if attention_mask is not None:
             _check_mask(attention_mask, grid, config.num_attention_heads)
             attention_mask = attention_mask.to(device)
@@ -114,16 +115,16 @@ def prepare(
 
     sizes = padding.sizes() if padding else {}
     to_check = {
-        **_extremes("input_ids", input_ids),
-        **_extremes("position_ids", position_ids),
-        **_bounds(cu_seqlens),
+        **extremes("input_ids", input_ids),
+        **extremes("position_ids", position_ids),
+        **bounds(cu_seqlens),
         **_odd_values(attention_mask),
     }
-    found = read({**to_check, **sizes}) if padding or _may_read(to_check) else {}
+    found = read({**to_check, **sizes}) if padding or may_read(to_check) else {}
     if found:
         _check_structure(found, grid, max_seqlen, attention_mask, position_ids)
-        _check_range("input_ids", input_ids, vocabulary, found)
-        _check_range("position_ids", position_ids, config.max_position_embeddings - RESERVED_POSITIONS, found)
+        check_range("input_ids", input_ids, vocabulary, found)
+        check_range("position_ids", position_ids, longest, found)
 
     if came_packed:
         batch = TokenBatch.from_cu_seqlens(cu_seqlens, max_seqlen, grid[1])
@@ -208,8 +209,8 @@ def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor 
     return rows, columns
 
 
-def _check_length(config: ErnieMConfig, what: str, length: int) -> None:
-    limit = config.max_position_embeddings - RESERVED_POSITIONS
+def check_length(what: str, length: int, limit: int) -> None:
+    """Refuses more tokens in a sequence than there are positions."""
     if length > limit:
         raise ValueError(
             f"{what} is {length}, but this model has positions for {limit} tokens; truncate to max_length={limit} or "
@@ -229,12 +230,8 @@ def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Ten
     return position_ids.long().expand(grid)
 
 
-def _check_packed(
-    config: ErnieMConfig,
-    grid: tuple[int, int],
-    cu_seqlens: Tensor | None,
-    max_seqlen: int | None,
-    attention_mask: Tensor | None,
+def check_packed(
+    grid: tuple[int, int], cu_seqlens: Tensor | None, max_seqlen: int | None, attention_mask: Tensor | None
 ) -> None:
     """Checks the shapes of input that came packed."""
     if cu_seqlens is None or max_seqlen is None:
@@ -250,7 +247,6 @@ def _check_packed(
             f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers of "
             f"shape (sequences + 1,), with at least one sequence."
         )
-    _check_length(config, "max_length_q", max_seqlen)
 
 
 def _check_key_ranges(key_ranges: Tensor, grid: tuple[int, int], came_packed: bool) -> None:
@@ -335,7 +331,7 @@ def leaves_out_padding() -> bool:
 # --- Values to read from the device: integer tensors with one element, by name ---------------------------------------
 
 
-def _extremes(name: str, values: Tensor | None) -> dict[str, Tensor]:
+def extremes(name: str, values: Tensor | None) -> dict[str, Tensor]:
     """The least and the greatest value; nothing for an exported graph, which must serve all values."""
     if values is None or modes.is_exported() or values.numel() == 0:
         return {}
@@ -343,7 +339,7 @@ def _extremes(name: str, values: Tensor | None) -> dict[str, Tensor]:
     return {f"least of {name}": least, f"greatest of {name}": greatest}
 
 
-def _bounds(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
+def bounds(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
     """The first and the last bound of the sequences, and the lengths of the shortest and the longest sequence."""
     if cu_seqlens is None:
         return {}
@@ -358,7 +354,7 @@ def _odd_values(attention_mask: Tensor | None) -> dict[str, Tensor]:
     return {"odd values": ((attention_mask != 0) & (attention_mask != 1)).any()}
 
 
-def _may_read(values: dict[str, Tensor]) -> bool:
+def may_read(values: dict[str, Tensor]) -> bool:
     """Whether the host can wait for the values: not while a graph is recorded or captured, and only if they exist."""
     if modes.is_recorded() or not values or not all(map(modes.has_values, values.values())):
         return False
@@ -377,7 +373,7 @@ def _check_structure(
 ) -> None:
     """Checks the bounds of packed sequences, the values of the mask, and positions that contradict either."""
     if "start" in found:
-        _check_bounds(found, grid, max_seqlen)
+        check_bounds(found, grid, max_seqlen)
         _check_first_position(found)
     elif attention_mask is None:
         _check_no_mask(position_ids, found)
@@ -389,7 +385,8 @@ def _check_structure(
         )
 
 
-def _check_bounds(found: dict[str, int], grid: tuple[int, int], max_seqlen: int) -> None:
+def check_bounds(found: dict[str, int], grid: tuple[int, int], max_seqlen: int) -> None:
+    """Refuses bounds of packed sequences that are not those of the input's tokens; `found` holds those of `bounds`."""
     if found["start"] != 0 or found["end"] != grid[1] or found["shortest"] < 0 or found["longest"] > max_seqlen:
         raise ValueError(
             f"cu_seq_lens_q runs from {found['start']} to {found['end']} with sequences of {found['shortest']} to "
@@ -442,11 +439,10 @@ _REMEDIES = {
 }
 
 
-def _check_range(name: str, values: Tensor | None, limit: int, found: dict[str, int]) -> None:
-    """Refuses ids or positions that are not rows of their table."""
+def check_range(name: str, values: Tensor | None, limit: int, found: dict[str, int], remedy: str | None = None) -> None:
+    """Refuses ids or positions that are not rows of their table; `found` holds their `extremes`."""
     least, greatest = found.get(f"least of {name}", 0), found.get(f"greatest of {name}", 0)
     if least < 0 or greatest >= limit:
         row, column = ((values < 0) | (values >= limit)).nonzero()[0].tolist()
-        raise ValueError(
-            f"{name}[{row}, {column}] is {values[row, column].item()}, outside [0, {limit}); {_REMEDIES[name]}."
-        )
+        found, remedy = values[row, column].item(), remedy or _REMEDIES[name]
+        raise ValueError(f"{name}[{row}, {column}] is {found}, outside [0, {limit}); {remedy}.")

@@ -19,7 +19,8 @@ from transformers.modeling_outputs import (
 )
 
 from . import flags, inputs, modes
-from .configuration import ErnieMConfig
+from .batch import TokenBatch
+from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .conversion import paddle
 from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import InferenceModel, inference_module
@@ -176,6 +177,11 @@ class ErnieMModel(ErnieMPreTrainedModel):
             self.encoder.layers[layer].self_attn.prune_heads(set(heads))
         self.post_init()
 
+    @property
+    def longest_sequence(self) -> int:
+        """The most tokens of a sequence."""
+        return self.config.max_position_embeddings - RESERVED_POSITIONS
+
     def get_input_embeddings(self) -> nn.Module:
         return self.embeddings.word_embeddings
 
@@ -256,6 +262,18 @@ class ErnieMModel(ErnieMPreTrainedModel):
         # As in the original, the tuple has a None for a missing pooler.
         extras = [field for field in (output.hidden_states, output.attentions) if field is not None]
         return (output.last_hidden_state, output.pooler_output, *extras)
+
+    def graph_inputs(self, ready: inputs.EncoderInputs) -> dict[str, Tensor] | None:
+        """What a graph reads of each token, int64 `(tokens,)`, by name; None if none can serve the call."""
+        if ready.input_ids is None or ready.scores_bias is not None:
+            return None
+        return {"input_ids": ready.input_ids, "positions": ready.positions}
+
+    def encode_packed(
+        self, batch: TokenBatch, input_ids: Tensor, positions: Tensor
+    ) -> BaseModelOutputWithPoolingAndCrossAttentions:
+        """Encodes tokens that are packed in one row, as a graph does it; arguments as of `graph_inputs`."""
+        return self._encode(inputs.EncoderInputs(batch, input_ids, None, positions, None))
 
     def _encode(
         self,

@@ -4,25 +4,26 @@ import hashlib
 import logging
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 from . import families, modes
 from .inference import LINEARS, TABLES, InferenceModule, freeze, inference_module, leave_file, linear_kind, places
 from .inference_gpu import DTYPES, GPU_LINEARS, ScaledLinear, gpu_objection
 from .matmul import fastest
-from .modeling import ErnieMModel
 from .native import packed
+from .objects import encoders, holders, roots, tell
+from .post_ln import PostLNStack
 
 _LOG = logging.getLogger(__name__)
 
 _REMEDY = (
     "Load the model again; or pass keep=True to erniem_fast.optimize, which keeps the original weights in memory too."
 )
+
+FORMS = tuple(dict.fromkeys([*LINEARS, *GPU_LINEARS]))
 
 Model = TypeVar("Model")
 
@@ -62,7 +63,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
             float16 on an NVIDIA GPU.
         weights: None leaves the weights as they are.
             `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
-            weights as they are take no longer on this machine, the weights stay as they are.
+            weights as they are take no longer on this machine, the weights stay as they are, frozen all the same.
             `bfloat16` rounds weights, and the inputs of products, to bfloat16; where oneDNN is faster, the results too.
             `int8` rounds weights to 8 bits with a scale for each row, and inputs of products with a scale for each
             token, so that a sequence's result has the same bits alone and in any batch. On a GPU, which needs compute
@@ -74,39 +75,49 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
         The same object.
 
     Raises:
-        TypeError: there is no such model in the object.
+        TypeError: there is no such model in the object. If there are others too, the log says which, and why they stay.
         ValueError: `weights` is unknown, or the device has no products in this form; or the model was optimised before,
             or is in another dtype or on another device than this form takes.
     """
-    found = _encoders(model)
-    added = [bare for bare in found if families.packed_class(bare) is not None]
-    for bare in added:
+    found = encoders(model)
+    before = [(each, type(each)) for root in roots(model) for each in root.modules()]
+    for bare in found:
         families.pack(bare)
+    for each in holders(model):
+        families.pack_head(each)
     try:
         for bare in found:
             _check(bare, weights)
     except ValueError:
-        for bare in added:
-            families.unpack(bare)
+        for each, kind in before:
+            each.__class__ = kind
         raise
-    if weights == "packed" and fastest.packing() is None:
+    tell(model)
+    if weights is None:
+        return model
+    uses = _uses(model)
+    for bare in found:
+        _change_weights(bare, weights, keep, uses)
+    if _stay(weights):
         _LOG.warning("The weights stay as they are: this machine multiplies no faster by packed ones.")
-    elif weights is not None:
-        uses = _uses(model)
-        for bare in found:
-            _change_weights(bare, weights, keep, uses)
-        for root in _roots(model):
-            leave_file(root)
-        if weights != "packed":
-            _refuse_saving(model, weights)
+        return model
+    for root in roots(model):
+        leave_file(root)
     return model
+
+
+def _stay(weights: str) -> bool:
+    """Whether weights stay as they are, though frozen: products gain nothing from the layout that the form has."""
+    return weights == "packed" and fastest.packing() is None
 
 
 def _change_weights(bare: nn.Module, weights: str, keep: bool, uses: Counter) -> None:
     """Replaces the modules of a bare model whose weights change their form."""
+    bare.originals, bare.trained, bare.encoder.frozen_as = {}, freeze(bare), weights
+    if _stay(weights):
+        return
     kinds = _kinds(weights, bare.device)
     modules = _replaceable(bare, kinds, uses)
-    bare.originals, bare.trained = {}, freeze(bare)
     for name, module in modules.items():
         kind = kinds[type(module)]
         lost = weights != "packed" and not keep
@@ -121,7 +132,8 @@ def _change_weights(bare: nn.Module, weights: str, keep: bool, uses: Counter) ->
 def _forget_calls(bare: nn.Module) -> None:
     """Drops what calls have prepared, which keeps weights in memory."""
     for module in bare.modules():
-        vars(module).pop("prepared", None)
+        for name in ("prepared", "checked"):
+            vars(module).pop(name, None)
 
 
 @torch.inference_mode(False)
@@ -143,13 +155,13 @@ def restore(model: Model) -> Model:
         ValueError: the original weights are not in the checkpoint; or the model was loaded with int8 weights; or a
             module was replaced since.
     """
-    found = _encoders(model)
+    found = encoders(model)
     for bare in found:
         _restore_weights(bare)
     for bare in filter(families.is_packed, found):
         families.unpack(bare)
-    for each in _holders(model):
-        vars(each).pop("save_pretrained", None)
+    for each in holders(model):
+        families.unpack_head(each)
     return model
 
 
@@ -169,7 +181,7 @@ def _restore_weights(bare: nn.Module) -> None:
     for name, original in bare.originals.items():
         module, current = original.module, bare.get_submodule(name)
         if module.weight is None:
-            weight = current.weight if original.digest is None else read[name].to(bare.device)
+            weight = current.weight.clone() if original.digest is None else read[name].to(bare.device)
             module.weight = nn.Parameter(weight, requires_grad=False)
         if isinstance(module, nn.Linear):
             module.bias = current.bias
@@ -178,63 +190,8 @@ def _restore_weights(bare: nn.Module) -> None:
     for name in bare.trained:
         if name in parameters:
             parameters[name].requires_grad_(True)
-    del bare.originals, bare.trained
+    del bare.originals, bare.trained, bare.encoder.frozen_as
     _forget_calls(bare)
-
-
-# --- Which models are taken ------------------------------------------------------------------------------------------
-
-
-def _roots(model: object) -> list[nn.Module]:
-    """The modules of an object: itself, or those in its attributes, as in a pipeline of transformers."""
-    held = [model] if isinstance(model, nn.Module) else getattr(model, "__dict__", {}).values()
-    return [each for each in held if isinstance(each, nn.Module)]
-
-
-def _encoders(model: object) -> list[nn.Module]:
-    """The bare models in an object that are taken.
-
-    Raises:
-        TypeError: there are none.
-    """
-    modules = list(dict.fromkeys(module for root in _roots(model) for module in root.modules()))
-    found = [module for module in modules if _is_taken(module)]
-    if not found:
-        seen = {type(each).__name__: families.refusal(each) for each in modules if isinstance(each, PreTrainedModel)}
-        contents = f"contains {', '.join(seen)}" if seen else "contains no model of transformers"
-        reasons = "".join(f" {name} is not taken because {why}." for name, why in seen.items() if why)
-        raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__qualname__}, which {contents}.{reasons} "
-            f"erniem_fast.optimize and restore take {families.TAKEN}, not subclasses of these, with or without a head "
-            f"and inside of other objects. Pass one of these, or an object whose attributes hold one."
-        )
-    return found
-
-
-def _is_taken(module: nn.Module) -> bool:
-    return isinstance(module, ErnieMModel) or families.is_taken(module)
-
-
-# --- What is not saved -----------------------------------------------------------------------------------------------
-
-
-def _holders(model: object) -> list[PreTrainedModel]:
-    """The models of transformers' classes in an object that hold an encoder, bare and with heads."""
-    inside = [module for root in _roots(model) for module in root.modules() if isinstance(module, PreTrainedModel)]
-    return [each for each in inside if any(map(families.is_taken, each.modules()))]
-
-
-def _refuse_saving(model: object, weights: str) -> None:
-    """Lets models refuse to save rounded weights, which transformers would load as if they were the original ones."""
-    for each in _holders(model):
-        each.save_pretrained = partial(_raise_unsaved, weights)
-
-
-def _raise_unsaved(weights: str, *_: object, **__: object) -> None:
-    raise RuntimeError(
-        f"A model of transformers with {weights} weights cannot be saved, because transformers would load them as if "
-        f"they were the original ones; call erniem_fast.restore(model) first."
-    )
 
 
 # --- What can be replaced --------------------------------------------------------------------------------------------
@@ -249,14 +206,17 @@ def _kinds(weights: str, device: torch.device) -> dict[type[nn.Module], type[Inf
 
 
 def _check(bare: nn.Module, weights: str | None) -> None:
-    forms = dict.fromkeys([*LINEARS, *GPU_LINEARS])
-    if weights not in (None, *forms):
-        raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, forms))}.")
-    present = inference_module(bare)
+    if weights not in (None, *FORMS):
+        raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, FORMS))}.")
+    loaded = inference_module(bare)
+    present = getattr(bare.encoder, "frozen_as", None) if loaded is None else loaded.weights
     if present is not None:
-        raise ValueError(f"The model has {present.weights} weights already; call erniem_fast.restore(model) first.")
+        raise ValueError(f"The model has {present} weights already; call erniem_fast.restore(model) first.")
     if weights is None:
         return
+    if not isinstance(bare.encoder, PostLNStack):
+        kind = type(bare.encoder).__name__
+        raise ValueError(f"weights={weights!r} is for the encoders of these models, but this one's is a {kind} now.")
     device = bare.device
     if issubclass(_kinds(weights, device)[nn.Linear], ScaledLinear):
         reason = gpu_objection(weights, device)
@@ -296,7 +256,7 @@ def bfloat16_objection() -> str | None:
 def _uses(model: object) -> Counter:
     """How often each parameter is part of a module of an object, by its id."""
     return Counter(
-        id(parameter) for root in _roots(model) for _, parameter in root.named_parameters(remove_duplicate=False)
+        id(parameter) for root in roots(model) for _, parameter in root.named_parameters(remove_duplicate=False)
     )
 
 

@@ -19,7 +19,7 @@ from transformers.activations import ACT2FN
 from . import flags, modes, one_call, ops
 from .batch import TokenBatch
 from .dropout import Dropout, draw_seeds, drop_features, is_active
-from .inference import NativeLinear, OnednnBFloat16Linear, is_plain_inference
+from .inference import InferenceEmbedding, NativeLinear, OnednnBFloat16Linear, is_plain_inference, untrainable
 from .kernel_layers import LayerParameters, Linear
 from .kernel_training import LayerDropouts
 from .linears import Scratch, project, project_side_by_side, scratch_for
@@ -293,10 +293,12 @@ class PostLNStack(nn.Module):
     Attributes:
         layer_kind: the class of the layers.
         layers_name: the attribute that holds them.
+        frozen_as: the form that `optimize` has given the weights, for inference; None if it has left them.
     """
 
     layer_kind: ClassVar[type[PostLNLayer]]
     layers_name: ClassVar[str]
+    frozen_as: str | None = None
     prepared: one_call.Prepared | None = None
 
     def compute(
@@ -324,6 +326,8 @@ class PostLNStack(nn.Module):
             The last layer's result, `(tokens, hidden)`; the embeddings and all layers' results; all layers'
             probabilities. The two lists are empty unless asked for.
         """
+        if self.frozen_as is not None and torch.is_grad_enabled() and (self.training or hidden.requires_grad):
+            raise RuntimeError(untrainable("model", self.frozen_as))
         if seeds is head_mask is scores_bias is None and not (output_attentions or output_hidden_states):
             whole = one_call.run(self, hidden, batch)
             if whole is not None:
@@ -423,6 +427,15 @@ def add_norm(residual: Tensor, product: Product, norm: nn.Module, dropout: Dropo
 
 def norm_of(module: nn.LayerNorm) -> Norm:
     return Norm(module.weight, module.bias, module.eps)
+
+
+def is_plain_table(words: nn.Module, padding_idx: int | None) -> bool:
+    """Whether `ops.embeddings` can read a word table: it supports only these values of a table's options."""
+    if is_plain_inference(words, InferenceEmbedding):
+        return True
+    options = ("padding_idx", "max_norm", "scale_grad_by_freq")
+    wanted = [padding_idx, None, False]
+    return is_plain(words, nn.Embedding) and [getattr(words, name) for name in options] == wanted
 
 
 def embed_words(words: nn.Module, input_ids: Tensor, batch: TokenBatch, padding_idx: int) -> Tensor:

@@ -16,7 +16,7 @@ from erniem_fast.__main__ import main as erniem_fast_command
 from erniem_fast.batch import TokenBatch
 from erniem_fast.ops import Product
 from erniem_fast.ops.choose import choose
-from erniem_fast.verify.battery import battery
+from erniem_fast.verification.battery import battery
 from tests import ROOT
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

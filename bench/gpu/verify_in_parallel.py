@@ -13,7 +13,7 @@ from math import inf
 import torch
 
 from bench.machine import available_cores
-from erniem_fast.verify.battery import battery, outcome
+from erniem_fast.verification.battery import battery, outcome
 
 MOST_PROCESSES = 16
 CHECK_BYTES = 6 * 10**9  # of a process, about: the reference computes in float64

@@ -32,17 +32,6 @@ TAKEN = (
 )
 
 
-def packed_class(model: nn.Module) -> type[nn.Module] | None:
-    """The class that a bare model of transformers is given; None if there is none for just this class."""
-    kind = type(model)
-    for family, stock in _FAMILIES.items():
-        if kind.__module__ == stock:
-            packed = getattr(import_module(f"{__name__}.{family}"), kind.__name__, None)
-            is_taken = hasattr(packed, "encoder_kind") and type(model.encoder) is stock_class(packed.encoder_kind)
-            return packed if is_taken else None
-    return None
-
-
 def is_packed(model: nn.Module) -> bool:
     """Whether `pack` has given a bare model its class."""
     return _is_ours(model) and hasattr(model, "encoder_kind")
@@ -50,17 +39,35 @@ def is_packed(model: nn.Module) -> bool:
 
 def is_taken(model: nn.Module) -> bool:
     """Whether a bare model has a packed class, or can be given one."""
-    return is_packed(model) or packed_class(model) is not None
+    return is_packed(model) or (hasattr(_packed_class(model), "encoder_kind") and refusal(model) is None)
 
 
 def pack(model: nn.Module) -> None:
-    """Gives a bare model that has a packed class, its encoder and its layers their packed classes."""
-    model.__class__ = packed_class(model)
-    encoder = model.encoder
-    encoder.__class__ = model.encoder_kind
-    for layer in encoder.layer:
-        if type(layer) is stock_class(encoder.layer_kind):
-            layer.__class__ = encoder.layer_kind
+    """Gives a bare model that is taken, its encoder and its layers their packed classes, where these are missing."""
+    for module in (model, model.encoder, *getattr(model.encoder, "layer", ())):
+        module.__class__ = _packed_class(module) or type(module)
+
+
+def _packed_class(module: nn.Module) -> type[nn.Module] | None:
+    """The packed class for a module of transformers; None if there is none for just its class."""
+    kind = type(module)
+    for family, stock in _FAMILIES.items():
+        if kind.__module__ == stock:
+            return getattr(import_module(f"{__name__}.{family}"), kind.__name__, None)
+    return None
+
+
+def pack_head(model: nn.Module) -> None:
+    """Gives a model with a head its packed class, if there is one for just its class."""
+    packed = _packed_class(model)
+    if packed is not None and not hasattr(packed, "encoder_kind"):
+        model.__class__ = packed
+
+
+def unpack_head(model: nn.Module) -> None:
+    """Gives a model with a head transformers' class back."""
+    if _is_ours(model):
+        model.__class__ = stock_class(type(model))
 
 
 def unpack(model: nn.Module) -> None:
@@ -68,7 +75,7 @@ def unpack(model: nn.Module) -> None:
     for module in model.modules():
         if _is_ours(module):
             module.__class__ = stock_class(type(module))
-            for name in ("prepared", "fallbacks"):
+            for name in ("prepared", "checked", "fallbacks", "_graphs"):
                 module.__dict__.pop(name, None)
 
 
@@ -82,5 +89,15 @@ def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
 
 
 def refusal(model: nn.Module) -> str | None:
-    """Why a model is not taken, if that is known."""
-    return _REFUSED.get(type(model).__name__)
+    """Why a model of transformers is not taken, if that is known."""
+    kind = type(model).__name__
+    if kind in _REFUSED:
+        return _REFUSED[kind]
+    packed = _packed_class(model)
+    if not hasattr(packed, "encoder_kind"):
+        return None
+    if type(model.encoder) is not stock_class(packed.encoder_kind):
+        return f"its encoder is a {type(model.encoder).__name__}, not transformers' own"
+    if "forward" in vars(model):
+        return "its forward was replaced on the object, which would not call another class's; optimize it before that"
+    return None

@@ -17,6 +17,7 @@ class BertEncoder(PackedEncoder, modeling.BertEncoder):
 
 class BertModel(PackedModel, modeling.BertModel):
     encoder_kind = BertEncoder
+    first_position = 0
 
     def default_positions(self, input_ids: Tensor | None, grid: tuple[int, int], device: torch.device) -> Tensor:
         return torch.arange(grid[1], device=device).expand(grid)

@@ -2,7 +2,7 @@
 
 from transformers.models.camembert import modeling_camembert as modeling
 
-from .packed import PackedEncoder, PackedLayer, PackedModel
+from .packed import PackedClassifier, PackedEncoder, PackedLayer, PackedModel
 from .positions import CountedPositions
 
 
@@ -16,3 +16,7 @@ class CamembertEncoder(PackedEncoder, modeling.CamembertEncoder):
 
 class CamembertModel(CountedPositions, PackedModel, modeling.CamembertModel):
     encoder_kind = CamembertEncoder
+
+
+class CamembertForSequenceClassification(PackedClassifier, modeling.CamembertForSequenceClassification):
+    pass

@@ -2,6 +2,7 @@
 
 import logging
 import sys
+import weakref
 from collections.abc import Iterable
 from operator import attrgetter
 
@@ -18,6 +19,7 @@ _LOG = logging.getLogger(__name__)
 _SERVED = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
     *("output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
 }
 
 # What a layer holds; the packed layout runs what is inside of them without calling them.
@@ -31,7 +33,40 @@ def reason(model: PreTrainedModel, arguments: dict[str, object]) -> str | None:
         model: a packed model.
         arguments: of its forward, by name.
     """
-    return _in_surroundings(arguments) or _in_arguments(model, arguments) or _in_config(model) or _in_modules(model)
+    found = _in_surroundings(arguments) or _in_arguments(model, arguments) or _in_config(model)
+    if found is not None:
+        return found
+    if modes.is_recorded():
+        return _in_modules(model)
+    checked = vars(model).get("checked")
+    if checked is None or not checked.is_for(model):
+        checked = vars(model)["checked"] = _Checked(model)
+    return checked.reason
+
+
+class _Checked:
+    """The modules of a model that were checked, and what says how long that holds."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self._owner = weakref.ref(model)
+        modules = [*model.embeddings.modules(), *model.encoder.modules()]
+        self._structure = modes.Structure(modules, modules)
+        self._linears = [each.__dict__ for each in modules if type(each) is nn.Linear]
+        self._layers = [each.__dict__ for each in getattr(model.encoder, "layer", ())]
+        self._state = self._read()
+        self.reason = _in_modules(model)
+
+    def is_for(self, model: PreTrainedModel) -> bool:
+        """Whether it holds still, and not for a model that this one was copied from."""
+        return self._owner() is model and self._structure.is_current() and self._read() == self._state
+
+    def _read(self) -> tuple:
+        """What is decided by attributes: chunks, and whether weights are distributed."""
+        weights = [each["_parameters"].get("weight") for each in self._linears]
+        return list(map(type, weights)), [each.get("chunk_size_feed_forward") for each in self._layers]
+
+    def __reduce__(self) -> tuple:
+        return type(None), ()  # copies have modules of their own
 
 
 def tell(model: PreTrainedModel, why: str) -> None:
@@ -62,8 +97,8 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
             return f"{name} was given"
     if arguments.get("output_attentions", model.config.output_attentions):
         return "output_attentions=True in its config"
-    if not isinstance(arguments.get("output_hidden_states"), bool | None):
-        return "output_hidden_states selects some of them"
+    if not _selects_states(arguments.get("output_hidden_states"), len(model.encoder.layer) + 1):
+        return "output_hidden_states selects states that there are not"
     ids, embeds = arguments["input_ids"], arguments["inputs_embeds"]
     if (ids is None) == (embeds is None):
         return "not exactly one of input_ids and inputs_embeds was given"
@@ -76,6 +111,13 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
         return None
     dimensions = len(mask.shape)
     return f"attention_mask has {'another shape than the input' if dimensions == 2 else f'{dimensions} dimensions'}"
+
+
+def _selects_states(selected: object, count: int) -> bool:
+    """Whether `output_hidden_states` is a bool or indices of states, of which there are `count`."""
+    if not isinstance(selected, (list, tuple)):
+        return isinstance(selected, bool | None)
+    return all(isinstance(index, int) and -count <= index < count for index in selected)
 
 
 def _in_config(model: PreTrainedModel) -> str | None:
@@ -111,7 +153,14 @@ def _in_modules(model: PreTrainedModel) -> str | None:
             return f"a dropout of layer {index} was replaced or hooked"
         if _has_distributed_weights(layer):
             return f"the weights of layer {index} are distributed (DTensor)"
+    if any(map(_chooses_by_row, [*encoder.modules(), *model.embeddings.modules()])):
+        return "adapter_names chooses adapters for each row, which its linears do not get"
     return None
+
+
+def _chooses_by_row(module: nn.Module) -> bool:
+    """Whether PEFT tells a module which adapter each row of its input takes."""
+    return any("adapter_names" in getattr(hook, "keywords", ()) for hook in module._forward_pre_hooks.values())
 
 
 def _parts(layer: nn.Module) -> tuple[object, ...]:

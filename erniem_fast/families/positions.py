@@ -10,9 +10,13 @@ class CountedPositions:
     So padding on the left and holes move them. Of embeddings it is not known which are padding: all are counted.
     """
 
+    @property
+    def first_position(self) -> int:
+        return self.embeddings.padding_idx + 1
+
     def default_positions(self, input_ids: Tensor | None, grid: tuple[int, int], device: torch.device) -> Tensor:
-        padding_idx = self.embeddings.padding_idx
+        first = self.first_position
         if input_ids is None:
-            return torch.arange(padding_idx + 1, padding_idx + 1 + grid[1], device=device).expand(grid)
-        real = (input_ids != padding_idx).long()
-        return real.cumsum(1) * real + padding_idx
+            return torch.arange(first, first + grid[1], device=device).expand(grid)
+        real = (input_ids != self.embeddings.padding_idx).long()
+        return real.cumsum(1) * real + first - 1

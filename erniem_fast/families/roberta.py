@@ -2,7 +2,7 @@
 
 from transformers.models.roberta import modeling_roberta as modeling
 
-from .packed import PackedEncoder, PackedLayer, PackedModel
+from .packed import PackedClassifier, PackedEncoder, PackedLayer, PackedModel
 from .positions import CountedPositions
 
 
@@ -16,3 +16,7 @@ class RobertaEncoder(PackedEncoder, modeling.RobertaEncoder):
 
 class RobertaModel(CountedPositions, PackedModel, modeling.RobertaModel):
     encoder_kind = RobertaEncoder
+
+
+class RobertaForSequenceClassification(PackedClassifier, modeling.RobertaForSequenceClassification):
+    pass

@@ -2,7 +2,7 @@
 
 from transformers.models.xlm_roberta import modeling_xlm_roberta as modeling
 
-from .packed import PackedEncoder, PackedLayer, PackedModel
+from .packed import PackedClassifier, PackedEncoder, PackedLayer, PackedModel
 from .positions import CountedPositions
 
 
@@ -16,3 +16,7 @@ class XLMRobertaEncoder(PackedEncoder, modeling.XLMRobertaEncoder):
 
 class XLMRobertaModel(CountedPositions, PackedModel, modeling.XLMRobertaModel):
     encoder_kind = XLMRobertaEncoder
+
+
+class XLMRobertaForSequenceClassification(PackedClassifier, modeling.XLMRobertaForSequenceClassification):
+    pass

@@ -145,6 +145,7 @@ def backward(
     padding_idx: int,
     dropout: Dropout | None,
     sparse: bool,
+    position_padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, hidden = z.shape
     grad_z = z.new_empty(z.shape, dtype=torch.float32)
@@ -164,7 +165,7 @@ def backward(
     )
     rows_only = sparse or word_table is None
     grad_words = grad_z.to(z.dtype) if rows_only else _scatter(grad_z, ids, word_table[0], padding_idx, z.dtype)
-    grad_positions = _scatter(grad_z, positions, position_table[0], padding_idx, z.dtype)
+    grad_positions = _scatter(grad_z, positions, position_table[0], position_padding_idx, z.dtype)
     return grad_words, grad_positions, grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
 
 

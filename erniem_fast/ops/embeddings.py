@@ -26,6 +26,7 @@ def embeddings(
     dropout: Dropout | None = None,
     sparse: bool = False,
     word_scale: Tensor | None = None,
+    position_padding_idx: int | None = None,
 ) -> Tensor:
     """dropout(LN(word_table[ids] + position_table[positions])).
 
@@ -39,6 +40,7 @@ def embeddings(
         sparse: makes the word table's gradient a sparse COO tensor, as `nn.Embedding(sparse=True)` does; a dense one
             has the size of the table. Eager only: torch.compile has no sparse gradients.
         word_scale: float32 `(vocabulary,)`, factors of the rows of a word table in int8; otherwise None.
+        position_padding_idx: the row of the position table that gets no gradient, if it is another one; -1 for none.
 
     Returns:
         `(tokens, hidden)` in the position table's dtype.
@@ -50,8 +52,11 @@ def embeddings(
             `ERNIEM_FAST_VERIFY=1`, the result differs from the reference's.
     """
     implementation = choose("embeddings", position_table.device, position_table.dtype)
-    tables = (word_table, position_table)
-    return _OP(implementation, ids, positions, *tables, with_bias(norm), padding_idx, dropout, sparse, word_scale)
+    tables, position_padding = (word_table, position_table), position_padding_idx
+    if position_padding is None:
+        position_padding = padding_idx
+    rest = with_bias(norm), padding_idx, dropout, sparse, word_scale, position_padding
+    return _OP(implementation, ids, positions, *tables, *rest)
 
 
 class _Results(NamedTuple):
@@ -76,6 +81,7 @@ def _forward(
     dropout: Dropout | None,
     sparse: bool,
     word_scale: Tensor | None,
+    position_padding_idx: int,
 ) -> _Results:
     out = position_table.new_empty(ids.shape[0], position_table.shape[1])
     return _Results(out, out.new_empty(out.shape))
@@ -92,6 +98,7 @@ def _backward(
     padding_idx: int,
     dropout: Dropout | None,
     sparse: bool,
+    position_padding_idx: int,
 ) -> _Gradients:
     # A frozen word table needs no gradient, which would be as large as the table; the tokens' rows exist anyway.
     words = z.shape[0] if sparse or word_table is None else word_table[0]
@@ -110,16 +117,21 @@ def _finish(
 
 
 def _composed(layer_norm: LayerNorm) -> Implementation:
-    def forward(ids, positions, word_table, position_table, norm, padding_idx, dropout, word_scale):
+    def forward(
+        ids, positions, word_table, position_table, norm, padding_idx, dropout, word_scale, position_padding_idx
+    ):
         words = word_rows(ids, word_table, padding_idx, word_scale)
-        z = words + F.embedding(positions, position_table, padding_idx)
+        padding = position_padding_idx if position_padding_idx >= 0 else None
+        z = words + F.embedding(positions, position_table, padding)
         return drop_features(layer_norm.forward(z, norm), dropout), z
 
-    def backward(grad, z, ids, positions, word_table, position_table, norm, padding_idx, dropout, sparse):
+    def backward(
+        grad, z, ids, positions, word_table, position_table, norm, padding_idx, dropout, sparse, position_padding_idx
+    ):
         grad_z, *grads_of_norm = layer_norm.backward(drop_features(grad, dropout), z, norm)
         rows_only = sparse or word_table is None
         grad_words = grad_z if rows_only else _scatter(grad_z, ids, word_table[0], padding_idx)
-        return grad_words, _scatter(grad_z, positions, position_table[0], padding_idx), *grads_of_norm
+        return grad_words, _scatter(grad_z, positions, position_table[0], position_padding_idx), *grads_of_norm
 
     return Implementation(forward, backward)
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import flags, modes
-from ..verify.equivalence import check, draw
+from ..verification.equivalence import check, draw
 from .arguments import by_name, declared, flatten, restore, schema_of
 from .choose import IMPLEMENTATIONS, Implementation, Tensors, arguments_of
 

@@ -1,8 +1,11 @@
 """What the packed layout does not serve runs as in transformers, and the log says so once; all else stays packed."""
 
+import copy
 import logging
+import pickle
 from contextlib import suppress
 
+import peft
 import pytest
 import torch
 import torch.distributed as dist
@@ -44,9 +47,7 @@ def assert_told(log, *reasons):
         ({"output_attentions": True}, "output_attentions was given"),
         ({"attention_mask": SQUARE}, "attention_mask has 4 dimensions"),
         ({"encoder_hidden_states": EMBEDS}, "encoder_hidden_states was given"),
-        ({"cu_seq_lens_q": torch.tensor([0, 11], dtype=torch.int32)}, "cu_seq_lens_q was given"),
         ({"is_causal": True}, "is_causal was given"),
-        ({"output_hidden_states": [1]}, "output_hidden_states selects"),
     ],
 )
 def test_arguments(changes, reason, log):
@@ -67,6 +68,7 @@ def test_arguments(changes, reason, log):
         ({"inputs_embeds": EMBEDS}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": IDS[0]}, "the input has 1 dimensions"),
+        ({"output_hidden_states": [7]}, "output_hidden_states selects states that there are not"),
     ],
 )
 def test_calls_that_transformers_refuses(changes, reason, log):
@@ -289,3 +291,92 @@ def test_a_model_that_is_made_of_the_packed_class_is_transformers(log):
     model(**INPUTS)
     assert_told(log, "its encoder was replaced")
     assert isinstance(model, BertModel)
+
+
+def test_adapters_that_are_chosen_by_row(log):
+    found = []
+    for model in both():
+        torch.manual_seed(1)
+        wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["query"], init_lora_weights=False), "a")
+        wrapped.add_adapter("b", peft.LoraConfig(target_modules=["query"], init_lora_weights=False))
+        names = ["a", "b", "__base__", "b", "a"]
+        with torch.inference_mode():
+            found.append(wrapped.eval()(**INPUTS, adapter_names=names).last_hidden_state)
+            wrapped(**INPUTS)
+    assert torch.equal(*found)
+    assert_told(log, "adapter_names chooses adapters for each row")
+
+
+def replaced_forward(model):
+    output = model.encoder.layer[1].output
+    stock = output.forward
+    output.forward = lambda *arguments: 2 * stock(*arguments)
+    return lambda: output.__dict__.pop("forward")
+
+
+def hooked_dropout(model):
+    return model.encoder.layer[0].output.dropout.register_forward_hook(lambda *_: None).remove
+
+
+def replaced_layer(model):
+    layers = model.encoder.layer
+    layer, layers[1] = layers[1], Doubled(layers[1])
+
+    def undo():
+        layers[1] = layer
+
+    return undo
+
+
+def chunks(model):
+    layer = model.encoder.layer[1]
+    layer.chunk_size_feed_forward = 11
+
+    def undo():
+        layer.chunk_size_feed_forward = 0
+
+    return undo
+
+
+def decoder(model):
+    model.config.is_decoder = True
+
+    def undo():
+        model.config.is_decoder = False
+
+    return undo
+
+
+def global_hook(model):
+    return nn.modules.module.register_module_forward_hook(lambda *_: None).remove
+
+
+CHANGES = [replaced_forward, hooked_dropout, replaced_layer, chunks, decoder, global_hook]
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_every_change_between_calls_is_noticed(change, log):
+    """What was found out about modules in one call is kept for the next."""
+    _, fast = both()
+    with torch.inference_mode():
+        for _ in range(2):
+            fast(**INPUTS)
+            kept = vars(fast)["checked"]
+            fast(**INPUTS)
+            assert vars(fast)["checked"] is kept
+            assert not told(log)
+            undo = change(fast)
+            fast(**INPUTS)
+            assert len(told(log)) == 1
+            log.clear()
+            undo()
+            fast.fallbacks.clear()
+
+
+def test_copies_check_their_own_modules():
+    _, fast = both()
+    with torch.inference_mode():
+        fast(**INPUTS)
+        for other in (copy.deepcopy(fast), copy.copy(fast), pickle.loads(pickle.dumps(fast))):
+            other(**INPUTS)
+            assert vars(other)["checked"] is not vars(fast)["checked"]

@@ -121,6 +121,18 @@ def test_hidden_states_and_tuples(family):
     assert not isinstance(fast(**inputs, return_dict=None), tuple)
 
 
+@pytest.mark.parametrize("indices", [[0, -1], [1], []])
+def test_some_hidden_states(indices):
+    stock, fast = both("bert")
+    inputs = INPUTS["right"]
+    with torch.inference_mode():
+        found = [model(**inputs, output_hidden_states=indices).hidden_states or () for model in (stock, fast)]
+    assert [each is None for each in found[1]] == [each is None for each in found[0]]
+    for expected, actual in zip(*found, strict=True):
+        if expected is not None:
+            assert_close(actual[real_of(inputs)], expected[real_of(inputs)], atol=2e-5)
+
+
 @every_family
 def test_without_a_pooler(family):
     fast = both(family, model_class=lambda config: FAMILIES[family][0](config, add_pooling_layer=False))[1]

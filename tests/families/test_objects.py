@@ -36,7 +36,11 @@ def silence(caplog):
     """No test of this file falls back."""
     with caplog.at_level(logging.WARNING, "erniem_fast"):
         yield
-    assert not [record for record in caplog.records if record.name.startswith("erniem_fast")]
+    assert not warnings(caplog)
+
+
+def warnings(log):
+    return [each.getMessage() for each in log.records if each.name.startswith("erniem_fast")]
 
 
 def states(model, **changes):
@@ -266,6 +270,44 @@ def test_transformers_stays_as_it_is():
     assert type(make("bert").encoder.layer[0]) is modeling_bert.BertLayer
 
 
+# --- Once more -------------------------------------------------------------------------------------------------------
+
+
+def test_what_was_added_since_is_taken():
+    """An encoder, a layer, and a model beside the one that was taken."""
+    thing, other = nn.ModuleList([erniem_fast.optimize(make()), make("bert")]), make()
+    expected = states(other)
+    thing[0].encoder.layer[1] = other.encoder.layer[1]
+    thing[1].encoder = make("bert").encoder
+    erniem_fast.optimize(thing)
+    for module in (thing[0].encoder.layer[1], thing[1], thing[1].encoder, thing[1].encoder.layer[0]):
+        assert_packed(module)
+    assert_close(states(thing[0])[REAL_TOKENS], expected[REAL_TOKENS], atol=2e-5)
+    thing[1].encoder = make("bert").encoder
+    erniem_fast.optimize(thing)
+    assert_packed(thing[1].encoder.layer[0])
+    assert states(thing[1]).isfinite().all()
+
+
+def test_models_that_are_left_are_named(caplog):
+    sizes = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 8}
+    large = transformers.XLMRobertaXLForMaskedLM(transformers.XLMRobertaXLConfig(vocab_size=9, **sizes))
+    odd, late = make(), make()
+    odd.encoder = nn.Identity()
+    late.forward = lambda *arguments, **options: None
+    erniem_fast.optimize(nn.ModuleList([make("bert"), large, odd]))
+    (line,) = warnings(caplog)
+    assert "has taken BertModel, and left as they are: XLMRobertaXLModel (it normalises before" in line
+    assert "XLMRobertaModel (its encoder is a Identity, not transformers' own)" in line
+    caplog.clear()
+    with pytest.raises(TypeError, match="its forward was replaced on the object"):
+        erniem_fast.optimize(late)
+    with caplog.at_level(logging.INFO, "erniem_fast"):
+        erniem_fast.optimize(make("bert"))
+    assert warnings(caplog) == ["erniem_fast.optimize has taken BertModel."]
+    caplog.clear()
+
+
 # --- What is refused -------------------------------------------------------------------------------------------------
 
 
@@ -281,7 +323,7 @@ def test_nothing_found():
     cases = {
         r"contains XLMRobertaModel\..*whose encoder is transformers' own": other,
         r"XLMRobertaXLModel is not taken because it normalises before.*take XLM-RoBERTa, RoBERTa": large,
-        r"torch.nn.modules.container.Sequential, which contains no model of transformers": nn.Sequential(
+        r"torch.nn.modules.container.Sequential, which contains no model of transformers, only": nn.Sequential(
             nn.Linear(2, 2)
         ),
         r"builtins.str, which contains no model": "xlm-roberta-base",

@@ -4,6 +4,7 @@ import copy
 import logging
 import pickle
 
+import peft
 import pytest
 import torch
 from torch import nn
@@ -118,6 +119,64 @@ def test_training_is_refused():
     model = erniem_fast.optimize(make(), "int8")
     with pytest.raises(RuntimeError, match=r"cannot be trained.*restore"):
         model.train()(**INPUTS)
+
+
+def test_a_head_around_the_encoder_that_was_passed_is_not_saved(tmp_path):
+    model = make("bert", BertForMaskedLM)
+    erniem_fast.optimize(model.bert, "int8", keep=True)
+    for each in (model, model.bert, copy.deepcopy(model)):
+        with pytest.raises(RuntimeError, match="int8 weights cannot be saved"):
+            each.save_pretrained(tmp_path)
+    assert model.state_dict()
+    erniem_fast.restore(model.bert)
+    model.save_pretrained(tmp_path)
+    assert_same_state(BertForMaskedLM.from_pretrained(tmp_path), bits(make("bert", BertForMaskedLM)))
+
+
+def test_adapters_on_rounded_weights_are_saved(tmp_path):
+    model = make()
+    model.add_adapter(peft.LoraConfig(target_modules=["query"]))
+    erniem_fast.optimize(model, "int8", keep=True)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_model.safetensors").exists()
+
+
+@every_form
+def test_a_packed_weight_refuses_to_be_written(weights):
+    """A change of the copy would be lost."""
+    linear = erniem_fast.optimize(make(), weights).encoder.layer[0].output.dense
+    if linear.__dict__.get("packed") is None:
+        pytest.skip("no product here takes packed weights")
+    before = linear.weight.clone()
+    for write in (lambda: linear.weight.zero_(), lambda: linear.weight[0].fill_(1), lambda: linear.weight.data.add_(1)):
+        with (
+            torch.no_grad(),
+            pytest.raises(RuntimeError, match=r"Inplace update to inference tensor|would be lost; clone"),
+        ):
+            write()
+    for value in (torch.zeros_like(before), nn.Parameter(before.float())):
+        with pytest.raises(AttributeError, match=r"is packed and cannot be replaced; call erniem_fast\.restore"):
+            linear.weight = value
+    assert torch.equal(linear.weight, before)
+    assert type(2 * linear.weight) is torch.Tensor
+    assert "ReadOnly" in repr(linear.weight)
+
+
+@pytest.mark.parametrize("pays", [None, "oneDNN, packed"])
+def test_packed_weights_are_for_inference_on_every_machine(pays, monkeypatch):
+    """Also where they stay as they are, because packed ones would be no faster."""
+    monkeypatch.setattr("erniem_fast.matmul.fastest.packing", lambda: pays)
+    model = erniem_fast.optimize(make(), "packed")
+    assert not any(each.requires_grad for name, each in model.named_parameters() if not name.startswith("pooler."))
+    with pytest.raises(RuntimeError, match=r"packed weights are for inference.*restore"):
+        model.train()(**INPUTS)
+    with pytest.raises(ValueError, match="has packed weights already"):
+        erniem_fast.optimize(model, "int8")
+    states(model.eval())
+    erniem_fast.restore(model)
+    model.train()(**INPUTS).pooler_output.sum().backward()
+    assert model.encoder.layer[0].output.dense.weight.grad is not None
+    assert "frozen_as" not in vars(model.encoder)
 
 
 def test_what_inference_mode_surrounds_can_be_trained_later():

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from erniem_fast.verify.equivalence import compare
+from erniem_fast.verification.equivalence import compare
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 SEED = torch.tensor([0x123456789ABCDEF], device=DEVICE)

@@ -7,7 +7,7 @@ be. Over thousands of elements, the root of the mean of squares shows it.
 import torch
 
 from erniem_fast.flags import use_implementations
-from erniem_fast.verify import battery
+from erniem_fast.verification import battery
 from tests.kernels.comparison import DEVICE, run
 
 # By op and case of the battery, which together take every kernel: the error of each result over the error that rounding

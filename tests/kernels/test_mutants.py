@@ -14,7 +14,7 @@ import torch
 from triton.runtime.errors import InterpreterError
 
 from erniem_fast import kernels
-from erniem_fast.verify.battery import battery
+from erniem_fast.verification.battery import battery
 from tests.kernels.rounding import ERRORS, rounds_little
 from tests.mutation import holds, parameters, replaced
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import erniem_fast
-from erniem_fast import ErnieMModel, __main__, inference_gpu, modes, ops, reference
+from erniem_fast import ErnieMModel, inference_gpu, modes, ops, reference, status
 from erniem_fast.inference_gpu import GPU_LINEARS, Float8Linear, Int8GpuLinear, gpu_objection, project_as_one
 from tests.model.tiny import IDS, MASK, REAL, load
 
@@ -382,7 +382,7 @@ def test_which_gpus_serve(capability, weights, reason, monkeypatch):
 
 def test_status_says_what_a_gpu_serves(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (8, 6))
-    _, float8, int8 = __main__._weights_on_gpu(torch.device("cuda:0"))
+    _, float8, int8 = status._weights_on_gpu(torch.device("cuda:0"))
     assert float8.strip().startswith(
         "float8     needs an NVIDIA GPU of compute capability 8.9 or later, but cuda:0 has 8.6"
     )

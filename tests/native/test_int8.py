@@ -6,7 +6,7 @@ import torch
 from erniem_fast.native import library
 from erniem_fast.native import packed as products
 from erniem_fast.reference import quantise_tokens, quantise_weight, quantised_linear
-from erniem_fast.verify import battery
+from erniem_fast.verification import battery
 from tests.mutation import holds
 from tests.native.int8_layers import (
     BATCHES,

@@ -13,7 +13,7 @@ import torch
 
 from erniem_fast.native import compiler, library
 from erniem_fast.native import packed as products
-from erniem_fast.verify.battery import battery
+from erniem_fast.verification.battery import battery
 from tests.mutation import holds, parameters, replaced
 from tests.native.float_linears import are_all_exact
 from tests.native.int8_layers import BATCHES, are_one_after_another, is_its_ops

@@ -44,7 +44,7 @@ SCRIPT = f"""
 import sys, pytest, torch
 from erniem_fast.native import compiler
 from erniem_fast.native.build import build
-from erniem_fast.verify.battery import battery
+from erniem_fast.verification.battery import battery
 
 flags = compiler.cpu_flags
 compiler.cpu_flags = lambda capability: [*flags(capability), *{FLAGS}]

@@ -39,14 +39,17 @@ def test_embeddings(implementation, dtype, batch, hidden, p):
 
 
 @pytest.mark.parametrize("implementation", serving("embeddings", interpreted=True))
-def test_padding_rows_of_the_tables_get_no_gradient(implementation):
+@pytest.mark.parametrize("position_padding", [None, 5, -1])
+def test_padding_rows_of_the_tables_get_no_gradient(implementation, position_padding):
     ids, positions = torch.tensor([PADDING, 3, 3, PADDING, 4, 3, 5, 5]), torch.tensor([2, PADDING, 4, 5, 6, 2, 3, 4])
     word_table, position_table = (torch.randn(9, 96, requires_grad=True) for _ in range(2))
     norm = Norm(torch.rand(96), torch.randn(96), EPS)
     with use_kernels(embeddings=implementation):
-        out = ops.embeddings(ids, positions, word_table, position_table, norm, PADDING)
+        options = {"position_padding_idx": position_padding}
+        out = ops.embeddings(ids, positions, word_table, position_table, norm, PADDING, **options)
     out.backward(torch.randn_like(out))
-    touched = [{*rows.tolist()} - {PADDING} for rows in (ids, positions)]
+    paddings = PADDING, PADDING if position_padding is None else position_padding
+    touched = [{*rows.tolist()} - {padding} for rows, padding in zip((ids, positions), paddings, strict=True)]
     for table, rows in zip((word_table, position_table), touched, strict=True):
         assert set(table.grad.abs().sum(dim=1).nonzero().squeeze(1).tolist()) == rows
 

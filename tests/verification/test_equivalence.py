@@ -5,7 +5,7 @@ from math import inf, nan
 import pytest
 import torch
 
-from erniem_fast.verify.equivalence import Comparison, compare, draw
+from erniem_fast.verification.equivalence import Comparison, compare, draw
 
 
 def test_the_bound():

@@ -5,10 +5,9 @@ import re
 import pytest
 import torch
 
-from erniem_fast import __main__
 from erniem_fast.kernels import add_norm
 from erniem_fast.ops.choose import arguments_of
-from erniem_fast.verify import battery
+from erniem_fast.verification import battery, command
 from tests.commands import run
 
 CPU = torch.device("cpu")
@@ -65,10 +64,10 @@ def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
     )
     monkeypatch.setattr(battery, "_HARD", (case,))
     monkeypatch.setattr(battery, "_small", lambda sizes: ())
-    assert __main__._verify() == 0
+    assert command._verify_kernels() == 0
     capsys.readouterr()
     monkeypatch.setattr(add_norm, "forward", broken(wrong))
-    assert __main__._verify() == 1
+    assert command._verify_kernels() == 1
     *lines, summary = capsys.readouterr().out.splitlines()
     single, *halves = (each for each in lines if re.search(r"add_norm +triton ", each))
     assert line in single

@@ -1,0 +1,59 @@
+"""`python -m erniem_fast verify`: every kernel that runs here beside the reference, or a model beside the stock one."""
+
+import argparse
+import os
+import sys
+from importlib.util import find_spec
+
+import torch
+import transformers
+
+from .. import modeling
+from ..optimize import FORMS, optimize
+from . import battery
+from .models import verify
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--model", metavar="DIR", help="a checkpoint that is compared with the stock model")
+    parser.add_argument("--weights", choices=FORMS, help="the form of the model's weights, as optimize takes it")
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Verifies; returns the exit status."""
+    return _verify_kernels() if arguments.model is None else _verify_model(arguments.model, arguments.weights)
+
+
+def _verify_model(folder: str, weights: str | None) -> int:
+    try:
+        found = verify(optimize(_load(folder), weights))
+    except (OSError, TypeError, ValueError) as error:
+        print(error, file=sys.stderr)
+        return 1
+    print(found)
+    return 0 if found else 1
+
+
+def _load(folder: str) -> transformers.PreTrainedModel:
+    """The model that a checkpoint names, on a GPU if there is one."""
+    config = transformers.AutoConfig.from_pretrained(folder)
+    name = (config.architectures or [""])[0]
+    kind = getattr(transformers, name, None) or getattr(modeling, name, transformers.AutoModel)
+    return kind.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def _verify_kernels() -> int:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", 0)
+        print(f"{device} ({torch.cuda.get_device_name(device)})")
+    else:
+        _interpret_triton()
+        device = torch.device("cpu")
+        print("No GPU: what is written in Triton runs in Triton's interpreter.")
+    return 0 if battery.verify(device) else 1
+
+
+def _interpret_triton() -> None:
+    """Starts the command again with TRITON_INTERPRET=1, because torch has imported Triton by now."""
+    if find_spec("triton") is not None and os.environ.get("TRITON_INTERPRET") != "1":
+        os.execve(sys.executable, sys.orig_argv, {**os.environ, "TRITON_INTERPRET": "1"})

@@ -3,6 +3,7 @@
 from transformers import (
     AutoConfig,
     AutoModel,
+    AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
@@ -19,6 +20,7 @@ from .flags import check_names, use_kernels
 from .graphs import use_graphs
 from .modeling import (
     ErnieMForInformationExtraction,
+    ErnieMForMaskedLM,
     ErnieMForMultipleChoice,
     ErnieMForQuestionAnswering,
     ErnieMForSequenceClassification,
@@ -27,6 +29,7 @@ from .modeling import (
     ErnieMPreTrainedModel,
 )
 from .optimize import optimize, restore
+from .optimizer import create_optimizer
 from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
 from .verification.models import verify
@@ -34,6 +37,7 @@ from .verification.models import verify
 __all__ = [
     "ErnieMConfig",
     "ErnieMForInformationExtraction",
+    "ErnieMForMaskedLM",
     "ErnieMForMultipleChoice",
     "ErnieMForQuestionAnswering",
     "ErnieMForSequenceClassification",
@@ -43,6 +47,7 @@ __all__ = [
     "ErnieMPreTrainedModel",
     "ErnieMTokenizer",
     "Extractor",
+    "create_optimizer",
     "embed",
     "extract",
     "extract_answer",
@@ -62,6 +67,7 @@ check_names()
 AutoConfig.register(ErnieMConfig.model_type, ErnieMConfig)
 AutoTokenizer.register(ErnieMConfig, slow_tokenizer_class=ErnieMTokenizer)
 AutoModel.register(ErnieMConfig, ErnieMModel)
+AutoModelForMaskedLM.register(ErnieMConfig, ErnieMForMaskedLM)
 AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
 AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
 AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)

@@ -54,6 +54,7 @@ def prepare(
     max_seqlen: int | None,
     needs_first: bool,
     vocabulary: int,
+    key_ranges: Tensor | None = None,
 ) -> EncoderInputs:
     """Checks the input and lays out its tokens: packed, unless the flag or a mask per query forbids it.
 
@@ -66,6 +67,7 @@ def prepare(
         cu_seqlens, max_seqlen: bounds and longest length of the sequences in input that comes packed in one row.
         needs_first: whether a pooler reads the first column, even if it is padding.
         vocabulary: number of rows of the word table.
+        key_ranges: in input that comes packed, integer `(tokens, 2)`, the keys of each token; see `Sequences`.
 
     Returns:
         The encoder's inputs.
@@ -90,6 +92,8 @@ def prepare(
     _check_attended_padding(config, inputs_embeds, came_packed)
     ids, positions = input_ids, position_ids
     mask = key_bias = scores_bias = padding = None
+    if key_ranges is not None:
+        _check_key_ranges(key_ranges, grid, came_packed)
     if came_packed:
         check_packed(grid, cu_seqlens, max_seqlen, attention_mask)
         check_length("max_length_q", max_seqlen, longest)
@@ -124,6 +128,8 @@ def prepare(
 
     if came_packed:
         batch = TokenBatch.from_cu_seqlens(cu_seqlens, max_seqlen, grid[1])
+        if key_ranges is not None:
+            batch = batch.attending_to(key_ranges.to(device, torch.int32))
     elif padding:
         batch = padding.pack(**{name: found[name] for name in sizes})
     elif mask is None:
@@ -240,6 +246,17 @@ def check_packed(
         raise ValueError(
             f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers of "
             f"shape (sequences + 1,), with at least one sequence."
+        )
+
+
+def _check_key_ranges(key_ranges: Tensor, grid: tuple[int, int], came_packed: bool) -> None:
+    """Checks the shape of key ranges, and that there are sequences for them."""
+    if not came_packed:
+        raise ValueError("key_ranges need packed input: pass cu_seq_lens_q and max_length_q too, or a mask per query.")
+    if key_ranges.shape != (grid[1], 2) or key_ranges.is_floating_point():
+        raise ValueError(
+            f"key_ranges has shape {tuple(key_ranges.shape)} and dtype {key_ranges.dtype}; it must hold integers of "
+            f"shape ({grid[1]}, 2), two for each token."
         )
 
 

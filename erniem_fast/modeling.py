@@ -5,10 +5,12 @@ import os
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, one_hot
+from torch.nn.functional import binary_cross_entropy_with_logits, cross_entropy, gelu, one_hot
 from transformers import PreTrainedModel
+from transformers import initialization as init
 from transformers.modeling_outputs import (
     BaseModelOutputWithPoolingAndCrossAttentions,
+    MaskedLMOutput,
     ModelOutput,
     MultipleChoiceModelOutput,
     QuestionAnsweringModelOutput,
@@ -24,6 +26,7 @@ from .encoder import ErnieMEmbeddings, ErnieMEncoder, ErnieMEncoderLayer
 from .inference import InferenceModel, inference_module
 from .inference_gpu import ScaledLinear
 from .quantization import describe
+from .vocabulary_loss import vocabulary_losses
 
 _LOG = logging.getLogger(__name__)
 
@@ -201,6 +204,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
         cu_seq_lens_k: Tensor | None = None,
         max_length_q: int | None = None,
         max_length_k: int | None = None,
+        key_ranges: Tensor | None = None,
     ) -> BaseModelOutputWithPoolingAndCrossAttentions | tuple:
         """Encodes a batch of token sequences.
 
@@ -217,6 +221,8 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 `(sequences + 1,)`, and the longest length, as
                 `DataCollatorWithFlattening(return_flash_attn_kwargs=True)` makes them.
             cu_seq_lens_k, max_length_k: ignored; accepted because that collator makes them.
+            key_ranges: only for packed input, integer `(tokens, 2)`: each token attends to the tokens of its sequence
+                from the first number to before the second, counted within the sequence; by default to all.
 
         Returns:
             `last_hidden_state` `(rows, columns, hidden)`, zeros at padding in the packed layout; `pooler_output`
@@ -244,6 +250,7 @@ class ErnieMModel(ErnieMPreTrainedModel):
                 max_length_q,
                 needs_first=self._pools(),
                 vocabulary=getattr(self.embeddings.word_embeddings, "num_embeddings", config.vocab_size),
+                key_ranges=key_ranges,
             )
             output = None
             if self._graphs is not None and head_mask is None and not (output_attentions or output_hidden_states):
@@ -664,6 +671,134 @@ class ErnieMForInformationExtraction(_ErnieMHead):
         return self._answer(return_dict, encoded, QuestionAnsweringModelOutput, **fields)
 
 
+class ErnieMLMHead(nn.Module):
+    """A linear, gelu, a layer norm, and the word table with a bias: XLM-RoBERTa's head, by its names."""
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__()
+        self.dense = nn.Linear(config.hidden_size, config.hidden_size)
+        self.layer_norm = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.decoder = nn.Linear(config.hidden_size, config.vocab_size)
+        self.bias = nn.Parameter(torch.zeros(config.vocab_size))
+
+    def transform(self, hidden: Tensor) -> Tensor:
+        """`(tokens, hidden)` to the same: all but the product with the word table."""
+        return self.layer_norm(gelu(self.dense(hidden)))
+
+    def forward(self, hidden: Tensor) -> Tensor:
+        """`(tokens, hidden)` to logits, `(tokens, vocab_size)`."""
+        return self.decoder(self.transform(hidden))
+
+    def losses(self, hidden: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """The sum of the tokens' losses, and each token's without gradient; see `vocabulary_losses`.
+
+        A decoder that was replaced or hooked is called, on all tokens at once.
+        """
+        decoder, transformed = self.decoder, self.transform(hidden)
+        if modes.is_plain(decoder, nn.Linear):
+            return vocabulary_losses(transformed, decoder.weight, decoder.bias, labels)
+        losses = cross_entropy(decoder(transformed).float(), labels, reduction="none")
+        return losses.sum(), losses.detach()
+
+
+class ErnieMForMaskedLM(_ErnieMHead):
+    """Predicts masked words, by a head whose last product is with the word table."""
+
+    _tied_weights_keys = {  # noqa: RUF012 (as the base has it)
+        "lm_head.decoder.weight": "ernie_m.embeddings.word_embeddings.weight",
+        "lm_head.decoder.bias": "lm_head.bias",
+    }
+    accepts_loss_kwargs = True
+
+    def __init__(self, config: ErnieMConfig) -> None:
+        super().__init__(config, add_pooling_layer=False)
+        # So that a checkpoint whose training goes on keeps its pooler.
+        self.ernie_m.pooler = _UnreadPooler(config)
+        self.lm_head = ErnieMLMHead(config)
+        self.post_init()
+
+    def _init_weights(self, module: nn.Module) -> None:
+        super()._init_weights(module)
+        if isinstance(module, ErnieMLMHead):
+            init.zeros_(module.bias)
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head.decoder
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.lm_head.decoder = value
+        self.lm_head.bias = value.bias
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        head_mask: Tensor | None = None,
+        inputs_embeds: Tensor | None = None,
+        labels: Tensor | None = None,
+        output_attentions: bool | None = None,
+        output_hidden_states: bool | None = None,
+        return_dict: bool | None = None,
+        num_items_in_batch: Tensor | int | None = None,
+        cu_seq_lens_q: Tensor | None = None,
+        cu_seq_lens_k: Tensor | None = None,
+        max_length_q: int | None = None,
+        max_length_k: int | None = None,
+    ) -> MaskedLMOutput | tuple:
+        """Predicts words; arguments as in `ErnieMModel.forward`, and:
+
+        Args:
+            labels: integer `(rows, columns)`, the right word of each token, -100 to ignore it. In the packed layout
+                padding is ignored too.
+            num_items_in_batch: what the sum of the losses is divided by; by default the number of labels that count.
+                `Trainer` passes those of all batches whose gradients it adds up.
+
+        Returns:
+            `loss`, a scalar, if labels are given. `logits`: without labels `(rows, columns, vocab_size)`, in the packed
+            layout zeros at padding; with labels only those at labels that count, `(labels, vocab_size)`, row by row; in
+            training None, because the loss computes them piece by piece. `hidden_states`, `attentions`.
+
+        Raises:
+            ValueError: as in `ErnieMModel.forward`; or a label has the wrong shape or dtype, or is not a word.
+        """
+        encoded = self.ernie_m(
+            input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            head_mask=head_mask,
+            inputs_embeds=inputs_embeds,
+            output_hidden_states=output_hidden_states,
+            output_attentions=output_attentions,
+            return_dict=True,
+            cu_seq_lens_q=cu_seq_lens_q,
+            max_length_q=max_length_q,
+        )
+        hidden = encoded.last_hidden_state
+        real = None if cu_seq_lens_q is not None else inputs.real_positions(self.config, input_ids, attention_mask)
+        if labels is None:
+            return self._answer(return_dict, encoded, MaskedLMOutput, logits=self._logits(hidden, real))
+        _check_labels("labels", labels, hidden.shape[:2])
+        labels = _as_integers("labels", labels).to(hidden.device)
+        labels = labels if real is None else labels.masked_fill(~real, IGNORED_LABEL)
+        _check_classes(labels, self.config.vocab_size, "check that tokenizer and model belong together")
+        counted = labels != IGNORED_LABEL
+        hidden, labels = hidden[counted], labels[counted]
+        loss = self.lm_head.losses(hidden, labels)[0] / _divisor(num_items_in_batch, labels)
+        logits = None if self.training else self.lm_head(hidden)
+        return self._answer(return_dict, encoded, MaskedLMOutput, loss=loss, logits=logits)
+
+    def _logits(self, hidden: Tensor, real: Tensor | None) -> Tensor:
+        """`(rows, columns, hidden)` to `(rows, columns, vocab_size)`, computed for real tokens if these are known."""
+        if real is None:
+            return self.lm_head(hidden)
+        if modes.is_recorded() or not modes.has_values(real):
+            return self.lm_head(hidden) * real[..., None]
+        real = real.expand(hidden.shape[:2])
+        found = self.lm_head(hidden[real])
+        return found.new_zeros(*real.shape, found.shape[-1]).masked_scatter(real[..., None], found)
+
+
 def _as_dict(config: ErnieMConfig, return_dict: bool | None) -> bool:
     return config.return_dict if return_dict is None else return_dict
 
@@ -744,3 +879,10 @@ def _span_loss(logits: Tensor, positions: Tensor, real: Tensor | None) -> Tensor
         counted = counted & inside[:, None]
     losses = binary_cross_entropy_with_logits(logits, targets.to(logits.dtype), reduction="none")
     return losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
+
+
+def _divisor(num_items_in_batch: Tensor | int | None, labels: Tensor) -> Tensor | int:
+    """What makes a mean of the sum; a batch without labels has a loss of 0."""
+    if num_items_in_batch is None:
+        return max(1, len(labels))
+    return num_items_in_batch.to(labels.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch

@@ -232,9 +232,8 @@ def test_commands_exist(name, monkeypatch, capsys):
 
 
 def test_an_installation_has_every_package():
-    (packages,) = re.findall(
-        r"^packages = (\[.*\])$", (ROOT / "pyproject.toml").read_text(encoding="utf-8"), re.MULTILINE
-    )
+    project = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    (packages,) = re.findall(r"^packages = (\[.*?\])$", project, flags=re.DOTALL | re.MULTILINE)
     files = [*(ROOT / "erniem_fast").glob("**/*.py"), *(ROOT / "erniem_fast/kernels").glob("*.py")]
     folders = {path.parent.relative_to(ROOT).as_posix().replace("/", ".") for path in files}
     assert set(literal_eval(packages)) == folders

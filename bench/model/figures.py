@@ -253,3 +253,49 @@ class LinesRun(Run):
 
     weights: str | None
     results: list[LinesFigures]
+
+
+@dataclasses.dataclass
+class PretrainingPoint:
+    """A model during its training.
+
+    Attributes:
+        tokens: it has been trained on.
+        loss: of masked-language modelling, on held-out sentences.
+        accuracy: at 1 of finding held-out translations, the mean over languages.
+    """
+
+    tokens: int
+    loss: float
+    accuracy: float
+
+
+@dataclasses.dataclass
+class PretrainingFigures:
+    """A run of a recipe of pre-training.
+
+    Attributes:
+        seconds: it took, measurements included.
+        curve: the model on the way, and at last at its end.
+        languages: the last point's accuracy by language.
+    """
+
+    recipe: str
+    seed: int
+    seconds: float
+    curve: list[PretrainingPoint]
+    languages: dict[str, float]
+
+
+@dataclasses.dataclass
+class PretrainingRun(Run):
+    """Recipes of pre-training with equal numbers of tokens.
+
+    Attributes:
+        tokens: of each run.
+        chance: the accuracy of guesses.
+    """
+
+    tokens: int
+    chance: float
+    runs: list[PretrainingFigures]

@@ -22,6 +22,7 @@ class Spec:
         rows: rows in a turn; a job has at least one batch and at most MOST_BATCHES.
         rounds: timed turns of each peer.
         train: whether a turn is steps of training, and not forwards.
+        masked: whether the loss of training is that of masked-language modelling.
     """
 
     batch_size: int
@@ -29,6 +30,7 @@ class Spec:
     rows: int
     rounds: int
     train: bool = False
+    masked: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,7 +47,8 @@ class Job:
 
     @property
     def name(self) -> str:
-        return f"{self.spec.batch_size} x {self.spec.lengths}{', training' if self.spec.train else ''}"
+        kind = ", masked-LM training" if self.spec.masked else ", training" if self.spec.train else ""
+        return f"{self.spec.batch_size} x {self.spec.lengths}{kind}"
 
     @property
     def rows(self) -> int:

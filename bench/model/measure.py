@@ -88,7 +88,9 @@ def _run(worker, entry, output) -> Tensor | None:
         entry.problem = f"{worker.name} not measured: it died in an earlier job"
         return None
     try:
-        reply = worker.request("check", batches=entry.job.batches, train=entry.job.spec.train, output=str(output))
+        spec = entry.job.spec
+        options = {"train": spec.train, "masked": spec.masked, "output": str(output)}
+        reply = worker.request("check", batches=entry.job.batches, **options)
     except WorkerError as error:
         entry.problem = f"{worker.name} {error}"
         return None

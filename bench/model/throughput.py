@@ -20,8 +20,9 @@ from bench.parser import make_parser
 def main(argv: list[str] | None = None, peers: Sequence[Peer] | None = None) -> int:
     """Run the benchmark; returns the exit code: 0, 1 where a peer died or was refused, 130 after Ctrl-C."""
     arguments = parse_arguments(argv)
+    trains = arguments.train or arguments.masked
     specs = [
-        Spec(size, lengths, arguments.sentences, arguments.rounds, arguments.train)
+        Spec(size, lengths, arguments.sentences, arguments.rounds, trains, arguments.masked)
         for size in arguments.batch_size
         for lengths in arguments.lengths
     ]
@@ -29,7 +30,8 @@ def main(argv: list[str] | None = None, peers: Sequence[Peer] | None = None) -> 
         peers = rivals(arguments.against, arguments.device, arguments.dtype)
     try:
         with checkpoint(arguments) as model:
-            return run_and_save("training" if arguments.train else "throughput", arguments, model, peers, specs)
+            kind = "masked-lm" if arguments.masked else "training" if arguments.train else "throughput"
+            return run_and_save(kind, arguments, model, peers, specs)
     except (ValueError, OSError) as error:
         sys.exit(f"python -m bench throughput: {error}")
 
@@ -58,6 +60,9 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     jobs.add_argument("--rounds", type=positive, default=7, metavar="N", help="timed turns of each peer (default: 7)")
     jobs.add_argument(
         "--train", action="store_true", help="time steps of training: forward, backward and AdamW, with dropout"
+    )
+    jobs.add_argument(
+        "--masked", action="store_true", help="the same with the loss of masked-language modelling, by XLM-R's head"
     )
     jobs.add_argument(
         "--against",

@@ -6,11 +6,13 @@ The argument "packed", "bfloat16", "int8" or "float8" is the form that `erniem_f
 
 import sys
 
+import torch.nn.functional as F
 import transformers
 
 import erniem_fast
 from bench.peers.serve import serve
 from bench.peers.torch_peer import TorchPeer
+from erniem_fast.vocabulary_loss import vocabulary_losses
 
 
 class ErnieMFast(TorchPeer):
@@ -23,6 +25,14 @@ class ErnieMFast(TorchPeer):
         if self.weights:
             erniem_fast.optimize(module, weights=self.weights)
         return module, {"transformers": transformers.__version__}
+
+    def _masked_loss(self, inputs):
+        """As ErnieMForMaskedLM computes it: for the tokens that are predicted, a part of them at a time."""
+        labels, head = self.labels(inputs), self._head
+        hidden = self.module(**inputs).last_hidden_state[labels >= 0]
+        transformed = head.layer_norm(F.gelu(head.dense(hidden)))
+        labels = labels[labels >= 0]
+        return vocabulary_losses(transformed, head.decoder.weight, head.decoder.bias, labels)[0] / len(labels)
 
     def load(self, model, device, dtype, threads):
         versions = super().load(model, device, dtype, threads)

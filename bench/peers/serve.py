@@ -5,8 +5,8 @@
     {"op": "load", "model", "device", "dtype",       {"versions": {name: version}, "peak_memory": bytes since
      "threads"}                                      the process began}
     {"op": "check", "batches": [{"input_ids",        {"first_seconds"}, of the first batch: every batch ran once, and
-     "attention_mask"}], "train", "output"}          `output`, an .npy file, holds the hidden states of the real tokens,
-                                                     float32 (tokens, hidden); to `train`, those after one step
+     "attention_mask"}], "train", "output",          `output`, an .npy file, holds the hidden states of the real tokens,
+     "masked"}                                       float32 (tokens, hidden); to `train`, those after one step
     {"op": "time"}                                   {"seconds": [per batch], "peak_memory": bytes since the check}
 
 A worker ends when stdin closes. An error ends it too, with its traceback on stderr, which the benchmark reports.
@@ -25,7 +25,13 @@ from bench.peers import memory
 
 
 class Peer:
-    """One way to run the model. A subclass knows how to load it and how to run one batch."""
+    """One way to run the model. A subclass knows how to load it and how to run one batch.
+
+    Attributes:
+        masked: whether training predicts masked words.
+    """
+
+    masked = False
 
     def export(self, model, exports):
         """Make what `load` needs of the checkpoint in the folder `model`, once for all (see exports.py)."""
@@ -86,7 +92,8 @@ class Server:
         versions = {"python": platform.python_version(), **self.peer.load(**load)}
         return {"versions": versions, "peak_memory": memory.peak()}
 
-    def check(self, batches, train, output):
+    def check(self, batches, train, output, masked=False):
+        self.peer.masked = masked
         self.inputs = [self.peer.prepare(**batch) for batch in batches]
         self.step = self.peer.train if train else self.peer.forward
         # Freed memory goes back here, and the batches that now run get it again before a time counts.

@@ -10,6 +10,22 @@ from bench.peers.serve import Peer
 RATE = 0.01  # of `learn`: at base size it moves the hidden states by 0.4 of their root mean square
 
 
+class MaskedLMHead(torch.nn.Module):
+    """XLM-RoBERTa's head, with the same weights for every peer."""
+
+    def __init__(self, table):
+        super().__init__()
+        words, hidden = table.shape
+        torch.manual_seed(1)
+        self.dense, self.layer_norm = torch.nn.Linear(hidden, hidden), torch.nn.LayerNorm(hidden, eps=1e-5)
+        self.decoder = torch.nn.Linear(hidden, words, device="meta")
+        self.decoder.weight, self.decoder.bias = table, torch.nn.Parameter(table.new_zeros(words))
+        self.to(table.device, table.dtype)
+
+    def forward(self, hidden):
+        return self.decoder(self.layer_norm(F.gelu(self.dense(hidden))))
+
+
 class TorchPeer(Peer):
     """A peer whose `build` returns a module that is called as Hugging Face's models are."""
 
@@ -53,6 +69,24 @@ class TorchPeer(Peer):
         return hidden_state
 
     def _loss(self, inputs):
+        return self._masked_loss(inputs) if self.masked else self._distance(inputs)
+
+    def _masked_loss(self, inputs):
+        """That of XLMRobertaForMaskedLM: the logits of all tokens, of which some are predicted."""
+        logits = self._head(self.module(**inputs).last_hidden_state)
+        return F.cross_entropy(logits.flatten(0, 1), self.labels(inputs).flatten())
+
+    @functools.cached_property
+    def _head(self):
+        return MaskedLMHead(self.module.get_input_embeddings().weight)
+
+    def labels(self, inputs):
+        """The ids of some 15 % of the real tokens, the same ones for every peer; -100 elsewhere."""
+        ids, mask = inputs["input_ids"], inputs["attention_mask"]
+        places = torch.arange(ids.numel(), device=ids.device).view(ids.shape)
+        return ids.masked_fill((mask == 0) | (places * 7919 % 100 >= 15), -100)
+
+    def _distance(self, inputs):
         """Distance of the real tokens' hidden states from a target that they are far from."""
         hidden_state = self.module(**inputs).last_hidden_state[inputs["attention_mask"].bool()].float()
         target = torch.linspace(-1, 1, hidden_state.shape[1], device=self.device)
@@ -62,11 +96,13 @@ class TorchPeer(Peer):
     def _optimizer(self):
         # At a rate of zero every weight is read, computed and written as at any other, and stays what it is: so the
         # peers remain comparable whatever dropout did to their gradients.
-        return torch.optim.AdamW(self.module.parameters(), lr=0.0, fused=True)
+        head = self._head.parameters() if self.masked else ()
+        return torch.optim.AdamW(dict.fromkeys([*self.module.parameters(), *head]), lr=0.0, fused=True)
 
     @torch.no_grad()
     def _descend(self, rate):
-        for parameter in self.module.parameters():
+        head = self._head.parameters() if self.masked else ()
+        for parameter in dict.fromkeys([*self.module.parameters(), *head]):
             if parameter.grad is not None:
                 parameter.sub_(parameter.grad, alpha=rate)
 

@@ -13,6 +13,8 @@ from runs import TINY
 from bench.model.jobs import pad
 from bench.model.workers import exports_folder
 from bench.peers import exports, packed, xlm_roberta
+from bench.peers.ours import ErnieMFast
+from bench.peers.transformers5 import Transformers5
 from erniem_fast import ErnieMModel
 
 RAGGED = {name: torch.tensor(rows) for name, rows in pad([[5] * 9, [7, 8, 9], [6]]).items()}
@@ -45,6 +47,20 @@ def test_the_packed_rival_computes_what_we_do(monkeypatch):
     with torch.inference_mode():
         theirs = peer.forward(RAGGED)
         torch.testing.assert_close(theirs[REAL], ours(**RAGGED).last_hidden_state[REAL], rtol=0, atol=1e-5)
+
+
+def test_masked_words_are_predicted_alike():
+    """A step of training by our loss moves the hidden states as one by the loss over all tokens does."""
+    found = []
+    for peer in (ErnieMFast(), Transformers5("sdpa")):
+        peer.load(TINY, "cpu", "float32", 1)
+        before = peer.forward(RAGGED)
+        peer.masked = True
+        found.append((before, peer.learn(RAGGED)))
+        peer.train(RAGGED)
+    for ours, theirs in zip(*found, strict=True):
+        torch.testing.assert_close(ours[REAL], theirs[REAL], rtol=0, atol=1e-5)
+    assert (found[0][1] - found[0][0])[REAL].abs().max() > 1e-3
 
 
 def test_a_checkpoint_with_a_head_lends_its_encoder(tmp_path):

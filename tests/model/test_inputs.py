@@ -7,6 +7,7 @@ from transformers import BatchEncoding, BertConfig, BertModel
 
 import erniem_fast
 from tests.golden import cases
+from tests.model.tiny import assert_close, load
 
 ROWS, COLUMNS, HEADS, HIDDEN, VOCABULARY, POSITIONS = 3, 8, 2, 64, cases.VOCABULARY, 512
 MASK = (torch.arange(COLUMNS) < torch.tensor([[8], [5], [2]])).long()
@@ -467,3 +468,18 @@ def test_a_checkpoint_of_another_architecture(tmp_path):
     for name in ("ErnieMModel", *{name for name, _ in cases.HEADS.values()}):
         with pytest.raises(ValueError, match=r"model_type='bert'.*'ernie_m'.*AutoModel"):
             getattr(erniem_fast, name).from_pretrained(tmp_path)
+
+
+def test_key_ranges():
+    """As a mask per query, and only for packed input."""
+    model, ids, bounds = load(), torch.arange(4, 13)[None], torch.tensor([0, 4, 9])
+    ranges = torch.tensor([[0, 2], [0, 2], [0, 4], [2, 4], [0, 5], [1, 2], [4, 5], [0, 3], [2, 5]])
+    found = model(ids, cu_seq_lens_q=bounds, max_length_q=5, key_ranges=ranges).last_hidden_state[0]
+    for start, end in ((0, 4), (4, 9)):
+        key = torch.arange(end - start)
+        mask = (key >= ranges[start:end, :1]) & (key < ranges[start:end, 1:])
+        assert_close(found[start:end], model(ids[:, start:end], attention_mask=mask[None]).last_hidden_state[0])
+    with pytest.raises(ValueError, match="key_ranges need packed input"):
+        model(ids, key_ranges=ranges)
+    with pytest.raises(ValueError, match=r"key_ranges has shape \(8, 2\).*must hold integers of shape \(9, 2\)"):
+        model(ids, cu_seq_lens_q=bounds, max_length_q=5, key_ranges=ranges[:8])

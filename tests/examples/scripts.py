@@ -1,0 +1,14 @@
+"""The scripts in examples/, as modules."""
+
+import sys
+from importlib import import_module
+
+from tests import ROOT
+
+
+def import_example(name):
+    sys.path.insert(0, str(ROOT / "examples"))
+    try:
+        return import_module(name)
+    finally:
+        sys.path.pop(0)

@@ -19,6 +19,11 @@ COMMANDS = {
         "bench.model.pretraining",
         "the objectives of pre-training on small models: the translations that they find, by language",
     ),
+    "encode": (
+        "bench.model.sentence_transformers",
+        "models of sentence-transformers before and after optimize: encode, a reranker, a single query",
+    ),
+    "lines": ("bench.model.lines", "many lines to vectors: encode of sentence-transformers beside embed, and memory"),
     "breakdown": ("bench.model.breakdown", "where the time of a forward and of a training step goes, op by op"),
     "kernels": ("bench.kernels.speed", "each op beside PyTorch's ways to do the same work, and beside its floor"),
     "sweep": ("bench.kernels.sweep", "ways to launch the Triton kernels, timed on a GPU beside the shipped ones"),

@@ -13,6 +13,7 @@ from transformers import (
 from transformers.pipelines import PIPELINE_REGISTRY
 
 from .configuration import ErnieMConfig
+from .embedding import embed, score
 from .extraction import Extractor, extract, extract_answer
 from .extraction.pipeline import InformationExtractionPipeline
 from .flags import check_names, use_kernels
@@ -47,10 +48,12 @@ __all__ = [
     "ErnieMTokenizer",
     "Extractor",
     "create_optimizer",
+    "embed",
     "extract",
     "extract_answer",
     "optimize",
     "restore",
+    "score",
     "use_graphs",
     "use_kernels",
     "verify",

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 from .conversion import command as conversion
+from .embedding import command as embedding
 from .extraction import command as extraction
 from .matmul import fastest
 from .native.build import build
@@ -18,11 +19,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m erniem_fast")
     commands = parser.add_subparsers(dest="command", required=True)
     for name, command in _COMMANDS.items():
-        added = commands.add_parser(name, help=command.does, description=command.does)
-        added.set_defaults(run=command.run)
-        command.add_arguments(added)
+        command.add_arguments(commands.add_parser(name, help=command.does, description=command.does))
     arguments = parser.parse_args()
-    return arguments.run(arguments)
+    return _COMMANDS[arguments.command].run(arguments)
 
 
 def _status(_: argparse.Namespace) -> int:
@@ -65,6 +64,7 @@ _COMMANDS = {
         conversion.run,
         conversion.add_arguments,
     ),
+    "embed": _Command("turn a file of texts into a file of vectors", embedding.run, embedding.add_arguments),
     "extract": _Command("find what a schema names in a file of texts", extraction.run, extraction.add_arguments),
 }
 

@@ -6,9 +6,13 @@ Without a GPU, the Triton kernels run in Triton's interpreter, which has to be c
 import contextlib
 import os
 import zlib
+from importlib.util import find_spec
 
 import pytest
 import torch
+
+from tests.compiling import compiling_process
+from tests.interpreter import patch_once_a_launch
 
 # Every checkpoint is a folder of the tests: nothing may be looked up on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -35,11 +39,32 @@ def device(request):
     return torch.device(request.param)
 
 
+@pytest.fixture(scope="session")
+def compiling():
+    """Runs code in a process that compiles kernels, and returns the JSON that the code prints."""
+    with compiling_process() as run:
+        yield run
+
+
+def share_threads(processes):
+    """Divides the threads of torch, here and in processes that tests start, between the processes of pytest-xdist.
+
+    Each has two at least, because one thread does not show whether work is divided rightly.
+    """
+    if processes > 1:
+        threads = max(2, torch.get_num_threads() // processes)
+        torch.set_num_threads(threads)
+        os.environ["OMP_NUM_THREADS"] = str(threads)
+
+
 def pytest_configure(config):
     """Builds the native library, so that tests of every implementation find it; without a compiler they skip it."""
+    share_threads(int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
     from erniem_fast.native.build import build  # imports Triton, which must find the setting above
     from erniem_fast.native.library import BuildError
 
+    if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
+        patch_once_a_launch()
     with contextlib.suppress(BuildError):
         build(["cpu"])
 

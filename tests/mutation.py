@@ -21,3 +21,19 @@ def replaced(source, body, old, new):
 def holds(check):
     """Whether a check of the battery finds nothing."""
     return all(comparison.holds for comparison in check.run().values())
+
+
+_caught_by = {}  # by the place of a mutant: the index of the check that caught the last one there
+
+
+def is_caught(checks, *place):
+    """Whether any check finds something.
+
+    Mutants in one place are mostly caught by the same check, so the one that caught the last goes first.
+    """
+    likely = _caught_by.get(place, 0)
+    for index in sorted(range(len(checks)), key=lambda index: index != likely):
+        if not holds(checks[index]):
+            _caught_by[place] = index
+            return True
+    return False

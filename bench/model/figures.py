@@ -218,3 +218,84 @@ class PretrainingRun(Run):
     tokens: int
     chance: float
     runs: list[PretrainingFigures]
+
+
+@dataclasses.dataclass(frozen=True)
+class Contender:
+    """A way to run a model of sentence-transformers.
+
+    Attributes:
+        name: of the way.
+        seconds: over the rounds.
+        speedup: the stock model's seconds over these, round by round.
+        difference: largest difference of its results from the stock model's, over the root mean square of those.
+    """
+
+    name: str
+    seconds: Quartiles
+    speedup: Quartiles
+    difference: float
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodeJob:
+    """What the contenders do, the stock model first.
+
+    Attributes:
+        name: of the job.
+        items: texts or pairs.
+        tokens: of all items.
+        fill: the share of real tokens in batches as sentence-transformers makes them.
+    """
+
+    name: str
+    items: int
+    tokens: int
+    fill: float
+    contenders: list[Contender]
+
+
+@dataclasses.dataclass
+class EncodeRun(Run):
+    """A model of sentence-transformers before and after `optimize`.
+
+    Attributes:
+        absent: why other ways take no part.
+    """
+
+    absent: list[str]
+    jobs: list[EncodeJob]
+
+
+@dataclasses.dataclass(frozen=True)
+class LinesFigures:
+    """A file of lines, embedded by one way in a process of its own.
+
+    Attributes:
+        lines: of the file.
+        way: `encode` of sentence-transformers, or `embed`.
+        seconds: of each round, without loading the model.
+        loaded_memory, peak_memory: bytes of the process when the model was loaded, and at most.
+    """
+
+    lines: int
+    way: str
+    seconds: list[float]
+    loaded_memory: int
+    peak_memory: int
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+
+@dataclasses.dataclass
+class LinesRun(Run):
+    """Many lines, by `encode` and `embed` of the same optimised model.
+
+    Attributes:
+        weights: the form of its weights; None for those of the checkpoint.
+    """
+
+    weights: str | None
+    results: list[LinesFigures]

@@ -20,7 +20,6 @@ from bench.timing import Quartiles
 from erniem_fast.kernels import add_norm, attention, bias_gelu
 from erniem_fast.kernels.device import Device
 from erniem_fast.ops.triton_interpreter import mended_floats
-from tests.kernels.test_codegen import in_process_of_its_own
 
 CPU = torch.device("cpu")
 HOPPER = Device("sm_90", multiprocessors=132, lanes=32)
@@ -174,11 +173,10 @@ def test_figures_are_kept_after_each_problem_and_the_rest_is_told(tmp_path, monk
     assert run.left_out == [problem.name for problem in wanted[2:]]
 
 
-def test_launches_compile_ahead():
+def test_launches_compile_ahead(compiling):
     """For a GPU that is not here, from tensors on the CPU; a tile that is no power of two does not."""
     code = """
-import json, os
-os.environ["TRITON_INTERPRET"] = "0"
+import json
 import torch
 from bench.kernels.candidates import Problem, launches
 from bench.kernels.jobs import make_batch
@@ -190,7 +188,7 @@ shipped, *_ = launches(problem, make_batch("64", 128, torch.device("cpu")), devi
 wrong = {**shipped, "config": replace(shipped["config"], step=48)}
 print(json.dumps([compile_launch("sm_90", problem, 128, launch) for launch in (shipped, wrong)]))
 """
-    (failure, takes), (of_wrong, _) = in_process_of_its_own(code)
+    (failure, takes), (of_wrong, _) = compiling(code)
     assert failure is None
     assert re.fullmatch(r"\d+ registers, \d+ KiB", takes)
     assert of_wrong.startswith("does not compile: ")

@@ -66,6 +66,12 @@ def test_a_saved_encoder_is_loaded(encoder, vectors, tmp_path):
     assert_close(encode(again, ALL), vectors)
 
 
+def test_a_checkpoint_without_modules_gets_the_mean(vectors):
+    """As sentence-transformers loads any model of transformers."""
+    loaded = sentence_transformers.SentenceTransformer(str(cases.TINY), device="cpu")
+    assert_close(encode(loaded, ALL), vectors)
+
+
 def test_several_processes(encoder, vectors):
     """They get the modules pickled, and with them import erniem_fast."""
     assert_close(encode(encoder, ALL, device=["cpu"] * 2, batch_size=4, chunk_size=5), vectors)

@@ -1,22 +1,7 @@
-"""What the kernels compile to for GPUs that are not here; in processes of their own, as this one may interpret."""
-
-import json
-import os
-import subprocess
-import sys
-
-from tests import ROOT
+"""What the kernels compile to for GPUs that are not here."""
 
 
-def in_process_of_its_own(code):
-    """The JSON that `code` prints."""
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_the_table_is_of_these_kernels_and_breaks_no_rule():
+def test_the_table_is_of_these_kernels_and_breaks_no_rule(compiling):
     code = """
 import json
 from bench.kernels import codegen
@@ -31,7 +16,7 @@ print(json.dumps({
     "sizes": sorted({row.size for row in rows}),
 }))
 """
-    found = in_process_of_its_own(code)
+    found = compiling(code)
     assert found["up to date"], "the kernels have changed; run `python -m bench codegen`"
     assert found["broken"] == []
     assert found["archs"] == found["all archs"]
@@ -61,7 +46,7 @@ forward = codegen.Row(
 """
 
 
-def test_the_rules():
+def test_the_rules(compiling):
     code = """
 gelu = replace(
     forward, op="bias_gelu", size=3072, products="-", loop=261, elements=16, stages=1, in_flight=0, ctas=8, launched=8
@@ -85,7 +70,7 @@ print(json.dumps([each.broken_rules() for each in (
     replace(gelu, stores=8),
 )]))
 """
-    assert in_process_of_its_own(FORWARD + code) == [
+    assert compiling(FORWARD + code) == [
         [],
         ["481 instructions in a loop over 64 elements"],
         ["9 selections and comparisons in a loop without masks"],
@@ -105,7 +90,7 @@ print(json.dumps([each.broken_rules() for each in (
     ]
 
 
-def test_counts_of_kernels_that_are_known():
+def test_counts_of_kernels_that_are_known(compiling):
     """Of 20 and 30 multiply-adds for each of four elements, with a selection, exchanges, and copies ahead."""
     code = """
 import json
@@ -122,7 +107,7 @@ print(json.dumps({arch: [
     *(counts(arch, 30, False, 0, stages) for stages in (2, 3, 4)),
 ] for arch in ("sm_80", "sm_90")}))
 """
-    for few, many, masked, exchanged, *staged in in_process_of_its_own(code).values():
+    for few, many, masked, exchanged, *staged in compiling(code).values():
         assert 80 < few[0] < 90  # and the loop's own: an address, a load, a comparison, a branch
         assert many[0] - few[0] == 40
         assert masked[1] - many[1] == 4
@@ -132,7 +117,7 @@ print(json.dumps({arch: [
         assert {each[4] for each in (few, many, masked, exchanged, *staged)} == {4}
 
 
-def test_how_many_programs_fit():
+def test_how_many_programs_fit(compiling):
     code = """
 import json
 from bench.kernels.compiling import ARCHITECTURES
@@ -151,10 +136,10 @@ print(json.dumps([ARCHITECTURES[arch].fits(*program) for arch, *program in (
     ("gfx1100", 97, 0, 4),
 )]))
 """
-    assert in_process_of_its_own(code) == [9, 8, 32, 8, 2, 1, 2, 12, 4, 3, 16, 12]
+    assert compiling(code) == [9, 8, 32, 8, 2, 1, 2, 12, 4, 3, 16, 12]
 
 
-def test_the_rules_for_amd():
+def test_the_rules_for_amd(compiling):
     code = """
 row = replace(forward, dropout="yes", arch="gfx942", registers=256, products="v_mfma", stores=8, loop=0, in_flight=0)
 print(json.dumps([each.broken_rules() for each in (
@@ -166,7 +151,7 @@ print(json.dumps([each.broken_rules() for each in (
     replace(row, op="add_norm", size=768, products="-"),
 )]))
 """
-    assert in_process_of_its_own(FORWARD + code) == [
+    assert compiling(FORWARD + code) == [
         [],
         ["spills 4 bytes a thread"],
         ["65537 bytes of shared memory, of 65536 that are there"],
@@ -176,7 +161,7 @@ print(json.dumps([each.broken_rules() for each in (
     ]
 
 
-def test_what_compiles_here_keeps_the_rules_and_is_in_the_table():
+def test_what_compiles_here_keeps_the_rules_and_is_in_the_table(compiling):
     """Figures are compared where Triton is the table's; for NVIDIA's, the rules hold for every other one too.
 
     What compiles for sm_89 is what compiles for sm_86, and for gfx90a nearly what does for gfx942.
@@ -186,7 +171,7 @@ import json
 from bench.kernels import codegen
 import triton
 compiled = codegen.ARCHITECTURES.keys() - {"sm_89", "gfx90a"}
-rows = codegen.on_architectures(codegen.tabled_rows, compiled)
+rows = [row for arch in compiled for row in codegen.tabled_rows(arch)]
 same_triton = f"Triton {triton.__version__} " in codegen.TABLE.read_text()
 print(json.dumps({
     "missing": len(rows) - sum(row.arch in compiled for row in codegen.read_table()) if same_triton else 0,
@@ -199,10 +184,10 @@ print(json.dumps({
     "unknown": [str(row) for row in rows if row not in codegen.read_table()] if same_triton else [],
 }))
 """
-    assert in_process_of_its_own(code) == {"missing": 0, "broken": [], "unknown": []}
+    assert compiling(code) == {"missing": 0, "broken": [], "unknown": []}
 
 
-def test_token_counts_and_lengths_compile_nothing_new():
+def test_token_counts_and_lengths_compile_nothing_new(compiling):
     code = """
 import json
 from bench.kernels import codegen, launches
@@ -219,14 +204,14 @@ for launch, size, varied in (
     counts[launch.__name__] = [len(compiled), len({kernel.hash for kernel in compiled})]
 print(json.dumps(counts))
 """
-    assert in_process_of_its_own(code) == {
+    assert compiling(code) == {
         "launch_add_norm": [21, 3],
         "launch_bias_gelu": [14, 2],
         "launch_attention": [15, 3],  # more than 64 keys: two kernels of the backward
     }
 
 
-def test_no_size_is_compiled_anew():
+def test_no_size_is_compiled_anew(compiling):
     """Whatever the tokens, lengths and sequences: one compilation of a kernel, two where short sequences have tiles."""
     code = """
 import json
@@ -266,7 +251,7 @@ print(json.dumps([
     count(launch_rows, launches.launch_dequantise, 768),
 ]))
 """
-    add_norm, bias_gelu, attention, quantise, dequantise = in_process_of_its_own(code)
+    add_norm, bias_gelu, attention, quantise, dequantise = compiling(code)
     assert (quantise, dequantise) == ({"_quantise_kernel": [9, 1]}, {"_dequantise_kernel": [9, 1]})
     assert bias_gelu == {"_backward_kernel": [9, 1], "_forward_kernel": [9, 1]}
     assert add_norm == {**bias_gelu, "_sum_kernel": [9, 1]}

@@ -1,6 +1,9 @@
 """`python -m erniem_fast verify`, and what it must not let pass."""
 
+import os
 import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -8,14 +11,28 @@ import torch
 from erniem_fast.kernels import add_norm
 from erniem_fast.ops.choose import arguments_of
 from erniem_fast.verification import battery, command
-from tests.commands import run
 
 CPU = torch.device("cpu")
+OPS = ("embeddings", "attention", "bias_gelu", "add_norm", "quantise")
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORWARD, BACKWARD = add_norm.forward, add_norm.backward
 
 
-def test_the_battery_passes(tmp_path):
-    done = run("verify", XDG_CACHE_HOME=str(tmp_path), TRITON_INTERPRET="0")
+# The command with the battery's smallest cases, in a process that starts itself again for the interpreter.
+COMMAND = """
+import sys
+from erniem_fast import __main__
+from erniem_fast.verification import battery
+small = battery._small
+battery._HARD, battery._QUANTISED, battery._small = (), battery._QUANTISED[:2], lambda sizes: small((1,))
+sys.argv[1:] = ["verify"]
+sys.exit(__main__.main())
+"""
+
+
+def test_the_command_reports_every_check(tmp_path):
+    settings = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), "TRITON_INTERPRET": "0"}
+    done = subprocess.run([sys.executable, "-c", COMMAND], env=settings, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stdout + done.stderr
     heading, *lines, summary = done.stdout.splitlines()
     assert heading == "No GPU: what is written in Triton runs in Triton's interpreter."
@@ -25,14 +42,24 @@ def test_the_battery_passes(tmp_path):
     lines = lines[len(unchecked) :]
     assert summary == f"{len(lines)} checks, 0 failures"
     assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
-    assert {tuple(line.split()[1:4]) for line in lines} == {
-        (op, "triton", dtype)
-        for op in ("embeddings", "attention", "bias_gelu", "add_norm", "quantise")
-        for dtype in ("float32", "float16", "bfloat16")
-    }
+    dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
+    assert {tuple(line.split()[1:4]) for line in lines} == {(op, "triton", dtype) for op in OPS for dtype in dtypes}
     for line in lines:
         error, bound = line.partition(" error ")[2].split("  ")[0].split(", bound ")
         assert float(error) <= float(bound)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="kernels are compiled where there is a GPU")
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("op", OPS)
+def test_the_battery_passes(op, dtype):
+    checks = [
+        check
+        for check in battery.battery(CPU)
+        if (check.op, check.implementation, check.dtype) == (op, "triton", dtype)
+    ]
+    assert checks
+    assert [line for line, passed in map(battery.outcome, checks) if not passed] == []
 
 
 def broken(wrong):
@@ -64,6 +91,8 @@ def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
     )
     monkeypatch.setattr(battery, "_HARD", (case,))
     monkeypatch.setattr(battery, "_small", lambda sizes: ())
+    for others in ("_QUANTISED", "_PRODUCTS", "_INT8"):
+        monkeypatch.setattr(battery, others, ())
     assert command._verify_kernels() == 0
     capsys.readouterr()
     monkeypatch.setattr(add_norm, "forward", broken(wrong))

@@ -15,7 +15,7 @@ import transformers
 import erniem_fast
 
 SUFFIX = ".partial"
-PIECE, PIECES = 2**18, 256  # of a file, a digest reads this many pieces of so many bytes; smaller files whole
+PIECE, PIECES = 2**18, 256  # bytes of a piece, and pieces of a model's file that are digested; smaller files whole
 
 
 class ResumableOutput:
@@ -148,10 +148,10 @@ def digest(path: Path) -> str:
 
 
 def digest_of_folder(folder: Path) -> str:
-    """SHA-256 of the files' names, sizes and contents; of large ones, pieces from all over the file for its contents.
+    """SHA-256 of the files' names, sizes and contents; of large files, only pieces, from beginning to end.
 
-    Pieces are enough to tell models apart, and take a second where the whole would take a minute. Folders of runs that
-    were stopped are left out, in case the output is written into the folder.
+    Pieces are enough to tell models apart, and are read in a fraction of a second. Folders of runs that were stopped
+    are left out, because the output may be written into the folder.
     """
     digest = hashlib.sha256()
     for path in sorted(folder.rglob("*")):
@@ -163,8 +163,7 @@ def digest_of_folder(folder: Path) -> str:
                 for start in range(0, size, max(PIECE, size // PIECES)):
                     file.seek(start)
                     digest.update(file.read(PIECE))
-                file.seek(max(0, size - PIECE))
-                digest.update(file.read())
+                digest.update(file.read())  # to the end
     return digest.hexdigest()
 
 
@@ -197,7 +196,6 @@ def _read_state(folder: Path) -> dict | None:
 
 
 def _compare(folder: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:
-    now = json.loads(json.dumps(now))
     # As JSON, because the order of keys may decide the output too.
     changed = [name for name in {**before, **now} if json.dumps(before.get(name)) != json.dumps(now.get(name))]
     if changed:

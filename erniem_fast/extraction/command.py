@@ -73,7 +73,7 @@ def _load(folder: Path, schema: object, arguments: argparse.Namespace) -> Extrac
 
 
 def _encode(items: Iterable[dict]) -> bytes:
-    """Lines of JSON. Lone surrogates, which UTF-8 cannot hold, stay as they came: escaped, as then is all of a line."""
+    """Lines of JSON. A line with a lone surrogate, which UTF-8 cannot hold, is escaped."""
     return b"".join(_encode_line(item) + b"\n" for item in items)
 
 

@@ -392,6 +392,7 @@ def _biased(device: torch.device) -> TokenBatch:
     key_bias = key_bias_of(_mask(device))
     key_bias[:, ::5] += log(400)
     key_bias[:, 1::5] -= 2.0
+    key_bias[2, 0] = log(400)  # heavy, right behind a row whose last tile of keys is not full
     return TokenBatch.padded((5, 70), device, key_bias)
 
 
@@ -408,6 +409,12 @@ def _ranged(*lengths: int) -> Callable[[torch.device], TokenBatch]:
         return batch.attending_to(ranges.int())
 
     return layout
+
+
+def _ranged_alike(device: torch.device) -> TokenBatch:
+    """All queries see the same keys, one more than fills tiles of any size."""
+    batch = _sequences(90)(device)
+    return batch.attending_to(torch.tensor([[0, 65]], dtype=torch.int32, device=device).expand(90, 2))
 
 
 def _ranged_and_biased(device: torch.device) -> TokenBatch:
@@ -430,6 +437,7 @@ _LAYOUTS = {
     "padded with key biases": _biased,
     "with key ranges": _ranged(63, 0, 130, 1),
     "with short key ranges": _ranged(5, 0, 60),
+    "with equal key ranges": _ranged_alike,
     "padded with both": _ranged_and_biased,
     "32 of 1 to 497": _sequences(*range(1, 512, 16)),
     "32 of 512": _sequences(*[512] * 32),
@@ -439,20 +447,23 @@ _LAYOUTS = {
 # --- Cases -----------------------------------------------------------------------------------------------------------
 
 
-def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0, ties: bool = False) -> Case:
-    """With `ties`, products of queries and keys are large, close together and exact in every dtype."""
+def _attention(layout: str, heads: int, head_dim: int, p: float = 0.0, ties: bool = False, low: bool = False) -> Case:
+    """With `ties`, products of queries and keys are large, close together and exact in every dtype; with `low`, they
+    are that, but far below zero."""
 
     def make(generator: torch.Generator, device: torch.device, dtype: torch.dtype) -> Problem:
         batch = _LAYOUTS[layout](device)
         leaves = {"qkv": _randn(generator, device, dtype, batch.tokens, 3 * heads * head_dim)}
-        if ties:
+        if ties or low:
             query, key, _ = leaves["qkv"].unflatten(1, (3, heads, head_dim)).unbind(1)
             for factor in (query, key):
                 factor.round_()
                 factor[..., 0] = 128.0
+            if low:
+                key[..., 0] = -128.0
         return lambda qkv: ops.attention(qkv, batch, heads, head_dim**-0.5, _dropout(batch, p)), leaves
 
-    name = f"{layout}, {heads} x {head_dim}, p {p}{', ties' if ties else ''}"
+    name = f"{layout}, {heads} x {head_dim}, p {p}{', ties' if ties else ''}{', low' if low else ''}"
     return Case("attention", name, make, size=head_dim)
 
 
@@ -577,6 +588,9 @@ _HARD = (
     _attention("padded with key biases", 2, 64),
     _attention("lengths around 64", 1, 16, p=0.1, ties=True),
     _attention("lengths around 64", 1, 16, ties=True),
+    _attention("18 tokens", 1, 16, low=True),
+    _attention("with short key ranges", 1, 16, low=True),
+    _attention("with equal key ranges", 1, 16),
     _attention("18 tokens", 1, 256, p=0.1),
     _attention("packed with holes", 2, 32, p=0.3),
     _attention("padded at the left", 1, 128, p=0.3),

@@ -330,5 +330,5 @@ def test_tables_of_more_than_two_to_the_31_elements(device):
 def test_opcheck(device):
     case = Case(two_sequences(9, device), 96, p=0.1)
     leaves = [each.requires_grad_() for each in case.tables]
-    inputs = (case.ids, case.positions, *leaves, EPS, PADDING, *case.dropout, False, None, True, "native")
+    inputs = (case.ids, case.positions, *leaves, EPS, PADDING, *case.dropout, False, None, PADDING, True, "native")
     torch.library.opcheck(torch.ops.erniem_fast.embeddings.default, inputs)

@@ -71,13 +71,23 @@ def custom_op_calls(implementation, dtype, p, layout, batch=BATCHES["holes, pack
             *(False, implementation),
         ),
         "add_norm_backward": (grad, wide(hidden, False), *norm_scale(), *dropout, *last),
-        "embeddings": (*rows, table(9), table(12), *norm(), PADDING, *dropout, False, None, *saving),
-        "embeddings_backward": (*into_embeddings, [9, 96], [12, 96], *norm_scale(), PADDING, *dropout, False, *last),
+        "embeddings": (*rows, table(9), table(12), *norm(), PADDING, *dropout, False, None, PADDING, *saving),
+        "embeddings_backward": (
+            *into_embeddings,
+            [9, 96],
+            [12, 96],
+            *norm_scale(),
+            PADDING,
+            *dropout,
+            False,
+            PADDING,
+            *last,
+        ),
         "embeddings_backward, sparse": (
-            *(*into_embeddings, [9, 96], [12, 96], *norm_scale(), PADDING, *dropout, True, *last),
+            *(*into_embeddings, [9, 96], [12, 96], *norm_scale(), PADDING, *dropout, True, PADDING, *last),
         ),
         "embeddings_backward, frozen words": (
-            *(*into_embeddings, None, [12, 96], *norm_scale(), PADDING, *dropout, False, *last),
+            *(*into_embeddings, None, [12, 96], *norm_scale(), PADDING, *dropout, False, PADDING, *last),
         ),
     }
 

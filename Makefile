@@ -66,7 +66,7 @@ goldens-paddle: $(PADDLE)/installed
 	$(PADDLE)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/paddlenlp paddlenlp==2.3.4
 	$(PADDLE)/bin/python tests/golden/make_paddle.py build/paddlenlp/paddlenlp-2.3.4-*.whl
 
-# Computed with PaddleNLP's Taskflow, in two minutes.
+# What PaddleNLP's Taskflow extracts, in a few minutes.
 goldens-extraction: $(PADDLE)/installed
 	$(PADDLE)/bin/python tests/golden/make_extraction.py
 

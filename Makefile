@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # A process for each core, of a gigabyte each. Threads that wait leave their core to the other processes.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: test test-portable bench bench-all quality gpu readme goldens goldens-paddle lint format wheel wheel-check clean
+.PHONY: test test-portable bench bench-all quality gpu readme goldens goldens-paddle goldens-extraction lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(PYTEST)
@@ -65,6 +65,10 @@ goldens: $(PEERS)/installed
 goldens-paddle: $(PADDLE)/installed
 	$(PADDLE)/bin/python -m pip download --quiet --disable-pip-version-check --no-deps --dest build/paddlenlp paddlenlp==2.3.4
 	$(PADDLE)/bin/python tests/golden/make_paddle.py build/paddlenlp/paddlenlp-2.3.4-*.whl
+
+# What PaddleNLP's Taskflow extracts, in a few minutes.
+goldens-extraction: $(PADDLE)/installed
+	$(PADDLE)/bin/python tests/golden/make_extraction.py
 
 # A wheel for all machines, from the sdist, as an installer without a wheel would build it; and of it those with libraries.
 wheel: $(VENV)/installed

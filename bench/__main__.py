@@ -20,6 +20,14 @@ COMMANDS = {
         "models of sentence-transformers before and after optimize: encode, a reranker, a single query",
     ),
     "lines": ("bench.model.lines", "many lines to vectors: encode of sentence-transformers beside embed, and memory"),
+    "extraction": (
+        "bench.model.extraction",
+        "extraction by schema: packed rows beside rows padded to 512 tokens, and long texts with their memory",
+    ),
+    "finetuning": (
+        "bench.model.finetuning",
+        "examples/finetune_extraction.py with a few seeds: F1 on templates that it was not trained on",
+    ),
     "pretraining": (
         "bench.model.pretraining",
         "the objectives of pre-training on small models: the translations that they find, by language",

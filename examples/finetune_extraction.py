@@ -18,7 +18,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from extraction_templates import HELD_OUT, SCHEMA, TEMPLATES, make_texts, to_result
 
-from erniem_fast import ErnieMConfig, ErnieMForInformationExtraction, ErnieMTokenizer, extract
+from erniem_fast import ErnieMConfig, ErnieMForInformationExtraction, ErnieMTokenizer, create_optimizer, extract
 from erniem_fast.extraction import (
     ExtractionCollator,
     make_examples,
@@ -31,7 +31,12 @@ from erniem_fast.extraction import (
 TINY = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "tiny"
 
 
-def parse() -> argparse.Namespace:
+# A checkpoint learns from few texts, but a small model with random weights has to see more.
+CHECKPOINT = {"epochs": 2.0, "batch_size": 8}
+RANDOM = {"epochs": 4.0, "batch_size": 16}
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", help="a checkpoint; by default a small model with random weights")
     parser.add_argument("--tokenizer", default=None, help="by default the model's")
@@ -39,45 +44,82 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--test", help="examples to test on, jsonl; by default made from other templates")
     parser.add_argument("--output", help="where the model is saved; by default nowhere")
     parser.add_argument("--texts", type=int, default=400, help="the texts that are made from templates")
-    parser.add_argument("--epochs", type=float, default=4)
-    parser.add_argument("--learning-rate", type=float, help="1e-3 from random weights, 1e-5 from a checkpoint")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--epochs", type=float, help="by default 2 for a checkpoint, 4 for random weights")
+    parser.add_argument(
+        "--learning-rate", type=float, help="by default 1e-5 for a UIE-M, 1e-4 for another checkpoint, 1e-3 for none"
+    )
+    parser.add_argument(
+        "--head-learning-rate", type=float, help="by default the same; 1e-2 for a checkpoint's new heads"
+    )
+    parser.add_argument("--batch-size", type=int, help="by default 8 for a checkpoint, 16 for random weights")
+    parser.add_argument("--freeze-embeddings", action="store_true", help="keep the table of words as it is: faster")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
-    return parser.parse_args()
+    arguments = parser.parse_args(argv)
+    for name, value in (CHECKPOINT if arguments.model else RANDOM).items():
+        if getattr(arguments, name) is None:
+            setattr(arguments, name, value)
+    return arguments
 
 
-def load(arguments: argparse.Namespace) -> tuple[ErnieMForInformationExtraction, ErnieMTokenizer]:
+def load(arguments: argparse.Namespace) -> tuple[ErnieMForInformationExtraction, ErnieMTokenizer, tuple[float, float]]:
+    """The model, its tokenizer, and the learning rates of its encoder and of its heads."""
+    rate, heads = arguments.learning_rate, arguments.head_learning_rate
     tokenizer = ErnieMTokenizer.from_pretrained(arguments.tokenizer or arguments.model or TINY)
     if arguments.model:
-        return ErnieMForInformationExtraction.from_pretrained(arguments.model), tokenizer
+        model, found = ErnieMForInformationExtraction.from_pretrained(arguments.model, output_loading_info=True)
+        if found["missing_keys"]:
+            # New heads are small, and at the encoder's rate take thousands of steps to grow.
+            return model, tokenizer, (rate or 1e-4, heads or 1e-2)
+        return model, tokenizer, (rate or 1e-5, heads or rate or 1e-5)
     sizes = {"hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 256}
     rates = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     # Larger weights than those of a large model, or a small one learns nothing for long.
     config = ErnieMConfig(vocab_size=len(tokenizer), initializer_range=0.1, **sizes, **rates)
-    return ErnieMForInformationExtraction(config), tokenizer
+    return ErnieMForInformationExtraction(config), tokenizer, (rate or 1e-3, heads or rate or 1e-3)
 
 
-def main() -> None:
-    arguments = parse()
+def make_optimizer(model, rate: float, of_heads: float) -> torch.optim.AdamW:
+    optimizer = create_optimizer(model, rate)
+    for group in optimizer.param_groups:
+        if group["name"] == "head":
+            group["lr"] = of_heads
+    return optimizer
+
+
+def train(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Trains a model; returns precision, recall and F1 of `examples` and, with texts from templates, of `results`."""
     set_seed(arguments.seed)
-    model, tokenizer = load(arguments)
+    model, tokenizer, rates = load(arguments)
+    model.ernie_m.embeddings.word_embeddings.requires_grad_(not arguments.freeze_embeddings)
+    optimizer = make_optimizer(model, *rates)
     held_out = make_texts(HELD_OUT, 60, seed=arguments.seed + 1)
-    train, test = (
+    examples = [
         read_examples(path) if path else make_examples(texts, lang="en", seed=arguments.seed)
         for path, texts in (
             (arguments.train, make_texts(TEMPLATES, arguments.texts, seed=arguments.seed)),
             (arguments.test, held_out),
         )
-    )
-    features = [make_features(tokenizer, examples, arguments.max_length) for examples in (train, test)]
+    ]
+    features = [make_features(tokenizer, each, arguments.max_length) for each in examples]
+    scores = {"examples": fit(model, tokenizer, features, optimizer, arguments)}
+    if not arguments.test:
+        found = extract(model, tokenizer, [text.text for text in held_out], SCHEMA, lang="en")
+        scores["results"] = result_metrics(found, [to_result(text) for text in held_out])
+    if arguments.output:
+        model.save_pretrained(arguments.output)
+        tokenizer.save_pretrained(arguments.output)
+    return scores
+
+
+def fit(model, tokenizer, features: list, optimizer, arguments: argparse.Namespace) -> dict[str, float]:
+    """Trains on the first features; returns the scores on the second ones."""
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
             TrainingArguments(
                 arguments.output or scratch,
                 num_train_epochs=arguments.epochs,
-                learning_rate=arguments.learning_rate or (1e-5 if arguments.model else 1e-3),
                 per_device_train_batch_size=arguments.batch_size,
                 per_device_eval_batch_size=64,
                 warmup_steps=0.1,
@@ -92,17 +134,17 @@ def main() -> None:
             train_dataset=features[0],
             eval_dataset=features[1],
             compute_metrics=span_metrics,
+            optimizers=(optimizer, None),
         )
         trainer.train()
         scores = trainer.evaluate()
-    print("examples:", *(f"{name} {scores['eval_' + name]:.3f}" for name in ("precision", "recall", "f1")))
-    if not arguments.test:
-        found = extract(model, tokenizer, [text.text for text in held_out], SCHEMA, lang="en")
-        scores = result_metrics(found, [to_result(text) for text in held_out])
-        print("results by schema:", *(f"{name} {value:.3f}" for name, value in scores.items()))
-    if arguments.output:
-        model.save_pretrained(arguments.output)
-        tokenizer.save_pretrained(arguments.output)
+    return {name: scores[f"eval_{name}"] for name in ("precision", "recall", "f1")}
+
+
+def main() -> None:
+    names = {"examples": "examples:", "results": "results by schema:"}
+    for kind, scores in train(parse()).items():
+        print(names[kind], *(f"{name} {value:.3f}" for name, value in scores.items()))
 
 
 if __name__ == "__main__":

@@ -176,13 +176,14 @@ class Breakdown(Run):
 
 @dataclasses.dataclass(frozen=True)
 class Contender:
-    """A way to run a model of sentence-transformers.
+    """A way to compute the same.
 
     Attributes:
         name: of the way.
         seconds: over the rounds.
-        speedup: the stock model's seconds over these, round by round.
-        difference: largest difference of its results from the stock model's, over the root mean square of those.
+        speedup: the first way's seconds over these, round by round.
+        difference: largest difference of its results from the first way's: of embeddings and scores over their root
+            mean square, of probabilities as it is.
     """
 
     name: str
@@ -253,6 +254,73 @@ class LinesRun(Run):
 
     weights: str | None
     results: list[LinesFigures]
+
+
+@dataclasses.dataclass(frozen=True)
+class LongText:
+    """A text of any length, extracted from in a process of its own.
+
+    Attributes:
+        characters, tokens: of the text.
+        spans: that were found.
+        seconds: without loading the model.
+        loaded_memory, peak_memory: bytes of the process when the model was loaded, and at most while it extracted.
+    """
+
+    characters: int
+    tokens: int
+    spans: int
+    seconds: float
+    loaded_memory: int
+    peak_memory: int
+
+
+@dataclasses.dataclass
+class ExtractionRun(Run):
+    """Extraction by schema.
+
+    Attributes:
+        rows, tokens: of prompts with texts, that all schemas have together.
+        spans: that were found.
+        contenders: rows padded to 512 tokens first, then rows as they are.
+        long_texts: the shortest first.
+    """
+
+    rows: int
+    tokens: int
+    spans: int
+    contenders: list[Contender]
+    long_texts: list[LongText]
+
+
+@dataclasses.dataclass(frozen=True)
+class FineTuning:
+    """A model that was fine-tuned to extract, and tested on texts from templates that it was not trained on.
+
+    Attributes:
+        seed: of the run: its texts, negative examples, new weights and order.
+        seconds: of training and test.
+        examples: F1 of the spans of examples, each a prompt about a text.
+        results: F1 of what `extract` finds by the schema, relations included.
+    """
+
+    seed: int
+    seconds: float
+    examples: float
+    results: float
+
+
+@dataclasses.dataclass
+class FineTuningRun(Run):
+    """`examples/finetune_extraction.py`, with a few seeds.
+
+    Attributes:
+        options: those of the example, at their values.
+        runs: by seed.
+    """
+
+    options: dict[str, float]
+    runs: list[FineTuning]
 
 
 @dataclasses.dataclass

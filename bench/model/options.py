@@ -13,15 +13,20 @@ DTYPES = ("float32", "bfloat16", "float16")
 
 def add_run_options(parser: argparse.ArgumentParser) -> None:
     """The options that every run of the model has: its weights, and where and how it runs."""
+    add_weights_options(parser)
+    run = parser.add_argument_group("run")
+    run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
+    run.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
+    add_common_options(run)
+
+
+def add_weights_options(parser: argparse.ArgumentParser) -> None:
+    """Random weights of a size, or those of a checkpoint."""
     model = parser.add_argument_group("model").add_mutually_exclusive_group()
     model.add_argument("--size", choices=SIZES, default="base", help="random weights (default: base)")
     model.add_argument(
         "--model", type=checkpoint_folder, metavar="DIR", help="folder of a real ERNIE-M checkpoint with its tokenizer"
     )
-    run = parser.add_argument_group("run")
-    run.add_argument("--dtype", choices=DTYPES, default="float32", help="of the weights (default: float32)")
-    run.add_argument("--device", type=device, default="cpu", help="cpu, cuda or cuda:N (default: cpu)")
-    add_common_options(run)
 
 
 def add_common_options(run: argparse._ArgumentGroup) -> None:

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from bench.model.figures import Contender
 from bench.record import Run
 
 # Okabe and Ito's: safe for the colour-blind.
@@ -34,3 +35,13 @@ def table(header: list[str], rows: list[list[str]]) -> str:
     widths = [max(map(len, column)) for column in zip(header, *rows, strict=True)]
     lines = [header, ["-" * width for width in widths], *rows]
     return "\n".join("| " + " | ".join(map(str.ljust, cells, widths)) + " |" for cells in lines)
+
+
+def contender(one: Contender) -> list[str]:
+    """Its name, milliseconds with quartiles, how much faster it is, and the difference, as cells of a table."""
+    return [
+        one.name,
+        f"{1e3 * one.seconds.median:.1f} ({1e3 * one.seconds.q1:.1f} to {1e3 * one.seconds.q3:.1f})",
+        f"{one.speedup.median:.2f}x ({one.speedup.q1:.2f} to {one.speedup.q3:.2f})",
+        f"{one.difference:.0e}",
+    ]

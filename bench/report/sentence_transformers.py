@@ -1,7 +1,7 @@
 """Models of sentence-transformers before and after `optimize`, in Markdown."""
 
 from bench.model.figures import EncodeJob, EncodeRun, LinesFigures, LinesRun
-from bench.report.parts import table, title
+from bench.report.parts import contender, table, title
 
 
 def markdown(run: EncodeRun) -> str:
@@ -18,15 +18,7 @@ def markdown(run: EncodeRun) -> str:
 
 def _job(job: EncodeJob) -> str:
     heading = f"**{job.name}**: {job.tokens:,} tokens in {job.items} rows; batches of 32 are {job.fill:.0%} full"
-    rows = [
-        [
-            each.name,
-            f"{1e3 * each.seconds.median:.1f} ({1e3 * each.seconds.q1:.1f} to {1e3 * each.seconds.q3:.1f})",
-            f"{each.speedup.median:.2f}x ({each.speedup.q1:.2f} to {each.speedup.q3:.2f})",
-            f"{each.difference:.0e}",
-        ]
-        for each in job.contenders
-    ]
+    rows = [contender(each) for each in job.contenders]
     return heading + "\n\n" + table(["", "ms", "times as fast as stock", "difference"], rows)
 
 

@@ -20,6 +20,7 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
         OSError, ValueError: it cannot be loaded, or cannot have these weights.
         ImportError: it needs sentence-transformers, which is not installed.
     """
+    _check_device(device)
     options, folder = {"dtype": DTYPES[dtype]}, find_folder(path)
     if not (folder / "modules.json").exists():
         model = AutoModel.from_pretrained(folder, **options).to(device)
@@ -33,5 +34,22 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
 
 
 def find_folder(path: str) -> Path:
-    """A folder that is there, or that of a model on the hub, which is downloaded."""
-    return Path(path) if Path(path).is_dir() else Path(snapshot_download(path, ignore_patterns=OTHER_FORMATS))
+    """A folder that is there, or that of a model on the hub, which is downloaded.
+
+    Raises:
+        OSError: there is neither.
+    """
+    if Path(path).is_dir():
+        return Path(path)
+    try:
+        return Path(snapshot_download(path, ignore_patterns=OTHER_FORMATS))
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no folder {path!r}, and no such model on the hub can be had: {error}") from error
+
+
+def _check_device(device: str) -> None:
+    """Refuses a device that is not here, before a model is loaded."""
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device={device!r} cannot be used: {error}; use 'cpu'.") from error

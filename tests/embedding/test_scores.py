@@ -107,12 +107,19 @@ def test_no_pairs(model, logits):
         (("a", "b"), r"pairs\[0\] is 'a'; a pair must hold two strings.*pass \[pair\]"),
         ([("a", "b"), ("a", None)], r"pairs\[1\] is \('a', None\)"),
         ([("a", "b", "c")], r"pairs\[0\] is \('a', 'b', 'c'\)"),
+        ([{"query": "a", "document": "b"}], r"pairs\[0\] is \{'query'"),
+        ([{"a", "b"}], r"pairs\[0\] is \{'.', '.'\}"),
     ],
 )
 def test_what_is_no_pair(pairs, message):
     model = erniem_fast.ErnieMForSequenceClassification.from_pretrained(tiny.cases.TINY)
     with pytest.raises(TypeError, match=message):
         erniem_fast.score(model, pairs)
+
+
+def test_half_of_a_surrogate_pair_is_named(model):
+    with pytest.raises(ValueError, match=r"pairs\[0\], \('a', '\\ud83d'\), has half of a surrogate pair"):
+        erniem_fast.score(model, [("a", "\ud83d")])
 
 
 def test_models_that_do_not_score():

@@ -14,6 +14,7 @@ from .. import flags, ops
 from ..batch import TokenBatch
 from ..dropout import drop_features
 from ..inference import InferenceEmbedding, InferenceModel, is_plain_inference
+from ..inputs import check_tensors
 from ..modes import is_plain
 from ..ops import Product
 from ..post_ln import (
@@ -111,8 +112,9 @@ class PackedModel(InferenceModel):
         other, and `pooler_output` has a row for each.
 
         Raises:
-            ValueError: a sequence is longer than there are positions, or packed input contradicts itself; the message
-                names the argument, its value and the remedy.
+            ValueError: an argument is no tensor, or has a shape, a dtype or values that the model cannot take; a
+                sequence is longer than there are positions; or packed input contradicts itself. The message names the
+                argument, its value and the remedy.
         """
         arguments = {
             "input_ids": input_ids,
@@ -126,6 +128,8 @@ class PackedModel(InferenceModel):
             **kwargs,
         }
         first_only = arguments.pop(FIRST_ONLY, False)
+        named = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+        check_tensors(**{name: arguments[name] for name in named})
         reason = fallback.reason(self, arguments)
         if reason is not None:
             fallback.tell(self, reason)

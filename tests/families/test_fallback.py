@@ -68,6 +68,7 @@ def test_arguments(changes, reason, log):
         ({"inputs_embeds": EMBEDS}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": IDS[0]}, "the input has 1 dimensions"),
+        ({"attention_mask": ATTENTION_MASK.numpy()}, "attention_mask is a ndarray"),
         ({"output_hidden_states": [7]}, "output_hidden_states selects states that there are not"),
     ],
 )
@@ -80,7 +81,13 @@ def test_calls_that_transformers_refuses(changes, reason, log):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"use_cache": True}, {"num_items_in_batch": 3}, {"output_attentions": False}, {"encoder_hidden_states": None}],
+    [
+        {"use_cache": True},
+        {"num_items_in_batch": 3},
+        {"output_attentions": False},
+        {"encoder_hidden_states": None},
+        {"seq_idx": IDS},
+    ],
 )
 def test_arguments_without_effect(changes, log):
     stock, fast = both()

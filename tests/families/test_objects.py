@@ -326,7 +326,7 @@ def test_nothing_found():
         r"torch.nn.modules.container.Sequential, which contains no model of transformers, only": nn.Sequential(
             nn.Linear(2, 2)
         ),
-        r"builtins.str, which contains no model": "xlm-roberta-base",
+        r"builtins.str, whose attributes hold no model": "xlm-roberta-base",
         r"contains Mine\..*not subclasses": Mine(make().config),
     }
     for message, thing in cases.items():

@@ -51,6 +51,9 @@ def run(arguments: argparse.Namespace) -> int:
         rows = _run(arguments)
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
+        folder = partial_folder(arguments.output)
+        if isinstance(error, OSError) and folder.is_dir():  # a full disk, for example
+            print(f"Start the same command again to go on from {folder}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(

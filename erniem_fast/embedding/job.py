@@ -34,7 +34,7 @@ class Job:
 
         Raises:
             ValueError: the output is there already or has another suffix, its folder is missing, another process works
-                on it, or the run that was stopped had another description.
+                on it, or the run that was stopped had another description or left a state that cannot be read.
             ImportError: there is no pyarrow for Parquet.
         """
         _check_output(output)
@@ -128,6 +128,8 @@ def _read_state(folder: Path) -> dict | None:
         return json.loads((folder / "state.json").read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'state.json'} is broken ({error}); remove the folder to begin anew.") from error
 
 
 def _compare(folder: Path, before: dict[str, object], now: dict[str, object]) -> None:

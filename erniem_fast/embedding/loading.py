@@ -20,6 +20,8 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
         OSError, ValueError: it cannot be loaded, or cannot have these weights.
         ImportError: it needs sentence-transformers, which is not installed.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(map(repr, DTYPES))}.")
     _check_device(device)
     options, folder = {"dtype": DTYPES[dtype]}, find_folder(path)
     if not (folder / "modules.json").exists():

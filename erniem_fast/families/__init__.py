@@ -93,6 +93,8 @@ def refusal(model: nn.Module) -> str | None:
     kind = type(model).__name__
     if kind in _REFUSED:
         return _REFUSED[kind]
+    if kind.startswith("FSDP"):  # `fully_shard` gives modules classes of its own
+        return "FSDP has sharded it, and sharded layers run by transformers' own forward"
     packed = _packed_class(model)
     if not hasattr(packed, "encoder_kind"):
         return None

@@ -231,6 +231,25 @@ def test_a_run_goes_on_only_with_the_same_model(stopped, capsys, tmp_path):
     assert "model was " in capsys.readouterr().err
 
 
+def test_a_full_disk(stopped, capsys, monkeypatch):
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(job.Job, "finish", fail)
+        assert embed(*stopped) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert f"Start the same command again to go on from {job.partial_folder(stopped[3])}." in error
+    assert embed(*stopped) == 0
+
+
+def test_a_broken_state(stopped, capsys):
+    (job.partial_folder(stopped[3]) / "state.json").write_text("")
+    assert embed(*stopped) == 2
+    assert "remove the folder to begin anew" in capsys.readouterr().err
+
+
 def test_one_process_at_a_time(stopped, capsys):
     held = job._lock(job.partial_folder(stopped[3]))
     try:

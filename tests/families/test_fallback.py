@@ -280,6 +280,15 @@ def test_distributed(process_group, log):
     assert len(told(log)) == 1
 
 
+def test_a_model_that_was_sharded_before_is_refused(process_group):
+    model = make()
+    for layer in model.encoder.layer:
+        fully_shard(layer, mesh=process_group)
+    fully_shard(model, mesh=process_group)
+    with pytest.raises(TypeError, match="FSDPXLMRobertaModel is not taken because FSDP has sharded it"):
+        erniem_fast.optimize(model)
+
+
 def test_tensor_parallelism(process_group, log):
     """Each process holds some of the heads, whose number the packed layout would not know."""
     stock, fast = both()

@@ -156,14 +156,25 @@ def _positions(
     return positions
 
 
+def rows_of(table: nn.Module, configured: int) -> int:
+    """The number of rows of a table; that of the config for a module around one, such as an adapter."""
+    return getattr(table, "num_embeddings", configured)
+
+
+def position_rows(model: nn.Module) -> int:
+    """The number of rows of the position table."""
+    return rows_of(model.embeddings.position_embeddings, model.config.max_position_embeddings)
+
+
 def _check_positions(model: nn.Module, position_ids: Tensor, shift: int, found: dict[str, int]) -> None:
-    rows = model.embeddings.position_embeddings.num_embeddings
+    rows = position_rows(model)
     check_range("position_ids", position_ids, rows - shift, found, f"the position table has {rows} rows")
 
 
 def _check_ids(
     model: nn.Module, input_ids: Tensor | None, token_type_ids: Tensor | None, found: dict[str, int]
 ) -> None:
-    words, types = model.embeddings.word_embeddings, model.embeddings.token_type_embeddings.num_embeddings
-    check_range("input_ids", input_ids, getattr(words, "num_embeddings", model.config.vocab_size), found)
+    words = rows_of(model.embeddings.word_embeddings, model.config.vocab_size)
+    types = rows_of(model.embeddings.token_type_embeddings, model.config.type_vocab_size)
+    check_range("input_ids", input_ids, words, found)
     check_range("token_type_ids", token_type_ids, types, found, f"config.type_vocab_size is {types}")

@@ -28,7 +28,7 @@ from ..post_ln import (
     norm_of,
 )
 from . import fallback
-from .layout import Tokens, lay_out
+from .layout import Tokens, lay_out, position_rows
 from .saving import refuse_saving
 
 # Given by a head that reads the first column of the hidden states, and nothing else.
@@ -158,7 +158,7 @@ class PackedModel(InferenceModel):
     @property
     def longest_sequence(self) -> int:
         """The most tokens of a sequence."""
-        return self.embeddings.position_embeddings.num_embeddings - self.first_position
+        return position_rows(self) - self.first_position
 
     def state_dict(self, *arguments: object, **options: object) -> dict[str, object]:
         """As in transformers; `save_pretrained` gets no rounded weights."""

@@ -155,9 +155,13 @@ def test_sentence_transformers(tmp_path):
     assert_close(torch.tensor(ranker.predict(pairs)), torch.tensor(scores))
 
 
+TABLES = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
+
+
+@pytest.mark.parametrize("targets", [["query", "dense"], TABLES], ids=["linears", "tables"])
 @pytest.mark.parametrize("optimise_first", [True, False])
-def test_peft(optimise_first):
-    config = peft.LoraConfig(target_modules=["query", "dense"], init_lora_weights=False)
+def test_peft(optimise_first, targets):
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
     found = []
     for fast in (False, True):
         model = make()

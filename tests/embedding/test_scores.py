@@ -48,6 +48,17 @@ def test_scores_are_those_of_each_pair_alone(model, logits):
     assert_close(np.concatenate(list(erniem_fast.score(model, iter(PAIRS)))), expected(logits))
 
 
+def test_an_optimised_model_is_given_no_padding(model, logits, monkeypatch):
+    forward = type(model).forward
+
+    def without_rows(self, *arguments, **options):
+        assert "attention_mask" not in options
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "forward", without_rows)
+    assert_close(erniem_fast.score(model, PAIRS), expected(logits))
+
+
 def test_a_stock_model_is_given_padding(stock, logits):
     assert_close(erniem_fast.score(stock, PAIRS, tokens_per_batch=150), expected(logits))
 

@@ -246,6 +246,8 @@ def check_packed(
             f"Packed input (cu_seq_lens_q) must be one row without attention_mask; {grid[0]} rows came, "
             f"{'with' if attention_mask is not None else 'without'} attention_mask."
         )
+    if isinstance(max_seqlen, float | str | list):
+        raise ValueError(f"max_length_q is {max_seqlen!r}; it must be an integer, the length of the longest sequence.")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers of "

@@ -3,6 +3,7 @@
 Each class stands before transformers' own in a family's classes. What it cannot compute goes to that one.
 """
 
+import functools
 from typing import ClassVar
 
 import torch
@@ -73,9 +74,15 @@ class PackedEncoder(PostLNStack):
 class PackedClassifier(nn.Module):
     """A head on the first column of the hidden states. Of input that came packed, it reads a row for each sequence."""
 
-    def forward(self, *arguments: object, **options: object) -> SequenceClassifierOutput | tuple:
-        """Arguments and results are transformers'; logits are `(sequences, labels)`."""
-        return super().forward(*arguments, **options, **{FIRST_ONLY: True})
+    def __init_subclass__(cls, **options: object) -> None:
+        """Gives the class a `forward` with transformers' signature, from which Trainer knows inputs and labels."""
+        super().__init_subclass__(**options)
+
+        @functools.wraps(super(PackedClassifier, cls).forward)
+        def forward(self: nn.Module, *arguments: object, **options: object) -> SequenceClassifierOutput | tuple:
+            return super().forward(*arguments, **options, **{FIRST_ONLY: True})
+
+        cls.forward = forward
 
 
 class PackedModel(InferenceModel):
@@ -129,7 +136,7 @@ class PackedModel(InferenceModel):
         }
         first_only = arguments.pop(FIRST_ONLY, False)
         named = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
-        check_tensors(**{name: arguments[name] for name in named})
+        check_tensors(**{name: arguments[name] for name in named}, cu_seq_lens_q=arguments.get("cu_seq_lens_q"))
         reason = fallback.reason(self, arguments)
         if reason is not None:
             fallback.tell(self, reason)

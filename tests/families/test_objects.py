@@ -1,6 +1,7 @@
 """Heads, objects that contain encoders, copies and files; and the way back."""
 
 import copy
+import inspect
 import io
 import logging
 import pickle
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import BertModel, XLMRobertaModel
 from transformers.models.bert import modeling_bert
 from transformers.models.xlm_roberta import modeling_xlm_roberta
+from transformers.utils.generic import find_labels
 
 import erniem_fast
 from tests.families.tiny import ATTENTION_MASK, FAMILIES, GRADIENTS, IDS, REAL_TOKENS, both, make
@@ -72,6 +74,17 @@ def test_heads(family, head):
     assert_close(actual, expected, atol=1e-4)
     assert_close(loss, expected_loss, atol=2e-5)
     assert_same_gradients(grads, expected_grads, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["Model", *LABELS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signatures_stay(family, head):
+    """Trainer leaves out of a batch whatever is not in the signature, and finds there what labels are called."""
+    kind = getattr(transformers, f"{PREFIXES[family]}{head}")
+    fast = type(erniem_fast.optimize(make(family, model_class=kind)))
+    ours, theirs = (list(inspect.signature(each.forward).parameters) for each in (fast, kind))
+    assert ours == theirs
+    assert find_labels(fast) == find_labels(kind)
 
 
 class Holder:

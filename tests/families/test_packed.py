@@ -149,6 +149,8 @@ def test_token_types_of_one_row(types):
 BAD = {
     "bounds": ({"cu_seq_lens_q": torch.tensor([0, 11, 18, 19, 22])}, "cu_seq_lens_q runs from 0 to 22.*to the 23"),
     "longest": ({"max_length_q": 9}, "max_length_q=9"),
+    "list": ({"cu_seq_lens_q": [0, 23]}, "cu_seq_lens_q is a list, but must be a tensor"),
+    "text": ({"max_length_q": "11"}, "max_length_q is '11'; it must be an integer"),
     "missing": ({"max_length_q": None}, "max_length_q is missing"),
     "mask": ({"attention_mask": torch.ones(1, TOTAL)}, "with attention_mask"),
     "positions": ({"position_ids": flattened(1)["position_ids"]}, r"start at 1; .*0, or from 2.*_start=2"),

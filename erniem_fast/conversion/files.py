@@ -3,12 +3,29 @@
 import json
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
+from huggingface_hub import snapshot_download
 from transformers.utils import cached_file
 
 # The arguments of `from_pretrained` that say where the files of a checkpoint are.
 HUB_OPTIONS = ("cache_dir", "force_download", "local_files_only", "proxies", "revision", "subfolder", "token")
+OTHER_FORMATS = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]  # of models on the hub
+
+
+def find_folder(source: str) -> Path:
+    """A folder that is there, or that of a model on the hub, which is downloaded.
+
+    Raises:
+        OSError: there is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, ignore_patterns=OTHER_FORMATS))
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no folder {source!r}, and no such model on the hub can be had: {error}") from error
 
 
 def hub_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

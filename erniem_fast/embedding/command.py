@@ -1,26 +1,21 @@
 """`python -m erniem_fast embed`: a file of texts to a file of vectors."""
 
 import argparse
-import hashlib
-import sys
 from collections import deque
 from collections.abc import Iterator
 from pathlib import Path
 
 import torch
-import transformers
 from tqdm.auto import tqdm
 
-import erniem_fast
-
+from .. import resumable
+from ..conversion.files import find_folder
+from . import vector_file
 from .batches import TOKENS_PER_BATCH
-from .job import Job, partial_folder
-from .loading import DTYPES, find_folder, load
+from .loading import DTYPES, load
 from .pooling import POOLINGS
 from .rows import Row, Source, skip
 from .vectors import embed
-
-SMALL = 2**20  # models' files up to this size are compared whole
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,24 +42,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Embeds the input, or what is left of it; returns the exit code."""
-    try:
-        rows = _run(arguments)
-    except (ImportError, OSError, TypeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        folder = partial_folder(arguments.output)
-        if isinstance(error, OSError) and folder.is_dir():  # a full disk, for example
-            print(f"Start the same command again to go on from {folder}.", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print(
-            f"Stopped; start the same command again to go on from {partial_folder(arguments.output)}.", file=sys.stderr
-        )
-        return 130
-    print(f"{arguments.output}: {rows} rows")
-    return 0
+    return resumable.run(lambda: _run(arguments), arguments.output)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> str:
+    vector_file.check(arguments.output)
     source = Source(arguments.input, arguments.column, arguments.id)
     if arguments.id is not None and arguments.output.suffix != ".parquet":
         raise ValueError(f"--id {arguments.id}: only .parquet holds ids; leave --id out, or name such an --output.")
@@ -73,16 +55,16 @@ def _run(arguments: argparse.Namespace) -> int:
     names = ("pooling", "normalize", "prompt", "prompt_name", "max_length", "tokens_per_batch")
     options = {name: getattr(arguments, name) for name in names} | {"tokenizer": tokenizer, "show_progress_bar": False}
     dimension = embed(model, [], **options).shape[1]
-    with Job(arguments.output, _describe(arguments), dimension) as job:
-        ids, rows = deque(), skip(source.rows(), job.rows)
-        with tqdm(total=total, initial=job.rows, unit="rows", disable=None) as bar:
+    with resumable.ResumableOutput(arguments.output, _describe(arguments), vector_file.PARTS) as output:
+        ids, rows = deque(), skip(source.rows(), output.rows)
+        with tqdm(total=total, initial=output.rows, unit="rows", disable=None) as bar:
             for vectors in embed(model, _texts(rows, ids), **options):
-                job.append(vectors, [ids.popleft() for _ in vectors])
+                output.append(len(vectors), **vector_file.encode(vectors, [ids.popleft() for _ in vectors]))
                 bar.update(len(vectors))
-        if job.rows != total:
-            raise ValueError(f"{source.path} had {total} rows and now has {job.rows}; it must not change meanwhile.")
-        job.finish()
-    return total
+        if output.rows != total:
+            raise ValueError(f"{source.path} had {total} rows and now has {output.rows}; it must not change meanwhile.")
+        output.finish(lambda whole: vector_file.write(whole, output.folder, total, dimension))
+    return f"{arguments.output}: {total} rows"
 
 
 def _texts(rows: Iterator[Row], ids: deque) -> Iterator[str]:
@@ -93,39 +75,6 @@ def _texts(rows: Iterator[Row], ids: deque) -> Iterator[str]:
 
 
 def _describe(arguments: argparse.Namespace) -> dict[str, object]:
-    """What decides the bytes of the output, on one machine."""
-    versions = {
-        "erniem_fast": erniem_fast.__version__,
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-    options = {
-        name: value for name, value in vars(arguments).items() if name not in ("command", "input", "output", "model")
-    }
-    return {
-        **options,
-        "model": _digest_of_folder(find_folder(arguments.model)),
-        "input": _digest(arguments.input),
-        "versions": versions,
-    }
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(SMALL):
-            digest.update(part)
-    return digest.hexdigest()
-
-
-def _digest_of_folder(folder: Path) -> str:
-    """Of the files' names, their sizes and contents; of large ones, beginning and end for their contents."""
-    digest = hashlib.sha256()
-    for path in sorted(each for each in folder.rglob("*") if each.is_file()):
-        size = path.stat().st_size
-        digest.update(f"{path.relative_to(folder)} {size}\n".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SMALL))
-            file.seek(max(0, size - SMALL))
-            digest.update(file.read())
-    return digest.hexdigest()
+    files = ("command", "input", "output", "model")
+    options = {name: value for name, value in vars(arguments).items() if name not in files}
+    return resumable.describe(options, model=find_folder(arguments.model), input=arguments.input)

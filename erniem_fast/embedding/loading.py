@@ -1,15 +1,12 @@
 """Loads a model to embed with, and its tokenizer."""
 
-from pathlib import Path
-
 import torch
-from huggingface_hub import snapshot_download
 from transformers import AutoModel, AutoTokenizer
 
+from ..conversion.files import find_folder
 from ..optimize import optimize
 
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
-OTHER_FORMATS = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]  # of models on the hub
 
 
 def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str = "float32") -> tuple[object, object]:
@@ -33,20 +30,6 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
         raise ImportError(f"{path} is a model of sentence-transformers: pip install sentence-transformers") from error
     model = SentenceTransformer(str(folder), device=device, model_kwargs=options)
     return optimize(model, weights=weights), None
-
-
-def find_folder(path: str) -> Path:
-    """A folder that is there, or that of a model on the hub, which is downloaded.
-
-    Raises:
-        OSError: there is neither.
-    """
-    if Path(path).is_dir():
-        return Path(path)
-    try:
-        return Path(snapshot_download(path, ignore_patterns=OTHER_FORMATS))
-    except (OSError, ValueError) as error:
-        raise OSError(f"There is no folder {path!r}, and no such model on the hub can be had: {error}") from error
 
 
 def _check_device(device: str) -> None:

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torch.nn.functional import normalize
 from transformers import PreTrainedTokenizerBase
 
+from ..conversion.files import find_folder
 from .batches import TOKENS_PER_BATCH, Steps, Tokens, run
 from .hidden_states import Packed, pads, token_states
-from .loading import find_folder
 from .models import bare_model
 from .pooling import pool
 from .tokens import check_texts, find_limit, find_tokenizer, tokenizes

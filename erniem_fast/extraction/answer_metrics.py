@@ -2,7 +2,6 @@
 
 import re
 import string
-import sys
 import unicodedata
 from collections import Counter
 from collections.abc import Sequence
@@ -16,9 +15,6 @@ ARTICLES = {
     "de": r"\b(ein|eine|einen|einem|eines|einer|der|die|das|den|dem|des)\b",
     "ar": r"\sال^|ال",  # noqa: RUF001
     "zh": None,
-}
-PUNCTUATION = set(string.punctuation) | {
-    chr(code) for code in range(sys.maxunicode) if unicodedata.category(chr(code)).startswith("P")
 }
 IDEOGRAPHS = re.compile(r"[\u4e00-\u9fa5]")
 
@@ -48,10 +44,14 @@ def answer_metrics(predictions: Sequence[str], answers: Sequence[Sequence[str]],
 
 def normalise(text: str, lang: str) -> str:
     """Lower case, without punctuation, articles and surplus spaces."""
-    text = "".join(character for character in text.lower() if character not in PUNCTUATION)
+    text = "".join(character for character in text.lower() if not _is_punctuation(character))
     if ARTICLES[lang] is not None:
         text = re.sub(ARTICLES[lang], " ", text)
     return " ".join(_words(text, lang))
+
+
+def _is_punctuation(character: str) -> bool:
+    return character in string.punctuation or unicodedata.category(character).startswith("P")
 
 
 def _words(text: str, lang: str) -> list[str]:

@@ -1,20 +1,20 @@
 """`python -m erniem_fast extract`: a file of texts to a file of what a schema names in them."""
 
 import argparse
-import hashlib
 import itertools
 import json
-import sys
-from collections.abc import Iterator
+import shutil
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
+from .. import resumable
+from ..conversion.files import find_folder
 from ..modeling import ErnieMForInformationExtraction
 from ..tokenization import ErnieMTokenizer
 from .extractor import Extractor
 from .html import write_page
-from .partial import PartialFile
 from .schema import LANGUAGES
 from .scoring import BATCH_TOKENS
 
@@ -40,38 +40,48 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Extracts from the input, or what is left of it; returns the exit code."""
-    try:
-        count = _run(arguments)
-    except (OSError, TypeError, ValueError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("Stopped; start the same command again to go on.", file=sys.stderr)
-        return 130
-    print(f"{arguments.output}: {count} texts")
-    return 0
+    return resumable.run(lambda: _run(arguments), arguments.output)
 
 
-def _run(arguments: argparse.Namespace) -> int:
+def _run(arguments: argparse.Namespace) -> str:
     for _ in _items(arguments.input):  # before anything is computed, so that no work is lost for a bad line
         pass
-    model = ErnieMForInformationExtraction.from_pretrained(arguments.model).to(arguments.device).eval()
-    tokenizer = ErnieMTokenizer.from_pretrained(arguments.model)
-    options = {
-        name: getattr(arguments, name) for name in ("lang", "threshold", "overlap", "max_length", "batch_tokens")
-    }
-    schema = json.loads(arguments.schema.read_text(encoding="utf-8"))
-    extractor = Extractor(model, tokenizer, schema, **options)
-    description = {**options, "schema": schema, "model": arguments.model, "input": _digest(arguments.input)}
-    with PartialFile(arguments.output, description, GROUP) as output:
-        items = itertools.islice(_items(arguments.input), output.lines, None)
+    schema, folder = json.loads(arguments.schema.read_text(encoding="utf-8")), find_folder(arguments.model)
+    extractor = _load(folder, schema, arguments)
+    files = ("command", "input", "output", "model", "html")
+    options = {name: value for name, value in vars(arguments).items() if name not in files}
+    description = resumable.describe(options | {"schema": schema}, model=folder, input=arguments.input)
+    with resumable.ResumableOutput(arguments.output, description, ["lines"]) as output:
+        items = itertools.islice(_items(arguments.input), output.rows, None)
         while group := list(itertools.islice(items, GROUP)):
             results = extractor([item["text"] for item in group])
-            output.append(item | {"result": result} for item, result in zip(group, results, strict=True))
-        output.finish()
-    if arguments.html is not None:
-        write_page(arguments.html, (json.loads(line) for line in arguments.output.open(encoding="utf-8")))
-    return output.lines
+            found = [item | {"result": result} for item, result in zip(group, results, strict=True)]
+            output.append(len(found), lines=_encode(found))
+        lines = output.folder / "lines"
+        if arguments.html is not None:
+            with lines.open(encoding="utf-8") as file:
+                write_page(arguments.html, map(json.loads, file))
+        output.finish(lambda whole: shutil.copyfile(lines, whole))
+    return f"{arguments.output}: {output.rows} texts"
+
+
+def _load(folder: Path, schema: object, arguments: argparse.Namespace) -> Extractor:
+    model = ErnieMForInformationExtraction.from_pretrained(folder).to(arguments.device).eval()
+    names = ("lang", "threshold", "overlap", "max_length", "batch_tokens")
+    options = {name: getattr(arguments, name) for name in names}
+    return Extractor(model, ErnieMTokenizer.from_pretrained(folder), schema, **options)
+
+
+def _encode(items: Iterable[dict]) -> bytes:
+    """Lines of JSON. A line with a lone surrogate, which UTF-8 cannot hold, is escaped."""
+    return b"".join(_encode_line(item) + b"\n" for item in items)
+
+
+def _encode_line(item: dict) -> bytes:
+    try:
+        return json.dumps(item, ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return json.dumps(item).encode()
 
 
 def _items(path: Path) -> Iterator[dict]:
@@ -94,11 +104,3 @@ def _item(path: Path, number: int, line: str) -> dict:
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):
         raise ValueError(f"{path}, line {number}: no text; write a string, or an object with a string as 'text'.")
     return item
-
-
-def _digest(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while part := file.read(2**20):
-            digest.update(part)
-    return digest.hexdigest()

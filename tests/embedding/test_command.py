@@ -14,7 +14,8 @@ import pyarrow.parquet as pq
 import pytest
 
 import erniem_fast
-from erniem_fast.embedding import batches, command, job
+from erniem_fast.embedding import batches, command, vector_file
+from erniem_fast.resumable import ResumableOutput
 from tests.embedding.test_rows import write
 from tests.golden import cases
 from tests.integration.texts import TEXTS
@@ -27,7 +28,7 @@ IDS = list(range(100, 100 + len(ROWS)))
 def small(monkeypatch):
     """Several windows, and row groups, of few rows."""
     monkeypatch.setattr(batches, "WINDOW_TEXTS", 4)
-    monkeypatch.setattr(job, "ROW_GROUP", 5)
+    monkeypatch.setattr(vector_file, "ROW_GROUP", 5)
 
 
 @pytest.fixture(scope="module")
@@ -105,10 +106,10 @@ class Stop(KeyboardInterrupt):
 
 
 POINTS = {
-    "before a window is written": (job.Job, "append"),
-    "before the state is written": (job.Job, "_write_state"),
-    "before the output is written": (job.Job, "finish"),
-    "before the output appears": (job, "_write_parquet"),
+    "before a window is written": (ResumableOutput, "append"),
+    "before the state is written": (ResumableOutput, "_write_state"),
+    "before the output is written": (ResumableOutput, "finish"),
+    "before the output appears": (vector_file, "_write_parquet"),
 }
 
 
@@ -122,14 +123,14 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, m
     for last in range(1, 9):
         calls = 0
 
-        def stop(*arguments, last=last):
+        def stop(*arguments, last=last, **named):
             nonlocal calls
             calls += 1
             if calls == last:
                 if name == "_write_parquet":
-                    original(*arguments)
+                    original(*arguments, **named)
                 raise Stop
-            return original(*arguments)
+            return original(*arguments, **named)
 
         monkeypatch.setattr(place, name, stop)
         code = embed(*options, tmp_path / "out.parquet")
@@ -140,7 +141,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, m
         assert "start the same command again to go on" in capsys.readouterr().err
         assert not (tmp_path / "out.parquet").exists()
     monkeypatch.setattr(place, name, original)
-    assert stops >= (1 if place is job or name == "finish" else 3)
+    assert stops >= (1 if place is vector_file or name == "finish" else 3)
     assert code == 0 or embed(*options, tmp_path / "out.parquet") == 0
     assert (tmp_path / "out.parquet").read_bytes() == (tmp_path / "whole.parquet").read_bytes()
     assert not (tmp_path / "out.parquet.partial").exists()
@@ -148,7 +149,7 @@ def test_a_run_that_was_stopped_goes_on_and_ends_with_the_same_bytes(tmp_path, m
 
 def test_nothing_is_computed_twice_except_a_window(tmp_path, monkeypatch):
     source = write(tmp_path / "in.txt", ROWS)
-    monkeypatch.setattr(job.Job, "finish", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(ResumableOutput, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     assert embed("--input", source, "--output", tmp_path / "out.npy") == 130
     monkeypatch.undo()
     monkeypatch.setattr(batches, "by_tokens", None)  # what computes cannot run
@@ -194,7 +195,7 @@ def stopped(tmp_path, monkeypatch):
     source = write(tmp_path / "in.jsonl", ROWS, IDS)
     options = ["--input", source, "--output", tmp_path / "out.parquet"]
     with monkeypatch.context() as patched:
-        patched.setattr(job.Job, "finish", lambda job: (_ for _ in ()).throw(KeyboardInterrupt))
+        patched.setattr(ResumableOutput, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         assert embed(*options) == 130
     return options
 
@@ -229,35 +230,6 @@ def test_a_run_goes_on_only_with_the_same_model(stopped, capsys, tmp_path):
     erniem_fast.ErnieMTokenizer.from_pretrained(cases.TINY).save_pretrained(tmp_path / "model")
     assert embed(*stopped, "--model", tmp_path / "model") == 2
     assert "model was " in capsys.readouterr().err
-
-
-def test_a_full_disk(stopped, capsys, monkeypatch):
-    def fail(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(job.Job, "finish", fail)
-        assert embed(*stopped) == 2
-    error = capsys.readouterr().err
-    assert "No space left on device" in error
-    assert f"Start the same command again to go on from {job.partial_folder(stopped[3])}." in error
-    assert embed(*stopped) == 0
-
-
-def test_a_broken_state(stopped, capsys):
-    (job.partial_folder(stopped[3]) / "state.json").write_text("")
-    assert embed(*stopped) == 2
-    assert "remove the folder to begin anew" in capsys.readouterr().err
-
-
-def test_one_process_at_a_time(stopped, capsys):
-    held = job._lock(job.partial_folder(stopped[3]))
-    try:
-        assert embed(*stopped) == 2
-        assert "Another process works in" in capsys.readouterr().err
-    finally:
-        os.close(held)
-    assert embed(*stopped) == 0
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import subprocess
 
@@ -10,8 +11,10 @@ import torch
 from transformers import pipeline
 
 from erniem_fast import ErnieMForInformationExtraction, extract
-from erniem_fast.extraction import command
+from erniem_fast.extraction import Extractor, command
 from erniem_fast.extraction.html import write_page
+from erniem_fast.extraction.scoring import BATCH_TOKENS
+from erniem_fast.resumable import ResumableOutput
 from tests.extraction.tiny import load_tokenizer
 from tests.golden.cases import TINY
 
@@ -72,14 +75,49 @@ def test_a_run_that_was_stopped_goes_on(folder, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(command, "Extractor", Stopped)
     assert run(folder, tmp_path / "out.jsonl") == 130
     assert not (tmp_path / "out.jsonl").exists()
-    with (tmp_path / "out.jsonl.partial").open("a") as file:
+    with (tmp_path / "out.jsonl.partial/lines").open("a") as file:
         file.write('{"text": "half a li')
     assert run(folder, tmp_path / "out.jsonl", batch_tokens=99) == 2
-    assert "was begun with another input" in capsys.readouterr().err
+    assert f"batch_tokens was {BATCH_TOKENS} and is 99" in capsys.readouterr().err
     assert run(folder, tmp_path / "out.jsonl") == 0
     assert [len(texts) for texts in calls] == [2, 2, 2, 2, 2]
     assert (tmp_path / "out.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not list(tmp_path.glob("*.partial*"))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.jsonl", "whole.jsonl"]
+
+
+def change_model(folder):
+    model = ErnieMForInformationExtraction.from_pretrained(folder)
+    model.linear_start.bias.data += 1
+    model.save_pretrained(folder)
+
+
+CHANGES = {
+    "model": (".", change_model),
+    "input": ("in.jsonl", lambda path: path.write_text('{"text": "another", "id": 0}\n')),
+    "schema": ("schema.json", lambda path: path.write_text('["another"]')),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_run_goes_on_only_as_it_was_started(folder, tmp_path, monkeypatch, capsys, change):
+    name, apply = CHANGES[change]
+    changed = shutil.copytree(folder, tmp_path / "changed") / name
+    with monkeypatch.context() as patched:
+        patched.setattr(ResumableOutput, "finish", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        assert run(folder, tmp_path / "out.jsonl", **{change: changed}) == 130
+    assert "start the same command again to go on" in capsys.readouterr().err
+    apply(changed)
+    assert run(folder, tmp_path / "out.jsonl", **{change: changed}) == 2
+    assert re.search(rf"another way: {change} was [^;]* and is [^;]*\. Start", capsys.readouterr().err)
+    assert not (tmp_path / "out.jsonl").exists()
+
+
+def test_a_page_that_cannot_be_written_costs_no_work(folder, tmp_path, monkeypatch, capsys):
+    assert run(folder, tmp_path / "out.jsonl", html=tmp_path / "missing/out.html") == 2
+    assert "missing/out.html" in capsys.readouterr().err
+    monkeypatch.setattr(Extractor, "__call__", None)  # what computes cannot run
+    assert run(folder, tmp_path / "out.jsonl", html=tmp_path / "out.html") == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out.html", "out.jsonl"]
 
 
 def test_bad_input_is_told_before_anything_is_computed(folder, tmp_path, capsys):

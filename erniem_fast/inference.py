@@ -116,7 +116,7 @@ _WORD_TABLE = "embeddings.word_embeddings"
 
 
 def places(bare: nn.Module) -> dict[str, nn.Module | None]:
-    """The modules of a bare model that inference modules can replace, by name; None for missing ones.
+    """The modules of a bare model that inference modules can replace, by name, each once; None for missing ones.
 
     Args:
         bare: a model that has `embeddings`, and a `PostLNStack` as `encoder`.
@@ -125,7 +125,9 @@ def places(bare: nn.Module) -> dict[str, nn.Module | None]:
     linears = [path for index in range(len(encoder.all_layers())) for path in encoder.linear_paths(index)]
     names = [_WORD_TABLE, *(f"encoder.{path}" for path in linears)]
     present = dict(bare.named_modules(remove_duplicate=False))
-    return {name: present.get(name) for name in names}
+    found = {name: present.get(name) for name in names}
+    first = {module: name for name, module in reversed(found.items())}  # layers may be the same module
+    return {name: module for name, module in found.items() if module is None or first[module] == name}
 
 
 def freeze(bare: nn.Module) -> list[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from transformers import PreTrainedConfig
 
 from . import flags, modes
 from .attended_padding import attend_to_padding
@@ -75,7 +76,7 @@ def prepare(
     Raises:
         ValueError: the input cannot be run; the message names the argument, its value and the remedy.
     """
-    _check_tensors(
+    check_tensors(
         input_ids=input_ids,
         inputs_embeds=inputs_embeds,
         attention_mask=attention_mask,
@@ -84,9 +85,9 @@ def prepare(
     )
     if modes.is_transformed():
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
-    grid, longest = _grid(config, input_ids, inputs_embeds), config.max_position_embeddings - RESERVED_POSITIONS
+    grid, longest = find_grid(config, input_ids, inputs_embeds), config.max_position_embeddings - RESERVED_POSITIONS
     input_ids = None if input_ids is None else input_ids.long()  # PyTorch has few operators for unsigned integers
-    position_ids = _expand_positions(position_ids, grid)
+    position_ids = expand_to_grid("position_ids", position_ids, grid)
     device = (inputs_embeds if input_ids is None else input_ids).device
     came_packed = cu_seqlens is not None or max_seqlen is not None
     _check_attended_padding(config, inputs_embeds, came_packed)
@@ -176,7 +177,8 @@ def _check_attended_padding(config: ErnieMConfig, inputs_embeds: Tensor | None, 
     )
 
 
-def _check_tensors(**values: Tensor | None) -> None:
+def check_tensors(**values: Tensor | None) -> None:
+    """Refuses arguments that are no tensors."""
     for name, value in values.items():
         if isinstance(value, Mapping):
             raise ValueError(f"{name} is a {type(value).__name__}; call model(**batch), with two asterisks.")
@@ -187,7 +189,8 @@ def _check_tensors(**values: Tensor | None) -> None:
             )
 
 
-def _grid(config: ErnieMConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+def find_grid(config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:
+    """Rows and columns of the input, whose shape and dtype are checked."""
     if (input_ids is None) == (inputs_embeds is None):
         given = "neither was" if input_ids is None else "both were"
         raise ValueError(f"Pass either input_ids or inputs_embeds; {given} given.")
@@ -218,16 +221,17 @@ def check_length(what: str, length: int, limit: int) -> None:
         )
 
 
-def _expand_positions(position_ids: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
-    if position_ids is None:
+def expand_to_grid(name: str, values: Tensor | None, grid: tuple[int, int]) -> Tensor | None:
+    """Integers for each column, or for each position, as int64 `(rows, columns)`."""
+    if values is None:
         return None
-    sizes = position_ids.dim() == 2 and position_ids.shape[0] in (1, grid[0]) and position_ids.shape[1] == grid[1]
-    if not sizes or position_ids.is_floating_point():
+    sizes = values.dim() == 2 and values.shape[0] in (1, grid[0]) and values.shape[1] == grid[1]
+    if not sizes or values.is_floating_point():
         raise ValueError(
-            f"position_ids has shape {tuple(position_ids.shape)} and dtype {position_ids.dtype}; it must hold integers "
-            f"of shape {grid} like the input, or (1, {grid[1]})."
+            f"{name} has shape {tuple(values.shape)} and dtype {values.dtype}; it must hold integers of shape {grid} "
+            f"like the input, or (1, {grid[1]})."
         )
-    return position_ids.long().expand(grid)
+    return values.long().expand(grid)
 
 
 def check_packed(
@@ -242,6 +246,8 @@ def check_packed(
             f"Packed input (cu_seq_lens_q) must be one row without attention_mask; {grid[0]} rows came, "
             f"{'with' if attention_mask is not None else 'without'} attention_mask."
         )
+    if isinstance(max_seqlen, float | str | list):
+        raise ValueError(f"max_length_q is {max_seqlen!r}; it must be an integer, the length of the longest sequence.")
     if cu_seqlens.dim() != 1 or cu_seqlens.shape[0] < 2 or cu_seqlens.is_floating_point():
         raise ValueError(
             f"cu_seq_lens_q has shape {tuple(cu_seqlens.shape)} and dtype {cu_seqlens.dtype}; it must hold integers of "

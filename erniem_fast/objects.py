@@ -29,10 +29,11 @@ def encoders(model: object) -> list[nn.Module]:
         kinds = [type(each).__name__ for each in roots(model)]
         contents = ", ".join(seen) or f"no model of transformers{f', only {kinds}' if kinds else ''}"
         reasons = "".join(f" {name} is not taken because {why}." for name, why in seen.items() if why)
+        place = "which contains" if isinstance(model, nn.Module) else "whose attributes hold"
         raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__qualname__}, which contains {contents}.{reasons} "
+            f"model is a {type(model).__module__}.{type(model).__qualname__}, {place} {contents}.{reasons} "
             f"erniem_fast.optimize and restore take {families.TAKEN}, not subclasses of these, with or without a head "
-            f"and inside of other objects. Pass one of these, or an object whose attributes hold one."
+            f"and inside of other objects. Pass one of these itself, or an object whose attributes hold one."
         )
     return found
 

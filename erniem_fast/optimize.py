@@ -254,10 +254,9 @@ def bfloat16_objection() -> str | None:
 
 
 def _uses(model: object) -> Counter:
-    """How often each parameter is part of a module of an object, by its id."""
-    return Counter(
-        id(parameter) for root in roots(model) for _, parameter in root.named_parameters(remove_duplicate=False)
-    )
+    """How many modules of an object hold each parameter and each module, by its id."""
+    modules = {module for root in roots(model) for module in root.modules()}
+    return Counter(id(each) for module in modules for each in (*module._parameters.values(), *module._modules.values()))
 
 
 def _replaceable(
@@ -286,7 +285,7 @@ def _is_replaceable(module: nn.Module | None, uses: Counter) -> bool:
     else:
         bias = getattr(module, "bias", None)
         simple = modes.is_plain(module, nn.Linear) and (bias is None or bias.dtype == module.weight.dtype)
-    return simple and module.weight.numel() > 0 and uses[id(module.weight)] == 1
+    return simple and module.weight.numel() > 0 and uses[id(module.weight)] == uses[id(module)] == 1
 
 
 # --- The weights that were given up ----------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ class ResumableOutput:
 
         Raises:
             ValueError: the output is there already, its folder is missing, another process works on it, or the run that
-                was stopped had another description or has lost a part.
+                was stopped had another description or has lost a part or its state.
         """
         _check(output)
         self._output, self.folder = output, partial_folder(output)
@@ -110,6 +110,8 @@ def run(work: Callable[[], str], output: Path) -> int:
         print(work())
     except (ImportError, OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
+        if isinstance(error, OSError) and partial_folder(output).is_dir():  # a full disk, for example
+            print(f"Start the same command again to go on from {partial_folder(output)}.", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"Stopped; start the same command again to go on from {partial_folder(output)}.", file=sys.stderr)
@@ -193,6 +195,8 @@ def _read_state(folder: Path) -> dict | None:
         return json.loads((folder / "state.json").read_text())
     except FileNotFoundError:
         return None
+    except ValueError as error:
+        raise ValueError(f"{folder / 'state.json'} is broken ({error}); remove the folder to begin anew.") from error
 
 
 def _compare(folder: Path, before: Mapping[str, object], now: Mapping[str, object]) -> None:

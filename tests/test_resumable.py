@@ -41,6 +41,25 @@ def test_a_part_that_lost_bytes_is_refused(output):
         begin(output)
 
 
+def test_a_broken_state_is_refused(output):
+    with begin(output) as run:
+        (run.folder / "state.json").write_text("")
+    with pytest.raises(ValueError, match=r"state\.json is broken .*; remove the folder to begin anew"):
+        begin(output)
+
+
+def test_an_error_of_the_disk_says_how_to_go_on(output, capsys):
+    def work():
+        with begin(output) as run:
+            run.append(1, a=b"one")
+            raise OSError("No space left on device")
+
+    assert resumable.run(work, output) == 2
+    error = capsys.readouterr().err
+    assert "No space left on device" in error
+    assert f"Start the same command again to go on from {output}.partial." in error
+
+
 def test_one_process_at_a_time(output):
     with begin(output) as run:
         with pytest.raises(ValueError, match=r"Another process works in .*out\.partial; wait for it"):

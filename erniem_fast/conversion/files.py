@@ -15,8 +15,17 @@ OTHER_FORMATS = ["onnx/*", "openvino/*", "*.h5", "*.msgpack", "*.ot"]  # of mode
 
 
 def find_folder(source: str) -> Path:
-    """A folder that is there, or that of a model on the hub, which is downloaded."""
-    return Path(source) if Path(source).is_dir() else Path(snapshot_download(source, ignore_patterns=OTHER_FORMATS))
+    """A folder that is there, or that of a model on the hub, which is downloaded.
+
+    Raises:
+        OSError: there is neither.
+    """
+    if Path(source).is_dir():
+        return Path(source)
+    try:
+        return Path(snapshot_download(source, ignore_patterns=OTHER_FORMATS))
+    except (OSError, ValueError) as error:
+        raise OSError(f"There is no folder {source!r}, and no such model on the hub can be had: {error}") from error
 
 
 def hub_options(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -63,10 +63,10 @@ def run(
         total: the number of items; None if it is not known.
 
     Raises:
-        ValueError: `tokens_per_batch` is less than 1.
+        ValueError: `tokens_per_batch` is no integer, or less than 1.
     """
-    if tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch={tokens_per_batch} must be at least 1.")
+    if not isinstance(tokens_per_batch, int) or tokens_per_batch < 1:
+        raise ValueError(f"tokens_per_batch={tokens_per_batch!r} must be an integer of at least 1.")
     disable = None if show_progress_bar is None else not show_progress_bar
     return _run(items, steps, tokens_per_batch, tqdm(total=total, unit="texts", desc="Texts", disable=disable))
 

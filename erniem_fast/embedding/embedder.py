@@ -51,7 +51,7 @@ class Embedder:
             threads: of torch; by default the CPUs that Ray gives to the worker. Outside of Ray they stay as they are.
             options: of `erniem_fast.embed`.
         """
-        threads = threads or _assigned_cpus()
+        threads = _assigned_cpus() if threads is None else threads
         if threads is not None:
             torch.set_num_threads(threads)
             os.environ["RAYON_NUM_THREADS"] = str(threads)  # of fast tokenizers
@@ -66,12 +66,14 @@ class Embedder:
 
         Raises:
             TypeError: the batch is no dictionary of arrays, or a text is no string.
-            ValueError: the batch has no such column.
+            ValueError: the batch has no such column, or one with the name of the vectors' column.
         """
         if not isinstance(batch, dict):
             raise TypeError(f"batch is a {type(batch).__name__}; pass batch_format='numpy' to map_batches.")
         if self.column not in batch:
             raise ValueError(f"column={self.column!r} is not in the rows; they have {', '.join(batch)}.")
+        if self.output_column in batch:
+            raise ValueError(f"output_column={self.output_column!r} is in the rows already; name another one.")
         return {**batch, self.output_column: embed(self.model, batch[self.column], **self.options)}
 
 

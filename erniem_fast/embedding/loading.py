@@ -17,6 +17,9 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
         OSError, ValueError: it cannot be loaded, or cannot have these weights.
         ImportError: it needs sentence-transformers, which is not installed.
     """
+    if dtype not in DTYPES:
+        raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(map(repr, DTYPES))}.")
+    _check_device(device)
     options, folder = {"dtype": DTYPES[dtype]}, find_folder(path)
     if not (folder / "modules.json").exists():
         model = AutoModel.from_pretrained(folder, **options).to(device)
@@ -27,3 +30,11 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
         raise ImportError(f"{path} is a model of sentence-transformers: pip install sentence-transformers") from error
     model = SentenceTransformer(str(folder), device=device, model_kwargs=options)
     return optimize(model, weights=weights), None
+
+
+def _check_device(device: str) -> None:
+    """Refuses a device that is not here, before a model is loaded."""
+    try:
+        torch.empty(1, device=device)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"device={device!r} cannot be used: {error}; use 'cpu'.") from error

@@ -16,8 +16,10 @@ def collect(
         return found if convert_to_tensor else map(Tensor.numpy, found)
     results, start = torch.empty(total, *shape), 0
     for part in found:
-        results[start : start + len(part)] = part
-        start += len(part)
+        end = start + len(part)
+        if end <= total:
+            results[start:end] = part
+        start = end
     if start != total:
-        raise ValueError(f"{total} items were announced by their length, but {start} came.")
+        raise ValueError(f"The length of the input is {total}, but it holds {start} items; pass a list of them.")
     return results if convert_to_tensor else results.numpy()

@@ -7,6 +7,8 @@ from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
+from .tokens import NOT_UNICODE, is_unicode
+
 FORMATS = (".jsonl", ".csv", ".parquet", ".txt")
 SHOWN = 10  # as many bad rows are named
 PARQUET_EXTRA = "Parquet needs pyarrow: pip install 'erniem-fast[embed]'"
@@ -104,7 +106,7 @@ def _json_rows(source: Source) -> Iterator[Row]:
         elif line.strip():  # as other readers do, empty lines are passed over
             try:
                 fields = json.loads(line)
-            except ValueError as error:
+            except (ValueError, RecursionError) as error:
                 yield Row(place, "", problem=f"it is not JSON ({error}); write one object a line, without line breaks")
                 continue
             if isinstance(fields, dict):
@@ -114,14 +116,16 @@ def _json_rows(source: Source) -> Iterator[Row]:
 
 
 def _csv_rows(source: Source) -> Iterator[Row]:
-    reader = csv.DictReader(_csv_lines(source.path))
+    reader = csv.DictReader(_csv_lines(source.path), strict=True)  # else a quote that is never closed eats what follows
     csv.field_size_limit(2**31 - 1)
     try:
         _check_columns(source, reader.fieldnames or [])
         while (fields := next(reader, None)) is not None:
-            yield _row(
-                source, f"line {reader.line_num}", {name: each for name, each in fields.items() if each is not None}
-            )
+            place = f"line {reader.line_num}"
+            if reader.restkey in fields:
+                yield Row(place, "", problem="it has more fields than the header; put texts with commas in quotes")
+            else:
+                yield _row(source, place, {name: each for name, each in fields.items() if each is not None})
     except csv.Error as error:
         raise ValueError(
             f"{source.path}, line {reader.line_num}: {error}; write the file with a CSV library."
@@ -151,8 +155,13 @@ def _parquet_rows(source: Source) -> Iterator[Row]:
 
 def _check_columns(source: Source, names: list[str]) -> None:
     for option, name in (("--column", source.column), ("--id", source.id_column)):
-        if name is not None and name not in names:
-            raise ValueError(f"{option} {name}: {source.path} has no such column; it has {', '.join(names)}.")
+        if name is None or names.count(name) == 1:
+            continue
+        if name in names:
+            raise ValueError(
+                f"{option} {name}: {source.path} has {names.count(name)} columns of this name; rename one."
+            )
+        raise ValueError(f"{option} {name}: {source.path} has no such column; it has {', '.join(names) or 'none'}.")
 
 
 def _row(source: Source, place: str, fields: dict) -> Row:
@@ -163,11 +172,21 @@ def _row(source: Source, place: str, fields: dict) -> Row:
     if not isinstance(text, str):
         remedy = "write a string, or leave the row out"
         return Row(place, "", problem=f"its {source.column!r} is {text!r:.40}, a {type(text).__name__}; {remedy}")
-    if not text.isascii() and any("\ud800" <= each <= "\udfff" for each in text):
-        return Row(place, "", problem="its text has half of a surrogate pair, which is no character; remove that")
-    if source.id_column is not None and (not isinstance(id, str | int) or isinstance(id, bool)):
-        return Row(place, "", problem=f"its {source.id_column!r} is {id!r:.40}; ids must be strings or integers")
+    if not is_unicode(text):
+        return Row(place, "", problem=f"its {source.column!r} has {NOT_UNICODE}")
+    problem = None if source.id_column is None else _problem_of_id(id)
+    if problem is not None:
+        return Row(place, "", problem=f"its {source.id_column!r} {problem}")
     return Row(place, text, id)
+
+
+def _problem_of_id(id: object) -> str | None:
+    """Why Parquet cannot hold an id; None if it can."""
+    if not isinstance(id, str | int) or isinstance(id, bool):
+        return f"is {id!r:.40}; ids must be strings or integers"
+    if isinstance(id, int) and not -(2**63) <= id < 2**63:
+        return f"is {id}, which has more than 64 bits with its sign; write ids as strings"
+    return None if isinstance(id, int) or is_unicode(id) else f"has {NOT_UNICODE}"
 
 
 _READERS = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows, ".txt": _text_rows}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-from .. import modes
+from .. import families, modes
 from ..modeling import ErnieMForSequenceClassification
 from . import sentence_transformer
 from .batches import TOKENS_PER_BATCH, Steps, Tokens, run
@@ -16,8 +16,6 @@ from .hidden_states import Packed, hidden_states, pads
 from .models import bare_model
 from .results import collect
 from .tokens import check_pairs, find_limit, find_tokenizer, tokenizes
-
-_FAMILIES = ("bert", "camembert", "roberta", "xlm_roberta")
 
 
 def score(
@@ -124,8 +122,7 @@ def _is_packed(model: PreTrainedModel) -> bool:
         return True
     if not modes.is_untouched(model, type(model)):
         return False
-    names = {f"transformers.models.{each}.modeling_{each}" for each in _FAMILIES}
-    return type(model).__module__ in names and not pads(model.base_model)
+    return families.is_of_family(model) and not pads(model.base_model)
 
 
 def _logits(model: PreTrainedModel, packed: Packed) -> Tensor:

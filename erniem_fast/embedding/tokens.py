@@ -1,6 +1,6 @@
 """From texts, or pairs of texts, to tokens, by the tokenizer that belongs to a model."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Set
 from functools import partial
 
 import torch
@@ -9,14 +9,18 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
 from .batches import Tokens
 
+NOT_UNICODE = "half of a surrogate pair, which is no character; remove that"
+
 
 def check_texts(texts: Iterable[str], name: str = "texts") -> Iterator[str]:
     """The texts, each known to be a string.
 
     Raises:
         TypeError: a text is not a string, or there are no texts to iterate over.
+        ValueError: a text is no Unicode.
     """
-    if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable):
+    # What has two dimensions, as a table of pandas, may iterate over names of columns.
+    if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
         raise TypeError(f"{name} is a {type(texts).__name__}; pass a list or an iterator of strings.")
     return _check_each(texts, name)
 
@@ -28,7 +32,18 @@ def _check_each(texts: Iterable[str], name: str) -> Iterator[str]:
                 f"{name}[{index}] is {text!r:.60}, a {type(text).__name__}; texts must be strings. Leave out rows "
                 f"without text, or pass an empty string for them."
             )
+        if not is_unicode(text):
+            raise ValueError(f"{name}[{index}], {text!r:.60}, has {NOT_UNICODE}.")
         yield text
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a string can be written as UTF-8: tokenizers and files do not take halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def check_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
@@ -36,6 +51,7 @@ def check_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
     Raises:
         TypeError: a pair does not, or there are no pairs to iterate over.
+        ValueError: a text is no Unicode.
     """
     if isinstance(pairs, str | bytes | dict) or not isinstance(pairs, Iterable):
         raise TypeError(f"pairs is a {type(pairs).__name__}; pass a list or an iterator of pairs of strings.")
@@ -44,12 +60,15 @@ def check_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
 
 def _check_each_pair(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
     for index, pair in enumerate(pairs):
-        both = () if isinstance(pair, str | bytes) or not isinstance(pair, Iterable) else tuple(pair)
+        unordered = isinstance(pair, str | bytes | Mapping | Set) or not isinstance(pair, Iterable)
+        both = () if unordered else tuple(pair)
         if len(both) != 2 or not all(isinstance(each, str) for each in both):
             raise TypeError(
                 f"pairs[{index}] is {pair!r:.60}; a pair must hold two strings, as (query, document) does. For a "
                 f"single pair, pass [pair]."
             )
+        if not all(map(is_unicode, both)):
+            raise ValueError(f"pairs[{index}], {pair!r:.60}, has {NOT_UNICODE}.")
         yield both
 
 
@@ -57,9 +76,15 @@ def find_tokenizer(model: object, tokenizer: PreTrainedTokenizerBase | None) -> 
     """The tokenizer that was given, or that of the object, or that of the checkpoint which it was loaded from.
 
     Raises:
+        TypeError: what was given is no tokenizer.
         ValueError: there is none.
     """
     if tokenizer is not None:
+        if not callable(tokenizer):
+            raise TypeError(
+                f"tokenizer is a {type(tokenizer).__name__}; pass a tokenizer of transformers, as "
+                f"AutoTokenizer.from_pretrained loads it."
+            )
         return tokenizer
     held = getattr(model, "tokenizer", None)
     if held is not None:
@@ -86,13 +111,17 @@ def find_limit(bare: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: 
     if max_length is None:
         return min(positions, tokenizer.model_max_length)
     least = tokenizer.num_special_tokens_to_add() + 1
-    if not least <= max_length <= positions:
-        raise ValueError(f"max_length={max_length} is outside of [{least}, {positions}], what the model can read.")
+    if not isinstance(max_length, int) or not least <= max_length <= positions:
+        raise ValueError(
+            f"max_length={max_length!r} must be an integer in [{least}, {positions}], which the model can read."
+        )
     return max_length
 
 
 def tokenizes(tokenizer: PreTrainedTokenizerBase, limit: int, prompt: str = ""):
     """A function from a window of texts or pairs to their tokens, `limit` at most."""
+    if not isinstance(prompt, str):
+        raise TypeError(f"prompt is {prompt!r:.60}, a {type(prompt).__name__}; pass a string.")
     return partial(_tokenize, tokenizer, limit, prompt)
 
 

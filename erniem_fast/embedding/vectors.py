@@ -61,9 +61,10 @@ def embed(
         consecutive texts, which reads texts as it goes and holds at most a thousand of them.
 
     Raises:
-        TypeError: `texts` or a text is of another type, or there is no such model in the object.
+        TypeError: `texts`, a text, the tokenizer or the prompt is of another type, or there is no such model in the
+            object.
         ValueError: an argument has another value than it may have, or is not for this model; the model has no
-            tokenizer; or a text has no tokens.
+            tokenizer; or a text has no tokens, or half of a surrogate pair.
     """
     checked = check_texts(texts)
     if sentence_transformer.is_kind(model, "SentenceTransformer"):

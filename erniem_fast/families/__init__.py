@@ -83,6 +83,11 @@ def _is_ours(module: nn.Module) -> bool:
     return type(module).__module__.startswith(f"{__name__}.")
 
 
+def is_of_family(model: nn.Module) -> bool:
+    """Whether a model's class is transformers' own of a family that is taken, or the packed one in its place."""
+    return _is_ours(model) or type(model).__module__ in _FAMILIES.values()
+
+
 def stock_class(kind: type[nn.Module]) -> type[nn.Module]:
     """The class of transformers that a packed class stands for."""
     return next(each for each in kind.__mro__ if each.__module__.startswith("transformers."))
@@ -93,6 +98,8 @@ def refusal(model: nn.Module) -> str | None:
     kind = type(model).__name__
     if kind in _REFUSED:
         return _REFUSED[kind]
+    if kind.startswith("FSDP"):  # `fully_shard` gives modules classes of its own
+        return "FSDP has sharded it, and sharded layers run by transformers' own forward"
     packed = _packed_class(model)
     if not hasattr(packed, "encoder_kind"):
         return None

@@ -19,7 +19,7 @@ _LOG = logging.getLogger(__name__)
 _SERVED = {
     *("input_ids", "attention_mask", "token_type_ids", "position_ids", "inputs_embeds"),
     *("output_hidden_states", "return_dict", "use_cache", "num_items_in_batch"),
-    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k"),
+    *("cu_seq_lens_q", "cu_seq_lens_k", "max_length_q", "max_length_k", "seq_idx"),  # as collators make them
 }
 
 # What a layer holds; the packed layout runs what is inside of them without calling them.
@@ -107,6 +107,8 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
     if given.dim() != dims or given.numel() == 0:
         return f"the input has {given.dim()} dimensions" if given.numel() else "the input is empty"
     mask = arguments["attention_mask"]
+    if not isinstance(mask, Tensor | None):
+        return f"attention_mask is a {type(mask).__name__}"
     if mask is None or mask.shape == given.shape[:2]:
         return None
     dimensions = len(mask.shape)

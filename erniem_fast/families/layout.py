@@ -12,7 +12,9 @@ from ..inputs import (
     check_length,
     check_packed,
     check_range,
+    expand_to_grid,
     extremes,
+    find_grid,
     is_full,
     leaves_out_padding,
     may_read,
@@ -58,12 +60,15 @@ def lay_out(
     Raises:
         ValueError: see `PackedModel.forward`.
     """
-    given = inputs_embeds if input_ids is None else input_ids
-    grid, device = tuple(given.shape[:2]), given.device
+    grid = find_grid(model.config, input_ids, inputs_embeds)
+    input_ids = None if input_ids is None else input_ids.long()
+    device = (inputs_embeds if input_ids is None else input_ids).device
     if position_ids is not None:
-        position_ids = position_ids.to(device).long().expand(grid)
+        position_ids = expand_to_grid("position_ids", position_ids.to(device), grid)
+    if token_type_ids is not None:
+        token_type_ids = expand_to_grid("token_type_ids", torch.atleast_2d(token_type_ids), grid)
     if cu_seqlens is None and max_seqlen is None and attention_mask is None and position_ids is not None:
-        cu_seqlens, max_seqlen = _restarts(position_ids)
+        cu_seqlens, max_seqlen = restarts(position_ids)
     came_packed = cu_seqlens is not None or max_seqlen is not None
     padding = None
     if came_packed:
@@ -95,12 +100,12 @@ def lay_out(
             batch = TokenBatch.padded(grid, device, None if mask is None else key_bias_of(mask))
         positions = batch.pack(_positions(model, input_ids, position_ids, grid, device, found))
     _check_ids(model, input_ids, token_type_ids, found)
-    types = torch.zeros_like(positions) if token_type_ids is None else batch.pack(token_type_ids.expand(grid))
+    types = torch.zeros_like(positions) if token_type_ids is None else batch.pack(token_type_ids)
     ids, embeds = (None if each is None else batch.pack(each) for each in (input_ids, inputs_embeds))
     return Tokens(batch, ids, embeds, positions, types, came_packed)
 
 
-def _restarts(position_ids: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
+def restarts(position_ids: Tensor) -> tuple[Tensor, int] | tuple[None, None]:
     """Bounds and longest length of the sequences in a single row, if its positions start anew with each; else None."""
     if len(position_ids) != 1 or not may_read({"position_ids": position_ids}):
         return None, None
@@ -151,14 +156,25 @@ def _positions(
     return positions
 
 
+def rows_of(table: nn.Module, configured: int) -> int:
+    """The number of rows of a table; that of the config for a module around one, such as an adapter."""
+    return getattr(table, "num_embeddings", configured)
+
+
+def position_rows(model: nn.Module) -> int:
+    """The number of rows of the position table."""
+    return rows_of(model.embeddings.position_embeddings, model.config.max_position_embeddings)
+
+
 def _check_positions(model: nn.Module, position_ids: Tensor, shift: int, found: dict[str, int]) -> None:
-    rows = model.embeddings.position_embeddings.num_embeddings
+    rows = position_rows(model)
     check_range("position_ids", position_ids, rows - shift, found, f"the position table has {rows} rows")
 
 
 def _check_ids(
     model: nn.Module, input_ids: Tensor | None, token_type_ids: Tensor | None, found: dict[str, int]
 ) -> None:
-    words, types = model.embeddings.word_embeddings, model.embeddings.token_type_embeddings.num_embeddings
-    check_range("input_ids", input_ids, getattr(words, "num_embeddings", model.config.vocab_size), found)
+    words = rows_of(model.embeddings.word_embeddings, model.config.vocab_size)
+    types = rows_of(model.embeddings.token_type_embeddings, model.config.type_vocab_size)
+    check_range("input_ids", input_ids, words, found)
     check_range("token_type_ids", token_type_ids, types, found, f"config.type_vocab_size is {types}")

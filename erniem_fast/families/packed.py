@@ -3,6 +3,7 @@
 Each class stands before transformers' own in a family's classes. What it cannot compute goes to that one.
 """
 
+import functools
 from typing import ClassVar
 
 import torch
@@ -14,6 +15,7 @@ from .. import flags, ops
 from ..batch import TokenBatch
 from ..dropout import drop_features
 from ..inference import InferenceEmbedding, InferenceModel, is_plain_inference
+from ..inputs import check_tensors
 from ..modes import is_plain
 from ..ops import Product
 from ..post_ln import (
@@ -27,7 +29,7 @@ from ..post_ln import (
     norm_of,
 )
 from . import fallback
-from .layout import Tokens, lay_out
+from .layout import Tokens, lay_out, position_rows
 from .saving import refuse_saving
 
 # Given by a head that reads the first column of the hidden states, and nothing else.
@@ -72,9 +74,15 @@ class PackedEncoder(PostLNStack):
 class PackedClassifier(nn.Module):
     """A head on the first column of the hidden states. Of input that came packed, it reads a row for each sequence."""
 
-    def forward(self, *arguments: object, **options: object) -> SequenceClassifierOutput | tuple:
-        """Arguments and results are transformers'; logits are `(sequences, labels)`."""
-        return super().forward(*arguments, **options, **{FIRST_ONLY: True})
+    def __init_subclass__(cls, **options: object) -> None:
+        """Gives the class a `forward` with transformers' signature, from which Trainer knows inputs and labels."""
+        super().__init_subclass__(**options)
+
+        @functools.wraps(super(PackedClassifier, cls).forward)
+        def forward(self: nn.Module, *arguments: object, **options: object) -> SequenceClassifierOutput | tuple:
+            return super().forward(*arguments, **options, **{FIRST_ONLY: True})
+
+        cls.forward = forward
 
 
 class PackedModel(InferenceModel):
@@ -111,8 +119,9 @@ class PackedModel(InferenceModel):
         other, and `pooler_output` has a row for each.
 
         Raises:
-            ValueError: a sequence is longer than there are positions, or packed input contradicts itself; the message
-                names the argument, its value and the remedy.
+            ValueError: an argument is no tensor, or has a shape, a dtype or values that the model cannot take; a
+                sequence is longer than there are positions; or packed input contradicts itself. The message names the
+                argument, its value and the remedy.
         """
         arguments = {
             "input_ids": input_ids,
@@ -126,6 +135,8 @@ class PackedModel(InferenceModel):
             **kwargs,
         }
         first_only = arguments.pop(FIRST_ONLY, False)
+        named = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+        check_tensors(**{name: arguments[name] for name in named}, cu_seq_lens_q=arguments.get("cu_seq_lens_q"))
         reason = fallback.reason(self, arguments)
         if reason is not None:
             fallback.tell(self, reason)
@@ -154,7 +165,7 @@ class PackedModel(InferenceModel):
     @property
     def longest_sequence(self) -> int:
         """The most tokens of a sequence."""
-        return self.embeddings.position_embeddings.num_embeddings - self.first_position
+        return position_rows(self) - self.first_position
 
     def state_dict(self, *arguments: object, **options: object) -> dict[str, object]:
         """As in transformers; `save_pretrained` gets no rounded weights."""

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .. import families, flags
+from ..families.layout import restarts
 from ..inference import InferenceEmbedding, InferenceModule, inference_module
 from ..modeling import ErnieMModel
 from ..objects import encoders, holders
@@ -129,7 +130,8 @@ def verify(model: object, batch: Mapping[str, object] | None = None) -> Verifica
 
     Raises:
         TypeError: there is no model in the object that `optimize` takes; or `batch` is no mapping.
-        ValueError: `batch` is packed input of a model of transformers, which does not keep its sequences apart.
+        ValueError: `batch` is packed input of a model of transformers, which does not keep its sequences apart; or the
+            model is on the meta device.
     """
     if batch is not None and not isinstance(batch, Mapping):
         raise TypeError(f"batch is a {type(batch).__name__}; pass a dict of a forward's arguments, as tokenizers make.")
@@ -138,11 +140,10 @@ def verify(model: object, batch: Mapping[str, object] | None = None) -> Verifica
 
 def _verify(holder: PreTrainedModel, bare: nn.Module, batch: Mapping[str, object] | None) -> ModelVerification:
     is_ours, name = isinstance(bare, ErnieMModel), type(holder).__name__
-    if batch is not None and not is_ours and batch.get("cu_seq_lens_q") is not None:
-        raise ValueError(
-            f"batch has cu_seq_lens_q, but packed sequences attend to each other in transformers' {name}; pass rows "
-            f"with padding."
-        )
+    if bare.device.type == "meta":
+        raise ValueError(f"The {name} is on the meta device, where there are no numbers to compare; load its weights.")
+    if batch is not None and not is_ours:
+        _refuse_packed(batch, name)
     place = f"{str(bare.dtype).removeprefix('torch.')} on {bare.device}"
     with _evaluating(holder):
         copied = copy.deepcopy(holder)
@@ -161,6 +162,18 @@ def _verify(holder: PreTrainedModel, bare: nn.Module, batch: Mapping[str, object
     weights = None if module is None else module.weights
     outputs = {key: _compare(key, results[key], expected[key], exact[key], weights) for key in results}
     return ModelVerification(name, place, weights, description, outputs, tuple(fallbacks), seconds, stock_seconds)
+
+
+def _refuse_packed(batch: Mapping[str, object], name: str) -> None:
+    """Refuses packed input, of which transformers' models make something else."""
+    positions, is_packed = batch.get("position_ids"), batch.get("cu_seq_lens_q") is not None
+    if isinstance(positions, Tensor) and positions.dim() == 2 and batch.get("attention_mask") is None:
+        is_packed = is_packed or restarts(positions)[0] is not None
+    if is_packed:
+        raise ValueError(
+            f"batch is packed (cu_seq_lens_q, or position_ids that start anew), but packed sequences attend to each "
+            f"other in transformers' {name}; pass rows with padding."
+        )
 
 
 # --- The models ------------------------------------------------------------------------------------------------------

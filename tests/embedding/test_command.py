@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 
+import huggingface_hub
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
@@ -239,13 +240,16 @@ def test_a_run_goes_on_only_with_the_same_model(stopped, capsys, tmp_path):
         (["--output", "there.npy"], "there.npy is there already; remove it, or name another file"),
         (["--output", "out.npy", "--id", "key"], "--id key: only .parquet holds ids"),
         (["--output", "out.npy", "--column", "other"], "line 1: it has no 'other'"),
-        (["--output", "out.npy", "--max-length", 9999], "max_length=9999 is outside of"),
+        (["--output", "out.npy", "--max-length", 9999], "max_length=9999 must be an integer in"),
         (["--output", "out.npy", "--prompt-name", "x"], "prompt_name='x' is for a SentenceTransformer"),
+        (["--output", "out.npy", "--model", "nowhere"], "There is no folder 'nowhere', and no such model on the hub"),
+        (["--output", "out.npy", "--device", "nowhere"], "device='nowhere' cannot be used: "),
         (["--output", "out.npy", "--input", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
     ],
 )
 def test_what_is_refused(tmp_path, monkeypatch, capsys, options, message):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     (tmp_path / "there.npy").touch()
     write(tmp_path / "in.jsonl", ROWS, IDS)
     assert embed("--input", "in.jsonl", *options) == 2

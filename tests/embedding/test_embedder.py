@@ -47,8 +47,12 @@ def test_options(monkeypatch):
         embedder({"body": TEXTS})
     with pytest.raises(TypeError, match="batch is a list; pass batch_format='numpy'"):
         embedder(TEXTS)
+    with pytest.raises(ValueError, match="output_column='embedding' is in the rows already"):
+        embedder({"text": TEXTS, "embedding": TEXTS})
     with pytest.raises(ValueError, match="pooling='median' is unknown"):
         Embedder(str(cases.TINY), pooling="median")
+    with pytest.raises(ValueError, match="dtype='int8' is unknown; use 'float32'"):
+        Embedder(str(cases.TINY), dtype="int8")
 
 
 class Killed(Embedder):

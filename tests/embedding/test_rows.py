@@ -66,8 +66,13 @@ def test_lines_that_break_inside_of_quotes(tmp_path):
         (".jsonl", b'\n{"text": 3}\n', r"line 2: its 'text' is 3, a int; write a string"),
         (".jsonl", b'["a"]\n', r"line 1: it is a list; write an object with 'text'"),
         (".jsonl", b'{"text": "a"\n', r"line 1: it is not JSON \(Expecting ',' delimiter"),
-        (".jsonl", b'{"text": "a \\ud800"}\n', r"line 1: its text has half of a surrogate pair"),
+        (".jsonl", b'{"text": "a \\ud800"}\n', r"line 1: its 'text' has half of a surrogate pair"),
         (".jsonl", b'{"text": "\xff"}\n', r"line 1: it is not UTF-8; convert the file"),
+        (".jsonl", b'{"text": ' + b"[" * 100_000, r"line 1: it is not JSON \(maximum recursion"),
+        (".csv", b"n,text\n1,a\n2,b, c\n", r"line 3: it has more fields than the header; put texts with"),
+        (".csv", b'text\na\n"b\nc\n', r"a.csv, line 2: unexpected end of data"),
+        (".csv", b"text,text\na,b\n", r"--column text: .*a.csv has 2 columns of this name"),
+        (".csv", b"", r"--column text: .*a.csv has no such column; it has none"),
         (".csv", b"text,n\na,1\n\xff,2\n", r"a.csv, line 3: it is not UTF-8"),
         (".csv", b"n,text\n1,a\n2\n", r"line 3: it has no 'text'"),
         (".csv", b"a,b\n1,2\n", r"--column text: .*a.csv has no such column; it has a, b"),
@@ -103,6 +108,8 @@ def test_the_first_bad_rows_are_listed(tmp_path):
         ([1, 2, "x", 4, 5], "line 3: its id 'x' is no int, as those before it"),
         ([1, True, 3, 4, 5], "line 2: its 'key' is True; ids must be strings or integers"),
         ([1, None, 3, 4, 5], "line 2: its 'key' is None; ids must be"),
+        ([1, 2**63, 3, 4, 5], "line 2: its 'key' is 9223372036854775808, which has more than 64 bits"),
+        (["1", "\ud800", "3", "4", "5"], "line 2: its 'key' has half of a surrogate pair"),
     ],
 )
 def test_bad_ids(tmp_path, ids, message):

@@ -48,6 +48,17 @@ def test_scores_are_those_of_each_pair_alone(model, logits):
     assert_close(np.concatenate(list(erniem_fast.score(model, iter(PAIRS)))), expected(logits))
 
 
+def test_an_optimised_model_is_given_no_padding(model, logits, monkeypatch):
+    forward = type(model).forward
+
+    def without_rows(self, *arguments, **options):
+        assert "attention_mask" not in options
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(type(model), "forward", without_rows)
+    assert_close(erniem_fast.score(model, PAIRS), expected(logits))
+
+
 def test_a_stock_model_is_given_padding(stock, logits):
     assert_close(erniem_fast.score(stock, PAIRS, tokens_per_batch=150), expected(logits))
 
@@ -107,12 +118,19 @@ def test_no_pairs(model, logits):
         (("a", "b"), r"pairs\[0\] is 'a'; a pair must hold two strings.*pass \[pair\]"),
         ([("a", "b"), ("a", None)], r"pairs\[1\] is \('a', None\)"),
         ([("a", "b", "c")], r"pairs\[0\] is \('a', 'b', 'c'\)"),
+        ([{"query": "a", "document": "b"}], r"pairs\[0\] is \{'query'"),
+        ([{"a", "b"}], r"pairs\[0\] is \{'.', '.'\}"),
     ],
 )
 def test_what_is_no_pair(pairs, message):
     model = erniem_fast.ErnieMForSequenceClassification.from_pretrained(tiny.cases.TINY)
     with pytest.raises(TypeError, match=message):
         erniem_fast.score(model, pairs)
+
+
+def test_half_of_a_surrogate_pair_is_named(model):
+    with pytest.raises(ValueError, match=r"pairs\[0\], \('a', '\\ud83d'\), has half of a surrogate pair"):
+        erniem_fast.score(model, [("a", "\ud83d")])
 
 
 def test_models_that_do_not_score():

@@ -245,6 +245,8 @@ def test_a_sentence_transformer_has_its_own_settings(checkpoint, option, message
         (["a", None], r"texts\[1\] is None, a NoneType; texts must be strings"),
         (["a", b"b"], r"texts\[1\] is b'b', a bytes"),
         ([["a", "b"]], r"texts\[0\] is \['a', 'b'\], a list"),
+        (np.array("a"), "texts is a ndarray; pass a list"),
+        (np.array([["a"]]), "texts is a ndarray; pass a list"),
     ],
 )
 def test_what_is_no_text(ernie_m, texts, message):
@@ -256,15 +258,44 @@ def test_what_is_no_text(ernie_m, texts, message):
     ("options", "message"),
     [
         ({"pooling": "median"}, "pooling='median' is unknown; use 'mean', 'cls', 'max', 'last'"),
-        ({"tokens_per_batch": 0}, "tokens_per_batch=0 must be at least 1"),
-        ({"max_length": 2}, r"max_length=2 is outside of \[3, "),
-        ({"max_length": 1000}, r"max_length=1000 is outside of"),
+        ({"tokens_per_batch": 0}, "tokens_per_batch=0 must be an integer of at least 1"),
+        ({"tokens_per_batch": None}, "tokens_per_batch=None must be an integer"),
+        ({"max_length": 2}, r"max_length=2 must be an integer in \[3, "),
+        ({"max_length": 1000}, r"max_length=1000 must be an integer in"),
+        ({"max_length": "9"}, r"max_length='9' must be an integer in"),
         ({"prompt_name": "query"}, "prompt_name='query' is for a SentenceTransformer"),
     ],
 )
 def test_options_are_checked_before_a_stream_is_read(ernie_m, options, message):
     with pytest.raises(ValueError, match=message):
         erniem_fast.embed(ernie_m, iter(["a"]), **options)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"prompt": 3}, "prompt is 3, a int; pass a string"),
+        ({"tokenizer": "a"}, "tokenizer is a str; pass a tokenizer"),
+    ],
+)
+def test_options_of_other_types(ernie_m, options, message):
+    with pytest.raises(TypeError, match=message):
+        erniem_fast.embed(ernie_m, ["a"], **options)
+
+
+def test_half_of_a_surrogate_pair_is_named(model):
+    with pytest.raises(ValueError, match=r"texts\[1\], 'a\\ud83d', has half of a surrogate pair"):
+        erniem_fast.embed(model, ["a", "a\ud83d"])
+
+
+@pytest.mark.parametrize("length", [1, 5])
+def test_a_length_that_is_not_that_of_the_texts(ernie_m, length):
+    class Texts(list):
+        def __len__(self):
+            return length
+
+    with pytest.raises(ValueError, match=f"The length of the input is {length}, but it holds 2 items"):
+        erniem_fast.embed(ernie_m, Texts(["a", "b"]))
 
 
 def test_a_text_without_tokens(model, tokenizer):

@@ -68,6 +68,7 @@ def test_arguments(changes, reason, log):
         ({"inputs_embeds": EMBEDS}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": IDS[0]}, "the input has 1 dimensions"),
+        ({"attention_mask": ATTENTION_MASK.numpy()}, "attention_mask is a ndarray"),
         ({"output_hidden_states": [7]}, "output_hidden_states selects states that there are not"),
     ],
 )
@@ -80,7 +81,13 @@ def test_calls_that_transformers_refuses(changes, reason, log):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"use_cache": True}, {"num_items_in_batch": 3}, {"output_attentions": False}, {"encoder_hidden_states": None}],
+    [
+        {"use_cache": True},
+        {"num_items_in_batch": 3},
+        {"output_attentions": False},
+        {"encoder_hidden_states": None},
+        {"seq_idx": IDS},
+    ],
 )
 def test_arguments_without_effect(changes, log):
     stock, fast = both()
@@ -271,6 +278,15 @@ def test_distributed(process_group, log):
     fully_shard(fast)
     assert_close(fast(**INPUTS).last_hidden_state[REAL_TOKENS], expected.last_hidden_state[REAL_TOKENS], atol=2e-5)
     assert len(told(log)) == 1
+
+
+def test_a_model_that_was_sharded_before_is_refused(process_group):
+    model = make()
+    for layer in model.encoder.layer:
+        fully_shard(layer, mesh=process_group)
+    fully_shard(model, mesh=process_group)
+    with pytest.raises(TypeError, match="FSDPXLMRobertaModel is not taken because FSDP has sharded it"):
+        erniem_fast.optimize(model)
 
 
 def test_tensor_parallelism(process_group, log):

@@ -1,6 +1,7 @@
 """Heads, objects that contain encoders, copies and files; and the way back."""
 
 import copy
+import inspect
 import io
 import logging
 import pickle
@@ -15,6 +16,7 @@ from torch import nn
 from transformers import BertModel, XLMRobertaModel
 from transformers.models.bert import modeling_bert
 from transformers.models.xlm_roberta import modeling_xlm_roberta
+from transformers.utils.generic import find_labels
 
 import erniem_fast
 from tests.families.tiny import ATTENTION_MASK, FAMILIES, GRADIENTS, IDS, REAL_TOKENS, both, make
@@ -72,6 +74,17 @@ def test_heads(family, head):
     assert_close(actual, expected, atol=1e-4)
     assert_close(loss, expected_loss, atol=2e-5)
     assert_same_gradients(grads, expected_grads, rtol=1e-4)
+
+
+@pytest.mark.parametrize("head", ["Model", *LABELS])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_signatures_stay(family, head):
+    """Trainer leaves out of a batch whatever is not in the signature, and finds there what labels are called."""
+    kind = getattr(transformers, f"{PREFIXES[family]}{head}")
+    fast = type(erniem_fast.optimize(make(family, model_class=kind)))
+    ours, theirs = (list(inspect.signature(each.forward).parameters) for each in (fast, kind))
+    assert ours == theirs
+    assert find_labels(fast) == find_labels(kind)
 
 
 class Holder:
@@ -155,9 +168,13 @@ def test_sentence_transformers(tmp_path):
     assert_close(torch.tensor(ranker.predict(pairs)), torch.tensor(scores))
 
 
+TABLES = ["word_embeddings", "position_embeddings", "token_type_embeddings"]
+
+
+@pytest.mark.parametrize("targets", [["query", "dense"], TABLES], ids=["linears", "tables"])
 @pytest.mark.parametrize("optimise_first", [True, False])
-def test_peft(optimise_first):
-    config = peft.LoraConfig(target_modules=["query", "dense"], init_lora_weights=False)
+def test_peft(optimise_first, targets):
+    config = peft.LoraConfig(target_modules=targets, init_lora_weights=False)
     found = []
     for fast in (False, True):
         model = make()
@@ -326,7 +343,7 @@ def test_nothing_found():
         r"torch.nn.modules.container.Sequential, which contains no model of transformers, only": nn.Sequential(
             nn.Linear(2, 2)
         ),
-        r"builtins.str, which contains no model": "xlm-roberta-base",
+        r"builtins.str, whose attributes hold no model": "xlm-roberta-base",
         r"contains Mine\..*not subclasses": Mine(make().config),
     }
     for message, thing in cases.items():

@@ -108,9 +108,49 @@ def test_one_sequence_with_positions_of_its_own_is_one():
 
 
 TOTAL = int(MASK.sum())
+
+
+def ids(columns):
+    return torch.arange(columns)[None].clamp(4, 99)
+
+
+EMBEDS = torch.zeros(2, 3, 31)
+UNFIT = {
+    "list": ({"input_ids": [[5, 6]]}, "input_ids is a list, but must be a tensor: pass return_tensors='pt'"),
+    "batch": ({"input_ids": {"input_ids": ids(3)}}, r"input_ids is a dict; call model\(\*\*batch\)"),
+    "floats": ({"input_ids": ids(3).float()}, "input_ids has shape .* dtype torch.float32; it must hold integers"),
+    "features": ({"inputs_embeds": EMBEDS}, r"inputs_embeds has shape \(2, 3, 31\) .*hidden_size=32"),
+    "positions": (
+        {"input_ids": ids(3), "position_ids": torch.arange(3)},
+        r"position_ids has shape \(3,\) .* of shape \(1, 3\) like",
+    ),
+    "float positions": ({"input_ids": ids(3), "position_ids": torch.rand(1, 3)}, "position_ids has .*torch.float32"),
+    "types": (
+        {"input_ids": ids(3), "token_type_ids": torch.zeros(1, 2).long()},
+        r"token_type_ids has shape \(1, 2\) .* of shape \(1, 3\) like",
+    ),
+}
+
+
+@pytest.mark.parametrize(("arguments", "message"), UNFIT.values(), ids=UNFIT)
+def test_what_no_model_takes(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        both("bert")[1](**arguments)
+
+
+@pytest.mark.parametrize("types", [torch.tensor([1, 0, 1]), torch.tensor([[0, 1, 1]], dtype=torch.int32)])
+def test_token_types_of_one_row(types):
+    stock, fast = both("bert")
+    batch = {"input_ids": ids(6).view(2, 3), "token_type_ids": types}
+    with torch.inference_mode():
+        assert_close(fast(**batch).last_hidden_state, stock(**batch).last_hidden_state, atol=2e-5)
+
+
 BAD = {
     "bounds": ({"cu_seq_lens_q": torch.tensor([0, 11, 18, 19, 22])}, "cu_seq_lens_q runs from 0 to 22.*to the 23"),
     "longest": ({"max_length_q": 9}, "max_length_q=9"),
+    "list": ({"cu_seq_lens_q": [0, 23]}, "cu_seq_lens_q is a list, but must be a tensor"),
+    "text": ({"max_length_q": "11"}, "max_length_q is '11'; it must be an integer"),
     "missing": ({"max_length_q": None}, "max_length_q is missing"),
     "mask": ({"attention_mask": torch.ones(1, TOTAL)}, "with attention_mask"),
     "positions": ({"position_ids": flattened(1)["position_ids"]}, r"start at 1; .*0, or from 2.*_start=2"),
@@ -122,10 +162,6 @@ BAD = {
 def test_what_is_refused(changes, message):
     with pytest.raises(ValueError, match=message):
         both()[1](**{**flattened(), **changes})
-
-
-def ids(columns):
-    return torch.arange(columns)[None].clamp(4, 99)
 
 
 TOO_LARGE = {

@@ -3,6 +3,7 @@
 import copy
 import logging
 import pickle
+from types import SimpleNamespace
 
 import peft
 import pytest
@@ -14,6 +15,7 @@ import erniem_fast
 from erniem_fast.inference import LINEARS, InferenceEmbedding, InferenceModule, linear_kind
 from tests.families.tiny import ATTENTION_MASK, FAMILIES, IDS, REAL_TOKENS, make
 from tests.model.test_optimize import COSINES, assert_same_state, bits, every_form, packing_pays
+from tests.model.tiny import assert_close
 
 __all__ = ["packing_pays"]  # a fixture
 
@@ -113,6 +115,39 @@ def test_several_encoders():
     assert all(isinstance(model.encoder.layer[0].output.dense, LINEARS["int8"]) for model in both)
     with pytest.raises(ValueError, match="has int8 weights already"):
         erniem_fast.optimize(both, "int8")
+
+
+@pytest.mark.parametrize("weights", ["packed", "int8"])
+def test_an_encoder_that_an_object_holds_twice(weights, packing_pays):
+    """As a router of sentence-transformers does, or an object that keeps a model and its encoder."""
+    holder = SimpleNamespace(model=make(model_class=XLMRobertaForSequenceClassification))
+    holder.encoder = holder.model.base_model
+    before = copy.deepcopy(holder.encoder.state_dict())
+    erniem_fast.optimize(holder, weights, keep=True)
+    if weights == "int8":
+        linears = [each for each in holder.encoder.encoder.modules() if isinstance(each, LINEARS["int8"])]
+        assert len(linears) == 12
+    erniem_fast.restore(holder)
+    after = holder.encoder.state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+def test_layers_that_are_the_same_module():
+    model = make()
+    model.encoder.layer[1] = model.encoder.layer[0]
+    before = states(erniem_fast.optimize(model))
+    erniem_fast.optimize(model, "int8", keep=True)
+    assert isinstance(model.encoder.layer[1].output.dense, LINEARS["int8"])
+    assert_close(states(model)[REAL_TOKENS], before[REAL_TOKENS], atol=0.1)
+    assert torch.equal(states(erniem_fast.optimize(erniem_fast.restore(model))), before)
+
+
+def test_a_linear_that_two_layers_share_stays(caplog):
+    model = make()
+    model.encoder.layer[1].output.dense = model.encoder.layer[0].output.dense
+    erniem_fast.optimize(model, "int8", keep=True)
+    assert type(model.encoder.layer[0].output.dense) is type(model.encoder.layer[1].output.dense) is nn.Linear
+    assert "encoder.layer.0.output.dense" in caplog.text
 
 
 def test_training_is_refused():

@@ -178,8 +178,10 @@ def test_what_is_refused():
         erniem_fast.verify(nn.Linear(2, 2))
     with pytest.raises(TypeError, match="batch is a list"):
         erniem_fast.verify(make(), ["a text"])
-    with pytest.raises(ValueError, match="batch has cu_seq_lens_q"):
+    with pytest.raises(ValueError, match="batch is packed"):
         erniem_fast.verify(make(), {"input_ids": IDS[:1], "cu_seq_lens_q": torch.tensor([0, 11])})
+    with pytest.raises(ValueError, match="position_ids that start anew"):
+        erniem_fast.verify(make(), {"input_ids": IDS[:1, :5], "position_ids": torch.tensor([[0, 1, 0, 1, 2]])})
 
 
 def test_hard_batches_are_hard():

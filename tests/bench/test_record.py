@@ -6,7 +6,16 @@ import pytest
 
 from bench import RESULTS
 from bench.kernels.figures import KernelRun, SweepRun
-from bench.model.figures import Breakdown, ModelRun, QualityRun
+from bench.model.figures import (
+    Breakdown,
+    EncodeRun,
+    ExtractionRun,
+    FineTuningRun,
+    LinesRun,
+    ModelRun,
+    PretrainingRun,
+    QualityRun,
+)
 from bench.record import RENAMED, read, write
 from bench.report import kernels, model
 
@@ -22,7 +31,17 @@ def without_later(new, old):
     return new
 
 
-KINDS = {"breakdown": Breakdown, "kernels": KernelRun, "sweep": SweepRun, "quality": QualityRun}
+KINDS = {
+    "breakdown": Breakdown,
+    "encode": EncodeRun,
+    "extraction": ExtractionRun,
+    "finetuning": FineTuningRun,
+    "kernels": KernelRun,
+    "lines": LinesRun,
+    "pretraining": PretrainingRun,
+    "quality": QualityRun,
+    "sweep": SweepRun,
+}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}")

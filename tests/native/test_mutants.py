@@ -97,7 +97,6 @@ ATTENTION = {
     ],
     "range_of": [
         ("2 * (start + i)", "2 * i"),
-        ("std::min<int64_t>(length, range[1])", "range[1]"),
     ],
     "seen_by": [
         ("std::min(seen.first, range.first)", "range.first"),

@@ -149,7 +149,7 @@ class TokenBatch:
         )
 
     def attending_to(self, key_ranges: Tensor) -> "TokenBatch":
-        """The same tokens, each of which attends to a range of its sequence alone; see `Sequences`."""
+        """The same batch, in which each token attends only to the keys in its range; see `Sequences.key_ranges`."""
         return replace(self, sequences=self.sequences._replace(key_ranges=key_ranges))
 
     @property

@@ -11,7 +11,7 @@ import json
 import pathlib
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 
 import numpy as np
 import torch
@@ -224,8 +224,7 @@ def work(folder: str, characters: str, threads: str) -> dict[str, object]:
     extractor(text[:1000])
     reset_peak()
     loaded, found = peak(), []
-    call: Callable[[], None] = lambda: found.extend(extractor(text))  # noqa: E731
-    seconds = time_call(call, torch.device("cpu")).seconds
+    seconds = time_call(lambda: found.extend(extractor(text)), torch.device("cpu")).seconds
     memory = {"loaded_memory": loaded, "peak_memory": peak()}
     tokens = len(tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"])
     return {"characters": len(text), "tokens": tokens, "spans": len(spans(found)), "seconds": seconds, **memory}

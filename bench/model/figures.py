@@ -224,7 +224,7 @@ class EncodeRun(Run):
 
 @dataclasses.dataclass(frozen=True)
 class LinesFigures:
-    """A file of lines, embedded by one way in a process of its own.
+    """The figures of one way to embed a file of lines. Each way runs in its own process.
 
     Attributes:
         lines: of the file.
@@ -258,7 +258,7 @@ class LinesRun(Run):
 
 @dataclasses.dataclass(frozen=True)
 class LongText:
-    """A text of any length, extracted from in a process of its own.
+    """The figures of extraction from one long text. Each text has its own process.
 
     Attributes:
         characters, tokens: of the text.

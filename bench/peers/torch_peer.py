@@ -72,7 +72,7 @@ class TorchPeer(Peer):
         return self._masked_loss(inputs) if self.masked else self._distance(inputs)
 
     def _masked_loss(self, inputs):
-        """That of XLMRobertaForMaskedLM: the logits of all tokens, of which some are predicted."""
+        """The loss as XLMRobertaForMaskedLM computes it: from logits of all tokens, although only some have a label."""
         logits = self._head(self.module(**inputs).last_hidden_state)
         return F.cross_entropy(logits.flatten(0, 1), self.labels(inputs).flatten())
 

@@ -41,7 +41,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(arguments: argparse.Namespace) -> int:
-    """Embeds the input, or what is left of it; returns the exit code."""
+    """Embeds the rows that an earlier run has not embedded yet; returns the exit code."""
     return resumable.run(lambda: _run(arguments), arguments.output)
 
 

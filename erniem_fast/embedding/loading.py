@@ -19,7 +19,7 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
     """
     if dtype not in DTYPES:
         raise ValueError(f"dtype={dtype!r} is unknown; use {', '.join(map(repr, DTYPES))}.")
-    _check_device(device)
+    check_device(device)
     options, folder = {"dtype": DTYPES[dtype]}, find_folder(path)
     if not (folder / "modules.json").exists():
         model = AutoModel.from_pretrained(folder, **options).to(device)
@@ -32,7 +32,7 @@ def load(path: str, weights: str | None = None, device: str = "cpu", dtype: str 
     return optimize(model, weights=weights), None
 
 
-def _check_device(device: str) -> None:
+def check_device(device: str) -> None:
     """Refuses a device that is not here, before a model is loaded."""
     try:
         torch.empty(1, device=device)

@@ -3,7 +3,7 @@
 import csv
 import json
 from collections.abc import Iterator
-from itertools import islice
+from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
@@ -57,7 +57,7 @@ class Source(NamedTuple):
         return _READERS[self.path.suffix](self)
 
     def check(self) -> int:
-        """The number of rows, all of which have texts.
+        """Reads all rows once, to see that each has a text; returns their number.
 
         Raises:
             ValueError: rows have problems; the first ones are named. Or as `rows`.
@@ -147,10 +147,10 @@ def _parquet_rows(source: Source) -> Iterator[Row]:
     file = pyarrow.parquet.ParquetFile(source.path)
     _check_columns(source, file.schema_arrow.names)
     columns = [name for name in (source.column, source.id_column) if name is not None]
-    number = 0
-    for batch in file.iter_batches(batch_size=1024, columns=columns):
-        for number, fields in enumerate(batch.to_pylist(), number + 1):  # noqa: B020 (it goes on counting)
-            yield _row(source, f"row {number}", fields)
+    batches = file.iter_batches(batch_size=1024, columns=columns)
+    rows = chain.from_iterable(batch.to_pylist() for batch in batches)
+    for number, fields in enumerate(rows, 1):
+        yield _row(source, f"row {number}", fields)
 
 
 def _check_columns(source: Source, names: list[str]) -> None:

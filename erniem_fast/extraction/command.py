@@ -11,6 +11,7 @@ import torch
 
 from .. import resumable
 from ..conversion.files import find_folder
+from ..embedding.loading import check_device
 from ..modeling import ErnieMForInformationExtraction
 from ..tokenization import ErnieMTokenizer
 from .extractor import Extractor
@@ -66,6 +67,7 @@ def _run(arguments: argparse.Namespace) -> str:
 
 
 def _load(folder: Path, schema: object, arguments: argparse.Namespace) -> Extractor:
+    check_device(arguments.device)
     model = ErnieMForInformationExtraction.from_pretrained(folder).to(arguments.device).eval()
     names = ("lang", "threshold", "overlap", "max_length", "batch_tokens")
     options = {name: getattr(arguments, name) for name in names}

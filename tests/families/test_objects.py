@@ -156,6 +156,8 @@ def test_sentence_transformers(tmp_path):
     erniem_fast.optimize(model)
     assert_packed(model[0].auto_model)
     assert_close(torch.tensor(model.encode(texts)), torch.tensor(expected))
+    # Processes of their own, which get the model as a pickle.
+    assert_close(torch.tensor(model.encode(texts, device=["cpu", "cpu"])), torch.tensor(expected))
     model.save_pretrained(str(tmp_path / "saved"))
     again = st.SentenceTransformer(str(tmp_path / "saved"), device="cpu")
     assert type(again[0].auto_model) is XLMRobertaModel

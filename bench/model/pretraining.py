@@ -5,12 +5,16 @@ beside it; CAMLM beside both; and that for two thirds of the tokens, then BTMLM 
 all translations are held out. On these are measured how often the mean of the last hidden states finds a sentence's
 translation among all of its language (in both directions), and the masked-LM loss on the single sentences.
 
-The tokenizer is trained on the same sentences. What is whole is kept: started again, the command goes on with the next
-run of a recipe. At its defaults it trains 12 models on a million tokens each.
+The tokenizer is trained on the same sentences. Models so small gain little from a second thread: each has one, and as
+many are trained at once as there are cores. Whole runs are kept, and when started again, the command trains the rest.
+At its defaults it trains 12 models on two million tokens each.
 """
 
 import argparse
+import functools
+import multiprocessing
 import pathlib
+import signal
 import tempfile
 import time
 import zlib
@@ -24,6 +28,7 @@ from tqdm import tqdm
 from transformers import get_linear_schedule_with_warmup
 
 from bench import INTERRUPTED
+from bench.machine import available_cores
 from bench.model.figures import PretrainingFigures, PretrainingPoint, PretrainingRun
 from bench.model.options import add_common_options, positive
 from bench.model.retrieval import embed, retrieve
@@ -54,14 +59,13 @@ RECIPES = {
 }
 HELD_OUT = 10  # one of so many English sentences
 MAX_LENGTH = 128
-POINTS = 8  # of a curve
+POINTS = 8  # of a curve, after the first one
 WORDS = 6000
 
 
 def main(argv: list[str] | None = None) -> int:
     """Train and compare; returns the exit code: 0, or 130 after Ctrl-C."""
     arguments = parse_arguments(argv)
-    torch.set_num_threads(arguments.threads or torch.get_num_threads())
     try:
         run_and_save(arguments)
     except KeyboardInterrupt:
@@ -72,11 +76,11 @@ def main(argv: list[str] | None = None) -> int:
 def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser = make_parser("pretraining", __doc__)
     recipe = parser.add_argument_group("recipe")
-    recipe.add_argument("--tokens", type=positive, default=1_000_000, metavar="N", help="of each run")
+    recipe.add_argument("--tokens", type=positive, default=2_000_000, metavar="N", help="of each run")
     recipe.add_argument("--seeds", type=positive, default=3, metavar="N", help="runs of each recipe (default: 3)")
     recipe.add_argument("--hidden", type=positive, default=128, metavar="N", help="features of a token (default: 128)")
     recipe.add_argument("--layers", type=positive, default=3, metavar="N", help="default: 3")
-    recipe.add_argument("--token-budget", type=positive, default=2048, metavar="N", help="of a step (default: 2048)")
+    recipe.add_argument("--token-budget", type=positive, default=512, metavar="N", help="of a step (default: 512)")
     recipe.add_argument("--lr", type=float, default=1e-3, help="the largest rate (default: 0.001)")
     add_common_options(parser.add_argument_group("run"))
     parser.set_defaults(dtype="float32", device="cpu", model=None)
@@ -96,17 +100,22 @@ def run_and_save(arguments: argparse.Namespace) -> None:
     done = {(each.recipe, each.seed) for each in run.runs}
     # Seeds in turn, so that every recipe has as many when the command is interrupted.
     todo = [(name, seed) for seed in range(arguments.seeds) for name in RECIPES if (name, seed) not in done]
-    with (
-        tempfile.TemporaryDirectory() as folder,
-        tqdm(total=len(todo) * arguments.tokens, unit="token", disable=None) as bar,
-    ):
+    pool = multiprocessing.get_context("spawn").Pool(arguments.threads or available_cores(), begin_process)
+    with tempfile.TemporaryDirectory() as folder, pool:
         tokenizer = train_tokenizer(trained, pathlib.Path(folder))
-        for name, seed in todo:
-            bar.set_description(f"{name}, seed {seed}")
-            run.runs.append(train(name, seed, arguments, tokenizer, trained, held_out, bar))
+        run_one = functools.partial(train, arguments, tokenizer, trained, held_out)
+        for figures in tqdm(pool.imap_unordered(run_one, todo), total=len(todo), unit="run", disable=None):
+            run.runs.append(figures)
+            run.runs.sort(key=lambda each: (list(RECIPES).index(each.recipe), each.seed))
             keep(run, markdown(run), stem)
     write(run, markdown(run), stem)
     plot(run, stem.with_suffix(".png"))
+
+
+def begin_process() -> None:
+    """Make a process compute by one thread, and leave Ctrl-C to the process that started it."""
+    torch.set_num_threads(1)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 def split(rows: list[Translation]) -> tuple[list[Translation], list[Translation]]:
@@ -140,15 +149,14 @@ def train_tokenizer(rows: list[Translation], folder: pathlib.Path) -> ErnieMToke
 
 
 def train(
-    name: str,
-    seed: int,
     arguments: argparse.Namespace,
     tokenizer: ErnieMTokenizer,
     rows: list[Translation],
     held_out: list[Translation],
-    bar: tqdm,
+    recipe_and_seed: tuple[str, int],
 ) -> PretrainingFigures:
-    """One run of a recipe."""
+    """One run of a recipe. Its curve begins before the first step: equal tokens alone find some translations."""
+    name, seed = recipe_and_seed
     languages = ["en", *dict.fromkeys(row.language for row in rows)]
     torch.manual_seed(seed)
     model = make_model(arguments, len(tokenizer), languages).train()
@@ -157,6 +165,7 @@ def train(
     schedule = get_linear_schedule_with_warmup(optimizer, steps // 10, steps + steps // 10)
     figures = PretrainingFigures(name, seed, 0.0, [], {})
     start, seen = time.perf_counter(), 0
+    measure(model, tokenizer, held_out, seen, figures)
     for batch in batches(name, seed, arguments, tokenizer, languages, rows):
         model(**batch).loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -164,13 +173,23 @@ def train(
         schedule.step()
         optimizer.zero_grad()
         seen += batch["input_ids"].shape[1]
-        bar.update(batch["input_ids"].shape[1])
-        if seen >= arguments.tokens * (len(figures.curve) + 1) / POINTS:
-            figures.languages = found = retrieval(model, tokenizer, held_out)
-            accuracy = float(np.mean(list(found.values())))
-            figures.curve.append(PretrainingPoint(seen, loss(model, tokenizer, held_out), accuracy))
+        if seen >= arguments.tokens * len(figures.curve) / POINTS:
+            measure(model, tokenizer, held_out, seen, figures)
     figures.seconds = time.perf_counter() - start
     return figures
+
+
+def measure(
+    model: ErnieMForPreTraining,
+    tokenizer: ErnieMTokenizer,
+    rows: list[Translation],
+    tokens: int,
+    figures: PretrainingFigures,
+) -> None:
+    """Add a point to the curve."""
+    figures.languages = retrieval(model, tokenizer, rows)
+    accuracy = float(np.mean(list(figures.languages.values())))
+    figures.curve.append(PretrainingPoint(tokens, loss(model, tokenizer, rows), accuracy))
 
 
 def make_model(arguments: argparse.Namespace, words: int, languages: Sequence[str]) -> ErnieMForPreTraining:

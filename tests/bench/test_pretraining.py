@@ -10,7 +10,20 @@ from bench.model.text import read_translations
 from bench.record import read
 from erniem_fast.pretraining import OBJECTIVES
 
-OPTIONS = ["--tokens", "1500", "--token-budget", "256", "--layers", "1", "--hidden", "32", "--seeds", "1"]
+OPTIONS = [
+    "--tokens",
+    "1500",
+    "--token-budget",
+    "256",
+    "--layers",
+    "1",
+    "--hidden",
+    "32",
+    "--seeds",
+    "1",
+    "--threads",
+    "1",
+]
 
 
 @pytest.fixture(scope="module")
@@ -49,24 +62,25 @@ def test_an_interrupted_run_goes_on(rows, tmp_path, monkeypatch):
     """What is whole is not trained again."""
     monkeypatch.setattr(pretraining, "WORDS", 700)
     monkeypatch.setattr(pretraining, "read_translations", lambda: rows)
-    train, trained = pretraining.train, []
+    keep, kept = pretraining.keep, []
 
-    def interrupted(name, *arguments):
-        trained.append(name)
-        if len(trained) == 3:
+    def interrupted(run, *arguments):
+        keep(run, *arguments)
+        kept.append(len(run.runs))
+        if kept == [1, 2]:
             raise KeyboardInterrupt
-        return train(name, *arguments)
 
-    monkeypatch.setattr(pretraining, "train", interrupted)
+    monkeypatch.setattr(pretraining, "keep", interrupted)
     assert pretraining.main([*OPTIONS, "--output", str(tmp_path)]) == 130
     assert pretraining.main([*OPTIONS, "--output", str(tmp_path)]) == 0
+    assert kept == [1, 2, 3, 4]
     names = list(pretraining.RECIPES)
-    assert trained == [*names[:3], *names[2:]]
     (path,) = tmp_path.glob("*.json")
     run = read(PretrainingRun, path)
     assert [each.recipe for each in run.runs] == names
     for each in run.runs:
         assert each.languages.keys() == {"de", "fr", "zh", "sw"}
+        assert each.curve[0].tokens == 0
         assert each.curve[-1].tokens >= 1500
         assert each.curve[-1].accuracy == pytest.approx(sum(each.languages.values()) / 4)
     report = path.with_suffix(".md").read_text()

@@ -37,20 +37,31 @@ struct EmbeddingsBackward {
   const int64_t* columns;       // (tokens,) or null
   const int64_t* sequence_ids;  // (tokens,) or null
   const int64_t* seed;          // (1,) or null
-  float* grad_z;                // (tokens, hidden)
+  void* grad_z;                 // (tokens, hidden) elements
   float* grad_norm;             // (chunks, 2, hidden), each chunk's share of the gradients of weight and norm_bias
   int64_t tokens, tokens_per_chunk, hidden, threshold;
   double eps, rescale;
 };
 
-// Sums the rows of a gradient that belong to the same table row. Tokens come sorted by table row, and one group of
-// lanes sums each run of equal table rows in a fixed order. So the sum is deterministic and needs no atomics.
+// Sums the rows of a gradient that belong to the same table row. Tokens come in the order of their table rows, and
+// those of one table row are a run. A frequent word makes a long run, so the order is cut into chunks of tokens: one
+// group of lanes sums the runs of a chunk, and stores the sum of a run that reaches into other chunks to `partials`;
+// another one adds such sums up. Chunks are the same everywhere, so the sums are deterministic, and they need no
+// atomics.
 struct EmbeddingsScatter {
-  const float* rows;      // (tokens, hidden)
-  const int64_t* sorted;  // (tokens,), the table rows in ascending order
-  const int64_t* order;   // (tokens,), the token that each of them belongs to
-  void* table;            // (table_rows, hidden) elements, zeros
-  int64_t tokens, table_rows, hidden, padding_idx;
+  const void* rows;      // (tokens, hidden) elements
+  const int64_t* index;  // (tokens,), the table row of each token
+  const int64_t* order;  // (tokens,), tokens in ascending order of their table rows
+  float* partials;       // (chunks, 2, hidden): of a run from a chunk's first token on, and of a later one
+  void* table;           // (table_rows, hidden) elements, zeros
+  int64_t tokens, tokens_per_chunk, table_rows, hidden, padding_idx;
+};
+
+// Zeroes the rows of the padding's tokens.
+struct EmbeddingsClear {
+  const int64_t* ids;  // (tokens,)
+  void* rows;          // (tokens, hidden) elements
+  int64_t tokens, hidden, padding_idx;
 };
 
 // ---- Rows
@@ -117,7 +128,7 @@ HOST_DEVICE void embeddings_backward_row(const Lanes& lanes, const EmbeddingsBac
   });
   layer_norm_backward(lanes, op.hidden, op.weight, op.eps, row, grad_y, grad_weight, grad_norm_bias);
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {
-    store<Lanes>(op.grad_z + token * op.hidden + piece * N, grad_y[piece], count);
+    store<Lanes>(static_cast<T*>(op.grad_z) + token * op.hidden + piece * N, grad_y[piece], count);
   });
 }
 
@@ -139,25 +150,93 @@ HOST_DEVICE void embeddings_backward_chunk(const Lanes& lanes, const EmbeddingsB
   });
 }
 
-// Sums the run of equal table rows that starts at `first`. Does nothing if no run starts there, or if its row is the
-// padding's or outside of the table.
-template <typename T, typename Lanes>
-HOST_DEVICE void embeddings_scatter_run(const Lanes& lanes, const EmbeddingsScatter& op, int64_t first) {
-  constexpr int N = Lanes::piece;
-  const int64_t row = op.sorted[first];
-  const bool starts = first == 0 || op.sorted[first - 1] != row;
-  if (!starts || row < 0 || row >= op.table_rows || row == op.padding_idx) return;
-  int64_t end = first + 1;
-  while (end < op.tokens && op.sorted[end] == row) ++end;
+// ---- Sums of rows
 
-  T* to = static_cast<T*>(op.table) + row * op.hidden;
+// The table row of the token at a place of the order.
+HOST_DEVICE int64_t table_row_at(const EmbeddingsScatter& op, int64_t place) {
+  return read(op.index + read(op.order + place));
+}
+
+// Whether a table row has a gradient: it is in the table, and not the padding's.
+HOST_DEVICE bool has_gradient(const EmbeddingsScatter& op, int64_t row) {
+  return row >= 0 && row < op.table_rows && row != op.padding_idx;
+}
+
+constexpr int AHEAD = 8;  // rows that are loaded before the first of them is added
+
+// Sums the runs of a chunk.
+template <typename T, typename Lanes>
+HOST_DEVICE void embeddings_scatter_chunk(const Lanes& lanes, const EmbeddingsScatter& op, int64_t chunk) {
+  constexpr int N = Lanes::piece;
+  const int64_t first = chunk * op.tokens_per_chunk;
+  const int64_t end = first + op.tokens_per_chunk < op.tokens ? first + op.tokens_per_chunk : op.tokens;
+  const int64_t before = first > 0 ? table_row_at(op, first - 1) : -1;
+  const int64_t after = end < op.tokens ? table_row_at(op, end) : -1;
+
   for_pieces(lanes, op.hidden, [&](int piece, auto count) {
-    Piece<N> sum = {};
-    for (int64_t j = first; j < end; ++j) {
-      const Piece<N> term = load<Lanes>(op.rows + op.order[j] * op.hidden + piece * N, count);
-      for (int i = 0; i < N; ++i) sum.x[i] += term.x[i];
+    Piece<N> sum = {}, terms[AHEAD];
+    int64_t rows[AHEAD + 1], begin = first;
+    for (int64_t place = first; place < end; place += AHEAD) {
+      for (int i = 0; i <= AHEAD; ++i) rows[i] = place + i < end ? table_row_at(op, place + i) : after;
+      for (int i = 0; i < AHEAD; ++i) {
+        if (place + i >= end) break;
+        terms[i] =
+            load<Lanes>(static_cast<const T*>(op.rows) + read(op.order + place + i) * op.hidden + piece * N, count);
+      }
+      for (int i = 0; i < AHEAD; ++i) {
+        if (place + i >= end) break;
+        for (int j = 0; j < N; ++j) sum.x[j] += terms[i].x[j];
+        if (rows[i + 1] == rows[i] && place + i + 1 < end) continue;
+        // The run ends here, or goes on in the next chunk.
+        const bool reaches_out = (begin == first && before == rows[i]) || (place + i + 1 == end && after == rows[i]);
+        if (!has_gradient(op, rows[i])) {
+        } else if (reaches_out) {
+          store<Lanes>(op.partials + (chunk * 2 + (begin > first)) * op.hidden + piece * N, sum, count);
+        } else {
+          store<Lanes>(static_cast<T*>(op.table) + rows[i] * op.hidden + piece * N, sum, count);
+        }
+        sum = {}, begin = place + i + 1;
+      }
     }
-    store<Lanes>(to + piece * N, sum, count);
+  });
+}
+
+// Adds up the sums of the run that starts in a chunk and reaches into the next ones, if there is one.
+template <typename T, typename Lanes>
+HOST_DEVICE void embeddings_scatter_join(const Lanes& lanes, const EmbeddingsScatter& op, int64_t chunk) {
+  constexpr int N = Lanes::piece;
+  const int64_t first = chunk * op.tokens_per_chunk, end = first + op.tokens_per_chunk;
+  if (end >= op.tokens) return;
+  const int64_t row = table_row_at(op, end - 1);
+  const bool whole = table_row_at(op, first) == row;
+  if (table_row_at(op, end) != row || (whole && first > 0 && table_row_at(op, first - 1) == row)) return;
+  if (!has_gradient(op, row)) return;
+
+  for_pieces(lanes, op.hidden, [&](int piece, auto count) {
+    Piece<N> sum = load<Lanes>(op.partials + (chunk * 2 + !whole) * op.hidden + piece * N, count), terms[AHEAD];
+    for (int64_t other = chunk + 1;; other += AHEAD) {
+      int reached = 0;
+      for (int i = 0; i < AHEAD; ++i) {
+        const int64_t place = (other + i) * op.tokens_per_chunk;
+        const bool reaches = place < op.tokens && table_row_at(op, place) == row;
+        if (reaches) terms[i] = load<Lanes>(op.partials + (other + i) * 2 * op.hidden + piece * N, count);
+        reached += reaches;
+      }
+      for (int i = 0; i < reached; ++i) {
+        for (int j = 0; j < N; ++j) sum.x[j] += terms[i].x[j];
+      }
+      if (reached < AHEAD) break;
+    }
+    store<Lanes>(static_cast<T*>(op.table) + row * op.hidden + piece * N, sum, count);
+  });
+}
+
+template <typename T, typename Lanes>
+HOST_DEVICE void embeddings_clear_row(const Lanes& lanes, const EmbeddingsClear& op, int64_t token) {
+  constexpr int N = Lanes::piece;
+  if (op.ids[token] != op.padding_idx) return;
+  for_pieces(lanes, op.hidden, [&](int piece, auto count) {
+    store<Lanes>(static_cast<T*>(op.rows) + token * op.hidden + piece * N, Piece<N>{}, count);
   });
 }
 

@@ -46,10 +46,23 @@ extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dty
 }
 
 extern "C" const char* embeddings_scatter(const EmbeddingsScatter* op, int dtype, ParallelFor run) {
+  const int64_t work = op->tokens_per_chunk * op->hidden;
+  return error_of([&] {
+    with_dtype(dtype, [&](auto element) {
+      using T = decltype(element);
+      parallel_rows(run, chunks_of(*op), work, op->hidden, 0,
+                    [&](int64_t chunk, auto*) { embeddings_scatter_chunk<T>(Thread(), *op, chunk); });
+      parallel_rows(run, chunks_of(*op), op->hidden, op->hidden, 0,
+                    [&](int64_t chunk, auto*) { embeddings_scatter_join<T>(Thread(), *op, chunk); });
+    });
+  });
+}
+
+extern "C" const char* embeddings_clear(const EmbeddingsClear* op, int dtype, ParallelFor run) {
   return error_of([&] {
     with_dtype(dtype, [&](auto element) {
       parallel_rows(run, op->tokens, op->hidden, op->hidden, 0,
-                    [&](int64_t first, auto*) { embeddings_scatter_run<decltype(element)>(Thread(), *op, first); });
+                    [&](int64_t token, auto*) { embeddings_clear_row<decltype(element)>(Thread(), *op, token); });
     });
   });
 }

@@ -81,12 +81,26 @@ __global__ void backward_kernel(const EmbeddingsBackward op) {
   embeddings_backward_chunk<T>(lanes, op, warp_index(), rows.row[0], rows.row[1], rows.row[2], rows.row[3]);
 }
 
-// A frequent word makes a long run, so the pieces of its row are spread over the lanes of the grid's second dimension.
+// The kernels below have few rows at once, so the pieces of a row are spread over the lanes of the grid's second
+// dimension.
+template <typename L>
+__device__ L lanes_of_grid() {
+  return {int(blockIdx.y * WARP + threadIdx.x % WARP), int(gridDim.y * WARP)};
+}
+
 template <typename T, typename L>
 __global__ void scatter_kernel(const EmbeddingsScatter op) {
-  if (warp_index() >= op.tokens) return;
-  const L lanes = {int(blockIdx.y * WARP + threadIdx.x % WARP), int(gridDim.y * WARP)};
-  embeddings_scatter_run<T>(lanes, op, warp_index());
+  if (warp_index() < chunks_of(op)) embeddings_scatter_chunk<T>(lanes_of_grid<L>(), op, warp_index());
+}
+
+template <typename T, typename L>
+__global__ void join_kernel(const EmbeddingsScatter op) {
+  if (warp_index() < chunks_of(op)) embeddings_scatter_join<T>(lanes_of_grid<L>(), op, warp_index());
+}
+
+template <typename T, typename L>
+__global__ void clear_kernel(const EmbeddingsClear op) {
+  if (warp_index() < op.tokens) embeddings_clear_row<T>(lanes_of_grid<L>(), op, warp_index());
 }
 
 bool is_aligned(int64_t hidden, int piece, std::initializer_list<const void*> pointers) {
@@ -144,6 +158,12 @@ void launch(void (*kernel)(Op), const Op& op, int64_t items, int depth, int rows
   throw std::runtime_error(cudaGetErrorString(error));
 }
 
+// The warps that have a lane for each piece of a row.
+template <typename L>
+int depth_of(int64_t hidden) {
+  return (pieces_of(hidden, L::piece) + WARP - 1) / WARP;
+}
+
 }  // namespace
 
 extern "C" const char* embeddings_forward(const EmbeddingsForward* op, int dtype, cudaStream_t stream) {
@@ -169,10 +189,20 @@ extern "C" const char* embeddings_backward(const EmbeddingsBackward* op, int dty
 
 extern "C" const char* embeddings_scatter(const EmbeddingsScatter* op, int dtype, cudaStream_t stream) {
   return error_of([&] {
-    with_lanes(dtype, op->hidden, {op->rows, op->table}, [&](auto element, auto lanes) {
+    with_lanes(dtype, op->hidden, {op->rows, op->partials, op->table}, [&](auto element, auto lanes) {
+      using T = decltype(element);
       using L = decltype(lanes);
-      const int depth = (pieces_of(op->hidden, L::piece) + WARP - 1) / WARP;
-      launch<L>(scatter_kernel<decltype(element), L>, *op, op->tokens, depth, 0, stream);
+      launch<L>(scatter_kernel<T, L>, *op, chunks_of(*op), depth_of<L>(op->hidden), 0, stream);
+      launch<L>(join_kernel<T, L>, *op, chunks_of(*op), depth_of<L>(op->hidden), 0, stream);
+    });
+  });
+}
+
+extern "C" const char* embeddings_clear(const EmbeddingsClear* op, int dtype, cudaStream_t stream) {
+  return error_of([&] {
+    with_lanes(dtype, op->hidden, {op->rows}, [&](auto element, auto lanes) {
+      using L = decltype(lanes);
+      launch<L>(clear_kernel<decltype(element), L>, *op, op->tokens, 1, 0, stream);
     });
   });
 }

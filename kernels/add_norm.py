@@ -7,7 +7,7 @@ lane idle. Up to 768 features, one warp holds a whole row, so that a row's sums 
 are computed in float32, from values in registers, in two passes.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 
 import torch
@@ -24,8 +24,11 @@ _FEATURES_PER_LANE = 24  # the registers that a lane needs for one value of a ro
 _FEATURES_PER_LANE_OF_RDNA = 16  # RDNA's compiler needs more registers for dropout
 _MAX_CHUNKS = 8
 
-# The sum of the partial sums: blocks of 128 bytes, so that many programs share it, in few and therefore large steps.
-_SUM_BLOCK, _SUM_ROWS, _SUM_WARPS = 32, 128, 8
+# The warps of the backward that a multiprocessor has registers for, by the features of a lane.
+_WARPS, _WARPS_WITH_FEW_FEATURES, _FEW_FEATURES_PER_LANE = 8, 12, 16
+
+# The sum of the partial sums: narrow blocks, so that every multiprocessor has one, in few and therefore large steps.
+_SUM_BLOCK, _SUM_ROWS, _SUM_WARPS = 16, 512, 8
 
 
 @dataclass(frozen=True)
@@ -83,14 +86,20 @@ def forward_config(device: Device, hidden: int, itemsize: int) -> Config:
 
 @cache
 def backward_config(device: Device, hidden: int, itemsize: int) -> LoopConfig:
-    """Four warps a multiprocessor, as fastest on an H200 at 768 features: 68 us, with eight in one program 74.
+    """A program has the warps of one row, so that the rows of no other warp are waited for.
 
-    More warps make more partial sums. Of two stages, Triton keeps a tile in flight on AMD's GPUs; on NVIDIA's it takes
-    three.
+    A row takes a warp longer than its instructions do, because sums over lanes have to be waited for; other warps run
+    meanwhile. So there are as many as registers allow, and in float32, whose tiles in flight are twice as large, shared
+    memory. Of two stages, Triton keeps a tile in flight on AMD's GPUs; on NVIDIA's it takes three.
     """
-    warps = min(8, max(2, triton.next_power_of_2(cdiv(hidden, _features_per_warp(device)))))
+    warps = min(8, triton.next_power_of_2(cdiv(hidden, _features_per_warp(device))))
     stages = 2 if is_amd(device.arch) else 3
-    return LoopConfig.for_rows(device, hidden, itemsize, warps, stages=stages, programs=max(1, 4 // warps))
+    config = LoopConfig.for_rows(device, hidden, itemsize, warps, stages=stages, programs=1)
+    features_per_lane = config.block * config.chunks * config.rows // (warps * device.lanes)
+    resident = _WARPS if features_per_lane > _FEW_FEATURES_PER_LANE else _WARPS_WITH_FEW_FEATURES
+    if itemsize > 2:
+        resident = resident * 3 // 4
+    return replace(config, programs=max(1, resident // warps))
 
 
 def forward(
@@ -143,7 +152,7 @@ def backward(
     device = describe(z.device)
     config = config or backward_config(device, hidden, z.itemsize)
     programs, rows_per_program = share(tokens, config.rows, config.programs * device.multiprocessors)
-    partials = torch.empty(3, programs, hidden, dtype=torch.float32, device=z.device)
+    partials = torch.empty(3, programs * config.rows, hidden, dtype=torch.float32, device=z.device)
     _backward_kernel[(programs,)](
         grad,
         z,
@@ -166,11 +175,11 @@ def backward(
 
 
 def _sums(partials: Tensor) -> list[Tensor]:
-    """The sums over the programs of `(3, programs, hidden)`, in one launch."""
-    _, programs, hidden = partials.shape
+    """The sums over the rows of `(3, rows, hidden)`, in one launch."""
+    _, rows, hidden = partials.shape
     sums = [partials.new_empty(hidden) for _ in range(3)]
     _sum_kernel[(cdiv(hidden, _SUM_BLOCK), 3)](
-        partials, *sums, programs, hidden, _SUM_BLOCK, _SUM_ROWS, num_warps=_SUM_WARPS
+        partials, *sums, rows, hidden, _SUM_BLOCK, _SUM_ROWS, num_warps=_SUM_WARPS
     )
     return sums
 
@@ -312,7 +321,7 @@ def _backward_kernel(
     rescale,
     grad_z_ptr,  # (tokens, HIDDEN)
     grad_x_ptr,  # (tokens, HIDDEN); None without dropout, because it would equal grad_z
-    partials_ptr,  # (3, programs, HIDDEN) float32: each program's sums for the gradients of bias, weight, norm_bias
+    partials_ptr,  # (3, programs · ROWS, HIDDEN) float32: sums for the gradients of bias, weight, norm_bias
     tokens,
     rows_per_program,
     HIDDEN: tl.constexpr,
@@ -354,11 +363,12 @@ def _backward_kernel(
         else:
             grad_bias = _add(grad_bias, grad_z, CHUNKS)
 
-    partials_ptr += tl.program_id(0) * HIDDEN
-    partials_stride = tl.num_programs(0) * HIDDEN
-    _store_sums(partials_ptr, grad_bias, HIDDEN, BLOCK, CHUNKS)
-    _store_sums(partials_ptr + partials_stride, grad_weight, HIDDEN, BLOCK, CHUNKS)
-    _store_sums(partials_ptr + 2 * partials_stride, grad_norm_bias, HIDDEN, BLOCK, CHUNKS)
+    # A sum over the tile's rows would exchange them through shared memory, which takes longer than to store them all.
+    sums = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    count = tl.num_programs(0) * ROWS
+    _store_rows(partials_ptr, sums, count, grad_bias, HIDDEN, BLOCK, CHUNKS)
+    _store_rows(partials_ptr + count * HIDDEN, sums, count, grad_weight, HIDDEN, BLOCK, CHUNKS)
+    _store_rows(partials_ptr + 2 * count * HIDDEN, sums, count, grad_norm_bias, HIDDEN, BLOCK, CHUNKS)
 
 
 @triton.jit
@@ -385,32 +395,24 @@ def _zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
     return chunks
 
 
-@triton.jit
-def _store_sums(ptr, chunks, HIDDEN: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Stores the sums over a tile's rows, `(HIDDEN,)`."""
-    for chunk in tl.static_range(CHUNKS):
-        features = chunk * BLOCK + tl.arange(0, BLOCK)
-        tl.store(ptr + features, tl.sum(chunks[chunk], axis=0), mask=features < HIDDEN)
-
-
-@triton.jit(do_not_specialize=["programs"])
+@triton.jit(do_not_specialize=["count"])
 def _sum_kernel(
-    partials_ptr,  # (3, programs, HIDDEN) float32
+    partials_ptr,  # (3, count, HIDDEN) float32
     grad_bias_ptr,  # (HIDDEN,) float32, like the next two
     grad_weight_ptr,
     grad_norm_bias_ptr,
-    programs,
+    count,
     HIDDEN: tl.constexpr,
     BLOCK: tl.constexpr,
     ROWS: tl.constexpr,
 ):
     features = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     vector = tl.program_id(1)
-    partials_ptr += vector * programs * HIDDEN
+    partials_ptr += vector * count * HIDDEN
     sums = tl.zeros([ROWS, BLOCK], tl.float32)
-    for start in tl.range(0, programs, ROWS, num_stages=1):
+    for start in tl.range(0, count, ROWS, num_stages=1):
         rows = start + tl.arange(0, ROWS)[:, None]
-        mask = (rows < programs) & (features < HIDDEN)[None, :]
+        mask = (rows < count) & (features < HIDDEN)[None, :]
         sums += tl.load(partials_ptr + rows * HIDDEN + features[None, :], mask=mask, other=0.0)
     total = tl.sum(sums, axis=0)
     if vector == 0:

@@ -1,8 +1,14 @@
-"""What a GPU is needed for, in parts of at most 8 minutes: verification and tests, the kernels' speed, the model's.
+"""What a GPU is needed for, in parts of at most 6 minutes, in the order in which a short loan should go.
 
-A step that fails does not keep the next ones from running; a step whose packages are missing is left out, and the
-remedy is told. The exit code is 1 if anything failed or was left out. Each part leaves its report when it ends, so that
-a machine that is lent for a short time can be given back between parts.
+    correctness   4 to 5 minutes: builds, checks of `verify`, tests marked `gpu`
+    kernels       6: each op beside PyTorch's, those that were changed last first
+    model         6: inference, then training
+    sweep         6: ways to launch the kernels
+
+The first two fit 15 minutes together with the start of a machine. A step that fails does not keep the next ones from
+running; a step whose packages are missing is left out, and the remedy is told. The exit code is 1 if anything failed
+or was left out. A report is written after each step, and figures as they come, so that a machine that is lent for a
+short time can be given back between parts. bench/gpu/predictions.md says what the figures should be.
 """
 
 import argparse
@@ -27,7 +33,7 @@ from bench.machine import describe
 from bench.parser import make_parser
 from bench.record import now
 
-BUDGET = 445  # seconds of a part: 8 minutes, less the time to make the environment and GRACE
+BUDGET = 320  # seconds of a part: 6 minutes, less the time to make the environment and GRACE
 GRACE = 20  # seconds in which a benchmark that is interrupted writes down what it has measured
 BENCH = ("tqdm", "psutil")
 
@@ -63,25 +69,22 @@ def parts(results: pathlib.Path) -> dict[str, list[Step]]:
     """The steps of each part; their figures go into the folder `results`."""
     device, output = ["--device", "cuda", "--dtype", "bfloat16"], ["--output", str(results)]
     model, plotted = ["-m", "bench", "throughput", *device, "--against", "all"], (*BENCH, "matplotlib")
+    kernels = ["-m", "bench", "kernels", *device, "--ops", "embeddings", "add_norm", "attention", "bias_gelu"]
     lengths = ["--lengths", "text", "modernbert"]
     tests = ["-m", "pytest", "-q", "-m", "gpu", "--continue-on-collection-errors"]
     return {
         "correctness": [
             Step("what runs each op", ["-m", "erniem_fast", "status"]),
             Step("building the native libraries", ["-m", "erniem_fast", "build"]),
-            Step("verification", ["-m", "bench.gpu.verify_in_parallel", "cuda"], ("psutil",), limit=240),
+            Step("verification", ["-m", "bench.gpu.verify_in_parallel", "cuda"], ("psutil",), limit=160),
             Step("tests on the GPU", tests, ("pytest",)),
         ],
-        "kernels": [
-            Step("bench of the kernels", ["-m", "bench", "kernels", *device, "--budget", "360", *output], BENCH),
-        ],
-        "sweep": [
-            Step("sweep of launches", ["-m", "bench", "sweep", "--budget", "150", *output], ("psutil",), limit=200),
-        ],
+        "kernels": [Step("bench of the kernels", [*kernels, "--budget", "280", *output], BENCH)],
         "model": [
-            Step("bench of the model", [*model, "--batch-size", "256", "1", *lengths, *output], plotted),
+            Step("bench of the model", [*model, "--batch-size", "256", "1", *lengths, *output], plotted, limit=170),
             Step("bench of training", [*model, "--train", "--batch-size", "64", *lengths, *output], plotted),
         ],
+        "sweep": [Step("sweep of launches", ["-m", "bench", "sweep", "--budget", "280", *output], ("psutil",))],
     }
 
 

@@ -209,10 +209,14 @@ def row(arch: str, op: str, dtype: torch.dtype, size: int, dropout: bool, launch
         stages=launch.constant("STAGES") or 1,
         elements=elements(launch) // (warps * architecture.lanes),
         ctas=architecture.fits(figures["registers"], shared, warps),
-        launched=-(-launch.programs // MULTIPROCESSORS) if launch.takes("partials_ptr") else 0,
+        launched=-(-launch.programs // MULTIPROCESSORS) if makes_partial_sums(launch) else 0,
         **of_ttgir(kernel.asm["ttgir"]),
         **figures,
     )
+
+
+def makes_partial_sums(launch: Launch) -> bool:
+    return launch.takes("partials_ptr") and launch.takes("rows_per_program")
 
 
 def elements(launch: Launch) -> int:

@@ -46,7 +46,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--ops", nargs="+", choices=swept, default=swept, help="default: all")
     parser.add_argument("--tokens", type=int, default=16384, help="default: %(default)s")
     parser.add_argument("--rounds", type=int, default=7, help="timed turns of each launch (default: %(default)s)")
-    parser.add_argument("--budget", type=float, default=150, metavar="SECONDS", help="end after these (default: 150)")
+    parser.add_argument("--budget", type=float, default=300, metavar="SECONDS", help="end after these (default: 300)")
     parser.add_argument("--output", type=pathlib.Path, metavar="DIR", help="default: bench/results/MACHINE")
     return parser.parse_args(argv)
 

@@ -61,7 +61,7 @@ _BACKWARD = Function(
         "z": (ELEMENT, "tokens", "hidden"),
         "weight": (FLOAT, "hidden"),
         **DROPOUT,
-        "grad_z": (FLOAT, "tokens", "hidden"),
+        "grad_z": (ELEMENT, "tokens", "hidden"),
         "grad_norm": (FLOAT, CHUNKS, 2, "hidden"),
     },
     written=("grad_z", "grad_norm"),
@@ -73,13 +73,21 @@ _BACKWARD = Function(
 _SCATTER = Function(
     "embeddings_scatter",
     {
-        "rows": (FLOAT, "tokens", "hidden"),
-        "sorted": (INT, "tokens"),
+        "rows": (ELEMENT, "tokens", "hidden"),
+        "index": (INT, "tokens"),
         "order": (INT, "tokens"),
+        "partials": (FLOAT, CHUNKS, 2, "hidden"),
         "table": (ELEMENT, "table_rows", "hidden"),
     },
-    written=("table",),
-    sizes="tokens table_rows hidden padding_idx",
+    written=("partials", "table"),
+    sizes="tokens tokens_per_chunk table_rows hidden padding_idx",
+)
+
+_CLEAR = Function(
+    "embeddings_clear",
+    {"ids": (INT, "tokens"), "rows": (ELEMENT, "tokens", "hidden")},
+    written=("rows",),
+    sizes="tokens hidden padding_idx",
 )
 
 
@@ -148,9 +156,9 @@ def backward(
     position_padding_idx: int,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     tokens, hidden = z.shape
-    grad_z = z.new_empty(z.shape, dtype=torch.float32)
+    grad_z = torch.empty_like(z)
     tokens_per_chunk = _tokens_per_chunk(z.device, tokens, hidden)
-    grad_norm = grad_z.new_empty(chunks_of(tokens, tokens_per_chunk), 2, hidden)
+    grad_norm = z.new_empty(chunks_of(tokens, tokens_per_chunk), 2, hidden, dtype=torch.float32)
     _BACKWARD(
         z.device,
         z.dtype,
@@ -163,10 +171,16 @@ def backward(
         eps=norm.eps,
         **dropout_values(dropout),
     )
-    rows_only = sparse or word_table is None
-    grad_words = grad_z.to(z.dtype) if rows_only else _scatter(grad_z, ids, word_table[0], padding_idx, z.dtype)
-    grad_positions = _scatter(grad_z, positions, position_table[0], position_padding_idx, z.dtype)
-    return grad_words, grad_positions, grad_norm[:, 0].sum(0), grad_norm[:, 1].sum(0)
+    grad_positions = _scatter(grad_z, positions, position_table[0], position_padding_idx)
+    if word_table is None:
+        grad_words = grad_z
+    elif sparse:
+        grad_words = grad_z
+        _CLEAR(z.device, z.dtype, ids=ids, rows=grad_z, padding_idx=padding_idx)
+    else:
+        grad_words = _scatter(grad_z, ids, word_table[0], padding_idx)
+    grad_weight, grad_bias = grad_norm.sum(0)  # one launch for both; results of an op may not share memory
+    return grad_words, grad_positions, grad_weight, grad_bias.clone()
 
 
 def _tokens_per_chunk(device: torch.device, tokens: int, hidden: int) -> int:
@@ -177,12 +191,31 @@ def _tokens_per_chunk(device: torch.device, tokens: int, hidden: int) -> int:
     return max(_FEWEST_TOKENS, -(-tokens // warps))
 
 
-def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int, dtype: torch.dtype) -> Tensor:
+def _scatter(rows: Tensor, index: Tensor, size: int, padding_idx: int) -> Tensor:
     """The gradient of a table with `size` rows: `rows[i]` is added to row `index[i]`, unless that is `padding_idx`."""
-    table = _zeros(size, rows.shape[1], dtype, rows.device)
-    ascending, order = torch.sort(index, stable=True)
-    _SCATTER(table.device, dtype, rows=rows, sorted=ascending, order=order, table=table, padding_idx=padding_idx)
+    tokens, hidden = rows.shape
+    table = _zeros(size, hidden, rows.dtype, rows.device)
+    _SCATTER(
+        table.device,
+        table.dtype,
+        rows=rows,
+        index=index,
+        order=_order(index, size),
+        partials=rows.new_empty(chunks_of(tokens), 2, hidden, dtype=torch.float32),
+        table=table,
+        tokens_per_chunk=TOKENS_PER_CHUNK,
+        padding_idx=padding_idx,
+    )
     return table
+
+
+def _order(index: Tensor, size: int) -> Tensor:
+    """The tokens in ascending order of their rows of a table with `size` rows; those outside of it at the ends.
+
+    A GPU sorts by one byte of all keys after another, so the narrowest integers are the fastest.
+    """
+    narrow = next(dtype for dtype in (torch.int16, torch.int32, torch.int64) if size <= torch.iinfo(dtype).max)
+    return torch.sort(index.clamp(-1, size).to(narrow), stable=True).indices
 
 
 def _zeros(rows: int, hidden: int, dtype: torch.dtype, device: torch.device) -> Tensor:

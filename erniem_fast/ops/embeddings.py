@@ -65,7 +65,7 @@ class _Results(NamedTuple):
 
 
 class _Gradients(NamedTuple):
-    word_table: Tensor  # with `sparse`, and for a frozen table, one row per token instead of the table
+    word_table: Tensor  # with `sparse`, and for a frozen table, one row per token instead; zeros for padding_idx
     position_table: Tensor
     norm_weight: Tensor
     norm_bias: Tensor
@@ -107,13 +107,11 @@ def _backward(
     return _Gradients(*tables, *vectors)
 
 
-def _finish(
-    grads: _Gradients, ids: Tensor, word_table: torch.Size | None, padding_idx: int, sparse: bool
-) -> _Gradients:
+def _finish(grads: _Gradients, ids: Tensor, word_table: torch.Size | None, sparse: bool) -> _Gradients:
     if not sparse or word_table is None:
         return grads
-    rows = grads.word_table.masked_fill((ids == padding_idx)[:, None], 0)
-    return grads._replace(word_table=torch.sparse_coo_tensor(ids[None], rows, word_table, check_invariants=False))
+    words = torch.sparse_coo_tensor(ids[None], grads.word_table, word_table, check_invariants=False)
+    return grads._replace(word_table=words)
 
 
 def _composed(layer_norm: LayerNorm) -> Implementation:
@@ -129,8 +127,12 @@ def _composed(layer_norm: LayerNorm) -> Implementation:
         grad, z, ids, positions, word_table, position_table, norm, padding_idx, dropout, sparse, position_padding_idx
     ):
         grad_z, *grads_of_norm = layer_norm.backward(drop_features(grad, dropout), z, norm)
-        rows_only = sparse or word_table is None
-        grad_words = grad_z if rows_only else _scatter(grad_z, ids, word_table[0], padding_idx)
+        if word_table is None:
+            grad_words = grad_z
+        elif sparse:
+            grad_words = grad_z.masked_fill((ids == padding_idx)[:, None], 0)
+        else:
+            grad_words = _scatter(grad_z, ids, word_table[0], padding_idx)
         return grad_words, _scatter(grad_z, positions, position_table[0], position_padding_idx), *grads_of_norm
 
     return Implementation(forward, backward)

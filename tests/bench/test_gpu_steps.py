@@ -98,7 +98,7 @@ def test_every_step_is_there():
 def test_a_part_that_is_not_there_is_refused_by_name(capsys):
     with pytest.raises(SystemExit):
         steps.main(["colours"])
-    assert "there is no part 'colours'; choose from correctness, kernels, sweep, model" in capsys.readouterr().err
+    assert "there is no part 'colours'; choose from correctness, kernels, model, sweep" in capsys.readouterr().err
 
 
 def test_every_check_is_in_one_share_and_failures_are_told(monkeypatch, capsys):

@@ -123,10 +123,10 @@ def test_no_lane_idles(hidden, itemsize, device):
         assert config.block * config.rows * itemsize == 16 * device.lanes * config.warps
 
 
-@pytest.mark.parametrize("programs", [1, 127, 128, 129, 300])
-def test_sums_over_many_programs(programs):
-    """The interpreter's device has four programs, whose sums are one step of the kernel."""
-    partials = torch.randint(-9, 10, (3, programs, 100), device=DEVICE).float()
+@pytest.mark.parametrize("rows", [1, 511, 512, 513, 1100])
+def test_sums_over_many_rows(rows):
+    """The interpreter's device has few programs, whose sums are one step of the kernel."""
+    partials = torch.randint(-9, 10, (3, rows, 100), device=DEVICE).float()
     assert torch.equal(torch.stack(add_norm._sums(partials)), partials.sum(1))
 
 

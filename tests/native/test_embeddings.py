@@ -148,6 +148,21 @@ def test_many_tokens(device, hidden, request):
     assert_float32(Case(two_sequences(100_000, device), hidden, p=0.1))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("start", [0, 1, 31, 32])
+def test_runs_of_every_length(device, start, dtype):
+    """Runs that end in their chunk, at its end, in the next one and many later; sums of whole numbers are exact."""
+    torch.manual_seed(start)
+    lengths = torch.tensor([start, 1, 32, 31, 2, 33, 64, 65, 30, 350, 1, 5, 96, 3, 0, 7])
+    index = torch.arange(len(lengths)).repeat_interleave(lengths)
+    index = index[torch.randperm(len(index))].to(device)
+    rows = torch.randint(-1, 2, (len(index), 7), device=device)
+    exact = torch.zeros(len(lengths), 7, dtype=torch.int64, device=device).index_add(0, index, rows)
+    exact[5] = 0
+    assert exact.abs().amax() > 9
+    assert torch.equal(native_embeddings._scatter(rows.to(dtype), index, len(lengths), 5), exact.to(dtype))
+
+
 @pytest.mark.parametrize("shape", masks(4, 8))
 @pytest.mark.parametrize("keep_first", [False, True])
 def test_every_mask_shape(device, shape, keep_first):
@@ -280,7 +295,7 @@ def test_rows_out_of_range_are_never_read(device, hidden):
     )
     assert out[:5].isnan().all()
     assert out[5:].isfinite().all()
-    scattered = native_embeddings._scatter(torch.ones(9, hidden, device=device), case.ids, 50, PADDING, torch.float32)
+    scattered = native_embeddings._scatter(torch.ones(9, hidden, device=device), case.ids, 50, PADDING)
     counts = torch.bincount(case.ids[3:], minlength=50).float()
     counts[PADDING] = 0.0
     assert torch.equal(scattered, counts[:, None].expand(-1, hidden))

@@ -103,6 +103,7 @@ def run_ops(dtype: torch.dtype) -> None:
         return Norm(leaf(HIDDEN), leaf(HIDDEN), 1e-5)
 
     with use_implementations(**NATIVE):
+        ops.embeddings(ids, ids, leaf(9, HIDDEN), leaf(7, HIDDEN), norm(), 1, dropout, sparse=True).sum().backward()
         x = ops.embeddings(ids, ids, leaf(9, HIDDEN), leaf(7, HIDDEN), norm(), 1, dropout)
         x = ops.attention(torch.cat([x, x, x], dim=1), batch, 3, 0.3, dropout)
         x = ops.add_norm(x, Product(leaf(batch.tokens, HIDDEN), leaf(HIDDEN)), norm(), dropout)
@@ -251,6 +252,7 @@ def test_tensors_that_contradict_each_other_are_named(calls):
                 with pytest.raises(ValueError, match=message):
                     call(**{name: shorter})
     names = {"embeddings_forward": ("words", "max_positions"), "embeddings_scatter": ("table_rows",)}
+    names |= {"embeddings_clear": ("hidden",)}
     names |= {"embeddings_bfloat16_forward": ("words", "max_positions"), "embeddings_int8_forward": ("max_positions",)}
     # A packed weight consists of groups of four features, and is refused where x needs more or fewer of these.
     names |= {"packed_linear_forward": ("in_features",), "packed_levels": ("kernels",)}

@@ -51,11 +51,24 @@ EMBEDDINGS = {
         ("token < end &&", "token < end - 1 &&"),
         ("token < op.tokens", "token < op.tokens - 1"),
     ],
-    "embeddings_scatter_run": [
-        ("!starts ||", ""),
-        (" || row == op.padding_idx", ""),
-        ("op.order[j] * op.hidden", "j * op.hidden"),
-        ("while (end < op.tokens && op.sorted[end] == row) ++end;", ""),
+    "has_gradient": [(" && row != op.padding_idx", "")],
+    "embeddings_scatter_chunk": [
+        ("read(op.order + place + i) * op.hidden", "(place + i) * op.hidden"),
+        ("rows[i + 1] == rows[i] && place + i + 1 < end", "false"),
+        ("(begin == first && before == rows[i]) || ", ""),
+        (" || (place + i + 1 == end && after == rows[i])", ""),
+        ("(begin > first)", "0"),
+        ("sum = {}, begin = place + i + 1;", "begin = place + i + 1;"),
+        ("sum = {}, begin = place + i + 1;", "sum = {};"),
+    ],
+    "embeddings_scatter_join": [
+        ("if (end >= op.tokens) return;", "return;"),
+        ("(chunk * 2 + !whole)", "(chunk * 2)"),
+        ("table_row_at(op, end) != row || ", ""),
+        (" || (whole && first > 0 && table_row_at(op, first - 1) == row)", ""),
+        ("if (reached < AHEAD) break;", "break;"),
+        ("chunk + 1;; other", "chunk + 2;; other"),
+        (" && table_row_at(op, place) == row", ""),
     ],
 }
 ATTENTION = {

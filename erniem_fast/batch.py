@@ -1,11 +1,13 @@
 """TokenBatch: the tokens that a forward computes, and their places in the grid of the caller's tensors."""
 
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
+from . import modes
 from .dropout import Dropout
 
 
@@ -96,6 +98,15 @@ class TokenBatch:
             real: bool `(rows, columns)`, False for positions where results are shown as zeros, as in the packed
                 layout; None if there are none.
         """
+        followed = modes.is_followed(()) or modes.is_transformed()
+        if key_bias is real is None and device.type == "cpu" and not followed:
+            return _full_batch(grid)
+        return cls._padded(grid, device, key_bias, real)
+
+    @classmethod
+    def _padded(
+        cls, grid: tuple[int, int], device: torch.device, key_bias: Tensor | None, real: Tensor | None
+    ) -> "TokenBatch":
         rows, columns = grid
         sequences = Sequences(
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device) * columns,
@@ -213,6 +224,13 @@ class TokenBatch:
             by_query = probabilities.gather(2, index[:, None, :, None].expand(-1, heads, -1, self.sequences.max_seqlen))
             probabilities = by_query.gather(3, index[:, None, None, :].expand(-1, heads, columns, -1))
         return probabilities * (real[:, None, :, None] & real[:, None, None, :])
+
+
+@lru_cache(maxsize=16)
+def _full_batch(grid: tuple[int, int]) -> TokenBatch:
+    """`TokenBatch.padded` on the CPU; kept, because to make its tensors takes as long as a layer of few tokens."""
+    with torch.inference_mode(False):  # tensors that are made in inference mode are useless in training
+        return TokenBatch._padded(grid, torch.device("cpu"), None, None)
 
 
 class PaddingMask:

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import torch
 
 PREFIX = "ERNIEM_FAST_"
+_ENCODED_PREFIX = os.environ.encodekey(PREFIX)
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ OPS = {
 }
 
 FLAGS = {flag.name: flag for flag in (KERNELS, *OPS.values(), PACKING, RECOMPUTE, VERIFY)}
+_DEFAULTS = {name: flag.default for name, flag in FLAGS.items()}
 
 
 @dataclass(frozen=True)
@@ -100,9 +102,17 @@ def check_names() -> None:
     Raises:
         ValueError: the environment holds an `ERNIEM_FAST_*` variable that is not a flag.
     """
-    for name in os.environ:
-        if name.startswith(PREFIX) and name not in FLAGS:
+    for name in _present():
+        if name not in FLAGS:
             raise ValueError(f"{name} is not a flag of erniem_fast; unset it. The flags are {', '.join(FLAGS)}.")
+
+
+def _present() -> list[str]:
+    """The names of the environment's variables that start with the prefix.
+
+    `os.environ` would decode the names of all variables, in every forward.
+    """
+    return [os.environ.decodekey(key) for key in os.environ._data if key.startswith(_ENCODED_PREFIX)]
 
 
 def snapshot() -> Settings | None:
@@ -114,7 +124,12 @@ def snapshot() -> Settings | None:
     if torch.compiler.is_compiling():
         return None
     settings = _settings.get()
-    return settings if settings.memo is not None else Settings({name: read(flag) for name, flag in FLAGS.items()}, {})
+    if settings.memo is not None:
+        return settings
+    values = {**_DEFAULTS, **settings.values}
+    if _present():
+        values = {name: read(flag) for name, flag in FLAGS.items()}
+    return Settings(values, {})
 
 
 def held(settings: Settings | None = None) -> AbstractContextManager[None]:
@@ -135,7 +150,10 @@ def held(settings: Settings | None = None) -> AbstractContextManager[None]:
 
 
 def while_held(function: Callable) -> Callable:
-    """Remembers the results of a function while the flags are held; they may depend on arguments and flags only."""
+    """Remembers the results of a function while the flags are held; they may depend on arguments and flags only.
+
+    The arguments are kept meanwhile: no tensors, which would outlive their use.
+    """
 
     @functools.wraps(function)
     def call(*args: object) -> object:

@@ -6,6 +6,7 @@ of 8-bit numbers, and asks what the CPU can do.
 
 from collections.abc import Callable, Iterable
 from itertools import chain, repeat
+from operator import attrgetter
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.hooks import RemovableHandle
 
 
 def is_transformed() -> bool:
@@ -193,7 +195,7 @@ class Structure:
     """Which modules there are, of which classes, inside of which others, and their hooks.
 
     It is made once, and asked before each use of what was found out then. All of it is compared without a call for each
-    module: 250 modules take some 20 microseconds.
+    module, and with few of their objects: a forward has pushed them out of the caches.
 
     Attributes:
         hooked: whether a hook or a replaced forward of a module runs in every call.
@@ -209,20 +211,31 @@ class Structure:
         # Dictionaries that modules change in place.
         self._children = [each.__dict__["_modules"] for each in modules if each.__dict__["_modules"]]
         self._called = [each.__dict__ for each in called]
-        self._hooks = [each[name] for each in self._called for name in _HOOKS]
+        self._handles = RemovableHandle.next_id  # counts all hooks that were ever registered
+        self._hooks = self._read_hooks()
         self._state = self._read()  # which keeps all objects, so that no other one gets the place of one of these
-        hooks, has_global_hooks, has_forwards, *_ = self._state
-        self.hooked = any(map(_acts, hooks)) or has_global_hooks or has_forwards
+        has_global_hooks, has_forwards, *_ = self._state
+        self.hooked = any(map(_acts, self._hooks)) or has_global_hooks or has_forwards
 
     def is_current(self) -> bool:
         """Whether nothing has changed."""
-        return self._read() == self._state
+        return self._has_same_hooks() and self._read() == self._state
+
+    def _has_same_hooks(self) -> bool:
+        handles = RemovableHandle.next_id
+        if self._hooks or handles != self._handles:  # else there were none to remove, and none came
+            if self._read_hooks() != self._hooks:
+                return False
+            self._handles = handles
+        return True
+
+    def _read_hooks(self) -> list[Callable]:
+        return [hook for each in self._called for name in _HOOKS for hook in each[name].values()]
 
     def _read(self) -> tuple:
-        hooks = [hook for each in self._hooks for hook in each.values()] if any(self._hooks) else []
         has_forwards = any(map(dict.__contains__, self._called, repeat("forward")))
         children = list(chain.from_iterable(map(dict.values, self._children)))
-        return hooks, bool(_has_any_global_hook()), has_forwards, list(map(type, self._modules)), children
+        return bool(_has_any_global_hook()), has_forwards, list(map(type, self._modules)), children
 
 
 class Footprint:
@@ -260,13 +273,13 @@ class Footprint:
     def _read(self) -> tuple:
         return [*map(id, self._values())], self._places()
 
-    def _places(self) -> list[tuple] | None:
+    def _places(self) -> list[list] | None:
         """Which each weight is, where it lies and how it is read there; None if one has no address."""
         weights = [weight for each in self._tensors for weight in each.values() if weight is not None]
         try:
             # A part of a weight, or its transpose, may start where the weight did. And another tensor may hold the
             # same numbers, as `nn.Parameter(weight.data)` does: gradients are due to the one that the module has now.
-            return [(id(each), type(each), each.data_ptr(), each.dtype, each.shape, each.stride()) for each in weights]
+            return [list(map(read, weights)) for read in _PLACES]
         except RuntimeError:
             return None
 
@@ -283,6 +296,9 @@ def _acts(hook: Callable) -> bool:
 _RECORDER = "transformers.utils.output_capturing"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+# Functions in C, because some hundred weights are asked.
+_PLACES = (id, type, Tensor.data_ptr, Tensor.stride, attrgetter("dtype", "shape"))
 
 # Of modules that this library computes by itself.
 _ATTRIBUTES = ("eps", "scale", "scaling", "num_attention_heads", "packed")

@@ -72,7 +72,7 @@ def run_with_gradients(owner: nn.Module, hidden: Tensor, batch: TokenBatch, drop
         dropouts: the layer's.
     """
     plain = torch.is_grad_enabled() and modes.is_plain_call(hidden) and flags.read(flags.RECOMPUTE) == "0"
-    layers = _layers(owner, hidden) if plain and _maker(hidden) is _kernel_layers else None
+    layers = _layers(owner, hidden) if plain and _maker(hidden.device, hidden.dtype) is _kernel_layers else None
     if layers is None:
         return None
     return kernel_training.run(layers.layers[0], hidden, batch, dropouts)
@@ -80,7 +80,7 @@ def run_with_gradients(owner: nn.Module, hidden: Tensor, batch: TokenBatch, drop
 
 def _layers(owner: nn.Module, hidden: Tensor) -> AnyLayers | None:
     """The layers of their owner, as they were prepared or are prepared now; None if they do not serve a call."""
-    make = _maker(hidden)
+    make = _maker(hidden.device, hidden.dtype)
     if make is None:
         return None
     prepared = owner.prepared
@@ -92,9 +92,8 @@ def _layers(owner: nn.Module, hidden: Tensor) -> AnyLayers | None:
 
 
 @flags.while_held
-def _maker(hidden: Tensor) -> Callable[[nn.Module], AnyLayers | None] | None:
+def _maker(device: torch.device, dtype: torch.dtype) -> Callable[[nn.Module], AnyLayers | None] | None:
     """What makes layers for a call, if every op inside a layer would run natively or by Triton, unverified."""
-    device, dtype = hidden.device, hidden.dtype
     if flags.read(flags.VERIFY) != "0":
         return None
     chosen = {choose(op, device, dtype) for op in ("attention", "bias_gelu", "add_norm")}

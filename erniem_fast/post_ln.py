@@ -65,6 +65,11 @@ class Places(NamedTuple):
     activation_dropout: str | None = None
 
     @property
+    def dropouts(self) -> tuple[str | None, ...]:
+        """The dropouts' paths, in the order of `LayerDropouts`."""
+        return self.attention_dropout, self.dropout1, self.activation_dropout, self.dropout2
+
+    @property
     def linears(self) -> dict[str, str]:
         """The linears' paths, by name."""
         return dict(zip(_LINEARS, self, strict=False))
@@ -174,10 +179,7 @@ class PostLNLayer(nn.Module):
 
     def dropouts(self) -> tuple[nn.Module | None, ...]:
         """Those of `LayerDropouts`, each with its own seed; None where there is none."""
-        places = self.places
-        after_activation = places.activation_dropout and attrgetter(places.activation_dropout)(self)
-        attention, first, last = attrgetter(places.attention_dropout, places.dropout1, places.dropout2)(self)
-        return attention, first, after_activation, last
+        return tuple(None if path is None else _submodule(self, path) for path in self.places.dropouts)
 
     def _operand(self, hidden: Tensor) -> Tensor:
         """The hidden states as the products take them, in bfloat16 if all linears do: then each is rounded once."""
@@ -387,6 +389,13 @@ class PostLNStack(nn.Module):
             return None
         found = [find(layer) for layer in layers]
         return None if None in found else list(chain.from_iterable(found))
+
+
+def _submodule(module: nn.Module, path: str) -> nn.Module | None:
+    """The module at a path: for the many of a stack, in a fraction of the time that their attributes take."""
+    for name in path.split("."):
+        module = module._modules[name]
+    return module
 
 
 def attend(

@@ -242,3 +242,27 @@ def test_private_torch_api_is_read_in_one_file():
     files = itertools.chain(SOURCES.glob("*.py"), SOURCES.glob("*/*.py"))
     found = {each.name: set(private_names(each)) for each in files}
     assert {name for name, names in found.items() if names} == {"modes.py"}
+
+
+def test_a_structure_notices_hooks_that_come_and_go():
+    watched, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    structure = modes.Structure([watched], [watched])
+    assert not structure.hooked
+    elsewhere = other.register_forward_hook(nothing)
+    assert structure.is_current()
+    for register in (
+        watched.register_forward_hook,
+        watched.register_forward_pre_hook,
+        watched.register_full_backward_hook,
+    ):
+        hook = register(nothing)
+        assert not structure.is_current()
+        hooked = modes.Structure([watched], [watched])
+        assert hooked.hooked
+        assert hooked.is_current()
+        hook.remove()
+        assert structure.is_current()
+        assert not hooked.is_current()
+    elsewhere.remove()
+    watched.forward = nothing
+    assert not structure.is_current()

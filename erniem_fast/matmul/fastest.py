@@ -14,7 +14,7 @@ import threading
 import time
 from contextlib import suppress
 from functools import cache
-from itertools import cycle
+from itertools import cycle, product
 from math import inf
 from pathlib import Path
 from statistics import geometric_mean
@@ -43,7 +43,13 @@ _WEIGHTS = 3
 # Another library than PyTorch's has to save this part of its time: less may be noise.
 _LEAST_GAIN = 0.05
 
+# Two halves of a measurement agree to this factor unless other work disturbs them. Beside eight busy processes on two
+# cores, which once chose the wrong library for good, they were several times apart.
+_STEADY = 1.5
+_MOST_ROUNDS = 4  # of each half
+
 Seconds = dict[str, float]  # by library
+Products = dict[tuple[str, tuple[int, int]], float]  # seconds by library and shape
 
 _known: dict[tuple, dict[str, Seconds]] = {}  # by `_situation`: the seconds of each `_label`
 _lock = threading.Lock()  # measurements at the same time would disturb each other
@@ -129,15 +135,19 @@ def _label(kind: str, limit: float) -> str:
 
 
 def _seconds(kind: str, limit: float) -> Seconds:
-    """The times of all libraries: those of this process, else those in the cache, else measured now."""
+    """The times of all libraries: those of this process, else those in the cache, else measured now.
+
+    Those of a disturbed measurement serve this process only; the next one measures again.
+    """
     situation, label = _situation(), _label(kind, limit)
     with _lock:
         if situation not in _known:
             _known[situation] = _kept()
         known = _known[situation]
         if label not in known:
-            known[label] = _measure(kind, RANGES[limit])
-            _keep(known)
+            known[label], steady = _measure(kind, RANGES[limit])
+            if steady:
+                _keep({label: known[label]})
         return known[label]
 
 
@@ -161,11 +171,14 @@ def _candidates(kind: str) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def _measure(kind: str, sizes: range) -> Seconds:
+def _measure(kind: str, sizes: range) -> tuple[Seconds, bool]:
     """The time of one product of each of `SHAPES`, by library: the least of several rounds, in which all take turns.
 
     It includes a share of the time that a library takes to prepare for a new shape: all layers of a model multiply the
     same shapes, so each layer bears a part of the preparation.
+
+    Returns:
+        The times; and whether the two halves of the rounds agree, so that nothing has disturbed them.
     """
     memories = torch.ones(_WEIGHTS, SHAPES[0][0] * SHAPES[0][1], dtype=torch.float32, device="cpu")
     weights, names = cycle(memories), _candidates(kind)
@@ -175,19 +188,31 @@ def _measure(kind: str, sizes: range) -> Seconds:
         if name in PACKED
         for shape in SHAPES
     }
-    first = {(name, shape): inf for name in names for shape in SHAPES}
-    again = dict(first)
-    for tokens in sizes:
-        for shape in SHAPES:
+
+    def least(before: Products) -> Products:
+        """The least times of a round, and of those before."""
+        times = dict(before)
+        for tokens, shape in product(sizes, SHAPES):
             operands = _operands(kind, tokens, *shape)
             for name in names:
-                for times in (first, again):
-                    weight = next(packed[name, shape]) if name in PACKED else next(weights).view(*reversed(shape))
-                    seconds = _time(name, kind, operands, weight)
-                    times[name, shape] = min(times[name, shape], seconds)
+                weight = next(packed[name, shape]) if name in PACKED else next(weights).view(*reversed(shape))
+                times[name, shape] = min(times[name, shape], _time(name, kind, operands, weight))
+        return times
+
+    none = dict.fromkeys(product(names, SHAPES), inf)
+    first, *halves = (least(none) for _ in range(3))
+    for _ in range(_MOST_ROUNDS - 1):
+        if not _agree(*halves):
+            halves = list(map(least, halves))
     # The first call of a shape includes the preparation: the time beyond that of later calls.
-    extra = {each: max(0.0, first[each] - again[each]) / _LAYERS for each in first}
-    return {name: sum(again[name, shape] + extra[name, shape] for shape in SHAPES) for name in names}
+    again = {each: min(half[each] for half in halves) for each in none}
+    extra = {each: max(0.0, first[each] - again[each]) / _LAYERS for each in none}
+    seconds = {name: sum(again[name, shape] + extra[name, shape] for shape in SHAPES) for name in names}
+    return seconds, _agree(*halves)
+
+
+def _agree(one: Products, other: Products) -> bool:
+    return all(max(one[each], other[each]) <= _STEADY * min(one[each], other[each]) for each in one)
 
 
 def _operands(kind: str, tokens: int, inputs: int, outputs: int) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -217,6 +242,7 @@ def _machine() -> dict[str, object]:
         "torch": torch.__version__,
         "libraries": list(available()),
         "native": Path(_native_path()).name,
+        "steady": _STEADY,
     }
 
 

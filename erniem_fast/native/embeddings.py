@@ -134,9 +134,11 @@ def _forward_for(words: torch.dtype, out: Tensor) -> Function:
 
 
 def _check_range(name: str, rows: Tensor, size: int) -> None:
-    bad = (rows < 0) | (rows >= size)
-    if bad.any():
-        token = int(bad.nonzero()[0])
+    if len(rows) == 0:
+        return
+    least, greatest = torch.aminmax(rows)
+    if least.item() < 0 or greatest.item() >= size:
+        token = int(((rows < 0) | (rows >= size)).nonzero()[0])
         raise IndexError(
             f"{name} has {int(rows[token])} at token {token}, but its table has {size} rows; use values in [0, {size})."
         )

@@ -4,6 +4,7 @@ import itertools
 
 import pytest
 import torch
+from torch._subclasses import FakeTensorMode
 from torch.autograd import gradcheck
 
 from erniem_fast.batch import PaddingMask, TokenBatch, key_bias_of, read
@@ -263,3 +264,27 @@ def test_padded(name):
 def test_a_full_mask_is_the_padded_grid_without_indices():
     batch = batch_of("full", keep_first=False)
     assert (batch.indices, batch.sequences.key_bias, batch.real) == (None, None, None)
+
+
+def test_full_batches_are_made_once_and_serve_all_modes():
+    with torch.inference_mode():
+        batch = TokenBatch.padded((2, 3), torch.device("cpu"))
+    assert TokenBatch.padded((2, 3), torch.device("cpu")) is batch
+    assert not batch.columns.is_inference()
+    assert batch.columns.tolist() == [0, 1, 2, 0, 1, 2]
+    assert TokenBatch.padded((3, 2), torch.device("cpu")).sequences.cu_seqlens.tolist() == [0, 2, 4, 6]
+    mask = torch.tensor([[True, False, True], [True, True, True]])
+    others = [
+        TokenBatch.padded((2, 3), torch.device("meta")),
+        TokenBatch.padded((2, 3), torch.device("cpu"), key_bias_of(mask)),
+        TokenBatch.padded((2, 3), torch.device("cpu"), real=mask),
+    ]
+    with FakeTensorMode():
+        others.append(TokenBatch.padded((2, 3), torch.device("cpu")))
+    assert not any(each is batch for each in others)
+
+
+def test_values_are_read_as_integers():
+    values = {"a": torch.tensor(3, dtype=torch.int32), "b": torch.tensor([True]), "c": torch.tensor([[-2]])}
+    assert read(values) == {"a": 3, "b": 1, "c": -2}
+    assert read({}) == {}

@@ -2,6 +2,7 @@
 
 import json
 import os
+from collections import Counter
 
 import pytest
 import torch
@@ -264,7 +265,7 @@ def measured(cache, monkeypatch):
     def measure(kind, sizes):
         kinds.append(kind)
         gain = 0.5 if sizes.start <= 16 else 0.96
-        return {name: gain if name == "onednn" else 1.0 for name in fastest._candidates(kind)}
+        return {name: gain if name == "onednn" else 1.0 for name in fastest._candidates(kind)}, True
 
     monkeypatch.setattr(fastest, "_measure", measure)
     return kinds
@@ -365,7 +366,49 @@ def test_a_cache_that_cannot_be_written_leaves_the_choice(measured, cache, tmp_p
     assert measured == ["forward"]
 
 
-def test_all_kinds_and_ranges_are_measured_and_reported(cache):
+@pytest.fixture
+def clock(monkeypatch):
+    """Times of products, by library: first that of a preparation, then a second each, unless `slow` has others."""
+    slow, calls = [], Counter()
+
+    def time(name, kind, operands, weight):
+        key = name, *operands[0].shape
+        calls[key] += 1
+        return 13.0 if calls[key] == 1 else slow.pop() if slow else 1.0
+
+    monkeypatch.setattr(fastest, "_time", time)
+    return slow
+
+
+def test_a_preparation_counts_in_part(clock):
+    seconds, steady = fastest._measure("grad_x", range(8, 10))
+    assert seconds == dict.fromkeys(fastest._candidates("grad_x"), 4.0)  # two shapes, each 1 + (13 - 1) / 12
+    assert steady
+
+
+def test_a_disturbed_measurement_goes_on(clock):
+    products = 2 * 2 * len(fastest._candidates("grad_x"))  # sizes, shapes, libraries
+    clock[:] = [1.6] * products  # in the first round of a half
+    assert fastest._measure("grad_x", range(8, 10)) == (dict.fromkeys(fastest._candidates("grad_x"), 4.0), True)
+
+
+@needs_onednn
+def test_a_measurement_that_stays_disturbed_serves_its_process_alone(clock, cache, monkeypatch):
+    monkeypatch.setattr(fastest, "_agree", lambda *halves: False)
+    fastest.fastest("grad_x", 9)
+    assert fastest._known[fastest._situation()].keys() == {"grad_x 4-16"}
+    assert not cache().exists()
+
+
+def test_halves_that_agree():
+    one = {"a": 1.0, "b": 3.0}
+    assert fastest._agree(one, {"a": 1.4, "b": 2.1})
+    assert not fastest._agree(one, {"a": 1.0, "b": 1.9})
+    assert not fastest._agree({"a": 1.6, "b": 3.0}, one)
+
+
+def test_all_kinds_and_ranges_are_measured_and_reported(cache, monkeypatch):
+    monkeypatch.setattr(fastest, "_agree", lambda *halves: True)  # even on a busy machine
     assert all("is not measured yet" in line for line in fastest.report())
     assert not cache().exists()
     fastest.measure_all()

@@ -9,8 +9,9 @@ from collections.abc import Iterator
 import pytest
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
-from erniem_fast import ErnieMConfig, ErnieMModel
+from erniem_fast import ErnieMConfig, ErnieMModel, flags
 from erniem_fast.flags import use_implementations
 from erniem_fast.native import library
 from tests.one_calls import record
@@ -325,6 +326,16 @@ def test_hooks_that_are_gone_and_models_that_are_saved(calls):
         assert again.encoder.prepared is None
         assert torch.equal(again(**inputs).last_hidden_state, expected)
     assert calls == [(25, LAYERS)] * 3
+
+
+def test_a_forward_keeps_no_tensors_for_its_flags():
+    """A layer's input was part of what the flags remember, and lived until the end of the forward."""
+    model, inputs = make_model(), make_input([200])  # so many that each layer is asked
+    with flags.held(), torch.inference_mode():
+        model(**inputs)
+        memo = flags.snapshot().memo
+    assert memo
+    assert not [each for each in tree_leaves(list(memo)) if isinstance(each, torch.Tensor)]
 
 
 def test_what_is_prepared_does_not_keep_a_model(calls):

@@ -10,7 +10,7 @@ PIP := -m pip install --quiet --disable-pip-version-check
 # A process for each core, of a gigabyte each. Threads that wait leave their core to the other processes.
 PYTEST := OMP_WAIT_POLICY=passive $(VENV)/bin/python -m pytest --numprocesses logical --maxprocesses 8 --dist worksteal
 
-.PHONY: test test-portable bench bench-all quality gpu readme goldens goldens-paddle goldens-extraction lint format wheel wheel-check clean
+.PHONY: test test-portable docs bench bench-all quality gpu readme goldens goldens-paddle goldens-extraction lint format wheel wheel-check clean
 
 test: $(VENV)/installed
 	$(PYTEST)
@@ -44,7 +44,11 @@ quality: $(VENV)/installed $(RIVALS)/installed $(REAL_WEIGHTS)/config.json
 	-$(VENV)/bin/python -m erniem_fast build
 	$(VENV)/bin/python -m bench quality $(ARGS)
 
-# The README's table, from the latest results of this machine.
+# README, recipes, reference and API as a site without a server or a network: build/docs/index.html.
+docs: $(VENV)/installed
+	$(VENV)/bin/mkdocs build
+
+# The figures and the picture of the README and of docs/benchmarks.md, from the latest results of this machine.
 readme: $(VENV)/installed
 	$(VENV)/bin/python -m bench readme
 

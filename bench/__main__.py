@@ -37,6 +37,8 @@ COMMANDS = {
     "sweep": ("bench.kernels.sweep", "ways to launch the Triton kernels, timed on a GPU beside the shipped ones"),
     "codegen": ("bench.kernels.codegen", "what the Triton kernels compile to for every architecture, without a GPU"),
     "gpu": ("bench.gpu.steps", "all that needs a GPU: verification, tests, kernels, throughput (make gpu)"),
+    "newcomer": ("bench.newcomer", "a newcomer's first hour: from git clone to the first embedding, and to a picture"),
+    "draw": ("bench.report.draw", "draws the pictures of kept results again, from their JSON"),
     "readme": ("bench.report.readme", "rewrites the README's table from the results of this machine (make readme)"),
 }
 

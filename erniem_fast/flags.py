@@ -179,13 +179,18 @@ def use_kernels(
     """Chooses the ops' implementations inside a `with` block.
 
     Args:
-        embeddings, attention, bias_gelu, layernorm: `auto` or the name of an implementation
-            (`python -m erniem_fast status` lists them); None keeps the flag's value.
+        embeddings, attention, …: for each op `auto` or the name of an implementation (`python -m erniem_fast status`
+            lists them); None keeps the flag's value.
 
     Raises:
         ValueError: the op's flag does not take the value.
     """
-    with use_implementations(embeddings=embeddings, attention=attention, bias_gelu=bias_gelu, add_norm=layernorm):
+    with use_implementations(
+        embeddings=embeddings,
+        attention=attention,
+        bias_gelu=bias_gelu,
+        add_norm=layernorm,
+    ):
         yield
 
 

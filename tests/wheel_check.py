@@ -1,11 +1,15 @@
 """Run by the Python of an environment that holds nothing but the wheel: it must be whole, and the package must work."""
 
+import os
 import pathlib
+import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from importlib.metadata import files
 
+ROOT = pathlib.Path(__file__).resolve().parents[1]
 SOURCES = ("erniem_fast/kernels/", "erniem_fast/csrc/", "erniem_fast/ops/")
 
 CHECK = """
@@ -24,6 +28,21 @@ for op in ("embeddings", "attention", "bias_gelu", "add_norm"):
 print("works from", erniem_fast.__file__, "with", library.path("cpu").name)
 """
 
+# What the README's blocks run behind: the claim is nothing unless writing and connecting fail.
+LOCKED = """
+import os, socket
+for attempt in (
+    lambda: open(os.path.expanduser("~/written"), "w"),
+    lambda: socket.create_connection(("192.0.2.1", 80), timeout=9),
+):
+    try:
+        attempt()
+    except OSError as error:
+        print("as it should be:", error)
+    else:
+        raise SystemExit("the home can be written to, or a network is there")
+"""
+
 
 def main() -> None:
     installed = [str(file) for file in files("erniem-fast")]
@@ -36,6 +55,39 @@ def main() -> None:
         # Without a compiler, and without a home to build in.
         bare = {"PATH": elsewhere, "HOME": f"{elsewhere}/missing"}
         subprocess.run([sys.executable, "-c", CHECK], check=True, cwd=elsewhere, env=bare)
+    check_quick_start()
+
+
+def check_quick_start() -> None:
+    """The README's `build` and quick start, as pasted: without a compiler, a network, or a home to write to."""
+    quick_start = (ROOT / "README.md").read_text(encoding="utf-8").split("\n## Quick start\n")[1].split("\n## ")[0]
+    blocks = re.findall(r"^```python\n(.*?)^```$", quick_start, flags=re.DOTALL | re.MULTILINE)
+    assert blocks, "README.md has no quick start"
+    with tempfile.TemporaryDirectory() as folder:
+        # The blocks run from the root of the repository, but there its own package would be imported, not the wheel's.
+        golden = pathlib.Path(folder, "tests/golden")
+        shutil.copytree(ROOT / "tests/golden/tiny", golden / "tiny")
+        shutil.copytree(ROOT / "bench/data", pathlib.Path(folder, "bench/data"))
+        pathlib.Path(folder, "home").mkdir()
+        for command in (["-m", "erniem_fast", "build"], ["-c", "\n".join([LOCKED, *blocks])]):
+            locked = locked_up([sys.executable, *command], home=f"{folder}/home")
+            subprocess.run(locked, check=True, cwd=folder, env={"PATH": f"{folder}/nothing", "HOME": f"{folder}/home"})
+    print("the README's quick start runs without a compiler, a network, or a home to write to")
+
+
+def locked_up(command: list[str], home: str) -> list[str]:
+    """The command in namespaces of its own, where there is no network and `home` is mounted read-only, for root too.
+
+    Raises:
+        SystemExit: this machine cannot make such namespaces.
+    """
+    programs = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in ("unshare", "mount")}
+    namespaces = [programs["unshare"] or "unshare", "--map-root-user", "--mount", "--net"]
+    if not all(programs.values()) or subprocess.run([*namespaces, shutil.which("true")], check=False).returncode:
+        raise SystemExit("this check needs Linux's namespaces: install util-linux, and allow users to make namespaces")
+    mount = programs["mount"]
+    script = f'{mount} --bind "$0" "$0" && {mount} -o remount,bind,ro "$0" && exec "$@"'
+    return [*namespaces, "/bin/sh", "-c", script, home, *command]
 
 
 if __name__ == "__main__":

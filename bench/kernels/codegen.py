@@ -220,9 +220,9 @@ def makes_partial_sums(launch: Launch) -> bool:
 
 
 def elements(launch: Launch) -> int:
-    """The elements of a tile of a kernel's loop: rows by features, or by rows of another tile in attention."""
+    """The elements of a tile of a kernel: rows by features, or by rows of another tile in attention."""
     rows, step, chunks = (launch.constant(name) for name in ("ROWS", "STEP", "CHUNKS"))
-    return launch.constant("BLOCK") * (rows or step) * (chunks or 1)
+    return launch.constant("BLOCK") * (rows or step or 1) * (chunks or 1)
 
 
 def digest() -> str:

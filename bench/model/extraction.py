@@ -26,7 +26,7 @@ from bench.model.text import SENTENCE_WORDS, TOKENIZER, read_translations
 from bench.parser import make_parser
 from bench.peers.memory import peak, reset_peak
 from bench.record import begin, stem_of, write
-from bench.report.extraction import markdown
+from bench.report.extraction import markdown, plot
 from bench.timing import quartiles, take_turns, time_call
 from erniem_fast import ErnieMForInformationExtraction, ErnieMTokenizer, Extractor, flags
 
@@ -51,7 +51,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"python -m bench extraction: {error}")
     except KeyboardInterrupt:
         return INTERRUPTED
-    write(run, markdown(run), stem_of(run, arguments.output))
+    stem = stem_of(run, arguments.output)
+    write(run, markdown(run), stem)
+    plot(run, stem.with_suffix(".png"))
     return 0
 
 

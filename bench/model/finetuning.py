@@ -18,7 +18,7 @@ from bench.model.options import add_common_options, positive
 from bench.model.sentence_transformers import add_model_option
 from bench.parser import make_parser
 from bench.record import begin, stem_of, write
-from bench.report.extraction import fine_tuning_markdown
+from bench.report.extraction import fine_tuning_markdown, plot_fine_tuning
 
 # Options of the example that a record names.
 NAMED = ("texts", "epochs", "batch_size")
@@ -31,7 +31,9 @@ def main(argv: list[str] | None = None) -> int:
         run = measure(arguments)
     except KeyboardInterrupt:
         return INTERRUPTED
-    write(run, fine_tuning_markdown(run), stem_of(run, arguments.output))
+    stem = stem_of(run, arguments.output)
+    write(run, fine_tuning_markdown(run), stem)
+    plot_fine_tuning(run, stem.with_suffix(".png"))
     return 0
 
 

@@ -26,7 +26,7 @@ from bench.model.sentence_transformers import BATCH_SIZE, FORMS, LARGEST, add_mo
 from bench.model.text import read_translations
 from bench.parser import make_parser
 from bench.record import begin, stem_of, write
-from bench.report.sentence_transformers import lines_markdown
+from bench.report.sentence_transformers import lines_markdown, plot_lines
 
 WAYS = ("encode", "embed")
 
@@ -40,7 +40,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"python -m bench lines: {error}")
     except KeyboardInterrupt:
         return INTERRUPTED
-    write(run, lines_markdown(run), stem_of(run, arguments.output))
+    stem = stem_of(run, arguments.output)
+    write(run, lines_markdown(run), stem)
+    plot_lines(run, stem.with_suffix(".png"))
     return 0
 
 

@@ -20,7 +20,6 @@ from bench.model.text import TOKENIZER, text_encoder
 from bench.model.workers import Peer, Worker, WorkerError, exports_folder
 from bench.record import begin, stem_of, write
 from bench.report.bars import plot_bars, plot_panels
-from bench.report.curves import plot_curves
 from bench.report.model import markdown
 
 MANY = 6  # peers in one group of bars
@@ -122,8 +121,6 @@ def start(
 
 
 def draw(run: ModelRun, stem: pathlib.Path) -> None:
-    """Write the pictures of a run beside its other files."""
+    """Write the picture of a run beside its other files."""
     many = len(run.jobs[0].peers) > MANY
     (plot_panels if many else plot_bars)(run, stem.with_suffix(".png"))
-    if many and len(run.jobs) > 1:
-        plot_curves(run, stem.with_name(f"{stem.name}-curves.png"))

@@ -27,7 +27,7 @@ from bench.model.quality import PREFIX, REAL_WEIGHTS
 from bench.model.text import SENTENCE_WORDS, read_translations
 from bench.parser import make_parser
 from bench.record import begin, stem_of, write
-from bench.report.sentence_transformers import markdown
+from bench.report.sentence_transformers import markdown, plot
 from bench.timing import quartiles, take_turns
 
 SEED = 0
@@ -61,7 +61,9 @@ def main(argv: list[str] | None = None) -> int:
         sys.exit(f"python -m bench encode: {error}")
     except KeyboardInterrupt:
         return INTERRUPTED
-    write(run, markdown(run), stem_of(run, arguments.output))
+    stem = stem_of(run, arguments.output)
+    write(run, markdown(run), stem)
+    plot(run, stem.with_suffix(".png"))
     return 0
 
 

@@ -7,6 +7,7 @@ from bench.kernels.figures import KernelRun, StepFigures
 from bench.kernels.jobs import OURS
 from bench.report.parts import COLOURS, table
 
+MARKERS = "osD^vPX*"
 HOST = 4  # the column of the host's time, which only a GPU has
 
 
@@ -75,28 +76,48 @@ def _notes(run: KernelRun) -> Iterator[str]:
 
 
 def plot(run: KernelRun, path: pathlib.Path) -> None:
-    """Write the PNG `path`: how much of the floor each contender reaches. Needs matplotlib."""
+    """Write the PNG `path`: for each size, how much of the floor each contender reaches. Needs matplotlib."""
     from matplotlib.figure import Figure
 
     results = [result for result in run.results if result.seconds]
-    lines = list(dict.fromkeys(_line(result) for result in results))
-    figure = Figure(figsize=(10, 1.5 + 0.25 * len(lines)), dpi=150, layout="constrained")
-    axis = figure.subplots()
-    for index, name in enumerate(dict.fromkeys(result.contender for result in results)):
-        own = [result for result in results if result.contender == name]
-        shares = [100 * result.floor / result.seconds.median for result in own]
-        places = [lines.index(_line(result)) for result in own]
-        # On top, because one of the designs is what we run, and has the same point.
-        axis.scatter(shares, places, color=COLOURS[index % len(COLOURS)], label=name, zorder=4 if name == OURS else 3)
-    axis.set_yticks(range(len(lines)), lines)
-    axis.invert_yaxis()
-    axis.set(xlabel="floor / time, in % (the more the better)", title=title(run))
-    axis.set_xlim(left=0)
-    axis.grid(axis="x", alpha=0.3)
-    axis.margins(y=0.01)
-    figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    sizes = list(dict.fromkeys(result.size for result in results))
+    lines = list(dict.fromkeys(map(_line, results)))
+    names = list(dict.fromkeys(result.contender for result in results))
+    figure = Figure(figsize=(4 + 5 * len(sizes), 2.2 + 0.25 * len(lines)), dpi=110, layout="constrained")
+    axes = figure.subplots(1, len(sizes), sharex=True, sharey=True, squeeze=False)[0]
+    for axis, size in zip(axes, sizes, strict=True):
+        for index, name in enumerate(names):
+            own = [result for result in results if (result.size, result.contender) == (size, name)]
+            # The first is ours: large and filled, so that it shows below those that are as fast, which are open.
+            style = {"color": COLOURS[0], "s": 60} if name == OURS else {"facecolors": "none", "linewidths": 1.5}
+            style |= {"edgecolors": COLOURS[index % len(COLOURS)], "marker": MARKERS[index % len(MARKERS)]}
+            shares = [100 * result.floor / result.seconds.median for result in own]
+            axis.scatter(shares, [lines.index(_line(result)) for result in own], label=name, zorder=3, **style)
+        axis.axvline(100, color="black", linewidth=0.8)
+        axis.set(title=f"{size} size", xlabel="floor / time, %; further right is better")
+        axis.set_xlim(left=0)
+        axis.grid(alpha=0.3)
+        axis.margins(y=0.02)
+    axes[0].set_yticks(range(len(lines)), lines)
+    axes[0].invert_yaxis()
+    figure.suptitle(_heading(run, results), fontsize=11)
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
     figure.savefig(path)
 
 
 def _line(result):
-    return f"{result.op}, {result.size}, {result.lengths}: {result.step}"
+    what = result.op
+    if what == "attention":
+        what += ", ragged" if result.lengths == "ragged" else f", {result.lengths} tokens each"
+    return f"{what}: {result.step}"
+
+
+def _heading(run, results):
+    copy, product = run.rates.bytes_per_second / 1e9, run.rates.flops_per_second / 1e12
+    text = (
+        f"{title(run)}, {max(result.tokens for result in results):,} tokens\n"
+        f"100 % is the floor: a copy at {copy:,.0f} GB/s, or a matrix product at {product:,.3g} TFLOP/s"
+    )
+    if any(result.floor > result.seconds.median for result in results):
+        text += "\nBeyond it: these tensors fit into the caches, and those of the measured copy do not."
+    return text

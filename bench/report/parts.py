@@ -12,10 +12,20 @@ FORMS = ("packed", "bfloat16", "int8", "float8")  # of weights, as the names of 
 
 def title(run: Run) -> str:
     """A run of the model, and the machine that it ran on."""
-    settings, machine = run.settings, run.machine
-    instructions = ", ".join([machine.instructions, *(machine.product_instructions or [])])
-    where = machine.gpu or f"{machine.cpu}, {instructions}, {settings.threads} threads"
-    return f"ERNIE-M {settings.model}, {settings.dtype}, on {where}"
+    return f"ERNIE-M {run.settings.model}, {run.settings.dtype}, on {machine(run)}"
+
+
+def machine(run: Run) -> str:
+    """The machine that a run of the model ran on, and how many of its threads."""
+    ran_on = run.machine
+    instructions = ", ".join([ran_on.instructions, *(ran_on.product_instructions or [])])
+    threads = f"{run.settings.threads} thread{'s' * (run.settings.threads > 1)}"
+    return ran_on.gpu or f"{ran_on.cpu}, {instructions}, {threads}"
+
+
+def two_lines(run: Run) -> str:
+    """The same for a picture that is too narrow for one line."""
+    return title(run).replace(", on ", "\non ", 1)
 
 
 def form(name: str) -> tuple[str, str | None]:

@@ -5,10 +5,12 @@ import pathlib
 from matplotlib.figure import Figure
 
 from bench.model.figures import PeerQuality, QualityRun
-from bench.report.parts import colours_of, form, table, title
+from bench.report.parts import COLOURS, form, table, title
 
-SPREAD = 0.7  # of the distance between two languages
-MARKERS = {"bfloat16": "o", "int8": "D"}
+COLUMNS = ("mean cosine", "least cosine", "retrieval", "difference", "worst language")
+SPREAD = 0.6  # of the distance between two peers
+OTHERS = "#999999"
+LEFT = {"ha": "right", "va": "center", "fontsize": 8}
 
 
 def markdown(run: QualityRun) -> str:
@@ -28,16 +30,16 @@ def markdown(run: QualityRun) -> str:
 
 def overview(run: QualityRun) -> str:
     """A row for every peer: cosines, retrieval on average, and the language that suffers most."""
-    reference = run.peers[0]
-    rows = [[_name(run, peer), *_cells(peer, reference)] for peer in run.peers]
-    return table(["", "mean cosine", "least cosine", "retrieval", "difference", "worst language"], rows)
+    rows = [[_name(run, peer), *cells(peer, run.peers[0])] for peer in run.peers]
+    return table(["", *COLUMNS], rows)
 
 
 def _name(run, peer):
     return f"{peer.peer}, {run.settings.dtype}" if peer is run.peers[0] else peer.peer
 
 
-def _cells(peer: PeerQuality, reference: PeerQuality) -> list[str]:
+def cells(peer: PeerQuality, reference: PeerQuality) -> list[str]:
+    """The figures of a peer, as `COLUMNS` names them."""
     retrieval = f"{100 * peer.mean_retrieval:.1f} %"
     if peer is reference:
         return ["", "", retrieval, "", ""]
@@ -72,28 +74,31 @@ def _by_language(run):
 
 
 def plot(run: QualityRun, path: pathlib.Path) -> None:
-    """Write the PNG `path`: for every language, how much better or worse than float32 each peer retrieves."""
+    """Write the PNG `path`: for every peer, how much better or worse than float32 it retrieves in each language."""
     reference, *others = run.peers
-    figure = Figure(figsize=(13, 5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(12, 1.9 + 0.5 * len(others)), dpi=110, layout="constrained")
     axis = figure.subplots()
-    languages = sorted(reference.retrieval, key=lambda language: -reference.retrieval[language].mean)
-    colours = colours_of(peer.peer for peer in run.peers)
-    for i, peer in enumerate(others):
+    names = list(reference.retrieval)
+    for row, peer in enumerate(others):
         differences = peer.differences(reference)
-        name, weights = form(peer.peer)
-        style = {"color": colours[name], "marker": MARKERS.get(weights, "s"), "label": peer.peer, "markersize": 4}
-        beside = (i + 0.5) / len(others) - 0.5  # points that are as high stand side by side
-        at = [place + SPREAD * beside for place in range(len(languages))]
-        axis.plot(at, [differences[language] for language in languages], linestyle="none", **style)
-    axis.set_xticks(range(len(languages)), languages)
-    axis.axhline(0, color="black", linewidth=0.8)
-    axis.set(
-        ylabel="points",
-        title="Retrieval of translations, difference to float32; from the language that it retrieves best",
+        ours = form(peer.peer)[0] == reference.peer
+        # Languages whose points are equal stand one above the other.
+        at = [row + SPREAD * ((place + 0.5) / len(names) - 0.5) for place in range(len(names))]
+        axis.scatter([differences[name] for name in names], at, s=14, color=COLOURS[0] if ours else OTHERS)
+        mean, worst = 100 * (peer.mean_retrieval - reference.mean_retrieval), min(names, key=differences.get)
+        axis.scatter(mean, row, s=260, marker="|", color="black", linewidths=2, zorder=3)
+        axis.annotate(worst, (differences[worst], at[names.index(worst)]), (-5, 0), textcoords="offset points", **LEFT)
+    axis.set_yticks(range(len(others)), [peer.peer for peer in others])
+    axis.invert_yaxis()
+    axis.axvline(0, color="black", linewidth=0.8)
+    axis.set_xlabel(
+        "difference to float32 in points: a dot for each language, the worst with its name, a bar for their mean"
     )
-    axis.grid(axis="y", alpha=0.3)
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title(run), fontweight="bold")
-    if others:
-        figure.legend(loc="outside lower center", ncols=4, frameon=False)
+    axis.tick_params(axis="y", length=0)
+    axis.grid(axis="x", alpha=0.3)
+    axis.spines[["top", "right", "left"]].set_visible(False)
+    figure.suptitle(
+        f"Retrieval of translations after rounding, {100 * reference.mean_retrieval:.1f} % in float32\n{title(run)}",
+        fontsize=11,
+    )
     figure.savefig(path)

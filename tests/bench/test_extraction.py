@@ -54,6 +54,7 @@ def test_a_run(tmp_path):
     assert (long.characters, long.seconds > 0) == (3000, True)
     assert long.peak_memory >= long.loaded_memory > 2**27
     assert "times as fast as padded" in (tmp_path / "extraction-tiny-float32.md").read_text()
+    assert (tmp_path / "extraction-tiny-float32.png").exists()
 
 
 def test_fine_tuning(tmp_path):
@@ -64,3 +65,4 @@ def test_fine_tuning(tmp_path):
     assert all(0 <= each.results <= 1 and each.seconds > 0 for each in run.runs)
     assert run.options["texts"] == 4
     assert "| seed |" in (tmp_path / "finetuning-tiny-float32.md").read_text()
+    assert (tmp_path / "finetuning-tiny-float32.png").exists()

@@ -6,18 +6,11 @@ import pytest
 
 from bench import RESULTS
 from bench.kernels.figures import KernelRun, SweepRun
-from bench.model.figures import (
-    Breakdown,
-    EncodeRun,
-    ExtractionRun,
-    FineTuningRun,
-    LinesRun,
-    ModelRun,
-    PretrainingRun,
-    QualityRun,
-)
+from bench.model.figures import ModelRun
+from bench.newcomer import NewcomerRun
 from bench.record import RENAMED, read, write
 from bench.report import kernels, model
+from bench.report.draw import DRAWN
 
 
 def without_later(new, old):
@@ -31,17 +24,7 @@ def without_later(new, old):
     return new
 
 
-KINDS = {
-    "breakdown": Breakdown,
-    "encode": EncodeRun,
-    "extraction": ExtractionRun,
-    "finetuning": FineTuningRun,
-    "kernels": KernelRun,
-    "lines": LinesRun,
-    "pretraining": PretrainingRun,
-    "quality": QualityRun,
-    "sweep": SweepRun,
-}
+KINDS = {"newcomer": NewcomerRun, "sweep": SweepRun, **{name: kind for name, (kind, _) in DRAWN.items()}}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -2,18 +2,21 @@
 
 import dataclasses
 import json
+import re
+import shutil
 
+import matplotlib
 import pytest
 from runs import job, measured, run_of
 
-from bench import ROOT
-from bench.model.figures import PeerQuality, QualityRun, Retrieval
+from bench import RESULTS
+from bench.kernels.figures import KernelRun
+from bench.model.figures import Breakdown, PeerQuality, QualityRun, Retrieval
 from bench.model.rivals import OURS_NAMES
 from bench.model.summary import summarise
-from bench.record import Run
-from bench.report import readme
+from bench.record import Run, read
+from bench.report import breakdown, draw, kernels, readme
 from bench.report.bars import plot_panels
-from bench.report.curves import plot_curves
 from bench.report.model import losses, markdown, overview
 from bench.report.parts import COLOURS, colours_of, form
 
@@ -72,59 +75,161 @@ def test_the_first_peer_s_colour_is_its_own_and_a_peer_keeps_its_in_every_form()
 
 def test_pictures_leave_out_what_was_not_measured(tmp_path):
     run = run_of(*(job(name, old=2.0, dead=None) for name in ("32 x text", "1 x text", "32 x fixed:9")))
-    for draw in (plot_panels, plot_curves):
-        draw(run, tmp_path / "picture.png")
-        assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
-        (tmp_path / "picture.png").unlink()
+    plot_panels(run, tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_readme_is_rewritten_between_its_markers(tmp_path, monkeypatch):
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    monkeypatch.setattr(readme, "README", tmp_path / "README.md")
-    readme.README.write_text(text, encoding="utf-8")
-    for name, jobs in ((readme.RIVALS, [job("32 x text", old=2.5)]), (readme.TRAINING, [job("4 x fixed:9", old=0.8)])):
-        (tmp_path / name).write_text(json.dumps(dataclasses.asdict(run_of(*jobs))))
-    readme.main([str(tmp_path)])
-    new = readme.README.read_text(encoding="utf-8")
-    before, rest = new.split(readme.BEGIN)
-    section, after = rest.split(readme.END)
-    assert (before, after) == (text.split(readme.BEGIN)[0], text.split(readme.END)[1])
-    assert "| old         | 2.50x               | 0.80x                 |" in section
-    assert "openvino 1, python 3.11; 2026-11-23" in section
-    assert "What rounding costs" not in section
-    assert "**erniem_fast is slower** in 4 x fixed:9 against old (0.80x)." in section
-    assert str(tmp_path) not in section
+AMD = RESULTS / "amd-epyc-2-cores"
+# What small pictures say: bars and their figures, the fill and the precision.
+SAID = {
+    "encode-multilingual-e5-small-float32": [
+        "ST encode, mixed languages, sorted as ST sorts",
+        "256 rows, 5,964 tokens; batches 62% full",
+        "1 row, 22 tokens",
+        "stock, float32",
+        "optimized, packed float32",
+        "8.4x, 272 ms",
+        "1.7x, 8.0 ms",
+        "times as fast as stock",
+    ],
+    "lines-multilingual-e5-small-float32": [
+        "multilingual-e5-small as XLM-RoBERTa after optimize, int8",
+        "100,000 lines by embed",
+        "1,212 per second, 1,745 MiB",
+    ],
+    "extraction-base-float32": [
+        "Six schemas: 67 rows of prompt and text, 7% full if padded to 512",
+        "16.5 s",
+        "1.2 s, 13.7x as fast",
+        "889 MiB, 29.3 s",
+    ],
+    "finetuning-multilingual-e5-small-float32": ["F1", "seed 2", "0.904", "0.961"],
+}
 
 
-def test_the_readme_shows_what_rounds_and_what_that_costs(tmp_path):
+@pytest.mark.parametrize("name", SAID)
+def test_small_pictures_say_what_was_measured(name, tmp_path):
+    """As SVG, whose text can be read."""
+    kind, plot = draw.DRAWN[name.partition("-")[0]]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot(read(kind, AMD / f"{name}.json"), tmp_path / "picture.svg")
+    written = re.findall(r">([^<>]+)</text>", (tmp_path / "picture.svg").read_text(encoding="utf-8"))
+    assert [text for text in SAID[name] if text not in written] == []
+
+
+def test_pictures_are_drawn_again_beside_their_results(tmp_path):
+    names = ["lines-multilingual-e5-small-float32", "throughput-base-float32"]
+    for name in names:
+        shutil.copy(AMD / f"{name}.json", tmp_path)
+    assert draw.main([str(tmp_path / f"{name}.json") for name in names]) == 0
+    for name in names:
+        assert (tmp_path / f"{name}.png").read_bytes().startswith(b"\x89PNG")
+    (tmp_path / "sweep-bfloat16.json").write_text("{}")
+    for path in ("sweep-bfloat16.json", f"{names[0]}.png", "missing.json"):
+        with pytest.raises(SystemExit, match=f"{path} is not the JSON of a result that has pictures"):
+            draw.main([str(tmp_path / path)])
+
+
+@pytest.fixture
+def pages(tmp_path, monkeypatch):
+    """Copies of the README and of the page of benchmarks, which `readme.main` then rewrites."""
+    for name, page in {"README": readme.README, "BENCHMARKS": readme.BENCHMARKS}.items():
+        (tmp_path / page.name).write_text(page.read_text(encoding="utf-8"), encoding="utf-8")
+        monkeypatch.setattr(readme, name, tmp_path / page.name)
+    return tmp_path
+
+
+def between(name, text):
+    """What stands before, between and after the markers of a section."""
+    before, rest = text.split(f"<!-- {name}: begin -->\n")
+    return before, *rest.split(f"<!-- {name}: end -->")
+
+
+def keep(folder, **runs):
+    for name, run in runs.items():
+        (folder / getattr(readme, name)).write_text(json.dumps(dataclasses.asdict(run)))
+
+
+def test_the_pages_are_rewritten_between_their_markers(pages):
+    old = (pages / "README.md").read_text(encoding="utf-8")
+    jobs = [job("32 x text", old=2.5, older=4.0), job("1 x text", old=1.25), job("32 x sorted", old=0.9)]
+    keep(pages, RIVALS=run_of(*jobs), TRAINING=run_of(job("4 x fixed:9", old=0.8)))
+    readme.main([str(pages)])
+    new, page = ((pages / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks.md"))
+    (before, _, after), (start, section, end) = between("speed", old), between("speed", new)
+    assert (before, between("rounded", after)[0]) == (start, between("rounded", end)[0])
+    words = " ".join(section.split())
+    assert "than the fastest of 1 others: 32 sentences as they come, 45% full, 2.50x (old); one sentence" in words
+    assert "**It is slower in 2 of 5 comparisons**, 0.80x at the worst, all of them in batches that are 45%" in words
+    assert "A step of training on 4 texts is 0.8 times as fast as in old" in words
+    assert between("rounded", new)[1] == ""
+    table = between("throughput", page)[1]
+    assert (
+        "| old         | 2.50x               | 1.25x              | 0.90x                 | 0.80x                 |"
+        in table
+    )
+    assert "openvino 1, python 3.11; 2026-11-23" in table
+    assert "**erniem_fast is slower** in 32 x sorted against old (0.90x); 4 x fixed:9 against old (0.80x)." in table
+    assert str(pages) not in new + page
+    assert (pages / readme.HEADLINE).read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_a_loss_the_readme_says_so(pages):
+    keep(pages, RIVALS=run_of(job("32 x text", old=2.5)), TRAINING=run_of())
+    assert "It is faster in all 1 comparisons." in " ".join(readme.speed(pages).split())
+
+
+def test_the_pages_show_what_rounds_and_what_that_costs(tmp_path):
     exact = PeerQuality("erniem_fast", 1.0, 1.0, {"de": Retrieval(0.9, 0.8)})
-    rounded = PeerQuality("old int8", 0.99876, 0.9, {"de": Retrieval(0.9, 0.7)})
+    coarse = PeerQuality("old int8", 0.99876, 0.9, {"de": Retrieval(0.9, 0.7)})
     run = run_of(job("32 x text", old=2.5))
     head = {field.name: getattr(run, field.name) for field in dataclasses.fields(Run)}
-    quality = QualityRun(**head, sentences=9, tokens=99, pairs={"de": 5}, absent=[], peers=[exact, rounded])
-    written = {
-        readme.RIVALS: run,
-        readme.TRAINING: run_of(),
-        readme.ROUNDED: run_of(job("32 x text", **{"old int8": 3.5}), job("1 x text", **{"old int8": 9.5})),
-        readme.QUALITY: quality,
-    }
-    for name, each in written.items():
-        (tmp_path / name).write_text(json.dumps(dataclasses.asdict(each)))
-    (shared,) = readme.joined(run, written[readme.ROUNDED]).jobs
+    quality = QualityRun(**head, sentences=9, tokens=99, pairs={"de": 5}, absent=[], peers=[exact, coarse])
+    rounds = run_of(job("32 x text", **{"old int8": 3.5}), job("1 x text", **{"old int8": 9.5}))
+    keep(tmp_path, RIVALS=run, TRAINING=run_of(), ROUNDED=rounds, QUALITY=quality)
+    (shared,) = readme.joined(run, rounds).jobs
     assert [peer.peer for peer in shared.peers] == ["erniem_fast", "old", "old int8"]
-    lines = readme.section(tmp_path).splitlines()
-    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
-    assert [row[:2] for row in cells if row[1].endswith(("x", "/s"))] == [
+    page = readme.throughput(tmp_path).splitlines()
+    assert [row[:2] for row in cells(page) if row[1].endswith(("x", "/s"))] == [
         ["erniem_fast", "1,000 tokens/s"],
         ["old", "2.50x"],
         ["old int8", "3.50x"],
     ]
-    assert ["old int8", "0.9988", "0.9000", "80.0 %", "-5.0", "de -5.0"] in cells
-    assert [line.partition("]")[2] for line in lines if line.startswith("!")] == [
-        f"({tmp_path.name}/rivals-base-float32-curves.png)",
-        f"({tmp_path.name}/rounded-base-float32-curves.png)",
-        f"({tmp_path.name}/quality-multilingual-e5-small-float32.png)",
+    assert [line.partition("]")[2] for line in page if line.startswith("!")] == [
+        f"(../{tmp_path.name}/rivals-base-float32.png)",
+        f"(../{tmp_path.name}/rounded-base-float32.png)",
+        f"(../{tmp_path.name}/quality-multilingual-e5-small-float32.png)",
     ]
+    row = ["old int8", "1,000", "-", "0.9988", "0.9000", "80.0 %", "-5.0", "de -5.0"]
+    assert row in cells(readme.rounded(tmp_path).splitlines())
+
+
+def cells(lines):
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines if line.startswith("| ")]
+
+
+PLOTS = {"kernels-float32": (KernelRun, kernels.plot), "breakdown-base-float32": (Breakdown, breakdown.plot)}
+
+
+@pytest.mark.parametrize(
+    ("name", "words"),
+    [
+        ("kernels-float32", "these tensors fit into the caches, and those of the measured copy do not"),
+        ("breakdown-base-float32", "A copy also fetches what it overwrites"),
+    ],
+)
+@pytest.mark.parametrize("is_beaten", [True, False])
+def test_a_floor_that_is_beaten_explains_itself(name, words, is_beaten, tmp_path):
+    kind, plot = PLOTS[name]
+    run = read(kind, RESULTS / f"intel-xeon-processor-2-cores/{name}.json")
+    if kind is KernelRun:
+        factor = 1e3 if is_beaten else 1e-3
+        run.results = [dataclasses.replace(each, floor=each.floor * factor) for each in run.results]
+    elif not is_beaten:  # AdamW is below its floor there
+        run.training = [dataclasses.replace(each, ratio=each.ratio and max(each.ratio, 1)) for each in run.training]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot(run, tmp_path / "picture.svg")
+    assert (words in (tmp_path / "picture.svg").read_text(encoding="utf-8")) == is_beaten
 
 
 def test_a_readme_without_results_is_left_alone(tmp_path):

@@ -64,6 +64,7 @@ def test_a_run(tmp_path):
         assert {each.name.partition(", ")[2] for each in others} >= {"float32", "packed", "int8"}
         assert all(each.difference < bench.LARGEST["int8"] for each in others)
     assert "batches of 32 are" in (tmp_path / "encode-tiny-float32.md").read_text()
+    assert (tmp_path / "encode-tiny-float32.png").exists()
 
 
 def test_wrong_results_are_not_timed():
@@ -78,6 +79,7 @@ def test_lines(tmp_path):
     run = read(LinesRun, tmp_path / "lines-tiny-float32.json")
     assert [(each.lines, each.way) for each in run.results] == [(40, "encode"), (40, "embed")]
     assert all(each.peak_memory >= each.loaded_memory > 2**27 for each in run.results)
+    assert (tmp_path / "lines-tiny-float32.png").exists()
 
 
 def test_rounds_are_joined():

@@ -11,6 +11,7 @@ import subprocess
 import pytest
 import torch
 
+from erniem_fast import flags
 from erniem_fast.native import compiler, library
 from erniem_fast.native import packed as products
 from erniem_fast.verification.battery import battery
@@ -20,10 +21,7 @@ from tests.native.int8_layers import BATCHES, are_one_after_another, is_its_ops
 
 CPU = torch.device("cpu")
 FILE_OF_OP = {
-    "embeddings": "embeddings_cpu.cpp",
-    "attention": "attention_cpu.cpp",
-    "bias_gelu": "bias_gelu_cpu.cpp",
-    "add_norm": "add_norm_cpu.cpp",
+    **{op: f"{op}_cpu.cpp" for op in flags.OPS},
     "product": "linear_cpu.cpp",
     "int8": "packed_cpu.cpp",
     "floats": "packed_cpu.cpp",

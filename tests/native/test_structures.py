@@ -1,22 +1,24 @@
 """The Python tables of csrc/'s structures, held against the C++ by the compiler: names, types, offsets and sizes."""
 
 import ctypes
+import pkgutil
 import re
 import subprocess
 from collections.abc import Iterable
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 
 import pytest
 import torch
 
-from erniem_fast.native import add_norm, attention, bias_gelu, compiler, embeddings, layer, library, linear
-from erniem_fast.native import packed as products
+from erniem_fast import native
+from erniem_fast.native import bias_gelu, compiler, library
 from erniem_fast.native.function import DTYPES, Structure
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
 
-MODULES = (add_norm, attention, bias_gelu, embeddings, layer, linear, products)
+MODULES = [import_module(f"{native.__name__}.{each.name}") for each in pkgutil.iter_modules(native.__path__)]
 STRUCTURES = [
     each
     for module in MODULES

@@ -167,13 +167,13 @@ def embeddings_problem(batch, dtype, hidden, p, words=50, norm=None):
     return Problem({**tables, **norm_leaves(hidden, norm or dtype)}, ours, oracle, dtype)
 
 
-def problem_of(op, dtype=torch.float32, batch=BATCHES["holes, packed"], p=0.3):
-    """A small problem of each op, with all that it has: bias, dropout, key bias."""
+def problem_of(op, dtype=torch.float32, batch=BATCHES["holes, packed"], p=0.3, size=96, heads=3):
+    """A small problem of each op, with all that it has: bias, dropout, key bias; and `size` features, of all heads."""
     return {
-        "attention": lambda: attention_problem(batch, dtype, heads=3, head_dim=32, p=p),
-        "bias_gelu": lambda: bias_gelu_problem(batch, dtype, hidden=96, activation="gelu", p=p, bias=dtype),
-        "add_norm": lambda: add_norm_problem(batch, dtype, hidden=96, p=p, bias=dtype),
-        "embeddings": lambda: embeddings_problem(batch, dtype, hidden=96, p=p),
+        "attention": lambda: attention_problem(batch, dtype, heads, size // heads, p),
+        "bias_gelu": lambda: bias_gelu_problem(batch, dtype, size, activation="gelu", p=p, bias=dtype),
+        "add_norm": lambda: add_norm_problem(batch, dtype, size, p, bias=dtype),
+        "embeddings": lambda: embeddings_problem(batch, dtype, size, p),
     }[op]()
 
 

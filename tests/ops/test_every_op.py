@@ -1,4 +1,4 @@
-"""What all four ops have in common: what must not change a result, and autograd."""
+"""What all ops have in common: what must not change a result, and autograd."""
 
 from dataclasses import replace
 from functools import partial
@@ -12,6 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from erniem_fast import flags, ops
 from erniem_fast.batch import Sequences, TokenBatch
 from erniem_fast.flags import use_implementations
+from erniem_fast.ops.choose import parameters
 from erniem_fast.reference import Norm
 from tests.batches import dropout_of
 from tests.ops.problems import (
@@ -43,7 +44,15 @@ def test_gradients_summed_over_many_tokens(op, implementation, dtype):
         assert_rule_one(problem_of(op, dtype, TokenBatch.padded((16, 256), CPU), p=0.0))
 
 
-@every_implementation
+@pytest.mark.parametrize(
+    ("op", "implementation"),
+    [
+        (op, name)
+        for op in flags.OPS
+        if "dropout" in parameters(getattr(ops, op))
+        for name in serving(op, interpreted=True)
+    ],
+)
 def test_dropping_nothing_and_everything(op, implementation):
     with use_implementations(**{op: implementation}):
         problem = problem_of(op, p=0.0)

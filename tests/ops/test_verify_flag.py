@@ -19,9 +19,7 @@ from tests.ops.problems import (
     DTYPES,
     TOKENS,
     add_norm_problem,
-    attention_problem,
     bias_gelu_problem,
-    embeddings_problem,
     every_implementation,
     norm_leaves,
     problem_of,
@@ -56,23 +54,13 @@ def test_verify_accepts_mixed_dtypes(verify):
         solve(problem.ours, problem.leaves, torch.randn(51, 384))
 
 
-def narrow_problem_of(op, dtype, size, p, batch=BATCHES["holes, packed"]):
-    """A problem of each op with `size` features, or elements of a head."""
-    return {
-        "attention": lambda: attention_problem(batch, dtype, heads=1, head_dim=size, p=p),
-        "bias_gelu": lambda: bias_gelu_problem(batch, dtype, size, "gelu", p, bias=dtype),
-        "add_norm": lambda: add_norm_problem(batch, dtype, size, p, bias=dtype),
-        "embeddings": lambda: embeddings_problem(batch, dtype, size, p),
-    }[op]()
-
-
 @every_implementation
 def test_verify_accepts_right_results_of_few_numbers(op, implementation, verify):
     """Sizes of a few features, and dropout that leaves next to nothing: the reference's error may be 0 by luck."""
     for size, dtype, p in itertools.product(range(1, 13), DTYPES.values(), (0.0, 0.999)):
         if implementation not in serving(op, dtype, interpreted=True):
             continue
-        problem = narrow_problem_of(op, dtype, size, p)
+        problem = problem_of(op, dtype, p=p, size=size, heads=1)
         with use_implementations(**{op: implementation}):
             solve(problem.ours, problem.leaves, torch.randn(TOKENS, size))
 

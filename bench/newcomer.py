@@ -167,7 +167,7 @@ class Newcomer:
         self.folder, self.clone, home = folder, folder / "clone", folder / "home"
         for each in (self.clone, home):
             each.mkdir()
-        ours = ("PYTHON", "VIRTUAL_ENV", "ERNIEM_FAST_", "XDG_", "HF_", "TRITON_", "MAKE")
+        ours = ("PYTHON", "VIRTUAL_ENV", "ERNIEM_FAST_", "XDG_", "HF_", "TRITON_", "OMP_", "MAKE")
         kept = {name: value for name, value in os.environ.items() if not name.startswith(ours)}
         self.environment = {
             **kept,

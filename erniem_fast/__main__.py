@@ -3,6 +3,7 @@
 import argparse
 import sys
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from .conversion import command as conversion
@@ -30,16 +31,15 @@ def _status(_: argparse.Namespace) -> int:
 
 
 def _build(_: argparse.Namespace) -> int:
+    tell = partial(print, flush=True)
     try:
-        print("compiling what is missing for this machine, which takes up to a minute", flush=True)
-        for device, path in build().items():
-            print(f"{device}: {path}")
+        for device, path in build(report=tell).items():
+            tell(f"{device}: {path}")
     except BuildError as error:
         print(error, file=sys.stderr)
         return 1
-    print("timing the libraries for matrix products, which takes about ten seconds", flush=True)
-    fastest.measure_all()
-    print("products: measured; `python -m erniem_fast status` shows the choice")
+    fastest.measure_all(tell)
+    tell("products: timed; `python -m erniem_fast status` shows the fastest")
     return 0
 
 

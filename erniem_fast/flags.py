@@ -57,7 +57,7 @@ OPS = {
     "embeddings": Flag(
         "ERNIEM_FAST_EMBEDDINGS",
         ("auto",),
-        "implementation of the embeddings; `native` is compiled where it is not built yet",
+        "implementation of the embeddings; `native`, here and in the next three, is compiled if it is not built",
     ),
     "attention": Flag("ERNIEM_FAST_ATTENTION", ("auto",), "implementation of attention"),
     "bias_gelu": Flag("ERNIEM_FAST_BIAS_GELU", ("auto",), "implementation of bias-GELU-dropout"),

@@ -2,6 +2,7 @@
 
 import logging
 import os
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -31,6 +32,8 @@ from .vocabulary_loss import vocabulary_losses
 _LOG = logging.getLogger(__name__)
 
 IGNORED_LABEL = -100
+
+Model = TypeVar("Model", bound="ErnieMPreTrainedModel")
 
 
 class ErnieMPooler(nn.Module):
@@ -75,7 +78,9 @@ class ErnieMPreTrainedModel(InferenceModel, PreTrainedModel):
         config.check()
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs):
+    def from_pretrained(
+        cls: type[Model], pretrained_model_name_or_path: str | os.PathLike | None, *model_args, **kwargs
+    ) -> Model:
         """As in transformers; the checkpoint may also be PaddleNLP's or Baidu's, as they published it.
 
         Raises:

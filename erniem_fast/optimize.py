@@ -3,6 +3,7 @@
 import hashlib
 import logging
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -26,6 +27,12 @@ _REMEDY = (
 FORMS = tuple(dict.fromkeys([*LINEARS, *GPU_LINEARS]))
 
 Model = TypeVar("Model")
+Function = TypeVar("Function", bound=Callable)
+
+
+def _outside_inference_mode(function: Function) -> Function:
+    """Tensors that are made in inference mode could never be trained again."""
+    return torch.inference_mode(False)(function)
 
 
 @dataclass
@@ -41,7 +48,7 @@ class _Original:
     digest: str | None
 
 
-@torch.inference_mode(False)  # tensors made in inference mode could never be trained again
+@_outside_inference_mode
 def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Model:
     """Makes encoders faster: models of transformers compute no padding, and weights can change their form; in place.
 
@@ -136,7 +143,7 @@ def _forget_calls(bare: nn.Module) -> None:
             vars(module).pop(name, None)
 
 
-@torch.inference_mode(False)
+@_outside_inference_mode
 def restore(model: Model) -> Model:
     """Undoes `optimize`: classes and modules are the former ones, with the very bits that weights had; in place.
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers.activations import ACT2FN
 
-from . import flags, modes, one_call, ops
+from . import flags, modes, one_call, ops, processes
 from .batch import TokenBatch
 from .dropout import Dropout, draw_seeds, drop_features, is_active
 from .inference import InferenceEmbedding, NativeLinear, OnednnBFloat16Linear, is_plain_inference, untrainable
@@ -330,6 +330,7 @@ class PostLNStack(nn.Module):
         """
         if self.frozen_as is not None and torch.is_grad_enabled() and (self.training or hidden.requires_grad):
             raise RuntimeError(untrainable("model", self.frozen_as))
+        processes.model_runs(hidden.device)
         if seeds is head_mask is scores_bias is None and not (output_attentions or output_hidden_states):
             whole = one_call.run(self, hidden, batch)
             if whole is not None:

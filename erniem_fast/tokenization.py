@@ -12,7 +12,7 @@ import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
@@ -31,6 +31,8 @@ logger = logging.get_logger(__name__)
 VOCAB_FILES_NAMES = {"vocab_file": "vocab.txt", "sentencepiece_model_ckpt": "sentencepiece.bpe.model"}
 BAIDUS_SENTENCEPIECE = "piece.model"
 RESOURCE_FILES_NAMES = {"sentencepiece_model_file": "sentencepiece.bpe.model", "vocab_file": "vocab.txt"}
+
+Tokenizer = TypeVar("Tokenizer", bound="ErnieMTokenizer")
 
 SURROGATES = re.compile("[\ud800-\udfff]")
 
@@ -149,7 +151,9 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         )
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path, *init_inputs, **kwargs) -> "ErnieMTokenizer":
+    def from_pretrained(
+        cls: type[Tokenizer], pretrained_model_name_or_path: str | os.PathLike, *init_inputs, **kwargs
+    ) -> Tokenizer:
         """Loads a tokenizer, with the base class's arguments, also from folders of PaddleNLP and Baidu.
 
         `model_max_length` is at most the number of tokens that the checkpoint's model has positions for, unless it is

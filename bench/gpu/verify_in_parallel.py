@@ -23,12 +23,12 @@ def run_share(device: str, index: int, count: int) -> tuple[int, int]:
     """Runs every `count`-th check from `index` on; returns the number of checks and of failures."""
     share, failures = battery(torch.device(device))[index::count], 0
     for check in share:
-        line, passed = outcome(check)
+        found = outcome(check)
         if torch.cuda.is_available():
             torch.cuda.empty_cache()  # for the other processes
-        if not passed:
+        if not found.passed:
             failures += 1
-            print(line, flush=True)
+            print(found.line, flush=True)
     return len(share), failures
 
 

@@ -1,7 +1,8 @@
 """`score`: pairs of texts to the scores of a reranker, or to logits of a classifier."""
 
-from collections.abc import Callable, Iterable, Iterator, Sized
+from collections.abc import Callable, Collection, Iterable, Iterator, Sized
 from importlib import import_module
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -16,6 +17,32 @@ from .hidden_states import Packed, hidden_states, pads
 from .models import bare_model
 from .results import collect
 from .tokens import check_pairs, find_limit, find_tokenizer, tokenizes
+
+
+@overload
+def score(
+    model: object,
+    pairs: Collection[tuple[str, str]],
+    tokenizer: PreTrainedTokenizerBase | None = ...,
+    *,
+    activation_fn: Callable[[Tensor], Tensor] | None = ...,
+    prompt: str | None = ...,
+    prompt_name: str | None = ...,
+    max_length: int | None = ...,
+    tokens_per_batch: int = ...,
+    convert_to_tensor: Literal[False] = ...,
+    show_progress_bar: bool | None = ...,
+) -> np.ndarray: ...
+
+
+@overload
+def score(
+    model: object, pairs: Collection[tuple[str, str]], *arguments: Any, convert_to_tensor: Literal[True], **options: Any
+) -> Tensor: ...
+
+
+@overload
+def score(model: object, pairs: Iterator[tuple[str, str]], *arguments: Any, **options: Any) -> Iterator[Any]: ...
 
 
 def score(

@@ -1,6 +1,7 @@
 """`embed`: texts to vectors."""
 
-from collections.abc import Iterable, Iterator, Sized
+from collections.abc import Collection, Iterable, Iterator, Sized
+from typing import Any, Literal, overload
 
 import numpy as np
 import torch
@@ -15,6 +16,33 @@ from .models import bare_model, encoders
 from .pooling import POOLINGS, pool
 from .results import collect
 from .tokens import check_texts, find_limit, find_tokenizer, tokenizes
+
+
+@overload
+def embed(
+    model: object,
+    texts: Collection[str],
+    tokenizer: PreTrainedTokenizerBase | None = ...,
+    *,
+    pooling: str | None = ...,
+    normalize: bool | None = ...,
+    prompt: str | None = ...,
+    prompt_name: str | None = ...,
+    max_length: int | None = ...,
+    tokens_per_batch: int = ...,
+    convert_to_tensor: Literal[False] = ...,
+    show_progress_bar: bool | None = ...,
+) -> np.ndarray: ...
+
+
+@overload
+def embed(
+    model: object, texts: Collection[str], *arguments: Any, convert_to_tensor: Literal[True], **options: Any
+) -> Tensor: ...
+
+
+@overload
+def embed(model: object, texts: Iterator[str], *arguments: Any, **options: Any) -> Iterator[Any]: ...
 
 
 def embed(

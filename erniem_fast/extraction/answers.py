@@ -1,21 +1,44 @@
 """Extractive question answering: the best spans of contexts of any length, and the score of there being none."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, overload
 
 import numpy as np
 import torch
 from torch import nn
 
 from ..configuration import RESERVED_POSITIONS
+from ..tokenization import ErnieMTokenizer
 from . import windows
 from .scoring import BATCH_TOKENS, LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer
 from .tokens import Tokens, tokenize
 
 
+@overload
 def extract_answer(
-    model,
-    tokenizer,
+    model: nn.Module,
+    tokenizer: ErnieMTokenizer,
+    question: str,
+    context: str,
+    *,
+    n_best: int = ...,
+    no_answer: bool = ...,
+    max_answer_tokens: int = ...,
+    max_length: int = ...,
+    batch_tokens: int = ...,
+    progress: bool | None = ...,
+) -> list[dict[str, Any]]: ...
+
+
+@overload
+def extract_answer(
+    model: nn.Module, tokenizer: ErnieMTokenizer, question: Sequence[str], context: Sequence[str], **options: Any
+) -> list[list[dict[str, Any]]]: ...
+
+
+def extract_answer(
+    model: nn.Module,
+    tokenizer: ErnieMTokenizer,
     question: str | Sequence[str],
     context: str | Sequence[str],
     *,

@@ -1,13 +1,14 @@
 """Extraction by schema: `extract`, and the Extractor behind it."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
 from ..configuration import RESERVED_POSITIONS
+from ..tokenization import ErnieMTokenizer
 from . import compat as original
 from . import windows
 from .decoding import decode
@@ -53,9 +54,9 @@ class Extractor:
 
     def __init__(
         self,
-        model,
-        tokenizer,
-        schema,
+        model: nn.Module,
+        tokenizer: ErnieMTokenizer,
+        schema: str | Sequence | Mapping,
         *,
         lang: str = "zh",
         threshold: float = 0.5,
@@ -80,7 +81,7 @@ class Extractor:
         self.max_length = _length_of_rows(model, max_length)
         self.set_schema(schema)
 
-    def set_schema(self, schema) -> None:
+    def set_schema(self, schema: str | Sequence | Mapping) -> None:
         """Replaces the schema.
 
         Raises:
@@ -242,7 +243,13 @@ class _Relations:
         self.span.setdefault("relations", {})[name] = found
 
 
-def extract(model, tokenizer, texts, schema, **options) -> list[dict[str, list[dict[str, Any]]]]:
+def extract(
+    model: nn.Module,
+    tokenizer: ErnieMTokenizer,
+    texts: str | dict | Sequence[str | dict],
+    schema: str | Sequence | Mapping,
+    **options: Any,
+) -> list[dict[str, list[dict[str, Any]]]]:
     """Finds in texts what a schema names: `Extractor(model, tokenizer, schema, **options)(texts)`.
 
     Returns:

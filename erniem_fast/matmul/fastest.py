@@ -12,6 +12,7 @@ import re
 import tempfile
 import threading
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from functools import cache
 from itertools import cycle, product
@@ -105,19 +106,30 @@ def _by_range(kind: str) -> list[Seconds]:
     return [_seconds(kind, limit) for limit in RANGES]
 
 
-def measure_all() -> None:
-    """Measures what was not measured yet, in one to two seconds."""
+def measure_all(report: Callable[[str], None] = lambda line: None) -> None:
+    """Measures what was not measured yet, in a few seconds.
+
+    Args:
+        report: takes a line before each kind of product that is measured.
+    """
     for kind in _measured():
+        if not all(_label(kind, limit) in _found() for limit in RANGES):
+            report(f"timing products: {kind}")
         _by_range(kind)
 
 
 def report() -> list[str]:
     """A line for each kind and range of tokens: the choice, and the milliseconds of all libraries."""
-    known = _known.get(_situation()) or _kept()
+    known = _found()
     return [
         f"{label:18} {_described(known.get(label))}"
         for label in (_label(k, limit) for k in _measured() for limit in RANGES)
     ]
+
+
+def _found() -> dict[str, Seconds]:
+    """The times that were measured, in this process or in an earlier one."""
+    return _known.get(_situation()) or _kept()
 
 
 def _described(seconds: Seconds | None) -> str:

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -26,14 +27,21 @@ _VECTOR_FLAGS = {
 }
 
 
-def command(device: str) -> list[str]:
-    """The command line that compiles a device's library, without `-o`.
+class Recipe(NamedTuple):
+    """How a library is compiled: what starts the compiler, its flags, and the files."""
+
+    compiler: list[str]
+    flags: list[str]
+    sources: list[Path]
+
+
+def recipe(device: str) -> Recipe:
+    """How a device's library is compiled on this machine.
 
     Raises:
         BuildError: there is no compiler for it.
     """
-    compiler = cpp() if device == "cpu" else [nvcc_path()]
-    return [*compiler, *flags(device), *map(str, sources(device))]
+    return Recipe(cpp() if device == "cpu" else [nvcc_path()], flags(device), sources(device))
 
 
 def sources(device: str) -> list[Path]:

@@ -26,13 +26,14 @@ DEVICES = ("cpu", "cuda")
 # Those that a wheel brings, see `native/wheel.py`.
 SHIPPED = Path(__file__).parents[1] / "libraries"
 
+NOT_BUILT = "the native library is not built; run `python -m erniem_fast build`."
 OTHER_CACHE = "Set XDG_CACHE_HOME to a folder of your own, and run `python -m erniem_fast build`."
 
 _opened: dict[Path, ctypes.CDLL] = {}
 
 
 def load(device: str) -> ctypes.CDLL:
-    """The library of a device type, `cpu` or `cuda`, from the cache.
+    """The library of a device type, `cpu` or `cuda`, from the wheel or the cache.
 
     Raises:
         BuildError: this machine lacks the device; or the library is not built, does not load, or may have been written
@@ -43,7 +44,7 @@ def load(device: str) -> ctypes.CDLL:
         check_presence(device)
         real = trusted(found)
         if real is None:
-            raise BuildError("it is not built; run `python -m erniem_fast build`.")
+            raise BuildError(NOT_BUILT)
         _opened[found] = _open(real)
     return _opened[found]
 
@@ -106,6 +107,15 @@ def cache() -> Path:
         return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "erniem_fast"
     except RuntimeError as error:
         raise BuildError(f"there is no folder for the cache: {error} {OTHER_CACHE}") from error
+
+
+def has_others(device: str) -> bool:
+    """Whether the cache has libraries of other versions, processors or flags than this process needs.
+
+    Raises:
+        BuildError: the user has no home folder.
+    """
+    return any(each.name != path(device).name for each in cache().glob(f"native_{device}-*.so"))
 
 
 def trusted(library: Path) -> Path | None:

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from . import compiler, library
 from .build import compile_libraries
+from .compiler import Recipe
 
 _GLIBC = (2, 28)  # which torch's own wheels need too
 
@@ -45,7 +46,7 @@ def add_libraries(pure: Path, machine: str) -> Path:
     with tempfile.TemporaryDirectory() as folder:
         _wheel("unpack", "--dest", folder, pure)
         (unpacked,) = Path(folder).iterdir()
-        compile_libraries(commands(unpacked / "erniem_fast" / library.SHIPPED.name, machine))
+        compile_libraries(recipes(unpacked / "erniem_fast" / library.SHIPPED.name, machine))
         (facts,) = unpacked.glob("*.dist-info/WHEEL")
         facts.write_text(facts.read_text().replace("Root-Is-Purelib: true", "Root-Is-Purelib: false"))
         _wheel("pack", "--dest-dir", folder, unpacked)
@@ -54,14 +55,12 @@ def add_libraries(pure: Path, machine: str) -> Path:
         return Path(folder, name).replace(pure.with_name(name))
 
 
-def commands(folder: Path, machine: str) -> dict[Path, list[str]]:
-    """The command that compiles each library of a machine, by the library's path."""
-    target = f"{machine}-linux-gnu.{_GLIBC[0]}.{_GLIBC[1]}"
-    sources = [str(source) for source in compiler.sources("cpu")]
-    flags = {capability: compiler.cpu_flags(capability) for capability in CAPABILITIES[machine]}
+def recipes(folder: Path, machine: str) -> dict[Path, Recipe]:
+    """How each library of a machine is compiled, by the library's path."""
+    zig = compiler.zig("-target", f"{machine}-linux-gnu.{_GLIBC[0]}.{_GLIBC[1]}", "-s")
+    flags = map(compiler.cpu_flags, CAPABILITIES[machine])
     return {
-        folder / library.file_name("cpu", machine, each): [*compiler.zig("-target", target, "-s"), *each, *sources]
-        for each in flags.values()
+        folder / library.file_name("cpu", machine, each): Recipe(zig, each, compiler.sources("cpu")) for each in flags
     }
 
 

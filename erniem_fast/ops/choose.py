@@ -79,6 +79,17 @@ def choose(op: str, device: torch.device, dtype: torch.dtype, size: int = 0) -> 
     return next(name for name, candidate in automatic if candidate.objection(device, dtype, size) is None)
 
 
+def missing(device: torch.device) -> dict[str, str]:
+    """Why `auto` leaves ops to PyTorch that kernels could run on a device, with the remedy, by op; empty if none."""
+    found = {}
+    for op, implementations in IMPLEMENTATIONS.items():
+        is_free = flags.read(flags.OPS[op]) == "auto" and flags.read(flags.KERNELS) == "auto"
+        if is_free and choose(op, device, torch.float32) == "torch":
+            automatic = (each for each in implementations.values() if each.automatic(device))
+            found[op] = next(filter(None, (each.refuses(device, torch.float32) for each in automatic)))
+    return found
+
+
 def fuses_bias(op: str, x: Tensor) -> bool:
     """Whether the op's implementation for inputs like `x` adds the bias of the matrix product before it."""
     return IMPLEMENTATIONS[op][choose(op, x.device, x.dtype)].fuses_bias

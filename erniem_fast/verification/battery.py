@@ -5,16 +5,19 @@ that are not powers of two, padding on every side, dropout. Memory that a kernel
 the models' own sizes are checked as well.
 """
 
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain, islice
 from math import inf, log, nan
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from tqdm import tqdm
 
 from .. import ops
 from ..batch import TokenBatch, key_bias_of
@@ -228,6 +231,9 @@ class QuantiseCheck:
         }
 
 
+AnyCheck = Check | ProductCheck | QuantiseCheck
+
+
 def _same_bits(result: Tensor, expected: Tensor) -> Comparison:
     """Whether a result equals the expected one, NaN where that is NaN."""
     same = (result == expected) | (result.isnan() & expected.isnan())
@@ -235,8 +241,12 @@ def _same_bits(result: Tensor, expected: Tensor) -> Comparison:
     return Comparison(F.pad(differences, (0, 1)).amax().item() if len(result) else 0.0, 0.0)
 
 
-def verify(device: torch.device) -> bool:
-    """Runs the battery on a device and prints the outcome of each check as it finishes.
+def verify(device: torch.device, verbose: bool = False) -> bool:
+    """Runs the battery on a device, and prints a line for each op and implementation as it finishes, and all failures.
+
+    Args:
+        device: what runs the kernels.
+        verbose: whether to print each check.
 
     Returns:
         Whether there were any checks, and all passed.
@@ -250,33 +260,64 @@ def verify(device: torch.device) -> bool:
         if reason is not None:
             print(f"{op}: {name} is not checked: {reason}")
     checks, failures = battery(device), 0
-    for number, check in enumerate(checks, 1):
-        line, passed = outcome(check)
-        failures += not passed
-        print(f"{number:3}/{len(checks)} {line}", flush=True)
+    groups = {(check.op, check.implementation): [] for check in checks}
+    for check in checks:
+        groups[check.op, check.implementation].append(check)
+    with tqdm(chain(*groups.values()), total=len(checks), unit="checks", disable=None, leave=False) as bar:
+        numbered = enumerate(bar, 1)
+        for (op, name), group in groups.items():
+            failures += _verify_group(f"{op:10} {name:6}", islice(numbered, len(group)), len(checks), verbose)
     print(f"{len(checks)} checks, {failures} failures")
     return bool(checks) and not failures
 
 
-def outcome(check: Check | QuantiseCheck | ProductCheck) -> tuple[str, bool]:
-    """A check's outcome in a line, with the error that came closest to its bound, and whether it passed.
+def _verify_group(title: str, checks: Iterable[tuple[int, AnyCheck]], total: int, verbose: bool) -> int:
+    """Runs numbered checks of one kind and prints a line about them; returns how many failed."""
+    start, ratios = time.perf_counter(), []
+    for number, check in checks:
+        found = outcome(check)
+        ratios.append(found.ratio)
+        if verbose or not found.passed:
+            tqdm.write(f"{number:3}/{total} {found.line}")
+    failures, largest = sum(ratio > 1 for ratio in ratios), max(ratios)
+    error = "beyond the bound" if failures else f"{largest:.2f} of its bound"
+    seconds = time.perf_counter() - start
+    tqdm.write(f"{title} {len(ratios):4} checks, {failures} failures, largest error {error}, {seconds:.1f} s")
+    return failures
 
-    The error is named `result`, or by the leaf with that gradient.
+
+class Outcome(NamedTuple):
+    """What came of a check.
+
+    Attributes:
+        line: the error that came closest to its bound, in words: `result`, or the leaf that has this gradient.
+        ratio: this error relative to its bound; infinite if the check failed.
     """
+
+    line: str
+    ratio: float
+
+    @property
+    def passed(self) -> bool:
+        return self.ratio <= 1
+
+
+def outcome(check: AnyCheck) -> Outcome:
+    """Runs a check; one that raises an error has failed."""
     dtype = str(check.dtype).removeprefix("torch.")
     line = f"{check.op:10} {check.implementation:6} {dtype:8} {check.shape:42}"
     try:
         name, worst = max(check.run().items(), key=lambda item: item[1].ratio)
     except Exception as error:  # a kernel that cannot run must not keep the others from being checked
-        return f"{line} {type(error).__name__}: {error}  FAIL", False
+        return Outcome(f"{line} {type(error).__name__}: {error}  FAIL", inf)
     line += f" {name:14} error {worst.error:.1e}, bound {worst.bound:.1e}"
-    return f"{line}  {'pass' if worst.holds else 'FAIL'}", worst.holds
+    return Outcome(f"{line}  {'pass' if worst.holds else 'FAIL'}", worst.ratio)
 
 
-def battery(device: torch.device) -> list[Check | QuantiseCheck | ProductCheck]:
+def battery(device: torch.device) -> list[AnyCheck]:
     """All checks of this library's kernels that run on a device; PyTorch's own are not checked."""
     interpreted = device.type != "cuda"
-    checks: list[Check | QuantiseCheck | ProductCheck] = [
+    checks: list[AnyCheck] = [
         Check(case, name, dtype, device)
         # Each size is compiled for a GPU, which takes as long as running a whole small case in the interpreter.
         for case in (*_HARD, *(_small(range(1, 13)) if interpreted else (*_small((1, 2, 3)), *_MODELS)))

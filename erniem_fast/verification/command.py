@@ -17,20 +17,23 @@ from .models import verify
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", metavar="DIR", help="a checkpoint that is compared with the stock model")
     parser.add_argument("--weights", choices=FORMS, help="the form of the model's weights, as optimize takes it")
+    parser.add_argument("-v", "--verbose", action="store_true", help="print each check, not only those that fail")
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Verifies; returns the exit status."""
-    return _verify_kernels() if arguments.model is None else _verify_model(arguments.model, arguments.weights)
+    if arguments.model is None:
+        return _verify_kernels(arguments.verbose)
+    return _verify_model(arguments.model, arguments.weights, arguments.verbose)
 
 
-def _verify_model(folder: str, weights: str | None) -> int:
+def _verify_model(folder: str, weights: str | None, verbose: bool) -> int:
     try:
         found = verify(optimize(_load(folder), weights))
     except (OSError, TypeError, ValueError) as error:
         print(error, file=sys.stderr)
         return 1
-    print(found)
+    print(found if verbose or not found else found.summary())
     return 0 if found else 1
 
 
@@ -42,7 +45,7 @@ def _load(folder: str) -> transformers.PreTrainedModel:
     return kind.from_pretrained(folder).eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def _verify_kernels() -> int:
+def _verify_kernels(verbose: bool = False) -> int:
     if torch.cuda.is_available():
         device = torch.device("cuda", 0)
         print(f"{device} ({torch.cuda.get_device_name(device)})")
@@ -50,7 +53,7 @@ def _verify_kernels() -> int:
         _interpret_triton()
         device = torch.device("cpu")
         print("No GPU: what is written in Triton runs in Triton's interpreter.")
-    return 0 if battery.verify(device) else 1
+    return 0 if battery.verify(device, verbose) else 1
 
 
 def _interpret_triton() -> None:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .. import families, flags
+from .. import families, flags, processes
 from ..families.layout import restarts
 from ..inference import InferenceEmbedding, InferenceModule, inference_module
 from ..modeling import ErnieMModel
@@ -71,19 +71,36 @@ class ModelVerification:
     def passed(self) -> bool:
         return all(each.holds for each in self.outputs.values())
 
+    @property
+    def _title(self) -> str:
+        weights = f", {self.weights} weights" if self.weights else ""
+        return f"{self.name}, {self.place}{weights}: {'passed' if self.passed else 'FAILED'}"
+
+    @property
+    def _times(self) -> str:
+        times = f"{1e3 * self.seconds:.1f} ms a call, {self.stock} {1e3 * self.stock_seconds:.1f} ms"
+        return f"{times}: {self.stock_seconds / self.seconds:.2f} times as fast"
+
+    def summary(self) -> str:
+        """The verdict, the error that came closest to its bound, and the times, in a line."""
+        name, worst = max(self.outputs.items(), key=lambda item: item[1].ratio)
+        line = f"{self._title}, largest error {worst.ratio:.2f} of its bound ({name}), {self._times}"
+        return "; ".join([line, *self._reasons])
+
+    @property
+    def _reasons(self) -> list[str]:
+        return [f"runs by transformers' own forward: {reason}" for reason in self.fallbacks]
+
     def __str__(self) -> str:
-        title = f"{self.name}, {self.place}" + (f", {self.weights} weights" if self.weights else "")
         kind = "relative error" if self.weights in _ROUNDING else "largest error"
         width = max(map(len, ("output", *self.outputs)))
         lines = [
-            f"{title}: {'passed' if self.passed else 'FAILED'}",
+            self._title,
             f"  {'output':{width}}  {kind:>14}  {'bound':>8}",
         ]
         for name, each in self.outputs.items():
             lines.append(f"  {name:{width}}  {each.error:14.1e}  {each.bound:8.1e}{'' if each.holds else '  FAILED'}")
-        lines += [f"  runs by transformers' own forward: {reason}" for reason in self.fallbacks]
-        times = f"{1e3 * self.seconds:.1f} ms a call, {self.stock} {1e3 * self.stock_seconds:.1f} ms"
-        return "\n".join([*lines, f"  {times}: {self.stock_seconds / self.seconds:.2f} times as fast"])
+        return "\n".join([*lines, *(f"  {reason}" for reason in self._reasons), f"  {self._times}"])
 
 
 @dataclass(frozen=True)
@@ -102,6 +119,10 @@ class Verification:
 
     def __bool__(self) -> bool:
         return self.passed
+
+    def summary(self) -> str:
+        """A line for each model."""
+        return "\n".join(each.summary() for each in self.models)
 
     def __str__(self) -> str:
         return "\n\n".join(map(str, self.models))
@@ -135,7 +156,8 @@ def verify(model: object, batch: Mapping[str, object] | None = None) -> Verifica
     """
     if batch is not None and not isinstance(batch, Mapping):
         raise TypeError(f"batch is a {type(batch).__name__}; pass a dict of a forward's arguments, as tokenizers make.")
-    return Verification(tuple(_verify(_holder(model, bare, batch), bare, batch) for bare in encoders(model)))
+    with processes.silent():
+        return Verification(tuple(_verify(_holder(model, bare, batch), bare, batch) for bare in encoders(model)))
 
 
 def _verify(holder: PreTrainedModel, bare: nn.Module, batch: Mapping[str, object] | None) -> ModelVerification:

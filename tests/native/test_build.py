@@ -250,7 +250,7 @@ def test_the_wheels_libraries_have_the_names_that_are_looked_for(monkeypatch, ca
             monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
             library.path.cache_clear()
             looked_for.add(library.path("cpu").name)
-        assert {path.name for path in wheel.commands(Path("libraries"), machine)} == looked_for
+        assert {path.name for path in wheel.recipes(Path("libraries"), machine)} == looked_for
 
 
 # ---- Caches that others may write to

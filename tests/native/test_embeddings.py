@@ -55,7 +55,7 @@ def poisoned():
 
 def build_cuda_on_host(path: Path) -> None:
     flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-w", f"-I{CUDA_ON_HOST}"]
-    compile_libraries({path: [*compiler.cpp(), *flags, str(CUDA_ON_HOST / "embeddings.cpp")]})
+    compile_libraries({path: compiler.Recipe(compiler.cpp(), flags, [CUDA_ON_HOST / "embeddings.cpp"])})
 
 
 def masks(rows: int, columns: int) -> dict[str, Tensor]:

@@ -10,6 +10,7 @@ import torch
 
 from erniem_fast import flags
 from erniem_fast.kernels import add_norm
+from erniem_fast.native import library
 from erniem_fast.ops.choose import arguments_of
 from erniem_fast.verification import battery, command
 
@@ -19,6 +20,8 @@ DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 FORWARD, BACKWARD = add_norm.forward, add_norm.backward
 
 
+SUM = r"(\w+) +(\w+) +(\d+) checks, (\d+) failures, largest error (beyond the bound|[01]\.\d\d of its bound), [\d.]+ s"
+
 # The command with the battery's smallest cases, in a process that starts itself again for the interpreter.
 COMMAND = """
 import sys
@@ -26,7 +29,7 @@ from erniem_fast import __main__
 from erniem_fast.verification import battery
 small = battery._small
 battery._HARD, battery._QUANTISED, battery._small = (), battery._QUANTISED[:2], lambda sizes: small((1,))
-sys.argv[1:] = ["verify"]
+sys.argv[1:] = ["verify", "-v"]
 sys.exit(__main__.main())
 """
 
@@ -39,8 +42,11 @@ def test_the_command_reports_every_check(tmp_path):
     assert heading == "No GPU: what is written in Triton runs in Triton's interpreter."
     unchecked = [line for line in lines if "is not checked" in line]
     for op in ("embeddings", "product", "int8"):
-        assert f"{op}: native is not checked: it is not built; run `python -m erniem_fast build`." in unchecked
-    lines = lines[len(unchecked) :]
+        assert f"{op}: native is not checked: {library.NOT_BUILT}" in unchecked
+    sums = [found.groups() for line in lines if (found := re.fullmatch(SUM, line))]
+    assert {op: failures for op, _, _, failures, _ in sums} == dict.fromkeys(OPS, "0")
+    lines = [line for line in lines if line not in unchecked and not re.fullmatch(SUM, line)]
+    assert sum(int(checks) for _, _, checks, *_ in sums) == len(lines)
     assert summary == f"{len(lines)} checks, 0 failures"
     assert all(line.startswith(f"{number:3}/{len(lines)} ") for number, line in enumerate(lines, 1))
     dtypes = [str(dtype).removeprefix("torch.") for dtype in DTYPES]
@@ -60,7 +66,7 @@ def test_the_battery_passes(op, dtype):
         if (check.op, check.implementation, check.dtype) == (op, "triton", dtype)
     ]
     assert checks
-    assert [line for line, passed in map(battery.outcome, checks) if not passed] == []
+    assert [each.line for each in map(battery.outcome, checks) if not each.passed] == []
 
 
 def broken(wrong):
@@ -95,11 +101,13 @@ def test_a_broken_kernel_is_a_failure(wrong, line, monkeypatch, capsys):
     for others in ("_QUANTISED", "_PRODUCTS", "_INT8"):
         monkeypatch.setattr(battery, others, ())
     assert command._verify_kernels() == 0
-    capsys.readouterr()
+    _, *sums, _ = capsys.readouterr().out.splitlines()
+    assert all(" 0 failures, largest error 0." in each for each in sums)  # a check that passes has no line
     monkeypatch.setattr(add_norm, "forward", broken(wrong))
     assert command._verify_kernels() == 1
     *lines, summary = capsys.readouterr().out.splitlines()
-    single, *halves = (each for each in lines if re.search(r"add_norm +triton ", each))
+    single, *halves, total = (each for each in lines if re.search(r"add_norm +triton ", each))
+    assert re.fullmatch(SUM, total).groups() == ("add_norm", "triton", "3", "3", "beyond the bound")
     assert line in single
     assert [each.endswith("  FAIL") for each in (single, *halves)] == [True] * 3
     assert summary.endswith(" checks, 3 failures")

@@ -339,6 +339,28 @@ class _ErnieMHead(ErnieMPreTrainedModel):
         return answer if _as_dict(self.config, return_dict) else answer.to_tuple()
 
 
+class _SpanHead(_ErnieMHead):
+    """A model that finds spans, and knows whether its head is one that the checkpoint did not hold."""
+
+    _drawn: dict[str, Tensor] = {}  # noqa: RUF012 (an instance has its own)
+
+    @classmethod
+    def from_pretrained(cls, *model_args, output_loading_info: bool = False, **kwargs):
+        model, info = super().from_pretrained(*model_args, output_loading_info=True, **kwargs)
+        own = dict(model.named_parameters())
+        drawn = [name for name in own if name in info["missing_keys"] and not name.startswith("ernie_m.")]
+        # Biases begin as zeros, which a trained one may be too.
+        model._drawn = {name: own[name].detach().clone() for name in drawn if own[name].any()}
+        return (model, info) if output_loading_info else model
+
+    def untrained_weights(self) -> list[str]:
+        """The names of the head's weights that are still as `from_pretrained` drew them."""
+        own = dict(self.named_parameters())
+        return [
+            name for name, drawn in self._drawn.items() if name in own and torch.equal(own[name], drawn.to(own[name]))
+        ]
+
+
 class ErnieMForSequenceClassification(_ErnieMHead):
     """A linear classifier or regressor on the pooled output."""
 
@@ -550,7 +572,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
         return self._answer(return_dict, encoded, TokenClassifierOutput, loss=loss, logits=logits)
 
 
-class ErnieMForQuestionAnswering(_ErnieMHead):
+class ErnieMForQuestionAnswering(_SpanHead):
     """Finds the span of an answer: for each token the scores of being its start and its end."""
 
     def __init__(self, config: ErnieMConfig) -> None:
@@ -613,7 +635,7 @@ class ErnieMForQuestionAnswering(_ErnieMHead):
         return self._answer(return_dict, encoded, QuestionAnsweringModelOutput, loss=loss, **logits)
 
 
-class ErnieMForInformationExtraction(_ErnieMHead):
+class ErnieMForInformationExtraction(_SpanHead):
     """Universal information extraction (UIE): for each token the logits of being the start and the end of a span."""
 
     def __init__(self, config: ErnieMConfig) -> None:

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 
 import sentencepiece
 from transformers import BatchEncoding, PreTrainedTokenizer
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_python import Trie
 from transformers.tokenization_utils_base import VERY_LARGE_INTEGER, TruncationStrategy
 from transformers.utils import PaddingStrategy, logging
@@ -23,6 +24,7 @@ from transformers.utils import PaddingStrategy, logging
 from . import pretokenization as ways
 from . import truncation
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
+from .conversion import paddle_config
 from .conversion.files import hub_options, look
 from .pretokenization import SPACE
 
@@ -157,19 +159,25 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         """Loads a tokenizer, with the base class's arguments, also from folders of PaddleNLP and Baidu.
 
         `model_max_length` is at most the number of tokens that the checkpoint's model has positions for, unless it is
-        given as an argument.
+        given as an argument. `pretokenization` is "paddlenlp" for a UIE-M, whose weights were trained so, unless it is
+        given as an argument or by the checkpoint's tokenizer_config.json.
 
         Raises:
-            ValueError: the checkpoint lacks a file, or `max_position_embeddings` in its config.json is not an integer.
+            ValueError: the checkpoint lacks a file, `max_position_embeddings` in its config.json is not an integer, or
+                that config is of another model of Paddle's.
         """
         source, options = pretrained_model_name_or_path, hub_options(kwargs)
         is_folder = os.path.isdir(source) and "sentencepiece_model_ckpt" not in kwargs
         if is_folder and not look(source, VOCAB_FILES_NAMES["sentencepiece_model_ckpt"], options):
             path = look(source, BAIDUS_SENTENCEPIECE, options)
             kwargs |= {"sentencepiece_model_ckpt": path} if path else {}
+        config = _read_config(source, options)
+        if config.get("uie_padded_length") is not None and "pretokenization" not in kwargs:
+            saved = get_tokenizer_config(source, **options)
+            kwargs["pretokenization"] = saved.get("pretokenization", "paddlenlp")
         tokenizer = super().from_pretrained(source, *init_inputs, **kwargs)
         if "model_max_length" not in kwargs:
-            positions = _count_positions(source, kwargs)
+            positions = _count_positions(source, config)
             tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         return tokenizer
 
@@ -804,12 +812,19 @@ def _token_and_id(line: str, number: int) -> tuple[str, int]:
     return (token, int(id_)) if tab and id_.isdecimal() else (line, number)
 
 
-def _count_positions(source, kwargs: dict[str, Any]) -> int:
-    """The number of tokens that the model of a checkpoint has positions for; a very large number if it is not known."""
+def _read_config(source, options: dict[str, Any]) -> dict[str, Any]:
+    """The fields of the config of a checkpoint's model; none if there is no config, or it is not ERNIE-M's."""
     config = {}
     with contextlib.suppress(OSError):
-        config, _ = ErnieMConfig.get_config_dict(source, **hub_options(kwargs))
-    if config.get("model_type") != ErnieMConfig.model_type:
+        config, _ = ErnieMConfig.get_config_dict(source, **options)
+    if paddle_config.is_paddles(config):
+        config = paddle_config.from_paddle(config)
+    return config if config.get("model_type") == ErnieMConfig.model_type else {}
+
+
+def _count_positions(source, config: dict[str, Any]) -> int:
+    """The number of tokens that the model of a checkpoint has positions for; a very large number if it is not known."""
+    if not config:
         return VERY_LARGE_INTEGER
     rows = config.get("max_position_embeddings", ErnieMConfig.max_position_embeddings)
     if type(rows) is not int:

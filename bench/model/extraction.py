@@ -31,7 +31,7 @@ from bench.timing import quartiles, take_turns, time_call
 from erniem_fast import ErnieMForInformationExtraction, ErnieMTokenizer, Extractor, flags
 
 LENGTH = 512
-BATCH_SIZE = 16  # of padded rows, PaddleNLP's default: as many places as a batch of the Extractor has tokens
+BATCH_SIZE = 16  # of padded rows, PaddleNLP's default
 SCHEMAS = {
     "zh": ["用户", [{"对象": ["名称"]}, "文件"], "语气[请求,说明]"],
     "en": ["user", [{"object": ["name"]}, "file"], "mood[request,statement]"],

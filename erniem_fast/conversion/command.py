@@ -11,7 +11,7 @@ import transformers
 from .. import modeling
 from ..configuration import ErnieMConfig
 from . import published, tokenizers
-from .paddle import find_checkpoint, save_as_paddle
+from .paddle import save_as_paddle
 from .xlm_roberta import from_xlm_roberta, to_xlm_roberta
 
 TARGETS = ("ernie_m", "paddle", "xlm_roberta")
@@ -68,11 +68,7 @@ def convert(source: Path, out: Path, to: str = TARGETS[0], encoder: bool = False
     else:
         (to_xlm_roberta(model) if to == "xlm_roberta" else model).save_pretrained(out)
     written = f"{type(model).__name__} with {model.num_parameters():,} parameters: {out}"
-    if is_xlm_roberta:
-        tokenizer = tokenizers.from_xlm_roberta(source)
-    else:
-        is_uie = isinstance(model, modeling.ErnieMForInformationExtraction) and find_checkpoint(source, {}) is not None
-        tokenizer = tokenizers.from_ernie_m(source, is_uie)
+    tokenizer = (tokenizers.from_xlm_roberta if is_xlm_roberta else tokenizers.from_ernie_m)(source)
     if tokenizer is None:
         return [written, f"No tokenizer, because {source} lacks its files. The ids are what they were: copy them."]
     write = {"ernie_m": tokenizers.write, "paddle": tokenizers.write_for_paddle}

@@ -33,18 +33,13 @@ def xlm_roberta_vocabulary(pieces: Path) -> list[str]:
     return ["[CLS]", "[PAD]", "[SEP]", "[UNK]", *map(model.id_to_piece, range(3, model.get_piece_size())), "[MASK]"]
 
 
-def from_ernie_m(source: Path, is_uie: bool) -> ErnieMTokenizer | None:
-    """The tokenizer in a folder of ours, PaddleNLP's or Baidu's; None if files are missing.
-
-    Args:
-        source: the folder.
-        is_uie: whether it is Paddle's UIE-M, whose weights were trained with the tokens of PaddleNLP.
-    """
+def from_ernie_m(source: Path) -> ErnieMTokenizer | None:
+    """The tokenizer in a folder of ours, PaddleNLP's or Baidu's; None if files are missing."""
     if not (source / _VOCABULARY).is_file() or not any(
         (source / name).is_file() for name in (_PIECES, BAIDUS_SENTENCEPIECE)
     ):
         return None
-    return ErnieMTokenizer.from_pretrained(source, **({"pretokenization": "paddlenlp"} if is_uie else {}))
+    return ErnieMTokenizer.from_pretrained(source)
 
 
 def write(tokenizer: ErnieMTokenizer, out: Path) -> list[str]:

@@ -10,7 +10,7 @@ from torch import nn
 from ..configuration import RESERVED_POSITIONS
 from ..tokenization import ErnieMTokenizer
 from . import windows
-from .scoring import BATCH_TOKENS, LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer
+from .scoring import LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer, tokens_of_batch, warn_if_untrained
 from .tokens import Tokens, tokenize
 
 
@@ -46,7 +46,7 @@ def extract_answer(
     no_answer: bool = False,
     max_answer_tokens: int = 30,
     max_length: int = 384,
-    batch_tokens: int = BATCH_TOKENS,
+    batch_tokens: int | None = None,
     progress: bool | None = None,
 ) -> list[dict[str, Any]] | list[list[dict[str, Any]]]:
     """Finds the answers to questions in their contexts.
@@ -63,7 +63,7 @@ def extract_answer(
         no_answer: whether none may be an answer, as for models that are trained on SQuAD 2.0.
         max_answer_tokens: the most tokens of an answer.
         max_length: the most tokens of a row, question included.
-        batch_tokens: the tokens of a batch.
+        batch_tokens: the tokens of a batch, as in `extract`.
         progress: whether to show a bar; None for only where the standard error is a terminal.
 
     Returns:
@@ -76,6 +76,7 @@ def extract_answer(
     """
     questions, contexts = _as_lists(question, context)
     _check(model, n_best, max_answer_tokens, max_length)
+    warn_if_untrained(model, "fine-tune it by examples/finetune_qa.py, or load a checkpoint that answers questions")
     asked, texts = (tokenize(tokenizer, each) for each in (questions, contexts))
     for number, each in enumerate(asked):
         if max_length - len(each) - SPECIAL_TOKENS < LEAST_ROOM:
@@ -88,9 +89,9 @@ def extract_answer(
         for each, text in zip(asked, texts, strict=True)
     ]
     places = [(number, window) for number, cut in enumerate(cuts) for window in cut]
-    rows = [Row(asked[number].ids, texts[number].ids[window]) for number, window in places]
+    rows = [Row(asked[number].ids, memoryview(texts[number].ids)[window]) for number, window in places]
     candidates: list[dict[tuple[int, int] | None, float]] = [{} for _ in questions]
-    with Scorer(model, tokenizer, batch_tokens, progress) as scorer:
+    with Scorer(model, tokenizer, tokens_of_batch(model, batch_tokens), progress) as scorer:
         for index, logits in scorer.score(rows, of=lambda logits: logits):
             number, window = places[index]
             none = float(logits[:, 0].sum())
@@ -121,7 +122,7 @@ def _rank(
     none = candidates.pop(None, 0.0)
     found: dict[tuple[int, int] | None, float] = {}
     for (first, last), score in candidates.items():
-        place = text.spans[first][0], text.spans[last][1]
+        place = text.starts[first], text.ends[last]
         found[place] = max(score, found.get(place, score))
     if no_answer or not found:
         found[None] = none
@@ -193,7 +194,9 @@ def answer_features(tokenizer, questions, contexts, answers, max_length: int = 3
 
 def _tokens_of(text: Tokens, start: int, end: int) -> tuple[int, int]:
     """The tokens that show the characters from `start` to `end`."""
-    inside = [index for index, span in enumerate(text.spans) if span[0] < end and span[1] > start]
+    inside = [
+        i for i, (first, last) in enumerate(zip(text.starts, text.ends, strict=True)) if first < end and last > start
+    ]
     if not inside or not 0 <= start < end <= len(text.text):
         raise ValueError(f"the answer [{start}:{end}] is not within {text.text[:60]!r}; give its place in characters.")
     return inside[0], inside[-1]

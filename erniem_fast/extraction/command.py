@@ -17,7 +17,6 @@ from ..tokenization import ErnieMTokenizer
 from .extractor import Extractor
 from .html import write_page
 from .schema import LANGUAGES
-from .scoring import BATCH_TOKENS
 
 # Texts are extracted from and written in groups of this many. A run that goes on begins with a whole group, so that
 # batches, and with them the last digits, are those of a run in one go.
@@ -35,7 +34,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--threshold", type=float, default=0.5, help="least probability of starts and ends")
     parser.add_argument("--overlap", action="store_true", help="spans of one name may overlap")
     parser.add_argument("--max-length", type=int, help="tokens of a row")
-    parser.add_argument("--batch-tokens", type=int, default=BATCH_TOKENS, help="default: %(default)s")
+    parser.add_argument("--split-sentence", action="store_true", help="look at each sentence alone")
+    parser.add_argument("--batch-tokens", type=int, help="tokens of a batch (default: 2048 on a CPU, 8192 elsewhere)")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="default: %(default)s")
 
 
@@ -69,7 +69,7 @@ def _run(arguments: argparse.Namespace) -> str:
 def _load(folder: Path, schema: object, arguments: argparse.Namespace) -> Extractor:
     check_device(arguments.device)
     model = ErnieMForInformationExtraction.from_pretrained(folder).to(arguments.device).eval()
-    names = ("lang", "threshold", "overlap", "max_length", "batch_tokens")
+    names = ("lang", "threshold", "overlap", "max_length", "split_sentence", "batch_tokens")
     options = {name: getattr(arguments, name) for name in names}
     return Extractor(model, ErnieMTokenizer.from_pretrained(folder), schema, **options)
 

@@ -1,8 +1,9 @@
 """What PaddleNLP 2.8.1's `Taskflow("information_extraction")` does, known faults included, for comparisons.
 
 Its faults: texts are cut by characters, wherever that falls and without overlap, at lengths that depend on the prompt
-that sorts last; spans may begin or end at special tokens, in the prompt, or in both prompt and text; whether answers
-are options is guessed from the first result of a level's batch; the spans of a name that a schema repeats are mixed up.
+that sorts last; with `split_sentence` places are counted without the ends of lines; spans may begin or end at special
+tokens, in the prompt, or in both prompt and text; whether answers are options is guessed from the first result of a
+level's batch; the spans of a name that a schema repeats are mixed up.
 Two things differ: spans are in the order of their positions, which is that of hashes there; and none is at padding.
 """
 
@@ -20,6 +21,11 @@ from .tokens import Tokens, tokenize
 
 SUMMARY_TOKENS = 3  # what PaddleNLP counts for the four special tokens
 OPTIONS = re.compile(r"\[.*?\]$")
+# A line is broken between the two groups. The second is read too, so that no sentence ends right behind it.
+SENTENCE_ENDS = [
+    re.compile(pattern)
+    for pattern in (r"([。！？?])([^”’])", r"(\.{6})([^”’])", r"(…{2})([^”’])", r"([。！？?][”’])([^，。！？?])")  # noqa: RUF001
+]
 
 
 class _Name:
@@ -99,9 +105,9 @@ def _answer(extractor, scorer: Scorer, questions: list[tuple[str, str]]) -> list
             f"max_length={extractor.max_length}; shorten the name."
         )
     pieces = [
-        (number, start, prompt, text[start : start + size])
+        (number, start, prompt, piece)
         for number, (prompt, text) in enumerate(questions)
-        for start in range(0, max(len(text), 1), size)
+        for start, piece in _pieces(text, size, extractor.split_sentence)
     ]
     found = _find(extractor, scorer, [piece[2:] for piece in pieces])
     first = next(filter(None, found), [{"start": 0}])[0]
@@ -111,6 +117,21 @@ def _answer(extractor, scorer: Scorer, questions: list[tuple[str, str]]) -> list
     if "start" not in first:
         return [_vote(mine) for mine in joined]
     return [list(itertools.chain(*mine)) for mine in joined]
+
+
+def _pieces(text: str, size: int, split_sentence: bool) -> Iterator[tuple[int, str]]:
+    """The pieces of a text, and where each begins in all of them joined."""
+    place = 0
+    for sentence in _sentences(text) if split_sentence else [text]:
+        for start in range(0, max(len(sentence), 1), size):
+            yield place + start, sentence[start : start + size]
+        place += len(sentence)
+
+
+def _sentences(text: str) -> list[str]:
+    for end in SENTENCE_ENDS:
+        text = end.sub(r"\1\n\2", text)
+    return text.rstrip().split("\n")
 
 
 def _moved(span: dict, by: int) -> dict:
@@ -143,20 +164,18 @@ def _find(extractor, scorer: Scorer, pairs: list[tuple[str, str]]) -> list[list[
 def _truncate(prompt: Tokens, text: Tokens, length: int) -> tuple[Tokens, Tokens]:
     excess = len(prompt) + len(text) + SPECIAL_TOKENS - length
     sizes = sizes_to_keep([len(prompt), len(text)], excess, TruncationStrategy.LONGEST_FIRST)
-    return tuple(
-        Tokens(each.text, each.ids[:size], each.spans[:size]) for each, size in zip((prompt, text), sizes, strict=True)
-    )
+    return tuple(each.cut(size) for each, size in zip((prompt, text), sizes, strict=True))
 
 
 def _characters(prompt: Tokens, text: Tokens) -> list[tuple[int, int]]:
     """The characters of each token of a row, negative in the prompt: counted from one behind its last token."""
-    behind = prompt.spans[-1][1] + 1 if len(prompt) else 0
+    behind = prompt.ends[-1] + 1 if len(prompt) else 0
     return [
         (0, 0),
-        *((start - behind, end - behind) for start, end in prompt.spans),
+        *((start - behind, end - behind) for start, end in zip(prompt.starts, prompt.ends, strict=True)),
         (0, 0),
         (0, 0),
-        *text.spans,
+        *zip(text.starts, text.ends, strict=True),
         (0, 0),
     ]
 

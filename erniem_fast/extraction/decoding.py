@@ -16,11 +16,20 @@ class Span(NamedTuple):
 
 
 def decode(starts: np.ndarray, ends: np.ndarray, threshold: float, overlap: bool = False) -> list[Span]:
-    """Pairs the starts and ends that are more probable than `threshold`.
+    """The spans that `pair` makes of the starts and ends that are more probable than `threshold`: `(tokens,)` each."""
+    return pair(above(starts, threshold), above(ends, threshold), overlap)
+
+
+def above(probabilities: np.ndarray, threshold: float) -> dict[int, float]:
+    """The tokens that are more probable than `threshold`, with their probabilities."""
+    return {token: float(probabilities[token]) for token in np.flatnonzero(probabilities > threshold).tolist()}
+
+
+def pair(starts: dict[int, float], ends: dict[int, float], overlap: bool = False) -> list[Span]:
+    """Pairs starts and ends.
 
     Args:
-        starts, ends: `(tokens,)`, probabilities.
-        threshold: a probability that is exceeded.
+        starts, ends: tokens with their probabilities.
         overlap: whether spans may contain or overlap each other.
 
     Returns:
@@ -28,10 +37,9 @@ def decode(starts: np.ndarray, ends: np.ndarray, threshold: float, overlap: bool
         and starts and ends that are passed over are dropped. With `overlap` starts and ends are paired like brackets;
         then a start without an end takes the next end, and an end without a start takes the last start before it.
     """
-    first = np.flatnonzero(starts > threshold).tolist()
-    last = np.flatnonzero(ends > threshold).tolist()
+    first, last = sorted(starts), sorted(ends)
     pairs = _pair_like_brackets(first, last) if overlap else _pair_nearest(first, last)
-    return [Span(start, end, float(starts[start]) * float(ends[end])) for start, end in sorted(pairs)]
+    return [Span(start, end, starts[start] * ends[end]) for start, end in sorted(pairs)]
 
 
 def _events(first: Sequence[int], last: Sequence[int]) -> list[tuple[int, bool]]:

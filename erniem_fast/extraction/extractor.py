@@ -11,9 +11,9 @@ from ..configuration import RESERVED_POSITIONS
 from ..tokenization import ErnieMTokenizer
 from . import compat as original
 from . import windows
-from .decoding import decode
+from .decoding import above, decode, pair
 from .schema import LANGUAGES, Node, half_width, parse
-from .scoring import BATCH_TOKENS, LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer
+from .scoring import LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer, tokens_of_batch, warn_if_untrained
 from .tokens import Tokens, tokenize
 
 
@@ -44,7 +44,9 @@ class Extractor:
         overlap: whether spans of one name may contain or overlap each other.
         max_length: the tokens of a row, prompt included; by default what the model takes, at most 512. Longer texts
             are cut at the ends of sentences, into windows that overlap.
-        batch_tokens: the tokens of a batch. It changes speed and memory, and results by rounding only.
+        split_sentence: whether each sentence is looked at alone, as by PaddleNLP's option of this name.
+        batch_tokens: the tokens of a batch; by default 2,048 on a CPU and 8,192 elsewhere. It changes speed and memory,
+            and results by rounding only.
         progress: whether to show a bar; None for only where the standard error is a terminal.
         compat: whether to do all as PaddleNLP does it, known faults included.
 
@@ -62,7 +64,8 @@ class Extractor:
         threshold: float = 0.5,
         overlap: bool = False,
         max_length: int | None = None,
-        batch_tokens: int = BATCH_TOKENS,
+        split_sentence: bool = False,
+        batch_tokens: int | None = None,
         progress: bool | None = None,
         compat: bool = False,
     ) -> None:
@@ -72,13 +75,13 @@ class Extractor:
             raise ValueError(f"lang={lang!r} is not a language of prompts; use one of {LANGUAGES}.")
         if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
             raise ValueError(f"threshold={threshold!r} is not a probability; use a number from 0 to less than 1.")
-        if not isinstance(batch_tokens, int) or batch_tokens < 1:
-            raise ValueError(f"batch_tokens={batch_tokens!r} is not a number of tokens; use a positive integer.")
         if compat and overlap:
             raise ValueError("overlap=True is nothing that compat=True has; leave one of them out.")
         self.model, self.tokenizer, self.lang, self.threshold = model, tokenizer, lang, threshold
-        self.overlap, self.batch_tokens, self.progress, self.compat = overlap, batch_tokens, progress, compat
+        self.overlap, self.split_sentence, self.progress, self.compat = overlap, split_sentence, progress, compat
+        self.batch_tokens = tokens_of_batch(model, batch_tokens)
         self.max_length = _length_of_rows(model, max_length)
+        warn_if_untrained(model, "fine-tune it by examples/finetune_extraction.py, or load a UIE-M checkpoint")
         self.set_schema(schema)
 
     def set_schema(self, schema: str | Sequence | Mapping) -> None:
@@ -161,26 +164,24 @@ class Extractor:
         asked = [question for question in questions if self._has_room(question, prompts[question.prompt])]
         cuts = [self._cut(texts[question.text], prompts[question.prompt]) for question in asked]
         rows = [
-            Row(prompts[question.prompt].ids, texts[question.text].ids[window])
+            Row(prompts[question.prompt].ids, memoryview(texts[question.text].ids)[window])
             for question, cut in zip(asked, cuts, strict=True)
             for window in cut
         ]
         places = [(number, index) for number, cut in enumerate(cuts) for index in range(len(cut))]
-        scores = [[None] * len(cut) for cut in cuts]
-        answers = {question.key: [] for question in questions}
+        # Of each window only what is above the threshold is kept, so that the scores of long texts take no memory.
+        read = [[None] * len(cut) for cut in cuts]
         for row, probabilities in scorer.score(rows):
             number, index = places[row]
-            options = asked[number].node.options()
-            columns = rows[row].prompt_columns() if options else rows[row].text_columns()
-            scores[number][index] = probabilities[:, columns].copy()
-            if any(each is None for each in scores[number]):
-                continue
-            question, text = asked[number], texts[asked[number].text]
-            if options:
-                answers[question.key] = self._choose(options, prompts[question.prompt], scores[number])
+            if options := asked[number].node.options():
+                columns, prompt = rows[row].prompt_columns(), prompts[asked[number].prompt]
+                read[number][index] = self._choose(options, prompt, probabilities[:, columns])
             else:
-                answers[question.key] = self._find(text, cuts[number], scores[number])
-            scores[number] = ()
+                read[number][index] = self._mark(cuts[number], index, probabilities[:, rows[row].text_columns()])
+        answers = {question.key: [] for question in questions}
+        for question, cut, mine in zip(asked, cuts, read, strict=True):
+            is_choice = bool(question.node.options())
+            answers[question.key] = _vote(mine) if is_choice else self._find(texts[question.text], cut, mine)
         return answers
 
     def _has_room(self, question: Question, prompt: Tokens) -> bool:
@@ -196,16 +197,29 @@ class Extractor:
     def _cut(self, text: Tokens, prompt: Tokens) -> list[slice]:
         if not text.ids:
             return []
-        return windows.cut(len(text.ids), self._room(len(prompt.ids)), text.sentence_ends)
+        cut = windows.cut_sentences if self.split_sentence else windows.cut
+        return cut(len(text.ids), self._room(len(prompt.ids)), text.sentence_ends)
 
-    def _find(self, text: Tokens, cut: list[slice], scores: list[np.ndarray]) -> list[dict]:
-        """The spans of a text, from the scores of its windows, `(2, tokens)` each."""
-        starts, ends = windows.merge(cut, scores)
+    def _mark(self, cut: list[slice], index: int, probabilities: np.ndarray) -> list[dict[int, float]]:
+        """The starts and the ends in a window of a text, by the text's tokens; see `above`."""
+        first, own = cut[index].start, windows.own_tokens(cut, index)
+        return [
+            {
+                token + first: value
+                for token, value in above(side, self.threshold).items()
+                if own.start <= token + first < own.stop
+            }
+            for side in probabilities
+        ]
+
+    def _find(self, text: Tokens, cut: list[slice], marks: list[list[dict[int, float]]]) -> list[dict]:
+        """The spans of a text, from the marks of its windows."""
         found = {}
-        for span in decode(starts, ends, self.threshold, self.overlap):
-            if windows.share_a_window(cut, span.first, span.last + 1):
-                start, end = text.spans[span.first][0], text.spans[span.last][1]
-                if end > start:
+        for part in windows.connected(cut):
+            starts, ends = (dict(mark for each in marks[part] for mark in each[side].items()) for side in range(2))
+            for span in pair(starts, ends, self.overlap):
+                start, end = text.starts[span.first], text.ends[span.last]
+                if end > start and windows.share_a_window(cut, span.first, span.last + 1):
                     # Tokens of one character that normalisation expands share its place.
                     found[start, end] = max(span.probability, found.get((start, end), 0.0))
         return [
@@ -213,24 +227,27 @@ class Extractor:
             for (start, end), probability in sorted(found.items())
         ]
 
-    def _choose(self, options: list[str], prompt: Tokens, scores: list[np.ndarray]) -> list[dict]:
-        """The option that most windows choose, with its mean probability there; none if no window chooses."""
+    def _choose(self, options: list[str], prompt: Tokens, probabilities: np.ndarray) -> tuple[str, float] | None:
+        """The option that a window chooses, and its probability."""
+        best = max(decode(*probabilities, self.threshold), key=lambda span: span.probability, default=None)
+        if best is None:
+            return None
+        start, end = prompt.starts[best.first], prompt.ends[best.last]
         places = _places(options, prompt.text)
-        votes: dict[str, list[float]] = {}
-        for starts, ends in scores:
-            spans = decode(starts, ends, self.threshold)
-            best = max(spans, key=lambda span: span.probability, default=None)
-            if best is None:
-                continue
-            start, end = prompt.spans[best.first][0], prompt.spans[best.last][1]
-            shared = {option: min(end, stop) - max(start, first) for option, (first, stop) in places.items()}
-            option = max(shared, key=shared.get)
-            if shared[option] > 0:
-                votes.setdefault(option, []).append(best.probability)
-        if not votes:
-            return []
-        option = max(votes, key=lambda option: (len(votes[option]), sum(votes[option])))
-        return [{"text": option.strip(), "probability": round(sum(votes[option]) / len(votes[option]), 6)}]
+        shared = {option: min(end, stop) - max(start, first) for option, (first, stop) in places.items()}
+        option = max(shared, key=shared.get)
+        return (option, best.probability) if shared[option] > 0 else None
+
+
+def _vote(choices: list[tuple[str, float] | None]) -> list[dict]:
+    """The option that most windows choose, with its mean probability there; none if no window chooses."""
+    votes: dict[str, list[float]] = {}
+    for option, probability in filter(None, choices):
+        votes.setdefault(option, []).append(probability)
+    if not votes:
+        return []
+    option = max(votes, key=lambda option: (len(votes[option]), sum(votes[option])))
+    return [{"text": option.strip(), "probability": round(sum(votes[option]) / len(votes[option]), 6)}]
 
 
 class _Relations:

@@ -70,9 +70,10 @@ def _tokens_of(tokens: Tokens, start: int, end: int) -> tuple[int, int] | None:
     """Spaces at the ends of an answer belong to no token."""
     inside = tokens.text[start:end]
     start, end = start + len(inside) - len(inside.lstrip()), end - len(inside) + len(inside.rstrip())
-    first = next((index for index, span in enumerate(tokens.spans) if span[0] == start), None)
-    last = next((index for index, span in reversed(list(enumerate(tokens.spans))) if span[1] == end), None)
-    return None if first is None or last is None or last < first else (first, last)
+    if start not in tokens.starts or end not in tokens.ends:
+        return None
+    first, last = tokens.starts.index(start), len(tokens) - 1 - tokens.ends[::-1].index(end)
+    return None if last < first else (first, last)
 
 
 def _label(

@@ -4,7 +4,17 @@ from transformers import Pipeline
 
 from .extractor import Extractor
 
-OPTIONS = ("schema", "lang", "threshold", "overlap", "max_length", "batch_tokens", "progress", "compat")
+OPTIONS = (
+    "schema",
+    "lang",
+    "threshold",
+    "overlap",
+    "max_length",
+    "split_sentence",
+    "batch_tokens",
+    "progress",
+    "compat",
+)
 
 
 class InformationExtractionPipeline(Pipeline):

@@ -1,5 +1,8 @@
 """Rows of a prompt and a text, and the probabilities that a model gives to their tokens as starts and ends."""
 
+import ctypes
+import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -11,11 +14,48 @@ from tqdm.auto import tqdm
 # Special tokens of [CLS] prompt [SEP] [SEP] text [SEP].
 SPECIAL_TOKENS = 4
 
-# Above this many tokens a batch gains nothing on two cores, and its activations take 0.3 GiB at base size.
-BATCH_TOKENS = 8192
+# The tokens of a batch; a CPU gains nothing by more.
+BATCH_TOKENS = {"cpu": 2048}
+BATCH_TOKENS_ELSEWHERE = 8192
+
+_TRIM = getattr(ctypes.CDLL(None), "malloc_trim", None) if sys.platform == "linux" else None
 
 # A prompt has to leave room for at least this many tokens of the text.
 LEAST_ROOM = 16
+
+
+def tokens_of_batch(model, batch_tokens: int | None) -> int:
+    """The number of tokens of a batch; None for the default on the model's device.
+
+    Raises:
+        ValueError: it is no such number.
+    """
+    if batch_tokens is None:
+        return BATCH_TOKENS.get(model.device.type, BATCH_TOKENS_ELSEWHERE)
+    if not isinstance(batch_tokens, int) or batch_tokens < 1:
+        raise ValueError(f"batch_tokens={batch_tokens!r} is not a number of tokens; use a positive integer.")
+    return batch_tokens
+
+
+def warn_if_untrained(model, remedy: str) -> None:
+    """Warns if the weights that score starts and ends are random."""
+    names = getattr(model, "untrained_weights", list)()
+    if names:
+        warnings.warn(
+            f"What is found means nothing: {' and '.join(names)} of the model are random, because the checkpoint "
+            f"that it was loaded from does not hold them; {remedy}.",
+            stacklevel=4,
+        )
+
+
+def _return_freed_memory() -> None:
+    """Gives the memory of freed tensors back to the system, with glibc.
+
+    The activations of each batch have another size, so that they leave holes in the heap, in which those of the next
+    find no place: the memory of the process would grow with the number of batches, to about twice what one needs.
+    """
+    if _TRIM is not None:
+        _TRIM(0)
 
 
 class Row(NamedTuple):
@@ -72,6 +112,8 @@ class Scorer:
         self.bar.refresh()
         for batch in self._batches(rows):
             probabilities = of(self._run([rows[index] for index in batch])).cpu().numpy()
+            if self.model.device.type == "cpu":
+                _return_freed_memory()
             for place, index in enumerate(batch):
                 yield index, probabilities[:, place, : len(rows[index])]
                 self.bar.update(len(rows[index]))

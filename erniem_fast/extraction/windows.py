@@ -4,29 +4,27 @@ import bisect
 import itertools
 from collections.abc import Sequence
 
-import numpy as np
-
 SENTENCE_ENDS = frozenset("。！？!?…؟।")  # noqa: RUF001
 CLOSING = frozenset("”’」』）)]\"'")  # noqa: RUF001
 
 
-def sentence_ends(text: str, spans: Sequence[tuple[int, int]]) -> list[int]:
+def sentence_ends(text: str, starts: Sequence[int], ends: Sequence[int]) -> list[int]:
     """The numbers of tokens after which a sentence or a line of `text` ends, ascending.
 
     Args:
         text: the text.
-        spans: for each token, the characters that it came from.
+        starts, ends: of each token, the first of the characters that it came from, and the one behind the last.
     """
-    ends = []
-    for index, (_, end) in enumerate(spans):
+    found = []
+    for index, end in enumerate(ends):
         before = text[max(end - 2, 0) : end]
         # The spaces up to the next token, and its first character.
-        after = text[end : spans[index + 1][0] + 1] if index + 1 < len(spans) else ""
+        after = text[end : starts[index + 1] + 1] if index + 1 < len(starts) else ""
         closes = before[-1:] in CLOSING and before[0] in SENTENCE_ENDS | {"."}
         stops = before[-1:] in SENTENCE_ENDS or (before[-1:] == "." and after[:1].isspace())
         if "\n" in after[:-1] or closes or (stops and after[:1] not in CLOSING | SENTENCE_ENDS):
-            ends.append(index + 1)
-    return ends
+            found.append(index + 1)
+    return found
 
 
 def cut(length: int, size: int, ends: Sequence[int]) -> list[slice]:
@@ -44,26 +42,38 @@ def cut(length: int, size: int, ends: Sequence[int]) -> list[slice]:
     return windows
 
 
+def cut_sentences(length: int, size: int, ends: Sequence[int]) -> list[slice]:
+    """Windows of a sentence each; of sentences of more than `size` tokens, several that overlap."""
+    bounds = itertools.pairwise(sorted({0, *ends, length}))
+    return [
+        slice(start + window.start, start + window.stop)
+        for start, stop in bounds
+        for window in cut(stop - start, size, ())
+    ]
+
+
 def _last(ends: Sequence[int], low: int, high: int) -> int | None:
     """The last of `ends` in `[low, high]`."""
     index = bisect.bisect_right(ends, high) - 1
     return ends[index] if index >= 0 and ends[index] >= low else None
 
 
-def merge(windows: Sequence[slice], scores: Sequence[np.ndarray]) -> np.ndarray:
-    """The scores of all tokens, from those of each window: `(…, tokens)` each.
+def own_tokens(windows: Sequence[slice], index: int) -> slice:
+    """The tokens of a text for which its window `index` decides.
 
-    Where windows overlap, the middle of the overlap divides them, so that a token's score is that of the window which
-    shows more of its surroundings.
+    Where windows overlap, the middle of the overlap divides them, so that a token's scores are those of the window
+    which shows more of its surroundings.
     """
-    bounds = [0]
-    bounds += [(left.stop + right.start) // 2 for left, right in itertools.pairwise(windows)]
-    bounds.append(windows[-1].stop)
-    parts = [
-        score[..., low - window.start : high - window.start]
-        for window, score, (low, high) in zip(windows, scores, itertools.pairwise(bounds), strict=True)
-    ]
-    return np.concatenate(parts, axis=-1)
+    window = windows[index]
+    first = (windows[index - 1].stop + window.start) // 2 if index else window.start
+    stop = (window.stop + windows[index + 1].start) // 2 if index + 1 < len(windows) else window.stop
+    return slice(first, stop)
+
+
+def connected(windows: Sequence[slice]) -> list[slice]:
+    """The runs of windows that overlap, as slices of `windows`."""
+    breaks = [index for index in range(1, len(windows)) if windows[index].start >= windows[index - 1].stop]
+    return [slice(*run) for run in itertools.pairwise([0, *breaks, len(windows)])]
 
 
 def share_a_window(windows: Sequence[slice], start: int, stop: int) -> bool:

@@ -79,13 +79,17 @@ def test_from_xlm_roberta_and_back(xlm_roberta, tmp_path):
 
 
 def test_from_paddle(tmp_path):
-    """UIE-M's tokens are PaddleNLP's, and others the default."""
+    """UIE-M's tokens are PaddleNLP's, and others the default, converted or not."""
     for name, way in (("extraction", "paddlenlp"), ("base", "transformers")):
         source = shutil.copytree(PADDLE / name, tmp_path / name)
         for path in (MODEL_FILE, VOCAB_FILE):
             shutil.copy(path, source)
         convert(source, tmp_path / "out" / name)
-        assert ErnieMTokenizer.from_pretrained(tmp_path / "out" / name).pretokenization == way
+        for folder in (source, tmp_path / "out" / name):
+            assert ErnieMTokenizer.from_pretrained(folder).pretokenization == way
+            assert ErnieMTokenizer.from_pretrained(folder, pretokenization="original").pretokenization == "original"
+    ErnieMTokenizer(MODEL_FILE, VOCAB_FILE).save_pretrained(tmp_path / "extraction")  # says how it cuts
+    assert ErnieMTokenizer.from_pretrained(tmp_path / "extraction").pretokenization == "transformers"
     model = ErnieMForInformationExtraction.from_pretrained(tmp_path / "out/extraction")
     expected = ErnieMForInformationExtraction.from_pretrained(PADDLE / "extraction")
     assert all(torch.equal(value, expected.state_dict()[key]) for key, value in model.state_dict().items())

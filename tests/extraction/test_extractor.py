@@ -126,6 +126,38 @@ def test_long_texts_lose_nothing_at_the_cuts():
     assert starts == sorted(set(starts))
 
 
+def test_sentences_are_looked_at_alone_where_that_is_asked_for():
+    model = Stub(Letters(), lambda prompt, row: ([len(prompt) + 3], [len(row) - 2]))  # all of a text
+    text = "他说：“好。”\n\nIt is 3.5 m.  Yes!" + "长" * 600
+    (found,) = extract(model, Letters(), text, "句", split_sentence=True)
+    assert names(found)["句"][:3] == ["他说：“好。”", "It is 3.5 m.", "Yes!"]
+    assert all(text[span["start"] : span["end"]] == span["text"] for span in found["句"])
+    rows = [len(row) for row in model.calls[0]]
+    assert sorted(rows) == sorted(5 + length for length in (7, 9, 4, 507, 156))
+    assert extract(model, Letters(), ["", " \n "], "句", split_sentence=True) == [{}, {}]
+
+
+@pytest.mark.parametrize("overlap", [False, True])
+def test_spans_do_not_cross_sentences_that_are_looked_at_alone(overlap):
+    def starts_then_ends(prompt, row):  # a start in the first sentence, a start and two ends in the second
+        text = len(prompt) + 3
+        return [text], [text + 1, text + 2] if row[text] == ord("b") + 3 else []
+
+    model = Stub(Letters(), starts_then_ends)
+    (found,) = extract(model, Letters(), "aaa. bcd.", "x", split_sentence=True, overlap=overlap)
+    assert names(found) == {"x": ["bc", "bcd"] if overlap else ["bc"]}
+
+
+def test_sentences_vote_on_options():
+    def by_content(prompt, row):
+        place = len(prompt) - (1 if ord("坏") + 3 in row else 3)
+        return [place], [place]
+
+    text = "好。坏。好。坏。坏。"
+    found = extract(Stub(Letters(), by_content), Letters(), text, "情感[正,负]", split_sentence=True)
+    assert names(found[0]) == {"情感[正,负]": ["负"]}
+
+
 def test_options_of_long_texts_are_voted_on():
     def by_content(prompt, row):
         place = len(prompt) - (1 if ord("坏") + 3 in row else 3)

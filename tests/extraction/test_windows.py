@@ -2,15 +2,21 @@
 import itertools
 import random
 
-import numpy as np
-
-from erniem_fast.extraction.windows import cut, merge, sentence_ends, share_a_window
+from erniem_fast.extraction.windows import (
+    connected,
+    cut,
+    cut_sentences,
+    own_tokens,
+    sentence_ends,
+    share_a_window,
+)
 
 
 def test_sentences_end_at_marks_and_lines():
     text = "Go on. 3.5 m? “No.” Yes！他说：“好。”\nend"
     spans = [(i, i + 1) for i, letter in enumerate(text) if not letter.isspace()]
-    ends = [text[: spans[end - 1][1]].rsplit(" ", 1)[-1] for end in sentence_ends(text, spans)]
+    starts, stops = zip(*spans, strict=True)
+    ends = [text[: stops[end - 1]].rsplit(" ", 1)[-1] for end in sentence_ends(text, starts, stops)]
     assert ends == ["on.", "m?", "“No.”", "Yes！", "Yes！他说：“好。”"]
 
 
@@ -35,8 +41,11 @@ def test_windows_cover_all_tokens_in_bounded_number():
         assert all(a.start < b.start <= a.stop < b.stop for a, b in pairs)
         assert all(a.stop - b.start >= size // 8 for a, b in pairs)
         assert len(windows) <= 1 + 4 * length / size
-        scores = [np.arange(window.start, window.stop)[None] for window in windows]
-        assert (merge(windows, scores) == np.arange(length)).all()
+        own = [own_tokens(windows, index) for index in range(len(windows))]
+        assert [token for each in own for token in range(each.start, each.stop)] == list(range(length))
+        both = zip(windows, own, strict=True)
+        assert all(window.start <= each.start <= each.stop <= window.stop for window, each in both)
+        assert size < 8 or connected(windows) == [slice(0, len(windows))]
         first = draw.randrange(length)
         stop = draw.randint(first + 1, length)
         shown = any(window.start <= first and stop <= window.stop for window in windows)
@@ -45,5 +54,10 @@ def test_windows_cover_all_tokens_in_bounded_number():
 
 def test_where_windows_overlap_the_one_that_shows_more_decides():
     windows = [slice(0, 6), slice(4, 10)]
-    scores = [np.zeros((2, 6)), np.ones((2, 6))]
-    assert merge(windows, scores)[0].tolist() == [0, 0, 0, 0, 0, 1, 1, 1, 1, 1]
+    assert [own_tokens(windows, index) for index in range(2)] == [slice(0, 5), slice(5, 10)]
+
+
+def test_sentences_have_windows_of_their_own():
+    windows = cut_sentences(20, 8, [2, 14, 20])
+    assert windows == [slice(0, 2), slice(2, 10), slice(9, 14), slice(14, 20)]
+    assert connected(windows) == [slice(0, 1), slice(1, 3), slice(3, 4)]

@@ -108,6 +108,7 @@ SUBJECTS = {
     "token": (ErnieMForTokenClassification, {"num_labels": 5}, MASKED),
     "span": (ErnieMForQuestionAnswering, {}, MASKED),
     "extraction": (ErnieMForInformationExtraction, {}, MASKED),
+    "extraction by UIE-M": (ErnieMForInformationExtraction, {"uie_padded_length": 600}, MASKED),
 }
 
 

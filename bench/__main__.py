@@ -32,6 +32,7 @@ COMMANDS = {
         "bench.model.pretraining",
         "the objectives of pre-training on small models: the translations that they find, by language",
     ),
+    "memory": ("bench.model.memory", "a training step with the head for masked words, beside the encoder alone"),
     "breakdown": ("bench.model.breakdown", "where the time of a forward and of a training step goes, op by op"),
     "kernels": ("bench.kernels.speed", "each op beside PyTorch's ways to do the same work, and beside its floor"),
     "sweep": ("bench.kernels.sweep", "ways to launch the Triton kernels, timed on a GPU beside the shipped ones"),

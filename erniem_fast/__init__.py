@@ -5,6 +5,7 @@ from transformers import (
     AutoModel,
     AutoModelForMaskedLM,
     AutoModelForMultipleChoice,
+    AutoModelForPreTraining,
     AutoModelForQuestionAnswering,
     AutoModelForSequenceClassification,
     AutoModelForTokenClassification,
@@ -30,6 +31,7 @@ from .modeling import (
 )
 from .optimize import optimize, restore
 from .optimizer import create_optimizer
+from .pretraining import ErnieMForPreTraining
 from .quantization import ErnieMInt8Config
 from .tokenization import ErnieMTokenizer
 from .verification.models import verify
@@ -69,6 +71,7 @@ AutoTokenizer.register(ErnieMConfig, slow_tokenizer_class=ErnieMTokenizer)
 AutoModel.register(ErnieMConfig, ErnieMModel)
 AutoModelForMaskedLM.register(ErnieMConfig, ErnieMForMaskedLM)
 AutoModelForMultipleChoice.register(ErnieMConfig, ErnieMForMultipleChoice)
+AutoModelForPreTraining.register(ErnieMConfig, ErnieMForPreTraining)
 AutoModelForQuestionAnswering.register(ErnieMConfig, ErnieMForQuestionAnswering)
 AutoModelForSequenceClassification.register(ErnieMConfig, ErnieMForSequenceClassification)
 AutoModelForTokenClassification.register(ErnieMConfig, ErnieMForTokenClassification)

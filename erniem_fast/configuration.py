@@ -36,7 +36,7 @@ class ErnieMConfig(PreTrainedConfig):
         pruned_heads: the heads that were removed, by layer; written by `prune_heads`.
         uie_padded_length: the number of tokens that every row counts as padded to, 512 in UIE-M, whose weights were
             trained so: padding is attended to, and [CLS] (id 0) is not. None in ERNIE-M, where padding is not.
-        tie_word_embeddings: whether a head of your own that predicts words shares the word table with the encoder.
+        tie_word_embeddings: whether the head that predicts words shares the word table with the encoder.
 
     Raises:
         ValueError: no model can be built from a field's value, or the file belongs to another architecture.

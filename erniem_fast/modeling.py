@@ -811,7 +811,7 @@ class ErnieMForMaskedLM(_ErnieMHead):
         _check_classes(labels, self.config.vocab_size, "check that tokenizer and model belong together")
         counted = labels != IGNORED_LABEL
         hidden, labels = hidden[counted], labels[counted]
-        loss = self.lm_head.losses(hidden, labels)[0] / _divisor(num_items_in_batch, labels)
+        loss = self.lm_head.losses(hidden, labels)[0] / loss_divisor(num_items_in_batch, labels)
         logits = None if self.training else self.lm_head(hidden)
         return self._answer(return_dict, encoded, MaskedLMOutput, loss=loss, logits=logits)
 
@@ -908,8 +908,8 @@ def _span_loss(logits: Tensor, positions: Tensor, real: Tensor | None) -> Tensor
     return losses.masked_fill(~counted, 0.0).sum() / counted.sum().clamp(min=1)
 
 
-def _divisor(num_items_in_batch: Tensor | int | None, labels: Tensor) -> Tensor | int:
-    """What makes a mean of the sum; a batch without labels has a loss of 0."""
-    if num_items_in_batch is None:
-        return max(1, len(labels))
-    return num_items_in_batch.to(labels.device) if torch.is_tensor(num_items_in_batch) else num_items_in_batch
+def loss_divisor(num_items_in_batch: Tensor | float | None, labels: Tensor) -> Tensor | float:
+    """What makes a mean of the sum; a batch, or a step of several, without labels has a loss of 0."""
+    if not torch.is_tensor(num_items_in_batch):
+        return (len(labels) if num_items_in_batch is None else num_items_in_batch) or 1
+    return num_items_in_batch.to(labels.device).masked_fill(num_items_in_batch.to(labels.device) == 0, 1)

@@ -1,10 +1,11 @@
 """What observes a forward: recording of graphs, transforms, autocast, and hooks on modules.
 
 This is the only module that uses torch's private API; so it also holds the calls of oneDNN's linear and of the products
-of 8-bit numbers, and asks what the CPU can do.
+of 8-bit numbers, asks what the CPU can do, and hides a worker of a DataLoader.
 """
 
-from collections.abc import Callable, Iterable
+import contextlib
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain, repeat
 from operator import attrgetter
 
@@ -15,6 +16,7 @@ from torch._subclasses import FakeTensor
 from torch.autograd import forward_ad
 from torch.nn.modules.module import _has_any_global_hook
 from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils.data._utils import worker as data_worker
 from torch.utils.hooks import RemovableHandle
 
 
@@ -282,6 +284,16 @@ class Footprint:
             return [list(map(read, weights)) for read in _PLACES]
         except RuntimeError:
             return None
+
+
+@contextlib.contextmanager
+def outside_workers() -> Iterator[None]:
+    """In here `torch.utils.data.get_worker_info()` is None, in a worker of a `DataLoader` too."""
+    info, data_worker._worker_info = data_worker._worker_info, None
+    try:
+        yield
+    finally:
+        data_worker._worker_info = info
 
 
 def _act(hooks: dict[int, Callable]) -> bool:

@@ -12,6 +12,7 @@ OUTPUT/accuracy.tsv and OUTPUT/accuracy.png show the accuracy by language, and O
 
 import argparse
 import csv
+import os
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -113,7 +114,7 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
         warmup_steps=arguments.warmup,
         max_grad_norm=1.0,
         bf16=arguments.bf16,
-        gradient_checkpointing=arguments.gradient_checkpointing,
+        ddp_find_unused_parameters=False,
         save_steps=arguments.save_every,
         save_total_limit=1,
         logging_steps=50,
@@ -121,6 +122,34 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
         use_cpu=arguments.cpu,
         report_to=[],
     )
+
+
+def make_trainer(
+    arguments: argparse.Namespace, tokenizer: ErnieMTokenizer, train: list[dict[str, str]], labels: list[str]
+) -> LayerwiseTrainer:
+    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
+    model = ErnieMForSequenceClassification.from_pretrained(arguments.model, num_labels=len(labels), **names)
+    if arguments.gradient_checkpointing:
+        model.gradient_checkpointing_enable()
+    trainer = LayerwiseTrainer(
+        model,
+        training_arguments(arguments),
+        data_collator=DataCollatorWithPadding(tokenizer),
+        train_dataset=Pairs(train, labels, tokenizer, arguments.max_length),
+        processing_class=tokenizer,
+    )
+    trainer.layer_decay = arguments.layer_decay
+    if os.environ.get("ACCELERATE_USE_FSDP") == "true" and not trainer.is_fsdp_enabled:
+        raise SystemExit("accelerate shards on several GPUs only, and would train replicas here; leave out --use_fsdp")
+    return trainer
+
+
+def save(trainer: Trainer, tokenizer: ErnieMTokenizer, folder: Path) -> None:
+    """Writes the checkpoint, gathered if it is sharded (`Trainer.save_model` may then write nothing)."""
+    state = trainer.accelerator.get_state_dict(trainer.model)
+    if trainer.is_world_process_zero():
+        trainer.accelerator.unwrap_model(trainer.model).save_pretrained(folder, state_dict=state)
+        tokenizer.save_pretrained(folder)
 
 
 def accuracies(trainer: Trainer, rows: list[dict[str, str]], labels: list[str], max_length: int) -> dict[str, float]:
@@ -158,17 +187,9 @@ def main(argv: list[str] | None = None) -> None:
     if unknown:
         raise SystemExit(f"{arguments.test} has the labels {', '.join(sorted(unknown))}, which {arguments.train} lacks")
     set_seed(arguments.seed)
-    names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
-    trainer = LayerwiseTrainer(
-        ErnieMForSequenceClassification.from_pretrained(arguments.model, num_labels=len(labels), **names),
-        training_arguments(arguments),
-        data_collator=DataCollatorWithPadding(tokenizer),
-        train_dataset=Pairs(train, labels, tokenizer, arguments.max_length),
-        processing_class=tokenizer,
-    )
-    trainer.layer_decay = arguments.layer_decay
+    trainer = make_trainer(arguments, tokenizer, train, labels)
     trainer.train(resume_from_checkpoint=arguments.output.exists() and get_last_checkpoint(arguments.output))
-    trainer.save_model(arguments.output / "model")
+    save(trainer, tokenizer, arguments.output / "model")
     found = accuracies(trainer, test, labels, arguments.max_length)
     if trainer.is_world_process_zero():
         report(found, 1 / len(labels), arguments.output)

@@ -2,12 +2,14 @@
 
     python examples/pretrain.py --model ernie-m-base --text de=de.txt zh=zh.txt --pairs en-de.tsv --output out
     torchrun --nproc-per-node 8 examples/pretrain.py ... --precision bfloat16 [--fsdp]
+    accelerate launch --use_fsdp --fsdp_version 2 --mixed_precision bf16 examples/pretrain.py ...
 
 A step takes a batch of every shard of the data (--shards), whatever the number of processes, which must divide that of
 shards. With the same shards, all numbers of processes compute the same up to rounding. A run that was killed goes on
-from its last checkpoint when it is started again; on one process it then computes what it would have computed, to the
-bit. Each step adds a line to OUTPUT/losses.jsonl. In the end OUTPUT/losses.png shows the curves, and OUTPUT/model holds
-the checkpoint.
+from its last checkpoint when it is started again, on as many processes as before or others; on one process it then
+computes what it would have computed, to the bit. Each step adds a line to OUTPUT/losses.jsonl. In the end
+OUTPUT/losses.png shows the curves, OUTPUT/languages.tsv the loss on the sentences of --test by language, and
+OUTPUT/model holds the checkpoint.
 
 The paper's recipe trains MMLM, TLM and CAMLM first (the default of --objectives) and then BTMLM as well:
 `--model out/model --objectives mmlm tlm camlm btmlm --output out2`.
@@ -49,6 +51,7 @@ from erniem_fast.pretraining import (
 )
 
 KINDS = {kind.name: kind for kind in (MMLM, TLM, CAMLM, BTMLM)}
+COLOURS = ("black", "#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's, safe for the colour-blind
 ON_PAIRS = ("tlm", "camlm")
 
 
@@ -62,6 +65,7 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add = data.add_argument
     add("--text", nargs="+", default=[], metavar="LANGUAGE=FILE", help="a sentence a line, for mmlm and btmlm")
     add("--pairs", nargs="+", default=[], type=Path, metavar="TSV", help="translations, for tlm and camlm")
+    add("--test", nargs="+", default=[], metavar="LANGUAGE=FILE", help="sentences to measure the loss of mmlm on")
     add("--source", default="source", help="column of the text")
     add("--target", default="target", help="column of the translation")
     add("--source-language", help="column with the text's language, or the language itself")
@@ -86,9 +90,12 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--clip", type=float, default=1.0, help="largest norm of all gradients")
     run = parser.add_argument_group("run")
     add = run.add_argument
-    add("--precision", choices=["float32", "bfloat16"], default="float32", help="of products, by autocast")
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no"), os.environ.get("ACCELERATE_USE_FSDP", "false")
+    precision = "bfloat16" if launched[0] == "bf16" else "float32"
+    add("--precision", choices=["float32", "bfloat16"], default=precision, help="of products, by autocast")
     add("--gradient-checkpointing", action="store_true", help="compute activations twice to save memory")
-    add("--fsdp", action="store_true", help="shard weights, gradients and optimizer (FSDP2)")
+    shards = {"action": "store_true", "default": launched[1] == "true"}
+    add("--fsdp", **shards, help="shard weights, gradients and optimizer (FSDP2)")
     add("--save-every", type=int, default=1000, metavar="STEPS")
     return parser.parse_args(argv)
 
@@ -143,7 +150,6 @@ def make_tasks(arguments: argparse.Namespace, tokenizer: ErnieMTokenizer) -> lis
         "btmlm": {"share": arguments.pseudo_share, "temperature": arguments.temperature, **languages},
     }
     columns = {name: getattr(arguments, name) for name in ("source", "target", "source_language", "target_language")}
-    texts = [each.partition("=") for each in arguments.text]
     tasks = []
     for each in arguments.objectives:
         name, _, weight = each.partition("=")
@@ -151,12 +157,20 @@ def make_tasks(arguments: argparse.Namespace, tokenizer: ErnieMTokenizer) -> lis
             raise SystemExit(f"--objectives {each}: it is none of {', '.join(OBJECTIVES)}")
         sources = [TsvFiles(*arguments.pairs, **columns)] if arguments.pairs else []
         if name not in ON_PAIRS:
-            sources = [TextFiles(path, language=language) for language, _, path in texts]
+            sources = [TextFiles(path, language=language) for language, path in named_files(arguments.text)]
         if not sources:
             raise SystemExit(f"--objectives {each} needs {'--pairs' if name in ON_PAIRS else '--text'}")
         objective = KINDS[name](**{**options, "masking": Masking(arguments.mask_rate), **own.get(name, {})})
         tasks += [Task(objective, source, float(weight or 1) / len(sources)) for source in sources]
     return tasks
+
+
+def named_files(values: list[str]) -> list[tuple[str, str]]:
+    """Languages and files, of LANGUAGE=FILE."""
+    for each in values:
+        if "=" not in each:
+            raise SystemExit(f"{each} names no language; write LANGUAGE={each}")
+    return [(language, path) for language, _, path in (each.partition("=") for each in values)]
 
 
 def make_model(arguments: argparse.Namespace) -> ErnieMForPreTraining:
@@ -301,6 +315,9 @@ class Training:
             losses.write_text("".join(losses.read_text().splitlines(keepends=True)[: self.step]))
 
     def load(self, folder: Path) -> None:
+        shards, now = len(list(folder.glob("stream-*.json"))), next(iter(self.streams.values())).shards
+        if shards != now:
+            raise SystemExit(f"{folder} is of a run with --shards {shards}, not {now}; pass --shards {shards}")
         model, optimizer = get_state_dict(self.plain, self.optimizer)
         dcp.load({"model": model, "optimizer": optimizer}, checkpoint_id=folder / "weights", no_dist=self.alone)
         set_state_dict(self.plain, self.optimizer, model_state_dict=model, optim_state_dict=optimizer)
@@ -331,17 +348,42 @@ def checkpoints(output: Path) -> list[Path]:
     return sorted(output.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
 
 
+def measure(arguments: argparse.Namespace, device: torch.device) -> list[str]:
+    """The lines of a table: for each language of --test the loss of MMLM, and the number of words that it is of."""
+    model = ErnieMForPreTraining.from_pretrained(arguments.output / "model").to(device).eval()
+    options = {"max_length": arguments.max_length, "masking": Masking(arguments.mask_rate)}
+    objective = MMLM(tokenizer=ErnieMTokenizer.from_pretrained(arguments.model), **options)
+    lines = ["language\tloss\twords"]
+    for language, path in named_files(arguments.test):
+        total = count = 0
+        for batch in PretrainingStream([Task(objective, TextFiles(path))], arguments.token_budget, epochs=1):
+            with torch.inference_mode():
+                batch = {name: each.to(device) if torch.is_tensor(each) else each for name, each in batch.items()}
+                output = model(**batch)
+            total, count = total + output.loss_sums.sum().item(), count + int(output.label_counts.sum())
+        lines.append(f"{language}\t{total / count:.4f}\t{count}")
+    return lines
+
+
 def plot(losses: Path) -> None:
-    """The curves of a run, beside its losses."""
+    """The curves of a run, beside its losses: each step's, and their running means."""
     import matplotlib.pyplot as plt
 
     rows = [json.loads(line) for line in losses.read_text().splitlines()]
     figure, axes = plt.subplots(figsize=(8, 4.5), layout="constrained")
-    for name in ("loss", *OBJECTIVES):
+    window = max(1, len(rows) // 25)
+    for name, colour in zip(("loss", *OBJECTIVES), COLOURS, strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
         if points:
-            axes.plot(*zip(*points, strict=True), label="all" if name == "loss" else name.upper(), linewidth=1)
-    axes.set(xlabel="step", ylabel="mean of -log p")
+            steps, values = zip(*points, strict=True)
+            means = [
+                sum(each) / len(each) for each in (values[max(0, i - window) : i] for i in range(1, len(steps) + 1))
+            ]
+            axes.plot(steps, values, color=colour, linewidth=0.6, alpha=0.3)
+            axes.plot(steps, means, color=colour, linewidth=2, label="all" if name == "loss" else name.upper())
+    axes.set(xlabel="step", ylabel="loss: mean of -log p of the masked words", title=f"Running means of {window} steps")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.grid(axis="y", alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(losses.with_suffix(".png"), dpi=120)
     plt.close(figure)
@@ -355,6 +397,10 @@ def main(argv: list[str] | None = None) -> None:
         training.export()
         if training.is_main:
             plot(arguments.output / "losses.jsonl")
+            if arguments.test:
+                table = "\n".join(measure(arguments, process.device))
+                print(table)
+                (arguments.output / "languages.tsv").write_text(table + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -324,6 +324,32 @@ class FineTuningRun(Run):
 
 
 @dataclasses.dataclass
+class MemoryFigures:
+    """A training step of a class of models.
+
+    Attributes:
+        name: of the class.
+        loaded_memory, peak_memory: bytes before the step, and at most.
+    """
+
+    name: str
+    loaded_memory: int
+    peak_memory: int
+
+
+@dataclasses.dataclass
+class MemoryRun(Run):
+    """A training step of the encoder, and of the encoder with the head for masked words.
+
+    Attributes:
+        tokens: of the step.
+    """
+
+    tokens: int
+    results: list[MemoryFigures]
+
+
+@dataclasses.dataclass
 class PretrainingPoint:
     """A model during its training.
 

@@ -14,6 +14,8 @@ from . import published, tokenizers
 from .paddle import save_as_paddle
 from .xlm_roberta import from_xlm_roberta, to_xlm_roberta
 
+# The model of pre-training, without the language embeddings that only its objectives use.
+_PUBLISHED = {"ErnieMForPreTraining": "ErnieMForMaskedLM"}
 TARGETS = ("ernie_m", "paddle", "xlm_roberta")
 
 
@@ -92,7 +94,7 @@ def _load_xlm_roberta(source: Path, encoder: bool) -> transformers.PreTrainedMod
 def _load_ernie_m(source: Path, encoder: bool) -> modeling.ErnieMPreTrainedModel:
     config = ErnieMConfig.from_pretrained(source)
     name = "ErnieMModel" if encoder or not config.architectures else config.architectures[0]
-    model_class = getattr(modeling, name, None)
+    model_class = getattr(modeling, _PUBLISHED.get(name, name), None)
     if model_class is None:
         raise ValueError(f"The config names {name!r}, which erniem_fast does not have; use --encoder.")
     return model_class.from_pretrained(source, dtype="auto")

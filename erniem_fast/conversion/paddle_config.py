@@ -5,6 +5,7 @@ from typing import Any
 # Heads whose classes have other names in PaddleNLP; UIE-M's was defined twice.
 _CLASSES = {"UIEM": "ErnieMForInformationExtraction", "UIE": "ErnieMForInformationExtraction"}
 _PADDLES = {"ErnieMForInformationExtraction": "UIEM"}
+_NOT_PADDLES = ("ErnieMForMaskedLM", "ErnieMForPreTraining")
 _MARKS = ("init_class", "init_args", "paddlenlp_version")
 _ONLY_PADDLES = (*_MARKS, "type_vocab_size")  # the last is a field that no ERNIE-M reads
 
@@ -61,8 +62,13 @@ def to_paddle(fields: dict[str, Any]) -> dict[str, Any]:
     """PaddleNLP's config.json (from 2.5 on) for our fields.
 
     Raises:
-        ValueError: Paddle's ERNIE-M does not have a field's value.
+        ValueError: Paddle's ERNIE-M does not have a field's value, or the model's head.
     """
+    for name in fields.get("architectures") or ():
+        if name in _NOT_PADDLES:
+            raise ValueError(
+                f"PaddleNLP has no {name}; save the encoder alone, which is model.ernie_m (convert: --encoder)."
+            )
     fixed = {
         "intermediate_size": 4 * fields["hidden_size"],
         "layer_norm_eps": 1e-5,

@@ -20,8 +20,10 @@ _ROWS = 2  # reserved in ERNIE-M's table of positions
 
 # XLM-RoBERTa's modules and ours, by class: what is not in the encoder, under full names.
 _SAME = {"classifier": "classifier"}
+_WORDS = {name: name for name in ("lm_head", "lm_head.dense", "lm_head.layer_norm", "lm_head.decoder")}
 _HEADS: dict[str, tuple[str, dict[str, str]]] = {
     "XLMRobertaModel": ("ErnieMModel", {}),
+    "XLMRobertaForMaskedLM": ("ErnieMForMaskedLM", _WORDS),
     "XLMRobertaForMultipleChoice": ("ErnieMForMultipleChoice", _SAME),
     "XLMRobertaForTokenClassification": ("ErnieMForTokenClassification", _SAME),
     "XLMRobertaForQuestionAnswering": ("ErnieMForQuestionAnswering", {"qa_outputs": "qa_outputs"}),
@@ -63,6 +65,7 @@ _FIELDS = (
     "id2label",
     "label2id",
     "problem_type",
+    "tie_word_embeddings",
 )
 
 
@@ -70,12 +73,13 @@ def from_xlm_roberta(model: PreTrainedModel) -> "ErnieMPreTrainedModel":
     """An ERNIE-M model that computes what an XLM-RoBERTa model of transformers does, for the same ids.
 
     Args:
-        model: an encoder, or one with a head for sequences, tokens, choices or answers, with plain weights; also one
-            that `optimize` has taken.
+        model: an encoder, or one with a head for words, sequences, tokens, choices or answers, with plain weights;
+            also one that `optimize` has taken.
 
     Returns:
         A new model, with its own weights, in the dtype, on the device and in the mode of `model`. A dropout in front of
-        the dense layer of XLM-RoBERTa's head for sequences has no place in it.
+        the dense layer of XLM-RoBERTa's head for sequences has no place in it. XLM-RoBERTa's model with a head for
+        words has no pooler, so that ours gets a new one, which it does not run.
 
     Raises:
         ValueError: ERNIE-M does not have something that the model has; the message names it.
@@ -105,11 +109,11 @@ def to_xlm_roberta(model: "ErnieMPreTrainedModel") -> PreTrainedModel:
     """An XLM-RoBERTa model of transformers that computes what an ERNIE-M model does, for the same ids.
 
     Args:
-        model: an encoder, or one with a head for sequences, tokens, choices or answers, with plain weights.
+        model: an encoder, or one with a head for words, sequences, tokens, choices or answers, with plain weights.
 
     Returns:
         A new model, with its own weights, in the dtype, on the device and in the mode of `model`. The row for its token
-        type is zero.
+        type is zero. With a head for words it has no pooler.
 
     Raises:
         ValueError: XLM-RoBERTa does not have something that the model has; the message names it.
@@ -128,6 +132,8 @@ def to_xlm_roberta(model: "ErnieMPreTrainedModel") -> PreTrainedModel:
     table = _moved(tensors.pop(ours + _POSITIONS), _ROWS, config.pad_token_id + 1)
     modules = _modules(config.num_hidden_layers, theirs, ours, heads)
     state = dict(_renamed(tensors, {ours: theirs for theirs, ours in modules.items()}, "XLM-RoBERTa"))
+    if name == "XLMRobertaForMaskedLM":
+        state = {key: tensor for key, tensor in state.items() if not key.startswith("roberta.pooler.")}
     state |= {theirs + _POSITIONS: table, theirs + _TYPES: table.new_zeros(1, config.hidden_size)}
     fields = {field: getattr(config, field) for field in _FIELDS} | {"max_position_embeddings": len(table)}
     made = XLMRobertaConfig(**fields, type_vocab_size=1, bos_token_id=0, eos_token_id=2)

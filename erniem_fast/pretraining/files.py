@@ -22,7 +22,10 @@ class _Lines:
 
         Raises:
             FileNotFoundError: one of them does not exist.
+            ValueError: there are none.
         """
+        if not paths:
+            raise ValueError("There are no paths; name a file at least.")
         self.paths = [Path(path) for path in paths]
         for path in self.paths:
             if not path.is_file():

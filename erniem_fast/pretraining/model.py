@@ -11,9 +11,10 @@ from transformers import initialization as init
 from transformers.modeling_outputs import ModelOutput
 
 from ..configuration import ErnieMConfig
-from ..modeling import IGNORED_LABEL, ErnieMForMaskedLM
+from ..inputs import check_range, extremes
+from ..modeling import IGNORED_LABEL, ErnieMForMaskedLM, loss_divisor
 from ..vocabulary_loss import chunks
-from .samples import NO_LANGUAGE, OBJECTIVES
+from .samples import NO_LANGUAGE, OBJECTIVES, check_languages
 from .structure import FirstStep, Structure, encode, first_step
 
 
@@ -48,10 +49,13 @@ class ErnieMForPreTraining(ErnieMForMaskedLM):
         Args:
             config: the model's configuration.
             languages: names of the language embeddings; by default those in the config, where they are kept.
+
+        Raises:
+            ValueError: a language is named twice, or `languages` is no list.
         """
         super().__init__(config)
         if languages is not None:
-            config.languages = list(languages)
+            config.languages = check_languages(languages)
         names = getattr(config, "languages", None)
         self.language_embeddings = LanguageEmbeddings(len(names), config.hidden_size) if names else None
         self.post_init()
@@ -101,7 +105,7 @@ class ErnieMForPreTraining(ErnieMForMaskedLM):
         Raises:
             ValueError: as in `ErnieMModel.forward`; or there are language ids, and the model has no such embeddings.
         """
-        self._check_languages(language_ids)
+        self._check(input_ids, labels, language_ids)
         structure = Structure(position_ids, cu_seq_lens_q, max_length_q, key_ranges)
         if pseudo_tokens is not None:
             first = first_step(input_ids, labels, structure, source_lengths)
@@ -114,16 +118,23 @@ class ErnieMForPreTraining(ErnieMForMaskedLM):
         total, losses = self.lm_head.losses(hidden[counted], labels[0, counted])
         objectives = structure.per_token(objective_ids)[counted]
         sums = losses.new_zeros(len(OBJECTIVES)).index_add(0, objectives, losses)
-        divisor = max(1, len(losses)) if num_items_in_batch is None else num_items_in_batch
-        found = PreTrainingOutput(total / divisor, sums, objectives.bincount(minlength=len(OBJECTIVES)))
+        loss = total / loss_divisor(num_items_in_batch, losses)
+        found = PreTrainingOutput(loss, sums, objectives.bincount(minlength=len(OBJECTIVES)))
         return found if return_dict is not False else found.to_tuple()
 
-    def _check_languages(self, language_ids: Tensor | None) -> None:
+    def _check(self, input_ids: Tensor, labels: Tensor, language_ids: Tensor | None) -> None:
         if language_ids is not None and self.language_embeddings is None:
             raise ValueError(
                 "The samples name languages, but the model has no language embeddings; pass languages=… to "
                 "ErnieMForPreTraining.from_pretrained, or leave them out of the objectives."
             )
+        if input_ids.device.type == "cpu":  # reading them on a GPU would be a synchronisation
+            remedy = "check that tokenizer and model belong together, or call resize_token_embeddings"
+            _check_rows("input_ids", input_ids, self.config.vocab_size, remedy)
+            _check_rows("labels", labels, self.config.vocab_size, remedy)
+        if language_ids is not None and language_ids.device.type == "cpu":
+            names = self.config.languages
+            _check_rows("language_ids", language_ids, len(names), f"give the objectives languages={names}, the model's")
 
     def _embed(self, input_ids: Tensor, language_ids: Tensor | None) -> Tensor:
         """`(1, tokens, hidden)`. Language embeddings take part without ids too, so that all parameters are trained."""
@@ -153,6 +164,12 @@ class ErnieMForPreTraining(ErnieMForMaskedLM):
                 logits[:, special] = logits[:, self.config.pad_token_id] = -torch.inf
                 drawn[rows] = _draw(logits, temperatures[rows, None])
         return drawn
+
+
+def _check_rows(name: str, ids: Tensor, rows: int, remedy: str) -> None:
+    """Refuses ids that are not rows of a table; negative ones stand for none."""
+    ids = ids.clamp(min=0)
+    check_range(name, ids, rows, {of: value.item() for of, value in extremes(name, ids).items()}, remedy)
 
 
 def _draw(logits: Tensor, temperatures: Tensor) -> Tensor:

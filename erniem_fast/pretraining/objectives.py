@@ -14,7 +14,7 @@ import torch
 
 from ..tokenization import ErnieMTokenizer
 from .masking import Masking
-from .samples import NO_LANGUAGE, Pair, Sample, Sentence, pack, unlabelled
+from .samples import NO_LANGUAGE, Pair, Sample, Sentence, check_languages, pack, unlabelled
 
 SPECIAL_TOKENS_OF_TEXT, SPECIAL_TOKENS_OF_PAIR = 2, 4
 
@@ -29,6 +29,10 @@ class Objective(ABC):
         max_length: tokens of a sample at most, special ones included.
         languages: the names of the rows of the model's language embeddings (`model.config.languages`); without them no
             token gets one.
+
+    Raises:
+        TypeError: the tokenizer is another one than `ErnieMTokenizer`.
+        ValueError: it has no [MASK], `max_length` is below 8, or `languages` are not different names.
     """
 
     name: ClassVar[str]
@@ -40,11 +44,21 @@ class Objective(ABC):
     languages: Sequence[str] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.tokenizer, ErnieMTokenizer):
+            raise TypeError(
+                f"tokenizer is of class {type(self.tokenizer).__name__}; use an ErnieMTokenizer. For XLM-RoBERTa's, "
+                f"`python -m erniem_fast convert` makes one with the same ids."
+            )
+        if self.tokenizer.mask_token_id is None:
+            raise ValueError("tokenizer has no mask_token, which stands for the words to be predicted; set one.")
+        check_languages(self.languages)
         if self.max_length < 8:
             raise ValueError(f"max_length={self.max_length} leaves no room for a text; use 8 or more.")
 
     def __call__(self, records: Iterable[object], seed: int | None = None) -> dict[str, Any]:
         """The records' samples, packed; see `pack`. Without a `seed`, one is drawn from torch's generator."""
+        if isinstance(records, str):
+            raise ValueError(f"records is a text, {records[:40]!r}; pass a list of records.")
         random = Random(int(torch.randint(2**62, ())) if seed is None else seed)
         return pack([sample for each in records for sample in self.samples(self.as_record(each), random)])
 
@@ -59,27 +73,31 @@ class Objective(ABC):
             given: a record; or its fields as a tuple, as a list, or by their names; or a text.
 
         Raises:
-            ValueError: it is nothing of that, or has other fields.
+            ValueError: it is nothing of that, has other fields, or what should be a text is none.
         """
-        kind, fields = self.record, self.record._fields
-        if isinstance(given, str) and kind is Sentence:
-            return Sentence(given)
+        kind, fields, found = self.record, self.record._fields, None
         required = len(fields) - len(kind._field_defaults)
-        if isinstance(given, dict) and all(name in given for name in fields[:required]):
-            return kind(**{name: given[name] for name in fields if name in given})
-        if isinstance(given, (tuple, list)) and required <= len(given) <= len(fields):
-            return kind(*given)
-        raise ValueError(
-            f"{self.name} needs records with {', '.join(fields[:required])} (and maybe "
-            f"{', '.join(fields[required:])}), as a tuple or by name; {given!r} came."
-        )
+        if isinstance(given, str) and kind is Sentence:
+            found = Sentence(given)
+        elif isinstance(given, dict) and all(name in given for name in fields[:required]):
+            found = kind(**{name: given[name] for name in fields if name in given})
+        elif isinstance(given, (tuple, list)) and required <= len(given) <= len(fields):
+            found = kind(*given)
+        if found is None or not all(isinstance(text, str) for text in found[:required]):
+            raise ValueError(
+                f"{self.name} needs records with {', '.join(fields[:required])}, which are texts (and maybe "
+                f"{', '.join(fields[required:])}), as a tuple or by name; {given!r} came."
+            )
+        return found
 
     def _encode(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False)["input_ids"]
 
-    def _encode_pair(self, pair: Pair) -> tuple[list[int], list[int]]:
-        """Both sides, the longer one cut until they fit."""
+    def _encode_pair(self, pair: Pair) -> tuple[list[int], list[int]] | None:
+        """Both sides, the longer one cut until they fit; None if one of them is empty, and so no translation."""
         source, target = self._encode(pair.source), self._encode(pair.target)
+        if not source or not target:
+            return None
         surplus = len(source) + len(target) + SPECIAL_TOKENS_OF_PAIR - self.max_length
         return self.tokenizer.truncate_sequences(source, target, max(0, surplus))[:2]
 
@@ -124,7 +142,10 @@ class TLM(Objective):
     name, record = "tlm", Pair
 
     def samples(self, record: Pair, random: Random) -> list[Sample]:
-        ids = self.tokenizer.build_inputs_with_special_tokens(*self._encode_pair(record))
+        sides = self._encode_pair(record)
+        if sides is None:
+            return []
+        ids = self.tokenizer.build_inputs_with_special_tokens(*sides)
         masked, labels = self.masking.apply(ids, self.tokenizer, random)
         sample = _with_labels(Sample(self.name, masked, labels, list(range(len(ids)))))
         return [] if sample is None else [sample]
@@ -161,7 +182,10 @@ class CAMLM(Objective):
             )
 
     def samples(self, record: Pair, random: Random) -> list[Sample]:
-        source, target = self._encode_pair(record)
+        sides = self._encode_pair(record)
+        if sides is None:
+            return []
+        source, target = sides
         ids = self.tokenizer.build_inputs_with_special_tokens(source, target)
         half = len(source) + 2  # [CLS] source [SEP]
         masked_source = self.masking.choose(ids[:half], self.tokenizer, random)

@@ -107,6 +107,13 @@ def _pack_pseudo_tokens(samples: Sequence[Sample]) -> dict[str, torch.Tensor]:
     }
 
 
+def check_languages(languages: Sequence[str]) -> list[str]:
+    """The names as a list, if they are different texts."""
+    if isinstance(languages, str) or len(set(languages)) < len(languages):
+        raise ValueError(f"languages={languages!r} must be a list of names, none of them twice.")
+    return list(languages)
+
+
 def unlabelled(count: int) -> list[int]:
     """Labels of tokens that are not to be predicted."""
     return [IGNORED_LABEL] * count

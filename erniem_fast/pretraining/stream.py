@@ -9,6 +9,7 @@ from typing import Any
 
 from torch.utils.data import IterableDataset, get_worker_info
 
+from .. import modes
 from .objectives import BTMLM, Objective
 from .samples import Pair, Sample, Sentence, pack
 
@@ -71,8 +72,12 @@ class PretrainingStream(IterableDataset):
             raise ValueError(
                 f"token_budget={token_budget} is less than max_length={longest} of an objective; raise it."
             )
-        if not 0 <= shard < shards or shuffle < 1:
-            raise ValueError(f"shard={shard} must be in [0, shards={shards}), and shuffle={shuffle} at least 1.")
+        if any(isinstance(task.source, str) for task in tasks):
+            raise ValueError("A task's source is a text, which yields letters; pass TextFiles(path) for a file.")
+        if not 0 <= shard < shards or shuffle < 1 or (epochs is not None and epochs < 1):
+            raise ValueError(
+                f"shard={shard} must be in [0, shards={shards}), and shuffle={shuffle} and epochs={epochs} at least 1."
+            )
         self.tasks, self.token_budget, self.seed = list(tasks), token_budget, seed
         self.shard, self.shards, self.shuffle, self.epochs = shard, shards, shuffle, epochs
         self._loaded: dict[str, Any] | None = None
@@ -91,23 +96,29 @@ class PretrainingStream(IterableDataset):
             return self._loaded
         version, internal, gauss = self._random.getstate()
         return {
+            "objectives": [task.objective.name for task in self.tasks],
+            "place": list(self._place),
             "random": [version, list(internal), gauss],
             "pending": [asdict(sample) for sample in self._pending],
             "readers": [None if reader is None else reader.state_dict() for reader in self._readers],
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Makes the next iteration go on where `state` was taken."""
+        """Makes the next iteration go on where `state` was taken.
+
+        It raises a ValueError if the state is of a stream with other tasks, or of another part of the records.
+        """
         self._loaded = deepcopy(state)
 
     def _reset(self, state: dict[str, Any] | None) -> None:
         worker = get_worker_info()
         workers, index = (worker.num_workers, worker.id) if worker else (1, 0)
-        place = self.shard * workers + index, self.shards * workers
+        self._place = place = self.shard * workers + index, self.shards * workers
         self._random = Random(f"{self.seed} {place}")
         self._pending: list[Sample] = []
         self._readers = [_Reader(task, place, self.shuffle, self.epochs) for task in self.tasks]
         if state is not None:
+            self._check(state)
             version, internal, gauss = state["random"]
             self._random.setstate((version, tuple(internal), gauss))
             self._pending = [Sample(**each) for each in state["pending"]]
@@ -116,6 +127,16 @@ class PretrainingStream(IterableDataset):
                     self._readers[i] = None
                 else:
                     self._readers[i].load_state_dict(each)
+
+    def _check(self, state: dict[str, Any]) -> None:
+        """Refuses a state of a stream of other records."""
+        here = {"objectives": [task.objective.name for task in self.tasks], "place": list(self._place)}
+        for name, value in here.items():
+            if state[name] != value:
+                raise ValueError(
+                    f"The state is of a stream with {name} {state[name]}, and this one has {value}; go on with the "
+                    f"tasks, shards and workers of before. (The place is the part of the records, and of how many.)"
+                )
 
     def _next_batch(self) -> list[Sample]:
         """The samples of the next batch; none if all sources are at their end."""
@@ -129,6 +150,7 @@ class PretrainingStream(IterableDataset):
 
     def _draw(self) -> bool:
         """Makes samples of one more record that has any; False if no source has records left."""
+        epochs = [None if reader is None else reader.epoch for reader in self._readers]
         while not self._pending:
             left = [i for i, reader in enumerate(self._readers) if reader is not None]
             if not left:
@@ -139,18 +161,27 @@ class PretrainingStream(IterableDataset):
                 self._readers[i] = None
             else:
                 self._pending = self.tasks[i].objective.samples(record, self._random)
+                if not self._pending and self._readers[i].epoch > epochs[i] + 1:
+                    raise ValueError(
+                        f"No record of the source of {self.tasks[i].objective.name} makes a sample: its texts are "
+                        f"empty or hold nothing that can be predicted."
+                    )
         return True
 
 
 class _Reader:
-    """A shard's records of one task, epoch after epoch, drawn from a buffer."""
+    """A shard's records of one task, epoch after epoch, drawn from a buffer.
+
+    Attributes:
+        epoch: which it reads, from 0.
+    """
 
     def __init__(self, task: Task, place: tuple[int, int], shuffle: int, epochs: int | None) -> None:
         self._task, self._objective = task, task.objective
         self._place, self._shuffle, self._epochs = place, shuffle, epochs
         self._stateful = hasattr(task.source, "state_dict") and hasattr(task.source, "load_state_dict")
         self._open()
-        self._epoch = self._position = 0
+        self.epoch = self._position = 0
         self._buffer: list[Sentence | Pair] = []
         self._records = self._read()
 
@@ -166,14 +197,14 @@ class _Reader:
 
     def state_dict(self) -> dict[str, Any]:
         return {
-            "epoch": self._epoch,
+            "epoch": self.epoch,
             "position": self._position,
             "buffer": [list(record) for record in self._buffer],
             "source": self._source.state_dict() if self._stateful and self._position else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self._epoch, self._position = state["epoch"], state["position"]
+        self.epoch, self._position = state["epoch"], state["position"]
         self._buffer = [self._objective.as_record(each) for each in state["buffer"]]
         if state["source"] is not None:
             self._source.load_state_dict(state["source"])
@@ -181,9 +212,9 @@ class _Reader:
 
     def _read(self) -> Iterator[Sentence | Pair]:
         shard, shards = self._place
-        while self._epochs is None or self._epoch < self._epochs:
+        while self._epochs is None or self.epoch < self._epochs:
             # A source without a state is read again up to here.
-            for given in islice(self._source, 0 if self._stateful else self._position, None):
+            for given in _read_whole(self._source, 0 if self._stateful else self._position):
                 self._position += 1
                 if (self._position - 1) % shards == shard:
                     yield self._objective.as_record(given)
@@ -192,9 +223,25 @@ class _Reader:
                     f"The source of {self._objective.name} yields {self._position} records, so that shard {shard} of "
                     f"{shards} gets none; use fewer shards or more records, and a source that can be iterated again."
                 )
-            self._epoch, self._position = self._epoch + 1, 0
+            self.epoch, self._position = self.epoch + 1, 0
             self._open()
 
     def _open(self) -> None:
         """Goes to the beginning of the source; of a source with a state, each reader has a copy of its own."""
         self._source = deepcopy(self._task.source) if self._stateful else self._task.source
+
+
+def _read_whole(source: Iterable[object], start: int) -> Iterator[object]:
+    """What a source yields from `start` on, also in a worker of a `DataLoader`.
+
+    An `IterableDataset` of `datasets` would leave records to the other workers, as readers do already.
+    """
+    with modes.outside_workers():
+        records = islice(source, start, None)
+    while True:
+        with modes.outside_workers():
+            try:
+                given = next(records)
+            except StopIteration:
+                return
+        yield given

@@ -9,17 +9,19 @@ import pytest
 import sentencepiece
 import torch
 import transformers
-from transformers import AutoModel, AutoTokenizer, XLMRobertaTokenizer
+from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, XLMRobertaTokenizer
 
 from erniem_fast import (
     ErnieMConfig,
     ErnieMForInformationExtraction,
+    ErnieMForMaskedLM,
     ErnieMForTokenClassification,
     ErnieMModel,
     ErnieMTokenizer,
 )
 from erniem_fast.__main__ import main
 from erniem_fast.conversion.command import convert
+from erniem_fast.pretraining import ErnieMForPreTraining
 from tests.families.tiny import make
 from tests.golden.cases import GOLDEN, TINY
 from tests.tokenization.tiny import MODEL_FILE, VOCAB_FILE
@@ -78,6 +80,41 @@ def test_from_xlm_roberta_and_back(xlm_roberta, tmp_path):
         torch.testing.assert_close(each, found[0], rtol=0, atol=2e-6)
 
 
+def test_masked_words(xlm_roberta, tmp_path):
+    """The fill-mask pipeline gives the same answers there, here, and there again."""
+    source = shutil.copytree(xlm_roberta, tmp_path / "source")
+    (source / "model.safetensors").unlink()
+    vocabulary = transformers.AutoConfig.from_pretrained(source).vocab_size
+    make(model_class=transformers.XLMRobertaForMaskedLM, vocab_size=vocabulary).save_pretrained(source)
+    assert convert(source, tmp_path / "ours")[0].startswith("ErnieMForMaskedLM with ")
+    assert convert(tmp_path / "ours", tmp_path / "theirs", to="xlm_roberta")[1:] == []
+    answers = []
+    for folder in (source, tmp_path / "ours", tmp_path / "theirs"):
+        fill = transformers.pipeline("fill-mask", model=str(folder))
+        texts = [text.replace("M", fill.tokenizer.mask_token) for text in ("Save M, and add 在", "M 语", "a,M")]
+        answers.append([answer for one in fill(texts) for answer in one])
+    assert type(fill.model) is transformers.XLMRobertaForMaskedLM
+    for each in answers[1:]:
+        for found, wanted in zip(each, answers[0], strict=True):
+            assert found["token"] == wanted["token"]
+            # The row for the token type was added in float32.
+            assert found["score"] == pytest.approx(wanted["score"], abs=1e-5)
+
+
+def test_language_embeddings_stay_behind(tmp_path):
+    """A model of pre-training becomes one that XLM-RoBERTa, too, has."""
+    model = ErnieMForPreTraining.from_pretrained(TINY, languages=["de", "zh"])
+    model.save_pretrained(tmp_path / "trained")
+    assert convert(tmp_path / "trained", tmp_path / "ours")[0].startswith("ErnieMForMaskedLM with ")
+    plain, info = ErnieMForMaskedLM.from_pretrained(tmp_path / "ours", output_loading_info=True)
+    assert not any(info[keys] for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"))
+    assert all(torch.equal(value, model.state_dict()[key]) for key, value in plain.state_dict().items())
+    convert(tmp_path / "trained", tmp_path / "theirs", to="xlm_roberta")
+    assert type(AutoModelForMaskedLM.from_pretrained(tmp_path / "theirs")) is transformers.XLMRobertaForMaskedLM
+    with pytest.raises(ValueError, match=r"PaddleNLP has no ErnieMForMaskedLM; save .* model\.ernie_m"):
+        convert(tmp_path / "trained", tmp_path / "paddles", to="paddle")
+
+
 def test_from_paddle(tmp_path):
     """UIE-M's tokens are PaddleNLP's, and others the default, converted or not."""
     for name, way in (("extraction", "paddlenlp"), ("base", "transformers")):
@@ -121,8 +158,8 @@ def test_ernie_m_s_own_ids_need_its_own_tokenizer(tmp_path):
 
 
 def test_a_head_that_does_not_map_can_be_left_out(tmp_path):
-    make(model_class=transformers.XLMRobertaForMaskedLM).save_pretrained(tmp_path / "source")
-    with pytest.raises(ValueError, match="XLMRobertaForMaskedLM has a head that ERNIE-M does not have"):
+    make(model_class=transformers.XLMRobertaForCausalLM).save_pretrained(tmp_path / "source")
+    with pytest.raises(ValueError, match="XLMRobertaForCausalLM has a head that ERNIE-M does not have"):
         convert(tmp_path / "source", tmp_path / "out")
     assert not (tmp_path / "out").exists()
     lines = convert(tmp_path / "source", tmp_path / "out", encoder=True)

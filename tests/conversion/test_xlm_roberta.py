@@ -16,6 +16,7 @@ from tests.model.tiny import RIGHT, load, logits_of
 IDS = torch.randint(4, 100, RIGHT.shape, generator=torch.Generator().manual_seed(0)).masked_fill(RIGHT == 0, 1)
 HEADS = {
     "XLMRobertaModel": ("ErnieMModel", {}),
+    "XLMRobertaForMaskedLM": ("ErnieMForMaskedLM", {}),
     "XLMRobertaForSequenceClassification": ("ErnieMForSequenceClassification", {"num_labels": 3}),
     "XLMRobertaForTokenClassification": ("ErnieMForTokenClassification", {"num_labels": 5}),
     "XLMRobertaForQuestionAnswering": ("ErnieMForQuestionAnswering", {}),
@@ -66,6 +67,24 @@ def test_the_same_function_there_and_back(name):
         for key, value in stock.state_dict().items():
             if "position" not in key and "token_type" not in key:
                 assert torch.equal(again.state_dict()[key], value), key
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_words(tied, caplog):
+    """The last product's weights are the word table's in both if they were; our pooler is dropped, or made anew."""
+    stock = make_xlm_roberta("XLMRobertaForMaskedLM", tie_word_embeddings=tied).double()
+    labels = IDS.masked_fill(RIGHT == 0, -100)
+    ours = from_xlm_roberta(stock)
+    again = to_xlm_roberta(ours)
+    assert_same(again, stock, 1e-13)
+    for model in (ours, again):
+        assert (model.lm_head.decoder.weight is model.get_input_embeddings().weight) is tied
+        assert (model.lm_head.bias is model.lm_head.decoder.bias) is tied
+        loss = model(input_ids=IDS, attention_mask=RIGHT, labels=labels).loss
+        torch.testing.assert_close(loss, stock(IDS, RIGHT, labels=labels).loss, rtol=0, atol=1e-13)
+    assert 0.015 < ours.ernie_m.pooler.dense.weight.std() < 0.025
+    assert again.state_dict().keys() == stock.state_dict().keys()
+    assert "UNEXPECTED" not in caplog.text
 
 
 def test_there_and_back_from_ernie_m_nothing_changes():
@@ -125,10 +144,10 @@ def types():
 
 
 REFUSED = {
-    "a language model": (
+    "a causal language model": (
         from_xlm_roberta,
-        lambda: make(model_class=transformers.XLMRobertaForMaskedLM),
-        r"XLMRobertaForMaskedLM has a head that ERNIE-M does not have, .* encoder alone, which is model\.roberta",
+        lambda: make(model_class=transformers.XLMRobertaForCausalLM),
+        r"XLMRobertaForCausalLM has a head that ERNIE-M does not have, .* encoder alone, which is model\.roberta",
     ),
     "another family": (
         from_xlm_roberta,

@@ -1,5 +1,6 @@
 """The scripts in examples/, as modules."""
 
+import socket
 import sys
 from importlib import import_module
 
@@ -12,3 +13,9 @@ def import_example(name):
         return import_module(name)
     finally:
         sys.path.pop(0)
+
+
+def free_port():
+    with socket.socket() as one:
+        one.bind(("localhost", 0))
+        return one.getsockname()[1]

@@ -2,7 +2,7 @@
 
 import json
 import os
-import socket
+import shutil
 import subprocess
 import sys
 import time
@@ -15,7 +15,7 @@ from bench.model.text import PARALLEL
 from erniem_fast import ErnieMForMaskedLM
 from erniem_fast.pretraining import ErnieMForPreTraining
 from tests import ROOT
-from tests.examples.scripts import import_example
+from tests.examples.scripts import free_port, import_example
 from tests.golden import cases
 from tests.pretraining.parallel import COLUMNS, LANGUAGES, SENTENCES
 
@@ -30,6 +30,7 @@ def command(folder, *more, objectives=("mmlm", "tlm", "camlm", "btmlm=0.5"), **o
     columns = [word for name, column in COLUMNS.items() for word in (f"--{name.replace('_', '-')}", column)]
     numbers = [word for name, value in {**OPTIONS, **options}.items() for word in (f"--{name}", str(value))]
     data = ["--text", f"de={texts}", "--pairs", str(PARALLEL), "--language-embeddings", *LANGUAGES]
+    data += ["--test", f"de={texts}", f"xx={texts}"]
     where = ["--model", str(folder.parent / "start"), "--output", str(folder)]
     return [*where, *data, *columns, "--objectives", *objectives, *numbers, *more]
 
@@ -51,36 +52,73 @@ def folder(tmp_path_factory):
     return folder
 
 
-def worker(rank, port, runs):
+class Stopped(Exception):
+    pass
+
+
+def stop_at(step, arguments):
+    """Starts a run that is stopped after a checkpoint, on the way to the next one."""
+    training = import_example("pretrain").Training
+    take_step = training.take_step
+
+    def stop(self, batches):
+        if self.step == step:
+            raise Stopped
+        return take_step(self, batches)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(training, "take_step", stop)
+        with pytest.raises(Stopped):
+            import_example("pretrain").main(arguments)
+
+
+def worker(rank, port, folder):
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "TRITON_INTERPRET": "1"}
     torch.set_num_threads(1)
-    for index, arguments in enumerate(runs):
-        os.environ["MASTER_PORT"] = str(port + index)
-        import_example("pretrain").main(arguments)
+    main = import_example("pretrain").main
+    for run, arguments in (
+        (main, command(folder / "replicas")),
+        (lambda arguments: stop_at(14, arguments), command(folder / "stopped")),
+        (main, command(folder / "stopped")),
+        (lambda arguments: stop_at(9, arguments), command(folder / "shards", "--fsdp")),
+        (main, command(folder / "shards")),
+    ):
+        os.environ["MASTER_PORT"] = str(port)
+        port += 1
+        run(arguments)
+        if not rank and not (folder / "fewer").exists() and (folder / "stopped").exists():
+            shutil.copytree(folder / "stopped", folder / "fewer")
+        os.environ["ACCELERATE_USE_FSDP"] = str((folder / "shards").exists()).lower()
+
+
+def assert_same_losses(found, expected):
+    found, expected = losses_in(found), losses_in(expected)
+    assert len(expected) == STEPS
+    for one, other in zip(found, expected, strict=True):
+        assert one.pop("norm") == pytest.approx(other["norm"], rel=1e-4)
+        assert one == pytest.approx({key: each for key, each in other.items() if key != "norm"}, abs=1e-5)
 
 
 def test_two_processes_compute_what_one_does(folder):
-    """With replicas and with shards, by the same loss curves; the checkpoint of shards is one of replicas, too."""
-    runs = {"ddp": command(folder / "ddp"), "fsdp": command(folder / "fsdp", "--fsdp")}
-    mp.spawn(worker, (free_port(), list(runs.values())), nprocs=2)
+    """By the same loss curves, also if they are stopped and go on; on one process, too, but not with other shards.
+
+    The shards are stopped in a run by torchrun, and go on in one by accelerate; the checkpoint is one of replicas, too.
+    """
+    mp.spawn(worker, (free_port(), folder), nprocs=2)
+    assert losses_in(folder / "stopped") == losses_in(folder / "replicas")
+    with pytest.raises(SystemExit, match="step-12 is of a run with --shards 2, not 1; pass --shards 2"):
+        import_example("pretrain").main(command(folder / "fewer", shards=1))
+    import_example("pretrain").main(command(folder / "fewer"))
+    names = ("replicas", "shards", "fewer")
+    for name in names:
+        assert_same_losses(folder / name, folder / "alone")
     expected = losses_in(folder / "alone")
-    assert len(expected) == STEPS
-    for name in runs:
-        for one, other in zip(losses_in(folder / name), expected, strict=True):
-            assert one.pop("norm") == pytest.approx(other["norm"], rel=1e-4)
-            assert one == pytest.approx({key: each for key, each in other.items() if key != "norm"}, abs=1e-5)
     assert expected[-1]["loss"] < expected[0]["loss"]
     state = ErnieMForPreTraining.from_pretrained(folder / "alone/model").state_dict()
-    for name in runs:
+    for name in names:
         for key, each in ErnieMForPreTraining.from_pretrained(folder / name / "model").state_dict().items():
             if not key.endswith("k_proj.bias"):  # their gradients are zero but for rounding, which Adam enlarges
                 torch.testing.assert_close(each, state[key], rtol=0, atol=1e-4)
-
-
-def free_port():
-    with socket.socket() as one:
-        one.bind(("localhost", 0))
-        return one.getsockname()[1]
 
 
 def test_a_killed_run_goes_on(folder):
@@ -101,6 +139,10 @@ def test_a_killed_run_goes_on(folder):
     files = [(each / "model/model.safetensors").read_bytes() for each in (killed, folder / "alone")]
     assert files[0] == files[1]
     assert (killed / "losses.png").stat().st_size > 10_000
+    head, de, xx = [line.split("\t") for line in (killed / "languages.tsv").read_text().splitlines()]
+    assert (head, de[0], xx[0]) == (["language", "loss", "words"], "de", "xx")
+    assert de[1:] == xx[1:]
+    assert float(de[1]) == pytest.approx(losses_in(killed)[-1]["mmlm"], abs=1)
 
 
 @pytest.mark.parametrize(
@@ -109,6 +151,7 @@ def test_a_killed_run_goes_on(folder):
         (["--fsdp"], "--fsdp shards over several processes"),
         (["--objectives", "mlm"], "--objectives mlm: it is none of mmlm, tlm, camlm, btmlm"),
         (["--objectives", "mmlm"], "--objectives mmlm needs --text"),
+        (["--text", "de.txt"], "de.txt names no language; write LANGUAGE=de.txt"),
     ],
 )
 def test_what_is_refused(folder, more, message):

@@ -110,6 +110,8 @@ def test_every_parameter_gets_a_gradient():
         loss.backward()
         assert all(parameter.grad is not None for parameter in model.parameters())
         assert bool(loss > 0) is learns
+        loss = model(IDS, attention_mask=MASK, labels=labels, num_items_in_batch=int(learns)).loss
+        assert bool(loss > 0) is learns
 
 
 def test_wrong_labels():

@@ -49,6 +49,8 @@ def test_columns(tmp_path):
 def test_bad_files(tmp_path):
     with pytest.raises(FileNotFoundError, match=r"none\.txt is not a file"):
         TextFiles(tmp_path / "none.txt")
+    with pytest.raises(ValueError, match="no paths; name a file"):
+        TextFiles()
     path = tmp_path / "bad"
     path.write_bytes(b"good\nb\xe9se\n")
     with pytest.raises(ValueError, match="not UTF-8 in the line that ends at byte 10"):

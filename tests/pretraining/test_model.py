@@ -5,9 +5,10 @@ from random import Random
 import pytest
 import torch
 from torch.nn.functional import cross_entropy
+from transformers import AutoModelForPreTraining
 
 from erniem_fast import ErnieMForMaskedLM, ErnieMModel
-from erniem_fast.pretraining import BTMLM, CAMLM, ErnieMForPreTraining, pack
+from erniem_fast.pretraining import BTMLM, CAMLM, MMLM, ErnieMForPreTraining, pack
 from erniem_fast.pretraining.structure import Structure, encode
 from tests.golden import cases
 from tests.model.tiny import assert_close, gradients
@@ -170,7 +171,7 @@ def test_pseudo_tokens_are_drawn(tokenizer):
         torch.manual_seed(seed)
         return model(**btmlm_batch(tokenizer, temperature)).loss.item()
 
-    assert loss(0.0, 1) == loss(0.0, 2)
+    assert loss(0.0, 1) == loss(0.0, 2) == loss(1e-5, 1)
     assert loss(1.0, 1) == loss(1.0, 1) != loss(1.0, 2)
     assert seen == {(False, False)}
     modes = {name: module.training for name, module in model.named_modules()}
@@ -201,3 +202,26 @@ def test_languages(tokenizer, tmp_path):
     assert torch.equal(ErnieMModel.from_pretrained(tmp_path / "whole").eval()(ids)[0], exported.ernie_m(ids)[0])
     with pytest.raises(ValueError, match="has no language embeddings"):
         plain(**with_names)
+    with pytest.raises(ValueError, match=r"language_ids\[0, \d+\] is \d+, outside \[0, 2\); give the objectives"):
+        load(["de", "fr"])(**with_names)
+    with pytest.raises(ValueError, match="languages='de' must be a list of names"):
+        load("de")
+
+
+def test_words_of_another_vocabulary_are_refused(tokenizer):
+    batch = MMLM(tokenizer=tokenizer)(SENTENCES[:2], seed=1)
+    for name in ("input_ids", "labels"):
+        wrong = batch[name].index_fill(1, torch.tensor([1]), cases.VOCABULARY)
+        with pytest.raises(ValueError, match=rf"{name}\[0, 1\] is {cases.VOCABULARY}, outside .* tokenizer and model"):
+            load()(**{**batch, name: wrong})
+
+
+def test_a_step_without_labels_has_a_loss_of_zero(tokenizer):
+    batch = MMLM(tokenizer=tokenizer)(SENTENCES[:2], seed=1)
+    batch["labels"] = torch.full_like(batch["labels"], -100)
+    for count in (None, 0, torch.tensor(0)):
+        assert load()(**batch, num_items_in_batch=count).loss == 0
+
+
+def test_by_transformers_auto_class():
+    assert type(AutoModelForPreTraining.from_pretrained(cases.TINY)) is ErnieMForPreTraining

@@ -5,7 +5,9 @@ from random import Random
 import pytest
 import torch
 
+from erniem_fast import ErnieMTokenizer
 from erniem_fast.pretraining import BTMLM, CAMLM, MMLM, TLM, Masking, Pair, Sentence
+from tests.golden import cases
 from tests.pretraining.parallel import LANGUAGES, PAIRS, SENTENCES, objectives
 
 PAIR = Pair("Your password was changed.", "Ihr Passwort wurde geändert.", "en", "de")
@@ -83,6 +85,28 @@ def test_btmlm_samples(tokenizer):
     assert drawn == {1, 2}
 
 
+@pytest.mark.parametrize("share", [0.1, 0.5, 2.0])
+def test_number_of_pseudo_tokens(share, tokenizer):
+    """`share` for each token of the text, one at least."""
+    for sentence in SENTENCES[:20]:
+        (sample,) = BTMLM(tokenizer=tokenizer, share=share).samples(sentence, Random(1))
+        assert len(sample.pseudo) == max(1, round(share * (sample.source_length - 2)))
+        assert sample.language_ids is None
+
+
+@pytest.mark.parametrize("rate", [0.0, 0.4, 1.0])
+def test_masking_is_that_of_the_objective(rate, tokenizer):
+    """As many labels as the rate says, one of each text at least, and [MASK] in the place of all."""
+    text = [each for each in tokenizer(SENTENCE.text)["input_ids"][1:-1] if each != tokenizer.unk_token_id]
+    for kind in (MMLM, TLM, CAMLM, BTMLM):
+        record = SENTENCE if kind.record is Sentence else Pair(SENTENCE.text, SENTENCE.text)
+        masking = Masking(rate, mask=1.0, random=0.0)
+        (sample,) = kind(tokenizer=tokenizer, masking=masking).samples(record, Random(1))
+        chosen = [each for each, label in zip(sample.input_ids, sample.labels, strict=True) if label != -100]
+        texts = {TLM: [2 * len(text)], CAMLM: [len(text), len(text)]}.get(kind, [len(text)])
+        assert chosen == [tokenizer.mask_token_id] * sum(max(1, round(rate * length)) for length in texts)
+
+
 SENTENCE = Sentence("Ihr Passwort wurde geändert.", "de")
 
 
@@ -119,3 +143,26 @@ def test_what_is_refused(tokenizer):
         BTMLM(tokenizer=tokenizer, languages=["de"])
     with pytest.raises(ValueError, match="share=0 must be above 0"):
         BTMLM(tokenizer=tokenizer, share=0)
+    for languages in ("de", ["de", "fr", "de"]):
+        with pytest.raises(ValueError, match="must be a list of names, none of them twice"):
+            CAMLM(tokenizer=tokenizer, languages=languages)
+    with pytest.raises(ValueError, match="records is a text, 'Log in'; pass a list"):
+        mmlm("Log in")
+    for record in (None, (3,), {"text": None}):
+        with pytest.raises(ValueError, match="mmlm needs records with text, which are texts"):
+            mmlm([record])
+
+
+def test_other_tokenizers_are_refused():
+    with pytest.raises(TypeError, match=r"of class object; use an ErnieMTokenizer\. For XLM-RoBERTa's"):
+        MMLM(tokenizer=object())
+    without = ErnieMTokenizer.from_pretrained(cases.TINY)
+    without.mask_token = None
+    with pytest.raises(ValueError, match="tokenizer has no mask_token"):
+        MMLM(tokenizer=without)
+
+
+@pytest.mark.parametrize("kind", [TLM, CAMLM])
+def test_an_empty_side_is_no_translation(kind, tokenizer):
+    for pair in (Pair("", "Log in"), Pair("Log in", " "), Pair("", "")):
+        assert kind(tokenizer=tokenizer).samples(pair, Random(1)) == []

@@ -6,7 +6,8 @@ from itertools import islice
 
 import pytest
 import torch
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
+from torch.utils.data._utils.worker import WorkerInfo
 
 from erniem_fast.pretraining import MMLM, TLM, PretrainingStream, Task, TextFiles
 from tests.pretraining.parallel import LANGUAGES, PAIRS, SENTENCES, read_pairs, tasks
@@ -124,6 +125,53 @@ def test_in_a_data_loader(workers, tokenizer):
     assert len(found) == len(SOME)
 
 
+class OfEachWorker(IterableDataset):
+    """As those of `datasets`: in a worker only its share."""
+
+    def __iter__(self):
+        worker = get_worker_info()
+        yield from SOME[worker.id :: worker.num_workers] if worker else SOME
+
+
+def test_sources_that_know_of_workers(tokenizer):
+    """They are read whole; the stream shares them out, among ranks too."""
+    found = Counter()
+    for shard in range(2):
+        task = Task(MMLM(tokenizer=tokenizer, max_length=128), OfEachWorker())
+        stream = PretrainingStream([task], 128, epochs=1, shard=shard, shards=2)
+        loader = DataLoader(stream, batch_size=None, num_workers=2, persistent_workers=True)
+        passes = [Counter(sentences_of(loader)) for _ in range(2)]
+        assert passes[0] == passes[1]
+        found += passes[0]
+    assert found == Counter(ids_of(SOME, tokenizer))
+
+
+def test_each_worker_goes_on(tokenizer):
+    """As torchdata's StatefulDataLoader does it: each has a copy of the stream, and its state."""
+    started, resumed = (make_stream(tokenizer, epochs=2) for _ in range(2))
+    for worker in range(2):
+        info = WorkerInfo(id=worker, num_workers=2, seed=0, dataset=started)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(torch.utils.data._utils.worker, "_worker_info", info)
+            running = iter(started)
+            list(islice(running, 5))
+            resumed.load_state_dict(started.state_dict())
+            assert_equal(list(islice(resumed, 10)), list(islice(running, 10)))
+
+
+def test_the_state_of_another_part_is_refused(tokenizer):
+    state = make_stream(tokenizer, shards=2).state_dict()
+    for options in ({}, {"shards": 2, "shard": 1}, {"shards": 3}):
+        stream = make_stream(tokenizer, **options)
+        stream.load_state_dict(state)
+        with pytest.raises(ValueError, match=r"a stream with place \[0, 2\], and this one has"):
+            next(iter(stream))
+    stream = PretrainingStream(tasks(tokenizer)[:2], 256, shards=2)
+    stream.load_state_dict(state)
+    with pytest.raises(ValueError, match=r"with objectives \['mmlm', .*\], and this one has \['mmlm', 'tlm'\]"):
+        next(iter(stream))
+
+
 def test_what_is_refused(tokenizer):
     task = Task(MMLM(tokenizer=tokenizer, max_length=64), SOME)
     for arguments, message in (
@@ -132,6 +180,12 @@ def test_what_is_refused(tokenizer):
     ):
         with pytest.raises(ValueError, match=message):
             PretrainingStream(*arguments)
+    with pytest.raises(ValueError, match=r"epochs=0 at least 1"):
+        PretrainingStream([task], epochs=0)
+    with pytest.raises(ValueError, match=r"source is a text, which yields letters; pass TextFiles"):
+        PretrainingStream([Task(task.objective, "texts.txt")])
+    with pytest.raises(ValueError, match="No record of the source of mmlm makes a sample"):
+        next(iter(PretrainingStream([Task(task.objective, ["", "[SEP]"])])))
     with pytest.raises(ValueError, match=r"shard=2 must be in \[0, shards=2\)"):
         PretrainingStream([task], shard=2, shards=2)
     with pytest.raises(ValueError, match="yields 60 records, so that shard 60 of 61 gets none"):

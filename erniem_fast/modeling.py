@@ -421,9 +421,9 @@ class ErnieMForSequenceClassification(_ErnieMHead):
         logits = self.classifier(self.dropout(encoded.pooler_output))
         loss = None
         if labels is not None:
+            inputs.check_tensors(labels=labels)
             if self._takes_classes(labels, logits):
-                labels = _as_integers("labels", labels)
-                _check_count("labels", labels, len(logits))
+                labels = _as_integers("labels", labels, len(logits))
                 _check_classes(labels, self.num_labels, _REMEDY)
             else:
                 self._check_numbers(labels, logits)
@@ -481,6 +481,9 @@ class ErnieMForMultipleChoice(_ErnieMHead):
             ValueError: as in `ErnieMModel.forward`; the input has no dimension of choices; or a label has the wrong
                 dtype or is not one of the choices.
         """
+        inputs.check_tensors(
+            input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids, inputs_embeds=inputs_embeds
+        )
         given = inputs_embeds if input_ids is None else input_ids
         dimensions = 4 if input_ids is None else 3
         if given is None or given.dim() != dimensions:
@@ -499,8 +502,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         logits = self.classifier(self.dropout(encoded.pooler_output)).view(-1, given.shape[1])
         loss = None
         if labels is not None:
-            labels = _as_integers("labels", labels)
-            _check_count("labels", labels, len(logits))
+            labels = _as_integers("labels", labels, len(logits))
             _check_classes(labels, given.shape[1], "count the choices of a row from 0")
             loss = cross_entropy(logits, labels)
         return self._answer(return_dict, encoded, MultipleChoiceModelOutput, loss=loss, logits=logits)
@@ -627,7 +629,7 @@ class ErnieMForQuestionAnswering(_SpanHead):
         loss = None
         if start_positions is not None and end_positions is not None:
             columns = [
-                _without_padding(_as_integers(name, positions), real)
+                _without_padding(_as_integers(name, positions, len(start_logits)), real)
                 for name, positions in (("start_positions", start_positions), ("end_positions", end_positions))
             ]
             loss = self.loss_function(start_logits, end_logits, *columns)
@@ -831,6 +833,7 @@ def _as_dict(config: ErnieMConfig, return_dict: bool | None) -> bool:
 
 
 def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do: bool = False) -> None:
+    inputs.check_tensors(**{name: labels})
     rows, columns = shape
     if labels.shape != shape and not (columns_will_do and labels.shape in ((rows,), (rows, 1))):
         other = f", or ({rows},) with one column a row" if columns_will_do else ""
@@ -839,17 +842,19 @@ def _check_labels(name: str, labels: Tensor, shape: torch.Size, columns_will_do:
         )
 
 
-def _check_count(name: str, labels: Tensor, rows: int) -> None:
-    if labels.numel() != rows:
+def _as_integers(name: str, labels: Tensor, rows: int | None = None) -> Tensor:
+    """The labels as int64: losses take no other dtype for classes and columns, and the ignored label needs a sign.
+
+    Raises:
+        ValueError: they are no integers; or there is not one for each of the rows, if their number is given.
+    """
+    inputs.check_tensors(**{name: labels})
+    if labels.is_floating_point():
+        raise ValueError(f"{name} has dtype {labels.dtype}; it must hold integers: convert it by .long().")
+    if rows is not None and labels.numel() != rows:
         raise ValueError(
             f"{name} has shape {tuple(labels.shape)}; it must be ({rows},), one for each row of the logits."
         )
-
-
-def _as_integers(name: str, labels: Tensor) -> Tensor:
-    """The labels as int64: losses take no other dtype for classes and columns, and the ignored label needs a sign."""
-    if labels.is_floating_point():
-        raise ValueError(f"{name} has dtype {labels.dtype}; it must hold integers: convert it by .long().")
     return labels.long()
 
 

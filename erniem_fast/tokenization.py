@@ -11,7 +11,6 @@ import os
 import re
 import unicodedata
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, TypeVar
 
 import sentencepiece
@@ -23,9 +22,11 @@ from transformers.utils import PaddingStrategy, logging
 
 from . import pretokenization as ways
 from . import truncation
+from .alignment import AlignedText, Part, align
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
 from .conversion import paddle_config
 from .conversion.files import hub_options, look
+from .encodings import EncodedSequence, Encodings, Row
 from .pretokenization import SPACE
 
 logger = logging.get_logger(__name__)
@@ -40,36 +41,6 @@ SURROGATES = re.compile("[\ud800-\udfff]")
 
 # Starting a thread costs as much as encoding about this many characters (2 cores, SentencePiece 0.2.0 and 0.2.3).
 CHARACTERS_PER_THREAD = 2048
-
-
-@dataclass(frozen=True)
-class AlignedText:
-    """A string that records where in the input each of its characters came from.
-
-    Args:
-        text: the string.
-        positions: for each character of `text` the index of its source in the input, ascending.
-    """
-
-    text: str
-    positions: Sequence[int]
-
-    def __getitem__(self, part: slice) -> "AlignedText":
-        return AlignedText(self.text[part], self.positions[part])
-
-    def __add__(self, other: "AlignedText") -> "AlignedText":
-        return AlignedText(self.text + other.text, [*self.positions, *other.positions])
-
-    def lstrip(self) -> "AlignedText":
-        return self[len(self.text) - len(self.text.lstrip()) :]
-
-    def rstrip(self) -> "AlignedText":
-        return self[: len(self.text.rstrip())]
-
-    def span(self, start: int, end: int) -> tuple[int, int]:
-        """The span of the input that characters `start` to `end` came from; empty for characters that were added."""
-        last = self.positions[end - 1] + 1
-        return (self.positions[start] if start < end else last), last
 
 
 class ErnieMTokenizer(PreTrainedTokenizer):
@@ -198,6 +169,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         self.sp_model.load_from_serialized_proto(state["sp_model"])
         self.tokens_trie = Trie(state["tokens_trie"])
 
+    @property
+    def is_fast(self) -> bool:
+        """Whether calls return offsets and words, for which pipelines and others ask this."""
+        return True
+
     # ---- Vocabulary
 
     @property
@@ -280,13 +256,14 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         Raises:
             TypeError: `text` is not a string.
         """
-        return self._tokenize_texts([text], split_special_tokens)[0][0]
+        return [token for part in self._tokenize_texts([text], split_special_tokens)[0] for token in part.tokens]
 
     def get_offset_mapping(self, text: str | None) -> list[tuple[int, int]] | None:
         """Finds the characters that each token of `tokenize(text)` came from.
 
-        A span has no spaces at its ends, unless its token stands for nothing but spaces. If normalisation expands one
-        character (½) to several tokens, they share its span.
+        A span has no spaces at its ends. A token that stands for nothing but a space has the span of the character
+        after it, as in fast tokenizers. If normalisation expands one character (½) to several tokens, they share its
+        span.
 
         Returns:
             A list of (start, end), both ascending, with `text[start:end]` the characters; None if `text` is None.
@@ -295,39 +272,28 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             TypeError: `text` is neither a string nor None.
             ValueError: SentencePiece's pieces do not spell the text, because of `sp_model_kwargs` or byte fallback.
         """
-        return None if text is None else self._tokenize_texts([text], with_spans=True)[0][1]
+        return None if text is None else align(self._tokenize_texts([text])[0], self.sp_model)[0]
 
     def clean_text(self, text: str) -> str:
         """Replaces full-width forms by ASCII characters."""
         return text.translate(str.maketrans(self.SP_CHAR_MAPPING))
 
-    def _tokenize_texts(
-        self, texts: Sequence[str], split_special_tokens: bool | None = None, with_spans: bool = False
-    ) -> list[tuple[list[str], list[tuple[int, int]]]]:
-        """The tokens of each text and, if `with_spans`, their spans; SentencePiece gets all texts in one batch."""
+    def _tokenize_texts(self, texts: Sequence[str], split_special_tokens: bool | None = None) -> list[list[Part]]:
+        """The parts of each text, with their tokens; SentencePiece gets all texts in one batch."""
         if split_special_tokens is None:
             split_special_tokens = self.split_special_tokens
         added = () if split_special_tokens else self._added_tokens_encoder.keys()
         all_parts = [
-            [part if part.text in added else self._clean(part) for part in self._split_at_added_tokens(text, added)]
-            for text in map(self._prepare, texts)
+            [
+                Part(part, [part.text]) if part.text in added else Part(self._clean(part))
+                for part in self._split_at_added_tokens(self._prepare(text), added)
+            ]
+            for text in texts
         ]
-        pieces = self._encode_pieces([part.text for parts in all_parts for part in parts if part.text not in added])
-
-        results = []
-        for parts in all_parts:
-            tokens, spans = [], []
-            for part in parts:
-                if part.text in added:
-                    tokens.append(part.text)
-                    spans.append(part.span(0, len(part.text)))
-                    continue
-                part_tokens = self._cut_pieces(next(pieces))
-                tokens += part_tokens
-                if with_spans:
-                    spans += self._spans(part, part_tokens)
-            results.append((tokens, spans))
-        return results
+        others = [part for parts in all_parts for part in parts if part.tokens is None]
+        for part, pieces in zip(others, self._encode_pieces([part.text.text for part in others]), strict=True):
+            part.tokens = self._cut_pieces(pieces)
+        return all_parts
 
     def _prepare(self, text: str) -> AlignedText:
         """Lower-cases as 4.57.6 does: character by character, and not in special tokens."""
@@ -424,31 +390,6 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         if self.sp_model.piece_to_id(piece) != self.sp_model.unk_id():
             self.cache[piece] = tokens
         return tokens
-
-    def _spans(self, text: AlignedText, tokens: list[str]) -> Iterator[tuple[int, int]]:
-        """For each of the tokens of `text`, the span of the input that it came from."""
-        # SentencePiece returns where in `text` each character of the normalised text begins. The tokens spell the
-        # normalised text, except for dropped spaces.
-        normalized, starts = self.sp_model.normalize(text.text, with_offsets=True)
-        ends = starts[1:]
-        for index in range(len(ends) - 2, -1, -1):
-            if ends[index] == starts[index]:
-                # One character became several: all of them end where the last one ends.
-                ends[index] = ends[index + 1]
-        place = 0
-        for token in tokens:
-            while normalized[place : place + 1] == SPACE and not normalized.startswith(token, place):
-                place += 1
-            if not normalized.startswith(token, place):
-                raise ValueError(
-                    f"offsets need SentencePiece pieces that spell the text, but {token!r} is not in "
-                    f"{normalized[place:]!r}: leave add_bos, add_eos, reverse and emit_unk_piece out of "
-                    f"sp_model_kwargs={self.sp_model_kwargs}, and use a model without byte fallback"
-                )
-            word = token.strip(SPACE) or token
-            first = place + token.index(word)
-            yield text.span(starts[first], ends[first + len(word) - 1])
-            place += len(token)
 
     # ---- Tokens to text
 
@@ -554,7 +495,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         lengths = [len(sequence) for sequence in sequences]
         sizes = truncation.sizes_to_keep(lengths, num_tokens_to_remove, strategy)
         side = self.truncation_side
-        left = _cut(sequences, [truncation.kept(*each, side) for each in zip(lengths, sizes, strict=True)])
+        left = [each[truncation.kept(len(each), size, side)] for each, size in zip(sequences, sizes, strict=True)]
         if pair_ids is None:
             left.append(None)
         elif strategy == TruncationStrategy.LONGEST_FIRST:
@@ -574,6 +515,7 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         text_pair=None,
         padding_strategy: PaddingStrategy = PaddingStrategy.DO_NOT_PAD,
         max_length: int | None = None,
+        add_special_tokens: bool = True,
         is_split_into_words: bool = False,
         pad_to_multiple_of: int | None = None,
         padding_side: str | None = None,
@@ -587,41 +529,47 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         """`tokenizer(...)` and `tokenizer.encode(...)` call this; `text` is one example or a batch."""
         is_batch, examples = _as_batch(text, text_pair, is_split_into_words)
         sequences = [self._as_list(sequence, is_split_into_words) for example in examples for sequence in example]
-        encoded = self._encode_sequences(sequences, split_special_tokens, return_offsets_mapping)
+        encoded = self._encode_sequences(sequences, split_special_tokens, is_split_into_words)
         # Overflowing ids of different lengths cannot be a tensor, and they have no offsets. Windows solve both.
         with_windows = return_overflowing_tokens and (return_tensors is not None or return_offsets_mapping)
         if with_windows and return_tensors is not None and padding_strategy == PaddingStrategy.DO_NOT_PAD:
             padding_strategy = PaddingStrategy.LONGEST
-        outputs = {"input_ids": []}
+        outputs, rows = {"input_ids": []}, []
         for index, example in enumerate(examples):
-            ids, spans = zip(*itertools.islice(encoded, len(example)), strict=True)
-            for row in self._prepare_example(
-                ids,
-                spans if return_offsets_mapping else None,
+            for row, fields in self._prepare_example(
+                tuple(itertools.islice(encoded, len(example))),
                 max_length=max_length,
+                add_special_tokens=add_special_tokens,
                 return_overflowing_tokens=return_overflowing_tokens,
+                return_offsets_mapping=return_offsets_mapping,
                 with_windows=with_windows,
                 **kwargs,
             ):
+                rows.append(row)
                 if with_windows:
-                    row["overflow_to_sample_mapping"] = index
-                for name, value in row.items():
+                    fields["overflow_to_sample_mapping"] = index
+                for name, value in fields.items():
                     outputs.setdefault(name, []).append(value)
         if return_attention_mask is None:
             return_attention_mask = "attention_mask" in self.model_input_names
-        outputs = self.pad(
-            outputs,
-            padding=padding_strategy.value,
-            max_length=max_length,
-            pad_to_multiple_of=pad_to_multiple_of,
-            padding_side=padding_side,
-            return_attention_mask=return_attention_mask,
-        )
+        if padding_strategy != PaddingStrategy.DO_NOT_PAD:
+            outputs = self.pad(
+                outputs,
+                padding=padding_strategy.value,
+                max_length=max_length,
+                pad_to_multiple_of=pad_to_multiple_of,
+                padding_side=padding_side,
+                return_attention_mask=return_attention_mask,
+            )
+        elif return_attention_mask:
+            outputs["attention_mask"] = [[1] * len(ids) for ids in outputs["input_ids"]]
+        lengths = [len(ids) for ids in outputs["input_ids"]]
         if "length" in outputs and not is_batch:
-            outputs["length"] = [len(ids) for ids in outputs["input_ids"]]
+            outputs["length"] = lengths
         if not is_batch and not with_windows and return_tensors is None:
             outputs = {name: values[0] for name, values in outputs.items()}
-        return BatchEncoding(outputs, tensor_type=return_tensors)
+        encodings = Encodings(self, rows, lengths, add_special_tokens, padding_side or self.padding_side)
+        return BatchEncoding(outputs, encodings, return_tensors, n_sequences=len(examples[0]) if examples else None)
 
     def _as_list(self, sequence, is_split_into_words: bool) -> list[str] | list[int]:
         """A sequence as a list of words (a text is one word), or as a list of ids."""
@@ -635,27 +583,21 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         raise ValueError(f"text and text_pair must be strings, or lists of strings or of ids, not {sequence!r}")
 
     def _encode_sequences(
-        self, sequences: list[list], split_special_tokens: bool | None, with_spans: bool
-    ) -> Iterator[tuple[list[int], list[tuple[int, int]]]]:
-        """The ids of each sequence and, if `with_spans`, the spans of its tokens, each relative to its word."""
-        words = [item for sequence in sequences for item in sequence if isinstance(item, str)]
-        tokenized = iter(self._tokenize_texts(words, split_special_tokens, with_spans))
+        self, sequences: list[list], split_special_tokens: bool | None, is_split_into_words: bool
+    ) -> Iterator[EncodedSequence]:
+        texts = [item for sequence in sequences for item in sequence if isinstance(item, str)]
+        tokenized = iter(self._tokenize_texts(texts, split_special_tokens))
         for sequence in sequences:
             if sequence and isinstance(sequence[0], int):
-                if with_spans:
-                    raise ValueError(f"return_offsets_mapping=True needs text, not the ids {sequence}")
-                yield sequence, []
+                yield EncodedSequence(sequence, None, is_split_into_words, self.sp_model)
                 continue
-            tokens, spans = [], []
-            for word_tokens, word_spans in itertools.islice(tokenized, len(sequence)):
-                tokens += word_tokens
-                spans += word_spans
-            yield self.convert_tokens_to_ids(tokens), spans
+            all_parts = list(itertools.islice(tokenized, len(sequence)))
+            ids = self.convert_tokens_to_ids([token for parts in all_parts for part in parts for token in part.tokens])
+            yield EncodedSequence(ids, all_parts, is_split_into_words, self.sp_model)
 
     def _prepare_example(
         self,
-        ids: tuple[list[int], ...],
-        spans: tuple[list, ...] | None,
+        sequences: tuple[EncodedSequence, ...],
         truncation_strategy: TruncationStrategy = TruncationStrategy.DO_NOT_TRUNCATE,
         max_length: int | None = None,
         stride: int = 0,
@@ -663,9 +605,10 @@ class ErnieMTokenizer(PreTrainedTokenizer):
         return_overflowing_tokens: bool = False,
         with_windows: bool = False,
         verbose: bool = True,
-        **fields,
-    ) -> Iterator[dict]:
+        **kwargs,
+    ) -> Iterator[tuple[Row, dict[str, Any]]]:
         """The rows of an example of one or two sequences, not padded: one row, or one for each window."""
+        ids = [sequence.ids for sequence in sequences]
         is_pair = len(ids) == 2
         if return_overflowing_tokens and is_pair and truncation_strategy == TruncationStrategy.LONGEST_FIRST:
             raise ValueError(
@@ -681,43 +624,45 @@ class ErnieMTokenizer(PreTrainedTokenizer):
             parts = [truncation.windows(*each, stride, side) for each in zip(lengths, sizes, strict=True)]
         else:
             parts = [[truncation.kept(*each, side)] for each in zip(lengths, sizes, strict=True)]
-        for window in itertools.product(*parts):
-            row = self._make_row(_cut(ids, window), spans and _cut(spans, window), add_special_tokens, **fields)
-            self._eventual_warn_about_too_long_sequence(row["input_ids"], max_length, verbose)
+        for windows in itertools.product(*parts):
+            row = Row(sequences, windows)
+            fields = self.arrange(row, add_special_tokens, **kwargs)
+            self._eventual_warn_about_too_long_sequence(fields["input_ids"], max_length, verbose)
             if return_overflowing_tokens and not with_windows:
-                row["overflowing_tokens"] = truncation.overflow(ids, sizes, stride, side)
-                row["num_truncated_tokens"] = excess
-            yield row
+                fields["overflowing_tokens"] = truncation.overflow(ids, sizes, stride, side)
+                fields["num_truncated_tokens"] = excess
+            yield row, fields
 
-    def _make_row(
+    def arrange(
         self,
-        ids: list[list[int]],
-        spans: list[list] | None,
+        row: Row,
         add_special_tokens: bool,
         return_token_type_ids: bool | None = None,
         return_special_tokens_mask: bool = False,
+        return_offsets_mapping: bool = False,
         return_length: bool = False,
         **kwargs,
     ) -> dict[str, Any]:
-        """The fields of one or two sequences of ids and, if given, their spans."""
+        """The fields of a row, not padded."""
+        ids = [sequence.ids[window] for sequence, window in zip(row.sequences, row.windows, strict=True)]
         if add_special_tokens:
-            row = {"input_ids": self.build_inputs_with_special_tokens(*ids)}
+            fields = {"input_ids": self.build_inputs_with_special_tokens(*ids)}
         else:
-            row = {"input_ids": list(itertools.chain(*ids))}
+            fields = {"input_ids": list(itertools.chain(*ids))}
         if return_token_type_ids or (return_token_type_ids is None and "token_type_ids" in self.model_input_names):
             if add_special_tokens:
-                row["token_type_ids"] = self.create_token_type_ids_from_sequences(*ids)
+                fields["token_type_ids"] = self.create_token_type_ids_from_sequences(*ids)
             else:
-                row["token_type_ids"] = [number for number, sequence in enumerate(ids) for _ in sequence]
+                fields["token_type_ids"] = [number for number, sequence in enumerate(ids) for _ in sequence]
         if return_special_tokens_mask:
-            special = self.get_special_tokens_mask(*ids) if add_special_tokens else [0] * len(row["input_ids"])
-            row["special_tokens_mask"] = special
-        if spans is not None:
-            arrange = self.build_offset_mapping_with_special_tokens
-            row["offset_mapping"] = arrange(*spans) if add_special_tokens else list(itertools.chain(*spans))
+            special = self.get_special_tokens_mask(*ids) if add_special_tokens else [0] * len(fields["input_ids"])
+            fields["special_tokens_mask"] = special
+        if return_offsets_mapping:
+            spans, join = row.cut("spans"), self.build_offset_mapping_with_special_tokens
+            fields["offset_mapping"] = join(*spans) if add_special_tokens else list(itertools.chain(*spans))
         if return_length:
-            row["length"] = len(row["input_ids"])
-        return row
+            fields["length"] = len(fields["input_ids"])
+        return fields
 
     def _pad(
         self,
@@ -768,10 +713,6 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def is_whitespace(self, char: str) -> bool:
         """Whether `char` is a space, a tab, a line's end or another space separator of Unicode."""
         return char in (" ", "\t", "\n", "\r") or (len(char) == 1 and unicodedata.category(char) == "Zs")
-
-
-def _cut(sequences: Sequence[list], window: tuple[slice, ...]) -> list[list]:
-    return [sequence[part] for sequence, part in zip(sequences, window, strict=True)]
 
 
 def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[bool, list[tuple]]:

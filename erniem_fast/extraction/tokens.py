@@ -6,6 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 
+from ..pretokenization import SPACE
 from .windows import sentence_ends
 
 # A long text is tokenized so many characters at a time, because a tokenizer's results take 180 bytes a character, and
@@ -46,7 +47,8 @@ def tokenize(tokenizer, texts: Sequence[str]) -> list[Tokens]:
 
     Tokens for spaces alone are left out, as in PaddleNLP, with whose tokens UIE-M was trained.
     """
-    tokens = [Tokens(text) for text in texts]
+    tokens, space = [Tokens(text) for text in texts], tokenizer.convert_tokens_to_ids(SPACE)
+    left_out = {space} - {tokenizer.unk_token_id}  # not unknown tokens, where a space is one
     # Baidu's way gives an ideograph at the start of a text a token of its own for the space before it.
     stretches = _whole if getattr(tokenizer, "pretokenization", None) == "original" else _stretches
     for group in _groups((each, start, stop) for each in tokens for start, stop in stretches(each.text)):
@@ -59,7 +61,7 @@ def tokenize(tokenizer, texts: Sequence[str]) -> list[Tokens]:
         )
         for (each, shift, _), ids, spans in zip(group, encoded["input_ids"], encoded["offset_mapping"], strict=True):
             for token, (start, end) in zip(ids, spans, strict=True):
-                if not each.text[shift + start : shift + end].isspace():
+                if token not in left_out:
                     each.ids.append(token)
                     each.starts.append(shift + start)
                     each.ends.append(shift + end)

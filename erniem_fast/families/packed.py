@@ -136,6 +136,8 @@ class PackedModel(InferenceModel):
         }
         first_only = arguments.pop(FIRST_ONLY, False)
         named = ("input_ids", "token_type_ids", "position_ids", "inputs_embeds")
+        if isinstance(attention_mask, list):  # stock forwards take masks that are no tensors
+            check_tensors(attention_mask=attention_mask)
         check_tensors(**{name: arguments[name] for name in named}, cu_seq_lens_q=arguments.get("cu_seq_lens_q"))
         reason = fallback.reason(self, arguments)
         if reason is not None:

@@ -54,7 +54,10 @@ class Stub(nn.Module):
 class Letters:
     """A tokenizer whose tokens are characters, all known, so that a test can tell where they stand."""
 
-    cls_token_id, pad_token_id, sep_token_id = 0, 1, 2
+    cls_token_id, pad_token_id, sep_token_id, unk_token_id = 0, 1, 2, None
+
+    def convert_tokens_to_ids(self, token):
+        return ord(token) + 3
 
     def __call__(self, texts, **options):
         if isinstance(texts, str):

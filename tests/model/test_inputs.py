@@ -374,6 +374,12 @@ BAD_HEAD_INPUTS = {
         {"input_ids": IDS},
         r"\(rows, choices, columns\).*\(3, 8\)",
     ),
+    "choices in a batch": (
+        "ErnieMForMultipleChoice",
+        {"input_ids": BatchEncoding({})},
+        r"BatchEncoding; call model\(\*\*",
+    ),
+    "choices in a list": ("ErnieMForMultipleChoice", {"input_ids": [[[0, 5, 2]]]}, "input_ids is a list, but must be"),
     "choices of nothing": ("ErnieMForMultipleChoice", {}, r"\(rows, choices, columns\).*nothing"),
     "choices with a plain mask": (
         "ErnieMForMultipleChoice",

@@ -80,3 +80,16 @@ def test_labels_of_the_wrong_shape_are_refused_and_leave_no_guess_behind():
             model(**BATCH, labels=labels)
         assert model.config.problem_type is None
     assert_close(model(**BATCH, labels=right).loss, nn.functional.cross_entropy(model(**BATCH).logits, right))
+
+
+@pytest.mark.parametrize("head", HEADS_AND_LABELS)
+def test_labels_that_are_no_tensors_or_too_many_are_refused_by_name(head):
+    model_class, config, labels = HEADS_AND_LABELS[head]
+    model = load(model_class, **config)
+    name, given = next(iter(labels.items()))
+    for wrong, message in (
+        (given.tolist(), "is a list, but must be a tensor"),
+        (torch.cat([given, given]), r"has (dtype .* and )?shape"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} {message}"):
+            model(**batch_for(model), **labels | {name: wrong})

@@ -90,14 +90,13 @@ def test_added_tokens_from_the_tokenizer_to_the_model(tmp_path):
 
 
 def test_spans_in_a_pipeline(tokenizer):
-    """Given along with a text, since the pipeline asks no tokenizer in Python for them."""
     model = load(ErnieMForTokenClassification, num_labels=3)
     options = {"ignore_labels": [], "aggregation_strategy": "simple"}
     tag = pipeline("token-classification", model=model, tokenizer=tokenizer, device="cpu", **options)
     for text in TEXTS:
         spans = tokenizer(text, return_offsets_mapping=True)["offset_mapping"]
         labels = model(**tokenizer(text, return_tensors="pt")).logits[0, 1:-1].argmax(-1).tolist()
-        found = tag(text, offset_mapping=[spans])
+        found = tag(text)
         groups = [place for place in range(len(labels)) if place == 0 or labels[place] != labels[place - 1]]
         for group, start, end in zip(found, groups, [*groups[1:], len(labels)], strict=True):
             assert group["entity_group"] == f"LABEL_{labels[start]}"

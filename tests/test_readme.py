@@ -152,7 +152,8 @@ def test_links_lead_somewhere(name):
 
 @pytest.mark.parametrize("name", DOCUMENTS)
 def test_paths_exist(name):
-    named = set(paths(DOCUMENTS[name])) - {*NEW_FILES}
+    named = {path for path in paths(DOCUMENTS[name]) if not path.startswith("build/")}  # which commands make
+    named -= {*NEW_FILES}
     assert len(named) >= 4 or name != "CONTRIBUTING.md"
     assert [path for path in sorted(named) if not exists(path)] == []
 

@@ -6,7 +6,7 @@ import statistics
 from matplotlib.figure import Figure
 
 from bench.model.figures import PretrainingFigures, PretrainingRun
-from bench.report.parts import colours_of, table
+from bench.report.parts import colours_of, machine, table
 
 
 def markdown(run: PretrainingRun) -> str:
@@ -29,8 +29,9 @@ def markdown(run: PretrainingRun) -> str:
         [
             "# Pre-training: objectives beside each other",
             "",
-            f"{run.settings.model}: {run.tokens:,} tokens a run, on {run.machine.slug}, {run.date}.",
-            f"Means over seeds, the least and the greatest. Guesses find {100 * run.chance:.1f} % of the translations.",
+            f"{_what(run)}, on {machine(run)}, {run.date}.",
+            f"Means over seeds, the least and the greatest. Guesses find {100 * run.chance:.1f} % of the translations;",
+            f"models before their first step {100 * untrained(run):.1f} %, by the pieces that translations share.",
             "",
             table(["recipe", "seeds", "masked-LM loss", "translations found", "a run took"], rows),
             "",
@@ -40,6 +41,16 @@ def markdown(run: PretrainingRun) -> str:
             "",
         ]
     )
+
+
+def _what(run: PretrainingRun) -> str:
+    layers, _, hidden = run.settings.model.partition("-")[0].partition("x")
+    return f"Models of {layers} layers and {hidden} features, from scratch, {run.tokens:,} tokens each"
+
+
+def untrained(run: PretrainingRun) -> float:
+    """The mean accuracy of models before their first step."""
+    return statistics.mean(each.curve[0].accuracy for each in run.runs)
 
 
 def by_recipe(run: PretrainingRun) -> dict[str, list[PretrainingFigures]]:
@@ -56,6 +67,7 @@ def _spread(values: list[float], form: str) -> str:
 def plot(run: PretrainingRun, path: pathlib.Path) -> None:
     """Write the PNG `path`: accuracy and loss by tokens, a line for each run, and the accuracy by language."""
     figure = Figure(figsize=(15, 9), dpi=110, layout="constrained")
+    figure.suptitle(_what(run), fontsize=14, fontweight="bold")
     upper, lower = figure.subfigures(2, 1)
     accuracy, loss = upper.subplots(1, 2)
     recipes = by_recipe(run)
@@ -66,9 +78,14 @@ def plot(run: PretrainingRun, path: pathlib.Path) -> None:
             style = {"color": colours[name], "label": None if index else name, "alpha": 0.8}
             accuracy.plot(tokens, [100 * point.accuracy for point in each.curve], **style)
             loss.plot(tokens, [point.loss for point in each.curve], **style)
-    accuracy.axhline(100 * run.chance, color="gray", linestyle="--", linewidth=1)
-    accuracy.set(xlabel="tokens", ylabel="held-out translations found, %")
+    accuracy.axhline(100 * run.chance, color="gray", linestyle="--", linewidth=1, label="guesses")
+    accuracy.set(xlabel="tokens", ylabel="held-out translations found, %", ylim=(0, None))
+    accuracy.set_title("Higher is better; each line is a seed", fontsize=11)
     loss.set(xlabel="tokens", ylabel="masked-LM loss on held-out sentences")
+    loss.set_title("Lower is better", fontsize=11)
+    for axis in (accuracy, loss):
+        axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.spines[["top", "right"]].set_visible(False)
     accuracy.legend(frameon=False)
     _plot_languages(lower.subplots(), recipes, colours)
     figure.savefig(path)
@@ -84,6 +101,8 @@ def _plot_languages(axis, recipes, colours):
         axis.bar(places, [100 * found[language] for language in languages], width, color=colours[name])
     axis.set_xticks(range(len(languages)), languages)
     axis.set(ylabel="translations found, %", xlim=(-0.6, len(languages) - 0.4))
+    axis.set_title("At the end, by language, the mean of all seeds", fontsize=11)
+    axis.spines[["top", "right"]].set_visible(False)
 
 
 def _mean_by_language(runs):

@@ -48,6 +48,7 @@ _LEAST_GAIN = 0.05
 # cores, which once chose the wrong library for good, they were several times apart.
 _STEADY = 1.5
 _MOST_ROUNDS = 4  # of each half
+_DISTURBED = " (other work disturbed it; `python -m erniem_fast build` measures again)"
 
 Seconds = dict[str, float]  # by library
 Products = dict[tuple[str, tuple[int, int]], float]  # seconds by library and shape
@@ -107,11 +108,15 @@ def _by_range(kind: str) -> list[Seconds]:
 
 
 def measure_all(report: Callable[[str], None] = lambda line: None) -> None:
-    """Measures what was not measured yet, in a few seconds.
+    """Measures what was not measured yet, or was disturbed by other work, in a few seconds.
 
     Args:
         report: takes a line before each kind of product that is measured.
     """
+    with _lock:
+        known = _known.setdefault(_situation(), _kept())
+        for label in _disturbed():
+            known.pop(label, None)
     for kind in _measured():
         if not all(_label(kind, limit) in _found() for limit in RANGES):
             report(f"timing products: {kind}")
@@ -120,9 +125,9 @@ def measure_all(report: Callable[[str], None] = lambda line: None) -> None:
 
 def report() -> list[str]:
     """A line for each kind and range of tokens: the choice, and the milliseconds of all libraries."""
-    known = _found()
+    known, disturbed = _found(), _disturbed()
     return [
-        f"{label:18} {_described(known.get(label))}"
+        f"{label:18} {_described(known.get(label))}" + (_DISTURBED if label in disturbed else "")
         for label in (_label(k, limit) for k in _measured() for limit in RANGES)
     ]
 
@@ -149,7 +154,7 @@ def _label(kind: str, limit: float) -> str:
 def _seconds(kind: str, limit: float) -> Seconds:
     """The times of all libraries: those of this process, else those in the cache, else measured now.
 
-    Those of a disturbed measurement serve this process only; the next one measures again.
+    Those of a disturbed measurement are kept too: else each process would choose anew, and get other bits.
     """
     situation, label = _situation(), _label(kind, limit)
     with _lock:
@@ -158,8 +163,7 @@ def _seconds(kind: str, limit: float) -> Seconds:
         known = _known[situation]
         if label not in known:
             known[label], steady = _measure(kind, RANGES[limit])
-            if steady:
-                _keep({label: known[label]})
+            _keep(label, known[label], steady)
         return known[label]
 
 
@@ -282,13 +286,29 @@ def _file() -> Path:
 
 
 def _kept() -> dict[str, Seconds]:
-    """The times in the cache; without those that are damaged, or for another machine."""
+    """The times in the cache; without those that are damaged."""
+    try:
+        found = _content()["seconds"].items()
+        return {label: seconds for label, seconds in found if _is_complete(label, seconds)}
+    except (KeyError, TypeError, AttributeError):
+        return {}
+
+
+def _disturbed() -> set[str]:
+    """The labels of times in the cache whose measurement was disturbed."""
+    try:
+        return set(_content()["disturbed"])
+    except (KeyError, TypeError):
+        return set()
+
+
+def _content() -> dict[str, object]:
+    """What the cache holds, if it is for this machine."""
     try:
         path = library.trusted(_file())
         content = json.loads(path.read_text()) if path is not None else {}
-        found = content["seconds"].items() if content["machine"] == _machine() else ()
-        return {label: seconds for label, seconds in found if _is_complete(label, seconds)}
-    except (BuildError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return content if content["machine"] == _machine() else {}
+    except (BuildError, OSError, ValueError, KeyError, TypeError):
         return {}
 
 
@@ -298,13 +318,15 @@ def _is_complete(label: str, seconds: object) -> bool:
     return tuple(seconds) == names and all(isinstance(each, float) and 0 < each < inf for each in seconds.values())
 
 
-def _keep(known: dict[str, Seconds]) -> None:
-    """Writes the times into the cache, if it can be written: without it, each process measures for itself."""
+def _keep(label: str, seconds: Seconds, steady: bool) -> None:
+    """Writes times into the cache, if it can be written: without it, each process measures for itself."""
     with suppress(BuildError, OSError):
         path = _file()
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         library.check_trust(path.parent)
-        content = json.dumps({"machine": _machine(), "seconds": {**_kept(), **known}}, indent=1)
+        disturbed = sorted(_disturbed() - {label} | ({label} if not steady else set()))
+        found = {"machine": _machine(), "seconds": {**_kept(), label: seconds}, "disturbed": disturbed}
+        content = json.dumps(found, indent=1)
         with tempfile.TemporaryDirectory(dir=path.parent) as folder:
             file = Path(folder, path.name)
             file.touch(mode=0o644)

@@ -14,6 +14,7 @@ import torch
 from bench import ROOT, __main__
 from bench.gpu import environment, steps, verify_in_parallel
 from bench.gpu.steps import Step
+from erniem_fast.verification.battery import Outcome
 
 
 def python(name, code, **options):
@@ -103,7 +104,7 @@ def test_a_part_that_is_not_there_is_refused_by_name(capsys):
 
 def test_every_check_is_in_one_share_and_failures_are_told(monkeypatch, capsys):
     monkeypatch.setattr(verify_in_parallel, "battery", lambda device: range(7))
-    monkeypatch.setattr(verify_in_parallel, "outcome", lambda check: (f"check {check}", check % 3 != 0))
+    monkeypatch.setattr(verify_in_parallel, "outcome", lambda check: Outcome(f"check {check}", 2 * (check % 3 == 0)))
     shares = [verify_in_parallel.run_share("cpu", index, 3) for index in range(3)]
     assert shares == [(3, 3), (2, 0), (2, 0)]
     assert capsys.readouterr().out.split("\n") == ["check 0", "check 3", "check 6", ""]

@@ -89,9 +89,15 @@ def test_token_classification_pipeline(batch_size, tokenizer):
     model = load(AutoModelForTokenClassification, num_labels=5)
     tag = pipeline("token-classification", model=model, tokenizer=tokenizer, device="cpu", ignore_labels=[])
     for text, result in zip(TEXTS, tag(TEXTS, batch_size=batch_size), strict=True):
-        encoded = tokenizer(text, return_tensors="pt")
-        scores, labels = model(**encoded).logits.softmax(-1)[0, 1:-1].max(-1)  # without [CLS] and [SEP]
-        assert [each["word"] for each in result] == tokenizer.convert_ids_to_tokens(encoded["input_ids"][0, 1:-1])
+        encoded = tokenizer(text, return_offsets_mapping=True, return_tensors="pt")
+        offsets = encoded.pop("offset_mapping")[0, 1:-1].tolist()  # without [CLS] and [SEP]
+        scores, labels = model(**encoded).logits.softmax(-1)[0, 1:-1].max(-1)
+        tokens = tokenizer.convert_ids_to_tokens(encoded["input_ids"][0, 1:-1])
+        words = [
+            text[start:end] if token == tokenizer.unk_token else token
+            for token, (start, end) in zip(tokens, offsets, strict=True)
+        ]
+        assert [each["word"] for each in result] == words
         assert [each["entity"] for each in result] == [f"LABEL_{label}" for label in labels]
         assert_close(torch.tensor([float(each["score"]) for each in result]), scores)
 

@@ -393,11 +393,23 @@ def test_a_disturbed_measurement_goes_on(clock):
 
 
 @needs_onednn
-def test_a_measurement_that_stays_disturbed_serves_its_process_alone(clock, cache, monkeypatch):
+def test_a_measurement_that_stays_disturbed_is_kept_until_build_measures_again(clock, cache, monkeypatch):
     monkeypatch.setattr(fastest, "_agree", lambda *halves: False)
     fastest.fastest("grad_x", 9)
-    assert fastest._known[fastest._situation()].keys() == {"grad_x 4-16"}
-    assert not cache().exists()
+    assert json.loads(cache().read_text())["disturbed"] == ["grad_x 4-16"]
+    fastest._known.clear()  # as in another process
+    (line,) = (line for line in fastest.report() if line.startswith("grad_x 4-16"))
+    assert line.endswith("(other work disturbed it; `python -m erniem_fast build` measures again)")
+    clock[:] = [99.0]
+    fastest.fastest("grad_x", 9)
+    assert clock == [99.0]  # not measured
+
+    monkeypatch.setattr(fastest, "_agree", lambda *halves: True)
+    monkeypatch.setattr(fastest, "_measured", lambda: ["grad_x"])
+    fastest.measure_all()
+    assert not clock
+    assert json.loads(cache().read_text())["disturbed"] == []
+    assert not any("disturbed" in line for line in fastest.report())
 
 
 def test_halves_that_agree():

@@ -69,25 +69,26 @@ def check_quick_start() -> None:
         shutil.copytree(ROOT / "tests/golden/tiny", golden / "tiny")
         shutil.copytree(ROOT / "bench/data", pathlib.Path(folder, "bench/data"))
         pathlib.Path(folder, "home").mkdir()
-        for command in (["-m", "erniem_fast", "build"], ["-c", "\n".join([LOCKED, *blocks])]):
-            locked = locked_up([sys.executable, *command], home=f"{folder}/home")
-            subprocess.run(locked, check=True, cwd=folder, env={"PATH": f"{folder}/nothing", "HOME": f"{folder}/home"})
-    print("the README's quick start runs without a compiler, a network, or a home to write to")
+        prefix = lock(f"{folder}/home")
+        locked = [LOCKED] if prefix else []
+        for command in (["-m", "erniem_fast", "build"], ["-c", "\n".join([*locked, *blocks])]):
+            environment = {"PATH": f"{folder}/nothing", "HOME": f"{folder}/home"}
+            subprocess.run([*prefix, sys.executable, *command], check=True, cwd=folder, env=environment)
+    print("the README's quick start runs without a compiler" + ", a network, or a home to write to" * bool(prefix))
 
 
-def locked_up(command: list[str], home: str) -> list[str]:
-    """The command in namespaces of its own, where there is no network and `home` is mounted read-only, for root too.
-
-    Raises:
-        SystemExit: this machine cannot make such namespaces.
+def lock(home: str) -> list[str]:
+    """What runs a command in namespaces of its own, where there is no network and `home` is mounted read-only, for root
+    too. Empty where they cannot be made.
     """
     programs = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in ("unshare", "mount")}
     namespaces = [programs["unshare"] or "unshare", "--map-root-user", "--mount", "--net"]
     if not all(programs.values()) or subprocess.run([*namespaces, shutil.which("true")], check=False).returncode:
-        raise SystemExit("this check needs Linux's namespaces: install util-linux, and allow users to make namespaces")
+        print("NOT CHECKED: no network, and a home that cannot be written to. This needs util-linux, and namespaces.")
+        return []
     mount = programs["mount"]
     script = f'{mount} --bind "$0" "$0" && {mount} -o remount,bind,ro "$0" && exec "$@"'
-    return [*namespaces, "/bin/sh", "-c", script, home, *command]
+    return [*namespaces, "/bin/sh", "-c", script, home]
 
 
 if __name__ == "__main__":

@@ -349,13 +349,15 @@ class _SpanHead(_ErnieMHead):
         model, info = super().from_pretrained(*model_args, output_loading_info=True, **kwargs)
         own = dict(model.named_parameters())
         drawn = [name for name in own if name in info["missing_keys"] and not name.startswith("ernie_m.")]
-        # Biases begin as zeros, which a trained one may be too.
-        model._drawn = {name: own[name].detach().clone() for name in drawn if own[name].any()}
+        # Biases begin as zeros, which a trained one may be too. Offloaded weights cannot be compared.
+        model._drawn = {
+            name: own[name].detach().clone() for name in drawn if modes.has_values(own[name]) and own[name].any()
+        }
         return (model, info) if output_loading_info else model
 
     def untrained_weights(self) -> list[str]:
         """The names of the head's weights that are still as `from_pretrained` drew them."""
-        own = dict(self.named_parameters())
+        own = {name: weight for name, weight in self.named_parameters() if modes.has_values(weight)}
         return [
             name for name, drawn in self._drawn.items() if name in own and torch.equal(own[name], drawn.to(own[name]))
         ]

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import sentencepiece
+from tokenizers.normalizers import Lowercase, Normalizer
+from tokenizers.normalizers import Sequence as NormalizerSequence
 from transformers import BatchEncoding, PreTrainedTokenizer
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.tokenization_python import Trie
@@ -173,6 +175,11 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def is_fast(self) -> bool:
         """Whether calls return offsets and words, for which pipelines and others ask this."""
         return True
+
+    @property
+    def backend_tokenizer(self) -> "_Backend":
+        """Holds a `normalizer`, by which sentence-transformers lower-cases."""
+        return _Backend(self)
 
     # ---- Vocabulary
 
@@ -713,6 +720,27 @@ class ErnieMTokenizer(PreTrainedTokenizer):
     def is_whitespace(self, char: str) -> bool:
         """Whether `char` is a space, a tab, a line's end or another space separator of Unicode."""
         return char in (" ", "\t", "\n", "\r") or (len(char) == 1 and unicodedata.category(char) == "Zs")
+
+
+class _Backend:
+    """The one attribute of a fast tokenizer's backend that has a meaning here: a normalizer that may lower-case."""
+
+    def __init__(self, tokenizer: ErnieMTokenizer):
+        self._tokenizer = tokenizer
+
+    @property
+    def normalizer(self) -> Lowercase | None:
+        return Lowercase() if self._tokenizer.do_lower_case else None
+
+    @normalizer.setter
+    def normalizer(self, normalizer: Normalizer | None):
+        parts = list(normalizer) if isinstance(normalizer, NormalizerSequence) else [normalizer]
+        if not all(isinstance(part, Lowercase | None) for part in parts):
+            raise ValueError(
+                f"backend_tokenizer.normalizer={normalizer!r}: SentencePiece normalizes the text of an "
+                f"ErnieMTokenizer. Only Lowercase can be added, as by do_lower_case=True"
+            )
+        self._tokenizer.do_lower_case = any(part is not None for part in parts)
 
 
 def _as_batch(text, text_pair, is_split_into_words: bool) -> tuple[bool, list[tuple]]:

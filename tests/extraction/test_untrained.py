@@ -42,3 +42,12 @@ def test_a_head_is_told_until_it_is_trained(tmp_path, kind, names, remedy):
         warnings.simplefilter("error")
         for each in (model, loaded, kind(model.config)):
             use(each)
+
+
+@pytest.mark.parametrize("kind", [ErnieMForInformationExtraction, ErnieMForQuestionAnswering])
+def test_a_model_without_values_tells_nothing(kind):
+    """As where accelerate has offloaded its weights."""
+    assert kind.from_pretrained(TINY, device_map="meta").untrained_weights() == []
+    model = kind.from_pretrained(TINY)
+    assert model.untrained_weights()
+    assert model.to("meta").untrained_weights() == []

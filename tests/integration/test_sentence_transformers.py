@@ -72,6 +72,18 @@ def test_a_checkpoint_without_modules_gets_the_mean(vectors):
     assert_close(encode(loaded, ALL), vectors)
 
 
+def test_lower_case(encoder, tmp_path):
+    """sentence-transformers asks for it through the normalizer of a fast tokenizer."""
+    words = modules.Transformer(str(cases.TINY), do_lower_case=True)
+    lower = sentence_transformers.SentenceTransformer(
+        modules=[words, modules.Pooling(cases.HIDDEN, "mean")], device="cpu"
+    )
+    lower.save(str(tmp_path))
+    expected = encode(encoder, [text.lower() for text in TEXTS])
+    for each in (lower, sentence_transformers.SentenceTransformer(str(tmp_path), device="cpu")):
+        assert_close(encode(each, TEXTS), expected)
+
+
 def test_several_processes(encoder, vectors):
     """They get the modules pickled, and with them import erniem_fast."""
     assert_close(encode(encoder, ALL, device=["cpu"] * 2, batch_size=4, chunk_size=5), vectors)

@@ -54,7 +54,7 @@ def poisoned():
 
 
 def build_cuda_on_host(path: Path) -> None:
-    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-pthread", "-w", f"-I{CUDA_ON_HOST}"]
+    flags = ["-std=c++20", "-O2", "-shared", "-fPIC", "-w", f"-I{CUDA_ON_HOST}"]
     compile_libraries({path: compiler.Recipe(compiler.cpp(), flags, [CUDA_ON_HOST / "embeddings.cpp"])})
 
 

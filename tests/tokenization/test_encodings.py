@@ -9,6 +9,7 @@ import unicodedata
 
 import pytest
 import tokenizers
+from tokenizers import normalizers
 from transformers import AutoTokenizer, BatchEncoding
 
 from erniem_fast import ErnieMTokenizer
@@ -251,3 +252,17 @@ def test_sampled_tokens_are_those_of_the_call():
         encoding = tokenizer("password confirmation")
         assert encoding[0].ids == encoding["input_ids"]
         assert encoding.word_to_chars(1) == (9, 21)
+
+
+def test_lower_case_by_a_normalizer():
+    tokenizer = ErnieMTokenizer(MODEL_FILE, VOCAB_FILE)
+    assert tokenizer.backend_tokenizer.normalizer is None
+    for normalizer in (normalizers.Lowercase(), normalizers.Sequence([normalizers.Lowercase()])):
+        tokenizer.backend_tokenizer.normalizer = normalizer
+        assert isinstance(tokenizer.backend_tokenizer.normalizer, normalizers.Lowercase)
+        assert tokenizer.tokenize("SAVE") == tokenizer.tokenize("save")
+        tokenizer.backend_tokenizer.normalizer = None
+        assert tokenizer.tokenize("SAVE") != tokenizer.tokenize("save")
+    with pytest.raises(ValueError, match=r"normalizer=.*: SentencePiece normalizes .* Only Lowercase can be added"):
+        tokenizer.backend_tokenizer.normalizer = normalizers.Sequence([normalizers.NFC(), normalizers.Lowercase()])
+    assert not tokenizer.do_lower_case

@@ -1,11 +1,12 @@
-// Just enough of CUDA to run warp-wide kernels on a CPU: the lanes of a warp are 32 threads that meet where they
-// exchange values. Warps run one after another, which is right for kernels that have no other barrier.
+// Just enough of CUDA to run warp-wide kernels on a CPU: the lanes of a warp are 32 contexts of one thread, which take
+// turns where they exchange values. (32 threads at a barrier may take minutes while other processes use the cores.)
+// Warps run one after another, which is right for kernels that have no other barrier.
 #pragma once
 
-#include <barrier>
+#include <ucontext.h>
+
 #include <cstddef>
-#include <thread>
-#include <vector>
+#include <memory>
 
 #define __global__
 #define __device__
@@ -33,11 +34,12 @@ struct cudaLaunchConfig_t {
 
 constexpr int LANES = 32;
 constexpr size_t SHARED_BYTES = 227 * 1024;  // of a block of an H100
+constexpr size_t STACK_BYTES = 128 * 1024;   // of a lane
 
-inline thread_local dim3 threadIdx, blockIdx;
-inline dim3 blockDim, gridDim;
+inline dim3 threadIdx, blockIdx, blockDim, gridDim;
 inline float exchanged[LANES];
-inline std::barrier<> meeting(LANES);
+inline ucontext_t launcher, contexts[LANES];
+inline const void* launched;  // the Launch that runs
 
 inline const char* cudaGetErrorString(cudaError_t) { return "too much shared memory"; }
 inline cudaError_t cudaGetLastError() { return cudaSuccess; }
@@ -47,27 +49,61 @@ cudaError_t cudaFuncSetAttribute(Kernel, cudaFuncAttribute, int bytes) {
   return size_t(bytes) > SHARED_BYTES ? cudaErrorInvalidValue : cudaSuccess;
 }
 
+// Returns when every other lane of the warp has come here too.
+inline void meet() {
+  const dim3 thread = threadIdx, block = blockIdx;
+  swapcontext(&contexts[thread.x % LANES], &launcher);
+  threadIdx = thread, blockIdx = block;
+}
+
 inline float __shfl_xor_sync(unsigned, float value, int mask) {
   const int lane = threadIdx.x % LANES;
   exchanged[lane] = value;
-  meeting.arrive_and_wait();
+  meet();
   const float other = exchanged[lane ^ mask];
-  meeting.arrive_and_wait();
+  meet();
   return other;
+}
+
+template <typename Op>
+struct Launch {
+  void (*kernel)(Op);
+  const Op& op;
+  mutable bool is_running[LANES];
+};
+
+template <typename Op>
+void run_lane(int lane) {
+  const auto& launch = *static_cast<const Launch<Op>*>(launched);
+  for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
+    for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
+      for (threadIdx.x = lane; threadIdx.x < blockDim.x; threadIdx.x += LANES) launch.kernel(launch.op);
+    }
+  }
+  launch.is_running[lane] = false;
 }
 
 template <typename Op>
 cudaError_t cudaLaunchKernelEx(const cudaLaunchConfig_t* config, void (*kernel)(Op), const Op& op) {
   gridDim = config->gridDim, blockDim = config->blockDim;
-  const auto run_lane = [&](unsigned lane) {
-    for (blockIdx.y = 0; blockIdx.y < gridDim.y; ++blockIdx.y) {
-      for (blockIdx.x = 0; blockIdx.x < gridDim.x; ++blockIdx.x) {
-        for (threadIdx.x = lane; threadIdx.x < blockDim.x; threadIdx.x += LANES) kernel(op);
-      }
+  const Launch<Op> launch = {kernel, op, {}};
+  launched = &launch;
+  const auto stacks = std::make_unique_for_overwrite<char[]>(LANES * STACK_BYTES);
+  for (int lane = 0; lane < LANES; ++lane) {
+    ucontext_t& context = contexts[lane];
+    getcontext(&context);
+    context.uc_stack.ss_sp = &stacks[lane * STACK_BYTES];
+    context.uc_stack.ss_size = STACK_BYTES;
+    context.uc_link = &launcher;
+    makecontext(&context, reinterpret_cast<void (*)()>(&run_lane<Op>), 1, lane);
+    launch.is_running[lane] = true;
+  }
+  for (bool is_running = true; is_running;) {
+    is_running = false;
+    for (int lane = 0; lane < LANES; ++lane) {
+      if (launch.is_running[lane]) swapcontext(&launcher, &contexts[lane]);
+      is_running |= launch.is_running[lane];
     }
-  };
-  std::vector<std::thread> threads;
-  for (unsigned lane = 0; lane < LANES; ++lane) threads.emplace_back(run_lane, lane);
-  for (std::thread& each : threads) each.join();
+  }
   return cudaSuccess;
 }

@@ -34,7 +34,7 @@ DRAWN = {
     "pretraining": (PretrainingRun, pretraining.plot),
     "quality": (QualityRun, quality.plot),
 }
-WITHOUT = ("newcomer", "sweep")  # tables alone
+WITHOUT = ("memory", "newcomer", "sweep")  # tables alone
 
 
 def main(argv: list[str] | None = None) -> int:

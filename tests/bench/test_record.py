@@ -6,7 +6,7 @@ import pytest
 
 from bench import RESULTS
 from bench.kernels.figures import KernelRun, SweepRun
-from bench.model.figures import ModelRun
+from bench.model.figures import MemoryRun, ModelRun
 from bench.newcomer import NewcomerRun
 from bench.record import RENAMED, read, write
 from bench.report import kernels, model
@@ -24,7 +24,12 @@ def without_later(new, old):
     return new
 
 
-KINDS = {"newcomer": NewcomerRun, "sweep": SweepRun, **{name: kind for name, (kind, _) in DRAWN.items()}}
+KINDS = {
+    "memory": MemoryRun,
+    "newcomer": NewcomerRun,
+    "sweep": SweepRun,
+    **{name: kind for name, (kind, _) in DRAWN.items()},
+}
 
 
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*.json")), ids=lambda path: f"{path.parent.name}/{path.stem}")

@@ -80,41 +80,64 @@ def test_pictures_leave_out_what_was_not_measured(tmp_path):
 
 
 AMD = RESULTS / "amd-epyc-2-cores"
-# What small pictures say: bars and their figures, the fill and the precision.
-SAID = {
-    "encode-multilingual-e5-small-float32": [
+
+
+def said_of_encode(run):
+    many, one = run.jobs[0], run.jobs[1]
+    rounded = next(each for each in many.contenders if each.name == "encode, int8")
+    return [
         "ST encode, mixed languages, sorted as ST sorts",
-        "256 rows, 5,964 tokens; batches 62% full",
-        "1 row, 22 tokens",
+        f"256 rows, {many.tokens:,} tokens; batches {many.fill:.0%} full",
+        f"1 row, {one.tokens} tokens",
         "stock, float32",
         "optimized, packed float32",
-        "8.4x, 272 ms",
-        "1.7x, 8.0 ms",
         "times as fast as stock",
-    ],
-    "lines-multilingual-e5-small-float32": [
+        f"{rounded.speedup.median:.1f}x, {rounded.seconds.median * 1000:.0f} ms",
+    ]
+
+
+def said_of_lines(run):
+    most = run.results[-1]
+    rate, memory = most.lines / most.seconds[0], most.peak_memory / 2**20
+    return [
         "multilingual-e5-small as XLM-RoBERTa after optimize, int8",
-        "100,000 lines by embed",
-        "1,212 per second, 1,745 MiB",
-    ],
-    "extraction-base-float32": [
-        "Six schemas: 67 rows of prompt and text, 7% full if padded to 512",
-        "16.5 s",
-        "1.2 s, 13.7x as fast",
-        "889 MiB, 29.3 s",
-    ],
-    "finetuning-multilingual-e5-small-float32": ["F1", "seed 2", "0.904", "0.961"],
-}
+        f"{most.lines:,} lines by {most.way}",
+        f"{rate:,.0f} per second, {memory:,.0f} MiB",
+    ]
 
 
-@pytest.mark.parametrize("name", SAID)
-def test_small_pictures_say_what_was_measured(name, tmp_path):
-    """As SVG, whose text can be read."""
+def said_of_extraction(run):
+    padded, packed = run.contenders
+    long = run.long_texts[-1]
+    return [
+        f"Six schemas: {run.rows} rows of prompt and text, 7% full if padded to 512",
+        f"{padded.seconds.median:.1f} s",
+        f"{packed.seconds.median:.1f} s, {packed.speedup.median:.1f}x as fast",
+        f"{(long.peak_memory - long.loaded_memory) / 2**20:,.0f} MiB, {long.seconds:.1f} s",
+    ]
+
+
+def said_of_finetuning(run):
+    return ["F1", "seed 2", f"{run.runs[0].examples:.3f}", f"{run.runs[0].results:.3f}"]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("encode-multilingual-e5-small-float32", said_of_encode),
+        ("lines-multilingual-e5-small-float32", said_of_lines),
+        ("extraction-base-float32", said_of_extraction),
+        ("finetuning-multilingual-e5-small-float32", said_of_finetuning),
+    ],
+)
+def test_small_pictures_say_what_was_measured(name, said, tmp_path):
+    """As SVG, whose text can be read: bars and their figures, the fill and the precision."""
     kind, plot = draw.DRAWN[name.partition("-")[0]]
+    run = read(kind, AMD / f"{name}.json")
     with matplotlib.rc_context({"svg.fonttype": "none"}):
-        plot(read(kind, AMD / f"{name}.json"), tmp_path / "picture.svg")
+        plot(run, tmp_path / "picture.svg")
     written = re.findall(r">([^<>]+)</text>", (tmp_path / "picture.svg").read_text(encoding="utf-8"))
-    assert [text for text in SAID[name] if text not in written] == []
+    assert [text for text in said(run) if text not in written] == []
 
 
 def test_pictures_are_drawn_again_beside_their_results(tmp_path):

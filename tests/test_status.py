@@ -1,5 +1,6 @@
 """The verdict of `python -m erniem_fast status`, in every state that a machine can be in."""
 
+import re
 import shutil
 import stat
 
@@ -122,3 +123,10 @@ def test_a_gpu_without_triton(monkeypatch):
 def test_the_gpus_that_are_named_have_results():
     assert {each.name.split("-")[1] for each in RESULTS.glob("nvidia-*")} == {"h100", "h200"}
     assert all(name in status.status() for name in ("H100", "H200", "`python -m erniem_fast verify`"))
+
+
+def test_the_failures_on_a_gpu_are_those_of_its_record():
+    record = (RESULTS / "nvidia-h100-80gb-hbm3" / "gpu-correctness.md").read_text(encoding="utf-8")
+    checks, failures = re.search(r"(\d+) checks, (\d+) failures", record).groups()
+    date = re.search(r"\d{4}-\d{2}-\d{2}", record).group()
+    assert f"({date}), where {failures} of {checks} checks failed" in status.status()

@@ -51,7 +51,7 @@ class LayerParameters(NamedTuple):
 class KernelLayers:
     """The layers of a call for `(tokens, hidden)`: all ops and products in turn, without dropout or head mask.
 
-    It reads the parameters that it was made of: whoever calls has to see to it that they are still the model's.
+    It reads the parameters that it was made of: callers make sure that they are still the model's.
     """
 
     copied = False  # as `native.layer.Layers` has it

@@ -78,8 +78,9 @@ def check_quick_start() -> None:
 
 
 def lock(home: str) -> list[str]:
-    """What runs a command in namespaces of its own, where there is no network and `home` is mounted read-only, for root
-    too. Empty where they cannot be made.
+    """The arguments to put before a command that must find no network, and cannot write to `home`, even as root.
+
+    The command gets network and mount namespaces of its own. The list is empty where the system does not allow these.
     """
     programs = {name: shutil.which(name, path=f"{os.environ['PATH']}:/usr/sbin:/sbin") for name in ("unshare", "mount")}
     namespaces = [programs["unshare"] or "unshare", "--map-root-user", "--mount", "--net"]

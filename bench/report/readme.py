@@ -84,7 +84,7 @@ def _training(job: JobFigures) -> str:
 
 
 def _behind(jobs: list[JobFigures]) -> str:
-    """How often erniem_fast is slower, in batches of which fill, and by how much at the worst."""
+    """In how many comparisons erniem_fast is slower, the worst ratio, and how full those batches are at least."""
     compared = [(job.fill, peer.speedup.median) for job in jobs for peer in job.peers if peer.speedup]
     lost = [(fill, ratio) for fill, ratio in compared if round(ratio, 2) < 1]
     if not lost:

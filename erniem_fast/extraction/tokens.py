@@ -49,7 +49,8 @@ def tokenize(tokenizer, texts: Sequence[str]) -> list[Tokens]:
     """
     tokens, space = [Tokens(text) for text in texts], tokenizer.convert_tokens_to_ids(SPACE)
     left_out = {space} - {tokenizer.unk_token_id}  # not unknown tokens, where a space is one
-    # Baidu's way gives an ideograph at the start of a text a token of its own for the space before it.
+    # In Baidu's original tokenisation, a text that begins with an ideograph begins with a token for a space. Stretches
+    # would each get such a token, so the text stays whole.
     stretches = _whole if getattr(tokenizer, "pretokenization", None) == "original" else _stretches
     for group in _groups((each, start, stop) for each in tokens for start, stop in stretches(each.text)):
         encoded = tokenizer(

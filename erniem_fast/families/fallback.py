@@ -116,7 +116,7 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
 
 
 def _selects_states(selected: object, count: int) -> bool:
-    """Whether `output_hidden_states` is a bool or indices of states, of which there are `count`."""
+    """Whether `output_hidden_states` is a bool, or indices of the `count` states."""
     if not isinstance(selected, (list, tuple)):
         return isinstance(selected, bool | None)
     return all(isinstance(index, int) and -count <= index < count for index in selected)

@@ -70,7 +70,7 @@ class Layers:
 
     A call is for float32 `(tokens, hidden)` on the CPU, and gives the result of all layers' ops and products in turn,
     without dropout, head mask or probabilities, in the same shape. It reads the parameters where they were in memory
-    when this object was made: whoever calls has to see to it that they still are.
+    when this object was made: callers make sure that they are still there.
 
     Attributes:
         function: what runs them.

@@ -187,7 +187,7 @@ def _verify(holder: PreTrainedModel, bare: nn.Module, batch: Mapping[str, object
 
 
 def _refuse_packed(batch: Mapping[str, object], name: str) -> None:
-    """Refuses packed input, of which transformers' models make something else."""
+    """Refuses packed input, because transformers' models attend across the sequences of a row."""
     positions, is_packed = batch.get("position_ids"), batch.get("cu_seq_lens_q") is not None
     if isinstance(positions, Tensor) and positions.dim() == 2 and batch.get("attention_mask") is None:
         is_packed = is_packed or restarts(positions)[0] is not None

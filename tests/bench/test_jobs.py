@@ -1,4 +1,4 @@
-"""The batches that peers run: how many, of what lengths, and of which text."""
+"""The batches that peers run: their number, their lengths, and the text that they are made of."""
 
 import pytest
 from runs import TINY

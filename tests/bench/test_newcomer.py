@@ -39,7 +39,7 @@ Downloading tiny-1-py3-none-any.whl (512 bytes)
 
 @pytest.mark.skipif(not (ROOT / ".git").exists(), reason="only a repository can be cloned")
 def test_a_way(tmp_path, monkeypatch, capsys):
-    """With a home and an environment of its own; the README's commands are replaced by short ones."""
+    """Each command runs in a fresh home and virtual environment. Short commands stand in for the README's."""
     monkeypatch.setenv("PYTHONPATH", "/nowhere")
     commands = [
         newcomer.CLONE,

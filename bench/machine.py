@@ -10,6 +10,9 @@ import psutil
 import torch
 
 CPUINFO = pathlib.Path("/proc/cpuinfo")
+# A virtual machine's name for the processor, "AMD EPYC", does not say which; its family and model do: families, and of
+# each the lowest model with a name.
+_AMD = {25: {0x00: "Zen 3", 0x10: "Zen 4", 0x20: "Zen 3", 0xA0: "Zen 4"}, 26: {0x00: "Zen 5"}}
 PRODUCT_INSTRUCTIONS = ("avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
 
 
@@ -47,7 +50,7 @@ def describe(device: torch.device | str) -> Machine:
     """This machine, to be measured on `device`."""
     device = torch.device(device)
     return Machine(
-        cpu=_cpu_name(),
+        cpu=cpu_name(CPUINFO.read_text()) if CPUINFO.exists() else platform.processor() or platform.machine(),
         cores=available_cores(),
         instructions=torch.backends.cpu.get_cpu_capability(),
         memory_gib=round(psutil.virtual_memory().total / 2**30),
@@ -74,6 +77,12 @@ def product_instructions(cpuinfo: str) -> list[str] | None:
     return [name.upper() for name in PRODUCT_INSTRUCTIONS if name in flags[2].split()] if flags else None
 
 
-def _cpu_name():
-    names = re.findall(r"^model name\s*:\s*(.+)$", CPUINFO.read_text(), re.MULTILINE) if CPUINFO.exists() else []
-    return names[0] if names else platform.processor() or platform.machine()
+def cpu_name(cpuinfo: str) -> str:
+    """The processor that the text of /proc/cpuinfo names, as in "AMD EPYC (Zen 5)"."""
+    values = dict(re.findall(r"^(\w[\w ]*?)\s*:\s*(.+)$", cpuinfo, re.MULTILINE))
+    name = values.get("model name", platform.machine())
+    if values.get("vendor_id") != "AuthenticAMD":
+        return name
+    named = _AMD.get(int(values["cpu family"]), {})
+    lowest = max((model for model in named if model <= int(values["model"])), default=None)
+    return name if lowest is None else f"{name} ({named[lowest]})"

@@ -1,8 +1,10 @@
 """What is recorded of the machine."""
 
+import platform
+
 import pytest
 
-from bench.machine import product_instructions
+from bench.machine import cpu_name, product_instructions
 
 INTEL = """processor\t: 0
 model name\t: Intel(R) Xeon(R) Processor
@@ -26,3 +28,27 @@ Features\t: fp asimd asimddp sve i8mm bf16
 )
 def test_instructions_for_products_are_read_from_the_flags(cpuinfo, expected):
     assert product_instructions(cpuinfo) == expected
+
+
+AMD = """processor\t: 0
+vendor_id\t: AuthenticAMD
+cpu family\t: {}
+model\t\t: {}
+model name\t: AMD EPYC
+"""
+
+
+@pytest.mark.parametrize(
+    ("cpuinfo", "expected"),
+    [
+        (INTEL, "Intel(R) Xeon(R) Processor"),
+        (AMD.format(25, 1), "AMD EPYC (Zen 3)"),
+        (AMD.format(25, 17), "AMD EPYC (Zen 4)"),
+        (AMD.format(25, 160), "AMD EPYC (Zen 4)"),
+        (AMD.format(26, 2), "AMD EPYC (Zen 5)"),
+        (AMD.format(23, 49), "AMD EPYC"),
+        (ARM, platform.machine()),
+    ],
+)
+def test_the_processor_of_a_virtual_machine_is_named_by_its_family(cpuinfo, expected):
+    assert cpu_name(cpuinfo) == expected

@@ -79,7 +79,7 @@ def test_pictures_leave_out_what_was_not_measured(tmp_path):
     assert (tmp_path / "picture.png").read_bytes().startswith(b"\x89PNG")
 
 
-AMD = RESULTS / "amd-epyc-2-cores"
+AMD = RESULTS / "amd-epyc-zen-5-2-cores"
 
 
 def said_of_encode(run):

@@ -32,49 +32,49 @@ constexpr int64_t TILES = 4;  // of tokens that a task takes in turn, while its 
 
 int64_t blocks_of(const PackedProduct& product) { return (product.out_features + COLUMNS - 1) / COLUMNS; }
 
-// One block of a packed weight.
+// One block of a packed weight, and the parameters of its columns: zeros for those beyond the last one.
 struct Block {
   Block(const PackedProduct& product, int64_t index, int64_t groups)
       : bytes(groups * GROUP * COLUMNS + (product.scale == nullptr ? 0 : sizeof column_sums)),
         weight(product.packed + index * bytes),
         column(index * COLUMNS),
         columns(int(std::min<int64_t>(COLUMNS, product.out_features - column))) {
-    if (product.scale != nullptr) memcpy(column_sums, weight + groups * GROUP * COLUMNS, sizeof column_sums);
+    if (product.scale != nullptr) {
+      memcpy(column_sums, weight + groups * GROUP * COLUMNS, sizeof column_sums);
+      memcpy(scale, product.scale + column, columns * sizeof(float));
+    }
+    for (int i = 0; i < columns; ++i) bias[i] = product.bias == nullptr ? -0.0f : product.bias[column + i];
   }
   const uint8_t* end() const { return weight + bytes; }
   int32_t column_sums[COLUMNS];
+  float scale[COLUMNS] = {}, bias[COLUMNS] = {};
   int64_t bytes;
   const uint8_t* weight;
   int64_t column;
   int columns;
 };
 
-// Turns the sums of integers of a token's row into its results, as floating-point numbers without bias.
-template <typename Count>
-void rescale(const int32_t* sums, const Block& block, const Rounding& token, const PackedProduct& product,
-             float* scaled, Count columns) {
-  const float* scale = product.scale + block.column;
-  for (int i = 0; i < columns; ++i) {
-    scaled[i] = float(sums[i] - token.zero * block.column_sums[i]) * (token.scale * scale[i]);
-  }
+// The results of WIDTH columns for a token, as floating-point numbers without bias, from their sums.
+Vector rescale(const int32_t* sums, const Block& block, int first, const Rounding& token) {
+  typedef int32_t Integers __attribute__((vector_size(sizeof(Vector))));
+  Integers found, column_sums;
+  memcpy(&found, sums + first, sizeof found);
+  memcpy(&column_sums, block.column_sums + first, sizeof column_sums);
+  const Vector scale = token.scale * load_vector(block.scale + first);
+  return __builtin_convertvector(found - token.zero * column_sums, Vector) * scale;
 }
 
-template <typename Count>
-void rescale(const float* sums, const Block&, const Rounding&, const PackedProduct&, float* scaled, Count columns) {
-  memcpy(scaled, sums, columns * sizeof(float));
-}
+Vector rescale(const float* sums, const Block&, int first, const Rounding&) { return load_vector(sums + first); }
 
 // Stores a token's results: of integers sum (scale_x scale_w) + bias, rounded after each operation.
-template <typename Sum, typename Count>
-void store_row(const Sum* sums, const Block& block, const Rounding& token, const PackedProduct& product, float* row,
-               Count columns) {
-  float scaled[COLUMNS];
-  rescale(sums, block, token, product, scaled, columns);
-  asm("" : "+m"(scaled));  // else the compiler may join this product with the next sum, and round only once
-  if (product.bias != nullptr) {
-    for (int i = 0; i < columns; ++i) scaled[i] += product.bias[block.column + i];
+template <typename Sum>
+void store_row(const Sum* sums, const Block& block, const Rounding& token, float* row) {
+  float part[COLUMNS], *to = block.columns == COLUMNS ? row : part;
+  for (int i = 0; i < COLUMNS; i += WIDTH) {
+    const Vector result = rounded_now(rescale(sums, block, i, token)) + load_vector(block.bias + i);
+    memcpy(to + i, &result, sizeof result);
   }
-  memcpy(row + block.column, scaled, columns * sizeof(float));
+  if (to == part) memcpy(row, part, block.columns * sizeof(float));
 }
 
 template <typename Kernel, int... I>
@@ -95,12 +95,8 @@ void multiply_tile(const PackedTokens& x, const PackedProduct& product, const Bl
   multiply_rows<Kernel>(size, x.rows + first * x.stride, x.stride, block.weight, next, x.stride / GROUP, sums,
                         std::make_integer_sequence<int, Kernel::MOST_ROWS>());
   for (int64_t i = 0; i < size; ++i) {
-    float* row = product.out + (first + i) * product.out_stride;
-    if (block.columns == COLUMNS) {
-      store_row(sums + i * COLUMNS, block, x.roundings[first + i], product, row, Whole<COLUMNS>());
-    } else {
-      store_row(sums + i * COLUMNS, block, x.roundings[first + i], product, row, block.columns);
-    }
+    float* row = product.out + (first + i) * product.out_stride + block.column;
+    store_row(sums + i * COLUMNS, block, x.roundings[first + i], row);
   }
 }
 

@@ -24,6 +24,16 @@ inline Vector load_vector(const float* from) {
   return x;
 }
 
+// Keeps the compiler from joining the product that gave x with a sum that follows, which would round only once.
+inline Vector rounded_now(Vector x) {
+#ifdef __x86_64__
+  asm("" : "+x"(x));
+#else
+  asm("" : "+m"(x));
+#endif
+  return x;
+}
+
 // Lanes I... of the concatenation of a and b.
 template <int... I>
 inline Vector pick(Vector a, Vector b, std::integer_sequence<int, I...>) {

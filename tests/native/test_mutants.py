@@ -261,17 +261,29 @@ FUNCTIONS = {
 INT8 = {
     "": [
         (" + COLUMNS - 1", ""),
-        (" - token.zero * block.column_sums[i]", ""),
-        ("token.scale * scale[i]", "token.scale"),
-        ("(token.scale * scale[i])", "token.scale * scale[i]"),
+        ("weight + groups * GROUP * COLUMNS, sizeof", "weight, sizeof"),
+        ("product.scale + column", "product.scale"),
+        ("product.bias[column + i]", "product.bias[i]"),
+        ("block.columns * sizeof(float)", "sizeof(float)"),
     ],
-    "store_row": [("product.bias[block.column + i]", "product.bias[i]")],
+    "rescale": [
+        ("sums + first, sizeof found", "sums, sizeof found"),
+        ("block.column_sums + first", "block.column_sums"),
+        ("block.scale + first", "block.scale"),
+        (" - token.zero * column_sums", ""),
+        ("token.scale * load_vector", "load_vector"),
+        ("Vector) * scale", "Vector) * token.scale * load_vector(block.scale + first)"),
+    ],
+    "store_row": [
+        ("sums, block, i, token", "sums, block, 0, token"),
+        ("block.bias + i", "block.bias"),
+        ("to + i", "to"),
+    ],
     "multiply_tile": [
         ("(first + i) * product.out_stride", "i * product.out_stride"),
         ("(first + i) * product.out_stride", "(first + i) * product.out_features"),
         ("x.rows + first * x.stride", "x.rows"),
-        ("x.roundings[first + i], product, row, Whole", "x.roundings[i], product, row, Whole"),
-        ("x.roundings[first + i], product, row, block", "x.roundings[i], product, row, block"),
+        ("x.roundings[first + i]", "x.roundings[i]"),
     ],
     "multiply_tokens": [
         (" + Kernel::MOST_ROWS - 1", ""),
@@ -327,7 +339,7 @@ BFLOAT16 = {
     "": [
         ("sizeof(BFloat16) : features, GROUP", "sizeof(BFloat16) : features, 1"),
         ("product.scale == nullptr ? 0 : sizeof column_sums", "sizeof column_sums"),
-        ("memcpy(scaled, sums, columns * sizeof(float));", "memcpy(scaled, sums, sizeof(float));"),
+        ("return load_vector(sums + first);", "return load_vector(sums);"),
     ],
     "round_row": [("from_float(x[i], row[i])", "row[i].bits = as_bits(x[i]) >> 16")],
 }

@@ -66,6 +66,11 @@ Vector rescale(const int32_t* sums, const Block& block, int first, const Roundin
 
 Vector rescale(const float* sums, const Block&, int first, const Rounding&) { return load_vector(sums + first); }
 
+// Fetches the memory of a token's results into the cache while the sums are computed; stores would wait for it.
+void fetch_to_write(const float* row) {
+  for (int i = 0; i < COLUMNS; i += 16) __builtin_prefetch(row + i, 1);
+}
+
 // Stores a token's results: of integers sum (scale_x scale_w) + bias, rounded after each operation.
 template <typename Sum>
 void store_row(const Sum* sums, const Block& block, const Rounding& token, float* row) {
@@ -91,13 +96,12 @@ template <typename Kernel>
 void multiply_tile(const PackedTokens& x, const PackedProduct& product, const Block& block, const uint8_t* next,
                    int64_t tile, int64_t tiles) {
   const int64_t first = x.tokens * tile / tiles, size = x.tokens * (tile + 1) / tiles - first;
+  const auto row = [&](int64_t i) { return product.out + (first + i) * product.out_stride + block.column; };
+  for (int64_t i = 0; i < size; ++i) fetch_to_write(row(i));
   alignas(64) typename Kernel::Sum sums[Kernel::MOST_ROWS * COLUMNS];
   multiply_rows<Kernel>(size, x.rows + first * x.stride, x.stride, block.weight, next, x.stride / GROUP, sums,
                         std::make_integer_sequence<int, Kernel::MOST_ROWS>());
-  for (int64_t i = 0; i < size; ++i) {
-    float* row = product.out + (first + i) * product.out_stride + block.column;
-    store_row(sums + i * COLUMNS, block, x.roundings[first + i], row);
-  }
+  for (int64_t i = 0; i < size; ++i) store_row(sums + i * COLUMNS, block, x.roundings[first + i], row(i));
 }
 
 template <typename Kernel>

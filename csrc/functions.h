@@ -5,18 +5,21 @@
 #include <cmath>
 
 #include "elements.h"
+#include "vectors.h"
 
 namespace erniem_fast {
 
-// e^x for x <= 0, within 2e-7 of its value; exactly 0 below -87, near the smallest normal number.
-inline float exponential(float x) {
-  const float bounded = x < -87.0f ? -87.0f : x;
+// e^x for x <= 0, a number or a vector of them, within 2e-7 of its value; exactly 0 below -87, near the smallest normal
+// number.
+template <typename Float>
+inline Float exponential(Float x) {
+  const Float least = Float() - 87.0f, bounded = x < least ? least : x;
   const float magic = 12582912.0f;  // 1.5 * 2^23: a sum with it is rounded to a whole number, which its last bits hold
-  const float shifted = bounded * 1.44269504f + magic;
-  const float whole = shifted - magic;
+  const Float shifted = bounded * 1.44269504f + magic;
+  const Float whole = shifted - magic;
   // ln(2) in two parts; the first has so few digits that its product is exact.
-  const float rest = bounded - whole * 0.693359375f - whole * -2.12194440e-4f;
-  float power = 1.0f / 5040.0f;  // Taylor's series on [-0.35, 0.35]; the next term is below 6e-9
+  const Float rest = bounded - whole * 0.693359375f - whole * -2.12194440e-4f;
+  Float power = Float() + 1.0f / 5040.0f;  // Taylor's series on [-0.35, 0.35]; the next term is below 6e-9
   power = power * rest + 1.0f / 720.0f;
   power = power * rest + 1.0f / 120.0f;
   power = power * rest + 1.0f / 24.0f;
@@ -24,8 +27,8 @@ inline float exponential(float x) {
   power = power * rest + 0.5f;
   power = power * rest + 1.0f;
   power = power * rest + 1.0f;
-  const float scale = as_float((as_bits(shifted) - as_bits(magic) + 127u) << 23);
-  return x < -87.0f ? 0.0f : power * scale;
+  const Float scale = as_float((as_bits(shifted) - as_bits(magic) + 127u) << 23);
+  return x < least ? Float() : power * scale;
 }
 
 // The normal distribution's density at x, and its probability below -|x|.

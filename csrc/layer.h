@@ -36,9 +36,9 @@ void run_layers(const LayersForward& op, int64_t (*scratch_features)(const Layer
   }
 }
 
-// Attention of all tokens.
+// Attention of all tokens, whose queries, keys and values have a dtype, and so has the result.
 template <typename Layer>
-void attend(const LayersForward& op, const Layer& layer, const float* qkv, float* out, ParallelFor run) {
+void attend(const LayersForward& op, const Layer& layer, const void* qkv, void* out, int dtype, ParallelFor run) {
   Attention attention = {};
   attention.qkv = qkv;
   attention.longest_first = op.longest_first;
@@ -52,7 +52,7 @@ void attend(const LayersForward& op, const Layer& layer, const float* qkv, float
   attention.heads = layer.heads;
   attention.threads = op.threads;
   attention.scale = layer.scale;
-  throw_if(attention_forward(&attention, FLOAT32, run));
+  throw_if(attention_forward(&attention, dtype, run));
 }
 
 struct LayerNorm {

@@ -35,7 +35,7 @@ void run_layer(const LayersForward& op, const Layer& layer, const float* residua
                                  {layer.v_weight, layer.v_bias, qkv + 2 * projected, projected, 3 * projected}};
 
   multiply_tokens(residual, tokens, hidden, projections, 3, run);
-  attend(op, layer, qkv, context, run);
+  attend(op, layer, qkv, context, FLOAT32, run);
   project(context, tokens, projected, layer.out_weight, layer.out_bias, x, hidden, run);
   add_norm(residual, x, norm1, tokens, hidden, attended, run);
   project(attended, tokens, hidden, layer.up_weight, layer.up_bias, activations, inner, run);

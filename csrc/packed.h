@@ -37,6 +37,16 @@ struct PackedTokens {
   std::unique_ptr<Rounding[]> roundings;  // (tokens,) of integers
 };
 
+// A kernel's product of at most `most_rows` rows with one block of a weight; see `multiply_rows` in packed_tile.h.
+struct FloatTile {
+  void (*multiply)(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* block, const uint8_t* next,
+                   int64_t groups, float* sums) = nullptr;
+  int64_t most_rows = 0;
+};
+
+// The best kernel of bfloat16; null if this library or processor has none.
+FloatTile bfloat16_tile();
+
 constexpr int64_t FEW_PER_THREAD = 32;
 
 // The tokens of a block, whose intermediate results stay in a core's cache.

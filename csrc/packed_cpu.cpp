@@ -82,15 +82,6 @@ void store_row(const Sum* sums, const Block& block, const Rounding& token, float
   if (to == part) memcpy(row, part, block.columns * sizeof(float));
 }
 
-template <typename Kernel, int... I>
-void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, const uint8_t* next,
-                   int64_t groups, typename Kernel::Sum* sums, std::integer_sequence<int, I...>) {
-  using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, const int8_t*, int64_t, typename Kernel::Sum*);
-  static constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
-  by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), reinterpret_cast<const int8_t*>(next), groups,
-                    sums);
-}
-
 // One of `tiles` tiles of tokens, for a block of a product's columns; the next block at `next` is needed soon.
 template <typename Kernel>
 void multiply_tile(const PackedTokens& x, const PackedProduct& product, const Block& block, const uint8_t* next,
@@ -99,8 +90,7 @@ void multiply_tile(const PackedTokens& x, const PackedProduct& product, const Bl
   const auto row = [&](int64_t i) { return product.out + (first + i) * product.out_stride + block.column; };
   for (int64_t i = 0; i < size; ++i) fetch_to_write(row(i));
   alignas(64) typename Kernel::Sum sums[Kernel::MOST_ROWS * COLUMNS];
-  multiply_rows<Kernel>(size, x.rows + first * x.stride, x.stride, block.weight, next, x.stride / GROUP, sums,
-                        std::make_integer_sequence<int, Kernel::MOST_ROWS>());
+  multiply_rows<Kernel>(size, x.rows + first * x.stride, x.stride, block.weight, next, x.stride / GROUP, sums);
   for (int64_t i = 0; i < size; ++i) store_row(sums + i * COLUMNS, block, x.roundings[first + i], row(i));
 }
 
@@ -151,6 +141,17 @@ int64_t tokens_per_block(int64_t kernel) {
   int64_t tokens = 0;
   with_packed_kernel(kernel, [&](auto found) { tokens = found.BLOCK_TOKENS; });
   return tokens;
+}
+
+FloatTile bfloat16_tile() {
+  FloatTile tile;
+  for (const PackedKernel kernel : {AVX512_BF16, AMX_BF16}) {
+    with_packed_kernel(kernel, [&](auto found) {
+      using Kernel = decltype(found);
+      if constexpr (Kernel::LEVELS == BFLOAT16_LEVELS) tile = {multiply_rows<Kernel>, Kernel::MOST_ROWS};
+    });
+  }
+  return tile;
 }
 
 PackedTokens::PackedTokens(int64_t kernel, int64_t most_tokens, int64_t most_features)

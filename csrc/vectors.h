@@ -1,6 +1,7 @@
 // Vectors of as many float32 lanes as the CPU's registers hold.
 #pragma once
 
+#include <cstdint>
 #include <cstring>
 #include <utility>
 
@@ -31,6 +32,20 @@ inline Vector rounded_now(Vector x) {
 #else
   asm("" : "+m"(x));
 #endif
+  return x;
+}
+
+typedef uint32_t VectorBits __attribute__((vector_size(sizeof(Vector))));
+
+inline VectorBits as_bits(Vector x) {
+  VectorBits bits;
+  memcpy(&bits, &x, sizeof bits);
+  return bits;
+}
+
+inline Vector as_float(VectorBits bits) {
+  Vector x;
+  memcpy(&x, &bits, sizeof x);
   return x;
 }
 

@@ -4,7 +4,7 @@ They take the places of `nn.Linear` and `nn.Embedding` and give up the original 
 Those for a GPU are in `inference_gpu.py`.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import ClassVar
 
 import torch
@@ -394,6 +394,14 @@ def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = N
         kind: the class that is wanted; None for any.
     """
     return isinstance(module, kind or InferenceModule) and modes.is_untouched(module, type(module))
+
+
+def attends_in_bfloat16(linears: Sequence[nn.Module]) -> bool:
+    """Whether attention of these linears' queries, keys and values is in bfloat16, as in native layers."""
+    return all(
+        isinstance(linear, NativeLinear) and packed.attention_dtype(linear.dtype) == torch.bfloat16
+        for linear in linears
+    )
 
 
 def multiplies_natively(x: Tensor) -> bool:

@@ -19,7 +19,14 @@ from transformers.activations import ACT2FN
 from . import flags, modes, one_call, ops, processes
 from .batch import TokenBatch
 from .dropout import Dropout, draw_seeds, drop_features, is_active
-from .inference import InferenceEmbedding, NativeLinear, OnednnBFloat16Linear, is_plain_inference, untrainable
+from .inference import (
+    InferenceEmbedding,
+    NativeLinear,
+    OnednnBFloat16Linear,
+    attends_in_bfloat16,
+    is_plain_inference,
+    untrainable,
+)
 from .kernel_layers import LayerParameters, Linear
 from .kernel_training import LayerDropouts
 from .linears import Scratch, project, project_side_by_side, scratch_for
@@ -416,9 +423,13 @@ def attend(
         qkv = [linear(hidden) for linear in qkv_linears]
     else:
         qkv = project_side_by_side(qkv_linears, hidden, scratch)
-    probabilities = None
+    narrow, probabilities = attends_in_bfloat16(qkv_linears), None
     if output_attentions or scores_bias is not None:
-        context, probabilities = ops.attention_with_probabilities(qkv, batch, heads, scale, scores_bias, dropout)
+        # Probabilities have all their digits, but are those of the same queries and keys.
+        rounded = qkv.bfloat16().to(qkv.dtype) if narrow else qkv
+        context, probabilities = ops.attention_with_probabilities(rounded, batch, heads, scale, scores_bias, dropout)
+    elif narrow:
+        context = ops.attention(qkv.bfloat16(), batch, heads, scale, dropout).to(qkv.dtype)
     else:
         context = ops.attention(qkv, batch, heads, scale, dropout)
     if head_mask is not None:

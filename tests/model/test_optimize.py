@@ -16,7 +16,7 @@ from torch import nn
 from transformers import DistilBertConfig, DistilBertModel
 
 import erniem_fast
-from erniem_fast import ErnieMModel, reference
+from erniem_fast import ErnieMModel, post_ln, reference
 from erniem_fast.inference import (
     LINEARS,
     InferenceModule,
@@ -106,6 +106,10 @@ def test_heads_and_pooler_stay_in_float32(weights, case):
     assert not any(name.startswith(("classifier", "linear", "qa", "ernie_m.pooler")) for name in changed)
 
 
+# Whether attention beside int8 weights is in bfloat16.
+NARROW = products.objection() is None and products.attention_dtype(torch.int8) == torch.bfloat16
+
+
 class Oracle(nn.Module):
     """A linear in integers, as the reference computes it."""
 
@@ -117,8 +121,9 @@ class Oracle(nn.Module):
         return reference.quantised_linear(x, *self.rounded, self.bias, LEVELS)
 
 
-def test_int8_equals_the_oracle_in_every_layer(kernels):
+def test_int8_equals_the_oracle_in_every_layer(kernels, monkeypatch):
     """From given embeddings: the layers' bits are those of a model with the reference's linears."""
+    monkeypatch.setattr(post_ln, "attends_in_bfloat16", lambda linears: NARROW)  # of the oracle too
     oracle = load().requires_grad_(False)
     for name, linear in list(oracle.encoder.named_modules()):
         if isinstance(linear, nn.Linear):
@@ -194,7 +199,8 @@ def test_hooks_adapters_and_probabilities_go_op_by_op_with_the_same_numbers(weig
     expected, seen = hidden(model), []
     probabilities = model(**INPUTS, output_attentions=True)
     # Other kernels may move a value by a unit in its last place, and so a rounded one by a level of its form.
-    level = {"packed": 1e-5, "bfloat16": 0.1, "int8": 0.05}[weights]
+    # With int8, attention may be in bfloat16.
+    level = {"packed": 1e-5, "bfloat16": 0.1, "int8": 0.15 if NARROW else 0.05}[weights]
     assert_close(probabilities.last_hidden_state, expected, level)
     assert len(probabilities.attentions) == model.config.num_hidden_layers
     linear = model.encoder.layers[0].linear1

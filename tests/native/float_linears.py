@@ -4,6 +4,7 @@ import torch
 
 from erniem_fast.native import library
 from erniem_fast.native import packed as products
+from tests.native.int8_layers import SHAPES
 
 # Tokens, features that come in and go out: odd numbers of all, a block and more, and more tokens than a tile has.
 SIZES = [(1, 1, 1), (5, 3, 33), (13, 1031, 7), (30, 96, 32), (200, 70, 65), (33, 160, 40)]
@@ -37,6 +38,17 @@ def are_all_exact() -> bool:
         and is_nan_kept_apart(*each)
         for each in KERNELS
     )
+
+
+def layer_linears(dtype: torch.dtype) -> dict[str, products.PackedLinear]:
+    """Those of a small layer."""
+    generator = torch.Generator().manual_seed(3)
+
+    def linear(out_features: int, in_features: int) -> products.PackedLinear:
+        weight = torch.randn(out_features, in_features, generator=generator).to(dtype)
+        return products.PackedLinear(products.pack(weight), None, torch.randn(out_features, generator=generator), dtype)
+
+    return {name: linear(*shape) for name, shape in SHAPES.items()}
 
 
 def is_nan_kept_apart(dtype: torch.dtype, kernel: str) -> bool:

@@ -58,9 +58,15 @@ BATCHES = {
 }
 
 
-def whole(x: Tensor, batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> Tensor:
+def whole(
+    x: Tensor,
+    batch: TokenBatch,
+    linears: dict[str, products.PackedLinear] = LINEARS,
+    activation: str = "gelu",
+    kernel: str | None = None,
+) -> Tensor:
     """The layer by one call."""
-    parameters = products.layer_parameters(LINEARS, NORMS, HEADS, SCALE, activation, kernel)
+    parameters = products.layer_parameters(linears, NORMS, HEADS, SCALE, activation, kernel)
     return Layers([parameters], products.LAYERS)(x, batch.sequences)
 
 
@@ -78,16 +84,21 @@ def one_by_one(
 
     with use_implementations(**NATIVE):
         qkv = torch.cat([multiply(name, x) for name in "qkv"], dim=1)
-        context = ops.attention(qkv, batch, HEADS, SCALE)
+        context = ops.attention(qkv.to(products.attention_dtype(linears["q"].dtype)), batch, HEADS, SCALE).float()
         attended = ops.add_norm(x, Product(multiply("out", context)), NORMS["norm1"])
         activated = ops.bias_gelu(Product(multiply("up", attended)), activation)
         return ops.add_norm(attended, Product(multiply("down", activated)), NORMS["norm2"])
 
 
-def is_its_ops(batch: TokenBatch, activation: str = "gelu", kernel: str | None = None) -> bool:
+def is_its_ops(
+    batch: TokenBatch,
+    activation: str = "gelu",
+    kernel: str | None = None,
+    linears: dict[str, products.PackedLinear] = LINEARS,
+) -> bool:
     """Whether both have the same bits."""
-    x = _randn(batch.tokens, HIDDEN)
-    return torch.equal(whole(x, batch, activation, kernel), one_by_one(x, batch, LINEARS, activation, kernel))
+    x, rest = _randn(batch.tokens, HIDDEN), (batch, linears, activation, kernel)
+    return torch.equal(whole(x, *rest), one_by_one(x, *rest))
 
 
 def are_one_after_another() -> bool:

@@ -3,12 +3,10 @@
 import pytest
 import torch
 
-from erniem_fast.flags import use_implementations
 from erniem_fast.native import library
 from erniem_fast.native import packed as products
-from erniem_fast.native.layer import Layers
-from tests.native.float_linears import DTYPES, KERNELS, SIZES, is_exact, is_nan_kept_apart
-from tests.native.int8_layers import BATCHES, HEADS, HIDDEN, NATIVE, NORMS, SCALE, SHAPES, one_by_one
+from tests.native.float_linears import DTYPES, KERNELS, SIZES, is_exact, is_nan_kept_apart, layer_linears
+from tests.native.int8_layers import BATCHES, HEADS, NORMS, SCALE, is_its_ops
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library is not built")
 every_kernel = pytest.mark.parametrize(("dtype", "kernel"), KERNELS)
@@ -42,26 +40,14 @@ def test_a_packed_weight_can_be_unpacked(dtype, out_features, in_features):
     assert torch.equal(products.unpack(products.pack(weight), out_features, in_features, dtype), weight)
 
 
-def linears(dtype: torch.dtype) -> dict[str, products.PackedLinear]:
-    def linear(out_features: int, in_features: int) -> products.PackedLinear:
-        weight = torch.randn(out_features, in_features).to(dtype)
-        return products.PackedLinear(products.pack(weight), None, torch.randn(out_features), dtype)
-
-    return {name: linear(*shape) for name, shape in SHAPES.items()}
-
-
 @every_kernel
 @pytest.mark.parametrize("batch", BATCHES.values(), ids=BATCHES)
 def test_a_layer_has_the_bits_of_its_ops(dtype, kernel, batch):
-    layer, x = linears(dtype), torch.randn(batch.tokens, HIDDEN)
-    parameters = products.layer_parameters(layer, NORMS, HEADS, SCALE, "gelu", kernel)
-    with use_implementations(**NATIVE):
-        whole = Layers([parameters], products.LAYERS)(x, batch.sequences)
-        assert torch.equal(whole, one_by_one(x, batch, layer, kernel=kernel))
+    assert is_its_ops(batch, kernel=kernel, linears=layer_linears(dtype))
 
 
 @pytest.mark.parametrize("dtype", [dtype for dtype in DTYPES if products.multiplies(dtype)])
 def test_a_layer_of_two_kinds_is_refused(dtype):
     other = products.PackedLinear(torch.zeros(1, dtype=torch.uint8), torch.ones(24), None, torch.int8)
     with pytest.raises(ValueError, match="k_packed has shape"):
-        products.layer_parameters({**linears(dtype), "k": other}, NORMS, HEADS, SCALE, "gelu")
+        products.layer_parameters({**layer_linears(dtype), "k": other}, NORMS, HEADS, SCALE, "gelu")

@@ -230,7 +230,7 @@ def test_every_size_is_read_from_the_tensors(calls):
     """Callers pass only numbers that no shape says."""
     numbers = {"threshold", "rescale", "eps", "norm1_eps", "norm2_eps", "scale"}
     numbers |= {"heads", "threads", "activation", "padding_idx", "tokens_per_chunk", "out_stride", "kernel"}
-    numbers |= {"hidden"}  # which a layer's parameters say
+    numbers |= {"attention_dtype", "hidden"}  # the latter is said by a layer's parameters
     for call in calls:
         assert {name for name, value in call.values.items() if isinstance(value, int | float)} <= numbers
 

@@ -16,7 +16,7 @@ from erniem_fast.native import compiler, library
 from erniem_fast.native import packed as products
 from erniem_fast.verification.battery import battery
 from tests.mutation import holds, parameters, replaced
-from tests.native.float_linears import are_all_exact
+from tests.native.float_linears import are_all_exact, layer_linears
 from tests.native.int8_layers import BATCHES, are_one_after_another, is_its_ops
 
 CPU = torch.device("cpu")
@@ -25,7 +25,7 @@ FILE_OF_OP = {
     "product": "linear_cpu.cpp",
     "int8": "packed_cpu.cpp",
     "floats": "packed_cpu.cpp",
-    "int8_layer": "packed_layer_cpu.cpp",
+    "packed_layer": "packed_layer_cpu.cpp",
 }
 
 pytestmark = pytest.mark.skipif(not library.is_built("cpu"), reason="the native library cannot be built here")
@@ -75,15 +75,15 @@ ATTENTION = {
         ("factors[seen.first + j]", "factors[j]"),
         ("right + seen.first", "right"),
         ("values + seen.first * features", "values"),
-        ("seen_by(first, count)", "seen_by(first, 1)"),
-        ("seen_by(first, count)", "seen_by(0, count)"),
-        ("shares[i], static_cast", "1.0f, static_cast"),
+        ("seen_by(first, count, WIDTH)", "seen_by(first, 1, WIDTH)"),
+        ("seen_by(first, count, WIDTH)", "seen_by(0, count, WIDTH)"),
+        ("shares[i], this", "1.0f, this"),
     ],
     "backward": [
         ("float(op.scale), KEY", "1.0f, KEY"),
         ("float(op.scale), QUERY", "1.0f, QUERY"),
-        ("exponentials(p + first * keys, first", "exponentials(p, first"),
-        ("keys, first, end", "keys, 0, end"),
+        ("exponentials({p + first * keys", "exponentials({p"),
+        ("keys, 1}, first, end", "keys, 1}, 0, end"),
         ("shares[i - first]", "shares[0]"),
     ],
     "backward_row": [
@@ -93,18 +93,22 @@ ATTENTION = {
         ("load_vector(grad_row + j) * factor", "load_vector(grad_row + j)"),
         ("(grad_row[j] - mean)", "grad_row[j]"),
     ],
+}
+ATTENTION_TASK = {
     "exponentials": [
-        ("for (int64_t j = end; j < width; ++j) row[j] = -INFINITY;", ""),
-        ("for (int64_t j = 0; j < begin; ++j) row[j] = -INFINITY;", ""),
-        ("row[j] += op.key_bias[start + seen.first + j] * unscale", ""),
-        ("op.key_bias[start + seen.first + j]", "op.key_bias[seen.first + j]"),
-        ("op.key_bias[start + seen.first + j]", "op.key_bias[start + j]"),
         ("range_of(first + i)", "range_of(i)"),
-        (" * unscale", ""),
-        ("found == -INFINITY ? 0.0f : found", "found"),
+        ("most == -INFINITY ? 0.0f : most", "most"),
         ("float(op.scale)", "1.0f"),
         ("sum == 0.0f ? 0.0f : 1.0f / sum", "1.0f / sum"),
         ("total(sums[i])", "total(sums[0])"),
+    ],
+    "complete_scores": [
+        ("for (int64_t j = end; j < scores.width; ++j) row[j] = -INFINITY;", ""),
+        ("for (int64_t j = 0; j < begin; ++j) row[j] = -INFINITY;", ""),
+        ("row[j] += op.key_bias[start + key + j] * unscale", ""),
+        ("op.key_bias[start + key + j]", "op.key_bias[key + j]"),
+        ("op.key_bias[start + key + j]", "op.key_bias[start + j]"),
+        (" * unscale", ""),
     ],
     "range_of": [
         ("2 * (start + i)", "2 * i"),
@@ -127,6 +131,35 @@ ATTENTION = {
         ("? rescale", "? 1.0f"),
         ("return all + columns[0] - first_column", "return all"),
         ("all[columns[j] - first_column]", "all[j]"),
+    ],
+}
+# Where the processor multiplies bfloat16.
+ATTENTION_BFLOAT16 = {
+    "forward": [
+        ("seen_by(first, count, COLUMNS)", "seen_by(first, 1, COLUMNS)"),
+        ("part(QUERY, first)", "part(QUERY, 0)"),
+        ("(chunk + i) * groups", "i * groups"),
+        ("chunks / COLUMNS + chunk)", "chunks / COLUMNS)"),
+        ("found.row(0, i)", "found.row(0, 0)"),
+    ],
+    "pack_keys": [
+        ("part(KEY, first)", "part(KEY, 0)"),
+    ],
+    "pack_values": [
+        ("uint16_t both[2][COLUMNS] = {};", "uint16_t both[2][COLUMNS]; memset(both, 255, sizeof both);"),
+        ("part(VALUE, 2 * pair + i) + column", "part(VALUE, 2 * pair + i)"),
+        ("uint32_t(both[1][j]) << 16", "0"),
+    ],
+    "round_exponentials": [
+        ("row[j] *= factors[key + j];", ";"),
+        ("factors[key + j]", "factors[j]"),
+        ("draw(first + i)", "draw(i)"),
+        ("all + i * depth", "all"),
+    ],
+    "store": [
+        (" * shares[i]", ""),
+        ("result_of(first + i) + column", "result_of(first + i)"),
+        ("result_of(first + i)", "result_of(i)"),
     ],
 }
 BIAS_GELU = {
@@ -359,22 +392,38 @@ QUANTISE = {
         ("value > most ? most : value", "value"),
     ]
 }
-INT8_LAYER = {
-    "": [
-        ("x + first * hidden, count, qkv", "x, count, qkv"),
-        ("qkv + first * 3 * projected", "qkv"),
+PACKED_LAYER = {
+    "project": [
         ("layer.k_bias, qkv + projected", "layer.q_bias, qkv + projected"),
         ("layer.v_bias, qkv + 2 * projected", "nullptr, qkv + 2 * projected"),
         ("layer.v_packed, layer.v_scale", "layer.k_packed, layer.v_scale"),
-        ("context + first * projected", "context"),
-        ("x + first * hidden, count, out", "x, count, out"),
+    ],
+    "finish": [
         ("x, norm1, count", "x, norm2, count"),
         ("add_norm(attended, x", "add_norm(residual, x"),
         ("multiply(attended, hidden", "multiply(x, hidden"),
         ("activate(activations, count, inner, layer.activation, run);", ""),
         ("layer.down_scale, layer.down_bias", "layer.down_scale, nullptr"),
+    ],
+    "run_layer": [
+        ("x + first * hidden, count, qkv", "x, count, qkv"),
+        ("qkv + first * 3 * projected", "qkv"),
+        ("context + first * projected", "context"),
+        ("x + first * hidden, count, out", "x, count, out"),
         ("out + first * hidden", "out"),
-        ("attend(op, layer, qkv, context, run);", ""),
+        ("attend(op, layer, qkv, context, FLOAT32, run);", ""),
+    ],
+}
+# Where the processor multiplies bfloat16.
+NARROW_LAYER = {
+    "run_narrow_layer": [
+        ("x + first * hidden, count, wide", "x, count, wide"),
+        ("qkv + first * 3 * projected", "qkv"),
+        ("context + first * projected", "context"),
+        ("x + first * hidden, count, out", "x, count, out"),
+        ("out + first * hidden", "out"),
+        ("attend(op, layer, qkv, context, BFLOAT16, run);", ""),
+        ("count * projected, wide", "projected, wide"),
     ]
 }
 LAYER = {
@@ -399,6 +448,8 @@ LAYER = {
 MUTANTS = (
     ("embeddings", "embeddings.h", EMBEDDINGS),
     ("attention", "attention_cpu.cpp", ATTENTION),
+    ("attention", "attention_task.h", ATTENTION_TASK),
+    *((("attention", "attention_bfloat16.h", ATTENTION_BFLOAT16),) if products.multiplies(torch.bfloat16) else ()),
     ("bias_gelu", "bias_gelu_cpu.cpp", BIAS_GELU),
     ("add_norm", "add_norm_cpu.cpp", ADD_NORM),
     ("product", "linear_cpu.cpp", LINEAR),
@@ -420,8 +471,9 @@ MUTANTS = (
     ("int8", "quantise.h", QUANTISE),
     *((("floats", "packed_cpu.cpp", FLOATS),) if products.multiplies(torch.float32) else ()),
     *((("floats", "packed_cpu.cpp", BFLOAT16),) if products.multiplies(torch.bfloat16) else ()),
-    ("int8_layer", "packed_layer_cpu.cpp", INT8_LAYER),
-    ("int8_layer", "layer.h", LAYER),
+    ("packed_layer", "packed_layer_cpu.cpp", PACKED_LAYER),
+    *((("packed_layer", "packed_layer_cpu.cpp", NARROW_LAYER),) if products.multiplies(torch.bfloat16) else ()),
+    ("packed_layer", "layer.h", LAYER),
 )
 
 
@@ -486,10 +538,14 @@ def holds_everywhere(op):
     """Whether all checks of an op find nothing; the first that finds something is the last."""
     if op == "floats":
         return are_all_exact()
-    if op == "int8_layer":
+    if op == "packed_layer":
         return (
             all(map(is_its_ops, BATCHES.values()))
             and is_its_ops(BATCHES["one token"], "relu")
+            and (
+                not products.multiplies(torch.float32)
+                or all(is_its_ops(batch, linears=layer_linears(torch.float32)) for batch in BATCHES.values())
+            )
             and are_one_after_another()
         )
     return all(holds(check) for check in CHECKS if check.op == op)

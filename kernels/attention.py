@@ -12,8 +12,8 @@ That is also why the forward saves a row's offset and sum apart: added up as log
 the sum beside a large offset.
 
 Tiles that lie within the sequence are computed in a loop of their own, without masks; the last keys of a sequence, if
-they fill no tile, come after it. Key biases apply in both; they are divided by the scale, so that softmax stays as it
-is. Where queries have key ranges, tiles are left out that no query of a program sees.
+they fill no tile, come after it. Key biases apply in both; scores that have them are scaled first, and then the factor
+is log₂ e alone. Where queries have key ranges, tiles are left out that no query of a program sees.
 
 The backward uses no atomics in either of its two designs (`takes_one_pass` chooses), so it is deterministic. With two
 passes, a program owns a block of queries in the first and a block of keys in the second, and keeps its sums in
@@ -57,7 +57,8 @@ def forward(
     out = qkv.new_empty(tokens, heads * head_dim)
     statistics = torch.empty(2, heads, tokens, dtype=torch.float32, device=qkv.device)
     arch = describe(qkv.device).arch
-    config = config or forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None)
+    biased = sequences.key_bias is not None
+    config = config or forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None, biased)
     blocks = cdiv(sequences.max_seqlen, config.block)
     if tokens:
         _forward_kernel[(sequences.longest_first.shape[0] * blocks * heads,)](
@@ -98,13 +99,14 @@ def backward(
     if not tokens:
         return grad_qkv
     device, pairs = describe(qkv.device), sequences.longest_first.shape[0] * heads
+    ranged = sequences.key_ranges is not None
     case = (device.arch, qkv.dtype, head_dim, sequences.max_seqlen)
     single = one_pass_config(*case)
     if one_pass is None:
         one_pass = takes_one_pass(single, pairs, sequences.max_seqlen, dropout is not None, device)
-        if sequences.key_ranges is not None:  # whose tiles two passes can leave out
+        if ranged:  # whose tiles two passes can leave out
             one_pass = one_pass and sequences.max_seqlen <= single.block
-    config = config or (single if one_pass else backward_config(*case[:3], dropout is not None))
+    config = config or (single if one_pass else backward_config(*case[:3], dropout is not None, ranged))
     blocks = cdiv(sequences.max_seqlen, config.block)
     shared = (qkv, *_pointers(sequences, dropout), grad_qkv, tokens)
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
@@ -199,9 +201,25 @@ def _store(ptr, row, length, x, STRIDE: tl.constexpr, HEAD_DIM: tl.constexpr, BL
 
 
 @triton.jit
-def _key_bias(key_bias_ptr, start, key, length, scale):
-    """The bias of the keys `key`, of any shape, for scores that are not scaled yet: -inf beyond the sequence."""
-    return tl.load(key_bias_ptr + start + key, mask=key < length, other=float("-inf")) / scale
+def _key_bias(key_bias_ptr, start, key, length):
+    """The bias of the keys `key`, of any shape: -inf beyond the sequence."""
+    return tl.load(key_bias_ptr + start + key, mask=key < length, other=float("-inf"))
+
+
+@triton.jit
+def _scaled(scores, scale, key_bias):
+    """The scores, scaled, with the bias.
+
+    It cannot be added to the product as it is: Triton makes `dot(a, b) + c` a product whose sums begin at c, and then
+    each of their terms is rounded as coarsely as the bias.
+    """
+    return tl.fma(scores, scale, key_bias)
+
+
+@triton.jit
+def _factor(scale, key_bias_ptr):
+    """The factor of the scores in exp2: `_scaled` has multiplied those with biases by the scale."""
+    return LOG2_E if key_bias_ptr is not None else scale * LOG2_E
 
 
 @triton.jit
@@ -294,7 +312,7 @@ def _scores(
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     column = first_key + index[None, :]
     if key_bias_ptr is not None:
-        scores += _key_bias(key_bias_ptr, start, column, length, scale)
+        scores = _scaled(scores, scale, _key_bias(key_bias_ptr, start, column, length))
     if key_ranges_ptr is not None:
         scores = tl.where((column >= key_range[0]) & (column < key_range[1]), scores, float("-inf"))
     elif key_bias_ptr is None and not WHOLE:
@@ -374,7 +392,7 @@ def _forward_kernel(
         tl.zeros([BLOCK, 1], tl.float32),
         tl.zeros([BLOCK, BLOCK_DIM], tl.float32),
     )
-    factor = scale * LOG2_E
+    factor = _factor(scale, key_bias_ptr)
     begin, end = 0, length
     key_range = (begin, end)
     if key_ranges_ptr is not None:
@@ -528,7 +546,7 @@ def _backward_queries_kernel(
     tl.store(numbers_ptr + 2, delta, mask=row < length)
 
     grad_query = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-    factor = scale * LOG2_E
+    factor = _factor(scale, key_bias_ptr)
     begin, end = 0, length
     key_range = (begin, end)
     if key_ranges_ptr is not None:
@@ -619,7 +637,7 @@ def _keys_tile(
     Keys beyond the sequence need no mask, as nothing is stored of them; queries do not, as their statistics are 0.
     """
     grad_key, grad_value = sums
-    key, value, key_bias_ptr, key_bias, key_ranges_ptr, start = keys
+    key, value, key_bias_ptr, key_bias, key_ranges_ptr, start, scale = keys
     query_ptr, grad_ptr, numbers_ptr = queries
     BLOCK: tl.constexpr = key.shape[0]
     BLOCK_DIM: tl.constexpr = key.shape[1]
@@ -630,7 +648,7 @@ def _keys_tile(
     # Keys by queries: the transpose of the forward's tile.
     scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
     if key_bias_ptr is not None:
-        scores += key_bias
+        scores = _scaled(scores, scale, key_bias)
     probabilities = tl.exp2(tl.fma(scores, factor, offset)) * inverse
     if key_ranges_ptr is not None:
         column = first_key + tl.arange(0, BLOCK)[:, None]
@@ -687,12 +705,12 @@ def _backward_keys_kernel(
     value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
     key_bias = 0.0
     if key_bias_ptr is not None:
-        key_bias = _key_bias(key_bias_ptr, start, row, length, scale)
+        key_bias = _key_bias(key_bias_ptr, start, row, length)
     sums = (tl.zeros([BLOCK, BLOCK_DIM], tl.float32), tl.zeros([BLOCK, BLOCK_DIM], tl.float32))
-    keys = (key, value, key_bias_ptr, key_bias, key_ranges_ptr, start)
+    keys = (key, value, key_bias_ptr, key_bias, key_ranges_ptr, start, scale)
     queries = (query_ptr, grad_ptr, numbers_ptr + 4 * row_offset)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold)
-    factor = scale * LOG2_E
+    factor = _factor(scale, key_bias_ptr)
     begin, end = 0, length
     if key_ranges_ptr is not None:
         begin, end = _seeing_queries(key_ranges_ptr, start, length, first, BLOCK, STEP)
@@ -776,13 +794,14 @@ def _backward_kernel(
     statistics_ptr += head.to(tl.int64) * tokens + start
     if seed_ptr is not None:
         seed = tl.load(seed_ptr)
+    factor = _factor(scale, key_bias_ptr)
 
     for first in tl.range(0, length, BLOCK):
         row = first + tl.arange(0, BLOCK)[:, None]
         key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         if key_bias_ptr is not None:
-            key_bias = _key_bias(key_bias_ptr, start, row, length, scale)
+            key_bias = _key_bias(key_bias_ptr, start, row, length)
         grad_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         grad_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         for first_query in tl.range(0, length, STEP, num_stages=STAGES):
@@ -799,8 +818,8 @@ def _backward_kernel(
             inverse = _load_number(statistics_ptr + HEADS * tokens, column, length)
             scores = tl.dot(key, tl.trans(query), input_precision=PRECISION)
             if key_bias_ptr is not None:
-                scores += key_bias
-            probabilities = tl.exp2(tl.fma(scores, scale * LOG2_E, offset)) * inverse
+                scores = _scaled(scores, scale, key_bias)
+            probabilities = tl.exp2(tl.fma(scores, factor, offset)) * inverse
             if key_ranges_ptr is not None:
                 seen = _is_seen(row, key_ranges_ptr, start, query_row, length)
                 probabilities = tl.where(seen, probabilities, 0.0)

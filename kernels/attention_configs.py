@@ -35,7 +35,9 @@ _LARGE_TILES = ("sm_90", "sm_100")  # wgmma and tcgen05 read operands from share
 
 
 @cache
-def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+def forward_config(
+    arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int, dropout: bool, key_bias: bool = False
+) -> Config:
     if is_rdna(arch):
         return _rdna_forward_config(dtype, head_dim, max_seqlen)
     if dtype == torch.float32:
@@ -50,14 +52,14 @@ def forward_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: int
         if dropout or max_seqlen <= 64:
             return Config(64, 32, warps=4, stages=3)
         return Config(128, 64, warps=8, stages=3)
-    if arch == "sm_100" and max_seqlen > 64 and not dropout:
+    if arch == "sm_100" and max_seqlen > 64 and not dropout and not key_bias:  # with either, it spills
         return Config(128, 128, warps=8, stages=3)  # its products are twice as fast with 128 rows
     # 113 to 179 registers, so 2 or 3 programs. Fastest on an H200 at 512 tokens: 77 us, with 128 rows and 8 warps 82.
     return Config(64, 64, warps=4, stages=3)
 
 
 @cache
-def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool) -> Config:
+def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool, key_ranges: bool = False) -> Config:
     """The tiles of both passes. Each holds two operands and one or two sums, so they are smaller than the forward's."""
     if is_rdna(arch):
         return _rdna_backward_config(dtype, head_dim)
@@ -76,7 +78,7 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool)
     if head_dim > 64:
         return Config(64, 32, warps=8, stages=1 if arch == "sm_120" else 3)
     if arch == "sm_100":
-        return Config(128, 64, warps=8, stages=3)
+        return Config(128, 32 if key_ranges else 64, warps=8, stages=3)
     # Two programs of 4 warps can have 255 registers, which the second pass takes; the widest steps that do not spill:
     # (timed on an H200: with dropout at 512 tokens 465 us, with a step of 64 488, with 128 rows and 8 warps 528)
     if arch == "sm_90":

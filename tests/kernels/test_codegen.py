@@ -62,6 +62,7 @@ print(json.dumps([each.broken_rules() for each in (
     replace(forward, stages=1, in_flight=0),
     replace(forward, ctas=1),
     replace(forward, op="attention ≤ 128", kernel="backward", ctas=1),
+    replace(forward, op="attention ≤ 64, key bias", kernel="backward", ctas=1),
     gelu,
     replace(gelu, loop=274),
     replace(gelu, loop=275),
@@ -80,6 +81,7 @@ print(json.dumps([each.broken_rules() for each in (
         [],
         [],
         ["one program fits a multiprocessor, not two"],
+        [],
         [],
         [],
         [],
@@ -185,6 +187,38 @@ print(json.dumps({
 }))
 """
     assert compiling(code) == {"missing": 0, "broken": [], "unknown": []}
+
+
+def test_sums_of_scores_begin_at_zero(compiling):
+    """Where they begin at the key biases, each of their terms is rounded as coarsely as the bias.
+
+    That fails the check "padded with key biases, 1 x 128" on a GPU, and none in the interpreter, which leaves the sum
+    of a product and a bias as it is.
+    """
+    code = """
+import json, re
+from bench.kernels import codegen, launches
+import torch
+
+def products(launch):
+    ttir = launch.kernel.asm["ttir"]
+    zeros = {*re.findall(r"(%\\w+) = arith.constant dense<0.0", ttir)}
+    begins = re.findall(r"tt.dot [^,]+, [^,]+, (%[^ ,]+)", ttir)
+    return launch.kernel.metadata.name, [sum(begin in zeros for begin in begins), len(begins)]
+
+case = (launches.launch_attention, torch.float32, 128, None)
+print(json.dumps(dict(
+    products(launch)
+    for max_seqlen in (512, 16)  # in two passes and in one
+    for launch in codegen.compiled("sm_90", *case, max_seqlen, 1, torch.zeros(64))
+)))
+"""
+    assert compiling(code) == {
+        "_forward_kernel": [1, 2],  # the other product goes on from the last tile's sums
+        "_backward_queries_kernel": [2, 3],
+        "_backward_keys_kernel": [2, 4],
+        "_backward_kernel": [3, 5],
+    }
 
 
 def test_token_counts_and_lengths_compile_nothing_new(compiling):

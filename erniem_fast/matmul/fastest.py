@@ -80,12 +80,15 @@ def choice(seconds: Seconds) -> str:
 def packing() -> str | None:
     """The library with packed weights whose forwards take the least time; None if weights as they are take no longer.
 
-    A model is packed for all its calls, so the ranges of tokens count alike.
+    A model is packed for all its calls, so the ranges of tokens count alike. Native products need not gain by
+    themselves, because all layers are one call with them: on an EPYC (Zen 4) they took 0.95 of the time of those with
+    weights as they are, and forwards of 24 to 1,024 tokens 0.77 to 0.83.
     """
     names = available_packed(torch.float32)
     shares = {name: geometric_mean(each[name] / each[choice(each)] for each in _by_range(FORWARD)) for name in names}
     best = _preferred(shares)
-    return best if best is not None and min(shares.values()) <= 1 - _LEAST_GAIN else None
+    most = 1.0 if best == NATIVE_PACKED else 1 - _LEAST_GAIN
+    return best if best is not None and shares[best] <= most else None
 
 
 def bfloat16() -> str | None:

@@ -481,7 +481,8 @@ def test_pruned_heads_and_resized_tables():
         (1.5, 0.9, NATIVE_PACKED),
         (0.9, 0.92, NATIVE_PACKED),
         (0.8, 0.92, ONEDNN_PACKED),
-        (0.97, 0.96, None),
+        (0.97, 0.96, NATIVE_PACKED),
+        (0.99, 1.02, None),
         (1.5, 1.5, None),
     ],
 )

@@ -59,6 +59,16 @@ class JobFigures:
     fill: float
     peers: list[PeerFigures]
 
+    @property
+    def rivals(self) -> list[PeerFigures]:
+        """The peers that were compared with ours, but for those that are erniem_fast in another way."""
+        return [peer for peer in self.peers if peer.speedup and is_rival(peer.peer)]
+
+
+def is_rival(name: str) -> bool:
+    """Whether a peer is neither erniem_fast nor a model that it has optimised."""
+    return not (name.startswith("erniem_fast") or name.endswith(", optimize"))
+
 
 @dataclasses.dataclass
 class LoadedPeer:

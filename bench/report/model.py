@@ -105,7 +105,7 @@ def losses(jobs: list[JobFigures]) -> list[str]:
     """In words, where erniem_fast is slower; a list of one paragraph or none."""
     slower = []
     for job in jobs:
-        ratios = [(peer.peer, peer.speedup.median) for peer in job.peers if peer.speedup]
+        ratios = [(peer.peer, peer.speedup.median) for peer in job.rivals]
         lost = [f"{name} ({ratio:.2f}x)" for name, ratio in ratios if round(ratio, 2) < 1]
         slower += [f"{job.name} against {', '.join(lost)}"] if lost else []
     return [f"**erniem_fast is slower** in {'; '.join(slower)}."] if slower else []

@@ -10,7 +10,7 @@ import textwrap
 
 from bench import RESULTS, ROOT
 from bench.machine import describe
-from bench.model.figures import JobFigures, ModelRun, QualityRun
+from bench.model.figures import JobFigures, ModelRun, QualityRun, is_rival
 from bench.parser import make_parser
 from bench.record import read
 from bench.report import headline
@@ -58,7 +58,7 @@ def replaced(text: str, name: str, section: str) -> str:
 def speed(folder: pathlib.Path) -> str:
     """The README's picture, and in words how far the best rival is and where it is ahead."""
     rivals, training = (read(ModelRun, folder / name) for name in (RIVALS, TRAINING))
-    others = sum(not peer.name.startswith("erniem_fast") for peer in rivals.peers)
+    others = sum(is_rival(peer.name) for peer in rivals.peers)
     nearest = "; ".join(_nearest(job) for job in rivals.jobs if job.name in headline.JOBS)
     words = [
         f"How much faster erniem_fast is than the fastest of {others} others: {nearest}.",
@@ -71,7 +71,7 @@ def speed(folder: pathlib.Path) -> str:
 
 
 def _nearest(job: JobFigures) -> str:
-    peer = min((peer for peer in job.peers if peer.speedup), key=lambda peer: peer.speedup.median)
+    peer = min(job.rivals, key=lambda peer: peer.speedup.median)
     return f"{headline.JOBS[job.name]}, {job.fill:.0%} full, {peer.speedup.median:.2f}x ({peer.peer})"
 
 
@@ -85,7 +85,7 @@ def _training(job: JobFigures) -> str:
 
 def _behind(jobs: list[JobFigures]) -> str:
     """In how many comparisons erniem_fast is slower, the worst ratio, and how full those batches are at least."""
-    compared = [(job.fill, peer.speedup.median) for job in jobs for peer in job.peers if peer.speedup]
+    compared = [(job.fill, peer.speedup.median) for job in jobs for peer in job.rivals]
     lost = [(fill, ratio) for fill, ratio in compared if round(ratio, 2) < 1]
     if not lost:
         return f"It is faster in all {len(compared)} comparisons."

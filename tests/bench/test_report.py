@@ -175,7 +175,9 @@ def keep(folder, **runs):
 
 def test_the_pages_are_rewritten_between_their_markers(pages):
     old = (pages / "README.md").read_text(encoding="utf-8")
-    jobs = [job("32 x text", old=2.5, older=4.0), job("1 x text", old=1.25), job("32 x sorted", old=0.9)]
+    # A model of others that was optimised is no rival.
+    first = job("32 x text", old=2.5, older=4.0, **{"XLM-R, optimize": 0.9})
+    jobs = [first, job("1 x text", old=1.25), job("32 x sorted", old=0.9)]
     keep(pages, RIVALS=run_of(*jobs), TRAINING=run_of(job("4 x fixed:9", old=0.8)))
     readme.main([str(pages)])
     new, page = ((pages / name).read_text(encoding="utf-8") for name in ("README.md", "benchmarks.md"))
@@ -188,7 +190,7 @@ def test_the_pages_are_rewritten_between_their_markers(pages):
     assert between("rounded", new)[1] == ""
     table = between("throughput", page)[1]
     assert (
-        "| old         | 2.50x               | 1.25x              | 0.90x                 | 0.80x                 |"
+        "| old             | 2.50x               | 1.25x              | 0.90x                 | 0.80x                 |"
         in table
     )
     assert "openvino 1, python 3.11; 2026-11-23" in table

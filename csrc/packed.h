@@ -37,7 +37,7 @@ struct PackedTokens {
   std::unique_ptr<Rounding[]> roundings;  // (tokens,) of integers
 };
 
-// A kernel's product of at most `most_rows` rows with one block of a weight; see `multiply_rows` in packed_tile.h.
+// A kernel's product of at most `most_rows` rows with one block of a weight; see `multiply_rows` in packed_cpu.cpp.
 struct FloatTile {
   void (*multiply)(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* block, const uint8_t* next,
                    int64_t groups, float* sums) = nullptr;

@@ -82,6 +82,23 @@ void store_row(const Sum* sums, const Block& block, const Rounding& token, float
   if (to == part) memcpy(row, part, block.columns * sizeof(float));
 }
 
+// Calls the kernel's product of so many rows, at most MOST_ROWS.
+template <typename Kernel, int... I>
+void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, const uint8_t* next,
+                   int64_t groups, typename Kernel::Sum* sums, std::integer_sequence<int, I...>) {
+  using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, const int8_t*, int64_t, typename Kernel::Sum*);
+  static constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
+  by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), reinterpret_cast<const int8_t*>(next), groups,
+                    sums);
+}
+
+template <typename Kernel>
+void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, const uint8_t* next,
+                   int64_t groups, typename Kernel::Sum* sums) {
+  multiply_rows<Kernel>(rows, x, stride, weight, next, groups, sums,
+                        std::make_integer_sequence<int, Kernel::MOST_ROWS>());
+}
+
 // One of `tiles` tiles of tokens, for a block of a product's columns; the next block at `next` is needed soon.
 template <typename Kernel>
 void multiply_tile(const PackedTokens& x, const PackedProduct& product, const Block& block, const uint8_t* next,

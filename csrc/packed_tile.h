@@ -451,21 +451,4 @@ bool with_packed_kernel(int64_t kernel, const Body& body) {
   }
 }
 
-// Calls the kernel's product of so many rows, at most MOST_ROWS.
-template <typename Kernel, int... I>
-void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, const uint8_t* next,
-                   int64_t groups, typename Kernel::Sum* sums, std::integer_sequence<int, I...>) {
-  using Multiply = void (*)(const uint8_t*, int64_t, const int8_t*, const int8_t*, int64_t, typename Kernel::Sum*);
-  static constexpr Multiply by_rows[] = {Kernel::template multiply<I + 1>...};
-  by_rows[rows - 1](x, stride, reinterpret_cast<const int8_t*>(weight), reinterpret_cast<const int8_t*>(next), groups,
-                    sums);
-}
-
-template <typename Kernel>
-void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, const uint8_t* next,
-                   int64_t groups, typename Kernel::Sum* sums) {
-  multiply_rows<Kernel>(rows, x, stride, weight, next, groups, sums,
-                        std::make_integer_sequence<int, Kernel::MOST_ROWS>());
-}
-
 }  // namespace erniem_fast

@@ -10,9 +10,12 @@ import psutil
 import torch
 
 CPUINFO = pathlib.Path("/proc/cpuinfo")
-# A virtual machine's name for the processor, "AMD EPYC", does not say which; its family and model do: families, and of
-# each the lowest model with a name.
-_AMD = {25: {0x00: "Zen 3", 0x10: "Zen 4", 0x20: "Zen 3", 0xA0: "Zen 4"}, 26: {0x00: "Zen 5"}}
+# AMD's microarchitectures by family, and by the first model number of a range, as Linux tells them apart
+# (arch/x86/kernel/cpu/amd.c). In virtual machines the name of the processor is often only "AMD EPYC".
+_AMD = {
+    25: {0x00: "Zen 3", 0x10: "Zen 4", 0x20: "Zen 3", 0x60: "Zen 4"},
+    26: {0x00: "Zen 5", 0x50: "Zen 6", 0x60: "Zen 5", 0x80: "Zen 6"},
+}
 PRODUCT_INSTRUCTIONS = ("avx_vnni", "avx512_vnni", "avx512_bf16", "amx_int8", "amx_bf16", "asimddp", "i8mm", "bf16")
 
 
@@ -83,6 +86,7 @@ def cpu_name(cpuinfo: str) -> str:
     name = values.get("model name", platform.machine())
     if values.get("vendor_id") != "AuthenticAMD":
         return name
-    named = _AMD.get(int(values["cpu family"]), {})
-    lowest = max((model for model in named if model <= int(values["model"])), default=None)
-    return name if lowest is None else f"{name} ({named[lowest]})"
+    ranges = _AMD.get(int(values["cpu family"]))
+    if ranges is None:
+        return name
+    return f"{name} ({ranges[max(first for first in ranges if first <= int(values['model']))]})"

@@ -9,8 +9,8 @@
 
 namespace erniem_fast {
 
-// The tasks of one thread, one after another, which share their arrays. Head dimensions have to be even, because a
-// group of a product is two numbers.
+// The tasks of one thread, one after another, which share their arrays. The head dimension must be even: an instruction
+// multiplies two neighbouring numbers.
 class BFloat16Task : AttentionTask<BFloat16> {
  public:
   BFloat16Task(const Attention& op, const FloatTile& tile) : AttentionTask<BFloat16>(op), tile(tile) {}
@@ -54,8 +54,8 @@ class BFloat16Task : AttentionTask<BFloat16> {
     tile.multiply(count, reinterpret_cast<const uint8_t*>(rows), stride * sizeof(BFloat16), block, block, groups, to);
   }
 
-  // Keys as a weight, a chunk after another: [chunks][groups][COLUMNS][2]. Scores of keys beyond the sequence are
-  // replaced.
+  // Keys as a weight, a chunk after another: [chunks][groups][COLUMNS][2]. What the memory holds for keys beyond the
+  // sequence does not matter, because `exponentials` replaces their scores.
   const uint8_t* pack_keys() {
     const int64_t groups = head_dim / 2;
     float* to = reserve(key, chunks * groups * COLUMNS);

@@ -2,7 +2,7 @@
 //
 // A task copies its inputs into float32 arrays whose rows are padded to whole vectors and whose row counts are padded
 // to whole tiles. So the products read neighbouring elements and need no code for remainders. Results in the padding
-// are never read. Where the processor multiplies bfloat16, the forward in that dtype has tasks of its own.
+// are never read. If the processor can multiply bfloat16, `BFloat16Task` computes the forward in that dtype.
 #include <algorithm>
 #include <atomic>
 #include <stdexcept>

@@ -24,17 +24,18 @@ struct BFloat16 {
   uint16_t bits;
 };
 
-HOST_DEVICE uint32_t as_bits(float x) {
-  uint32_t bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
+// The bits of a value as another type of the same size.
+template <typename To, typename From>
+HOST_DEVICE To bit_cast(const From& from) {
+  static_assert(sizeof(To) == sizeof(From), "the types must have the same size");
+  To to;
+  memcpy(&to, &from, sizeof to);
+  return to;
 }
 
-HOST_DEVICE float as_float(uint32_t bits) {
-  float x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
+HOST_DEVICE uint32_t as_bits(float x) { return bit_cast<uint32_t>(x); }
+
+HOST_DEVICE float as_float(uint32_t bits) { return bit_cast<float>(bits); }
 
 // Reads what no kernel of the launch writes, so that the load need not wait for stores that come before it.
 template <typename T>

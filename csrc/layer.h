@@ -36,7 +36,7 @@ void run_layers(const LayersForward& op, int64_t (*scratch_features)(const Layer
   }
 }
 
-// Attention of all tokens, whose queries, keys and values have a dtype, and so has the result.
+// Attention of all tokens; `dtype` is that of `qkv` and of `out`.
 template <typename Layer>
 void attend(const LayersForward& op, const Layer& layer, const void* qkv, void* out, int dtype, ParallelFor run) {
   Attention attention = {};

@@ -82,7 +82,7 @@ void store_row(const Sum* sums, const Block& block, const Rounding& token, float
   if (to == part) memcpy(row, part, block.columns * sizeof(float));
 }
 
-// Calls the kernel's product of so many rows, at most MOST_ROWS.
+// Calls the kernel's function for this number of rows, at most MOST_ROWS.
 template <typename Kernel, int... I>
 void multiply_rows(int64_t rows, const uint8_t* x, int64_t stride, const uint8_t* weight, const uint8_t* next,
                    int64_t groups, typename Kernel::Sum* sums, std::integer_sequence<int, I...>) {

@@ -29,13 +29,6 @@ namespace {
 
 int64_t scratch_features(const PackedLayer& layer) { return 4 * layer.projected; }
 
-template <typename From, typename To>
-void convert(const From* from, int64_t size, To* to, ParallelFor run) {
-  parallel(run, size, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t i = begin; i < end; ++i) from_float(to_float(from[i]), to[i]);
-  });
-}
-
 // Queries, keys and values of tokens, side by side.
 void project(const PackedLayer& layer, const float* x, int64_t count, float* qkv, ParallelFor run) {
   const int64_t projected = layer.projected, width = 3 * projected;
@@ -70,36 +63,51 @@ void finish(const PackedLayer& layer, const float* context, const float* residua
   add_norm(attended, x, norm2, count, hidden, out, run);
 }
 
-// A layer whose attention is in bfloat16.
-void run_narrow_layer(const LayersForward& op, const PackedLayer& layer, const float* x, float* out, float* scratch,
-                      ParallelFor run) {
-  const int64_t hidden = layer.hidden, projected = layer.projected;
-  BFloat16 *qkv = reinterpret_cast<BFloat16*>(scratch), *context = qkv + op.tokens * 3 * projected;
-  for_token_blocks(op.tokens, layer.kernel, op.threads, run, [&](int64_t first, int64_t count) {
-    const std::unique_ptr<float[]> wide(new float[count * 3 * projected]);
-    project(layer, x + first * hidden, count, wide.get(), run);
-    convert(wide.get(), count * 3 * projected, qkv + first * 3 * projected, run);
+// The conversions that attention in bfloat16 needs, while the numbers are in a core's cache.
+template <typename From, typename To>
+void convert(const From* from, int64_t size, To* to, ParallelFor run) {
+  parallel(run, size, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) from_float(to_float(from[i]), to[i]);
   });
-  attend(op, layer, qkv, context, BFLOAT16, run);
+}
+
+void project(const PackedLayer& layer, const float* x, int64_t count, BFloat16* qkv, ParallelFor run) {
+  const int64_t size = count * 3 * layer.projected;
+  const std::unique_ptr<float[]> wide(new float[size]);
+  project(layer, x, count, wide.get(), run);
+  convert(wide.get(), size, qkv, run);
+}
+
+void finish(const PackedLayer& layer, const BFloat16* context, const float* residual, int64_t count, float* out,
+            ParallelFor run) {
+  const int64_t size = count * layer.projected;
+  const std::unique_ptr<float[]> wide(new float[size]);
+  convert(context, size, wide.get(), run);
+  finish(layer, wide.get(), residual, count, out, run);
+}
+
+// A layer with `Element`s, of the dtype, between the products and attention.
+template <typename Element>
+void run_with(Dtype dtype, const LayersForward& op, const PackedLayer& layer, const float* x, float* out,
+              float* scratch, ParallelFor run) {
+  const int64_t hidden = layer.hidden, projected = layer.projected;
+  Element *qkv = reinterpret_cast<Element*>(scratch), *context = qkv + op.tokens * 3 * projected;
   for_token_blocks(op.tokens, layer.kernel, op.threads, run, [&](int64_t first, int64_t count) {
-    const std::unique_ptr<float[]> wide(new float[count * projected]);
-    convert(context + first * projected, count * projected, wide.get(), run);
-    finish(layer, wide.get(), x + first * hidden, count, out + first * hidden, run);
+    project(layer, x + first * hidden, count, qkv + first * 3 * projected, run);
+  });
+  attend(op, layer, qkv, context, dtype, run);
+  for_token_blocks(op.tokens, layer.kernel, op.threads, run, [&](int64_t first, int64_t count) {
+    finish(layer, context + first * projected, x + first * hidden, count, out + first * hidden, run);
   });
 }
 
 void run_layer(const LayersForward& op, const PackedLayer& layer, const float* x, float* out, float* scratch,
                ParallelFor run) {
-  if (layer.attention_dtype == BFLOAT16) return run_narrow_layer(op, layer, x, out, scratch, run);
-  const int64_t hidden = layer.hidden, projected = layer.projected;
-  float *qkv = scratch, *context = qkv + op.tokens * 3 * projected;
-  for_token_blocks(op.tokens, layer.kernel, op.threads, run, [&](int64_t first, int64_t count) {
-    project(layer, x + first * hidden, count, qkv + first * 3 * projected, run);
-  });
-  attend(op, layer, qkv, context, FLOAT32, run);
-  for_token_blocks(op.tokens, layer.kernel, op.threads, run, [&](int64_t first, int64_t count) {
-    finish(layer, context + first * projected, x + first * hidden, count, out + first * hidden, run);
-  });
+  if (layer.attention_dtype == BFLOAT16) {
+    run_with<BFloat16>(BFLOAT16, op, layer, x, out, scratch, run);
+  } else {
+    run_with<float>(FLOAT32, op, layer, x, out, scratch, run);
+  }
 }
 
 }  // namespace

@@ -5,6 +5,8 @@
 #include <cstring>
 #include <utility>
 
+#include "elements.h"
+
 namespace erniem_fast {
 
 // Wider vectors than a register's are taken apart by the compiler, through memory: at 8 lanes, products on SSE or NEON
@@ -37,17 +39,9 @@ inline Vector rounded_now(Vector x) {
 
 typedef uint32_t VectorBits __attribute__((vector_size(sizeof(Vector))));
 
-inline VectorBits as_bits(Vector x) {
-  VectorBits bits;
-  memcpy(&bits, &x, sizeof bits);
-  return bits;
-}
+inline VectorBits as_bits(Vector x) { return bit_cast<VectorBits>(x); }
 
-inline Vector as_float(VectorBits bits) {
-  Vector x;
-  memcpy(&x, &bits, sizeof x);
-  return x;
-}
+inline Vector as_float(VectorBits bits) { return bit_cast<Vector>(bits); }
 
 // Lanes I... of the concatenation of a and b.
 template <int... I>

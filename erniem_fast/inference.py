@@ -397,7 +397,7 @@ def is_plain_inference(module: nn.Module, kind: type[InferenceModule] | None = N
 
 
 def attends_in_bfloat16(linears: Sequence[nn.Module]) -> bool:
-    """Whether attention of these linears' queries, keys and values is in bfloat16, as in native layers."""
+    """Whether attention after these three linears computes in bfloat16, as it does in native layers."""
     return all(
         isinstance(linear, NativeLinear) and packed.attention_dtype(linear.dtype) == torch.bfloat16
         for linear in linears

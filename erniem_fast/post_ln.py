@@ -425,7 +425,7 @@ def attend(
         qkv = project_side_by_side(qkv_linears, hidden, scratch)
     narrow, probabilities = attends_in_bfloat16(qkv_linears), None
     if output_attentions or scores_bias is not None:
-        # Probabilities have all their digits, but are those of the same queries and keys.
+        # In float32, so that the probabilities are exact, but from the queries, keys and values that attention gets.
         rounded = qkv.bfloat16().to(qkv.dtype) if narrow else qkv
         context, probabilities = ops.attention_with_probabilities(rounded, batch, heads, scale, scores_bias, dropout)
     elif narrow:

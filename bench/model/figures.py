@@ -61,7 +61,7 @@ class JobFigures:
 
     @property
     def rivals(self) -> list[PeerFigures]:
-        """The peers that were compared with ours, but for those that are erniem_fast in another way."""
+        """The measured peers that are not erniem_fast."""
         return [peer for peer in self.peers if peer.speedup and is_rival(peer.peer)]
 
 

@@ -80,9 +80,10 @@ def choice(seconds: Seconds) -> str:
 def packing() -> str | None:
     """The library with packed weights whose forwards take the least time; None if weights as they are take no longer.
 
-    A model is packed for all its calls, so the ranges of tokens count alike. Native products need not gain by
-    themselves, because all layers are one call with them: on an EPYC (Zen 4) they took 0.95 of the time of those with
-    weights as they are, and forwards of 24, 352 and 1,024 tokens 0.89, 0.89 and 0.93 to 1.00.
+    A model is packed for all its calls, so the ranges of tokens count alike. Native packed products are
+    taken even if they only break even, because all layers then run in one call: on an EPYC (Zen 4) these products took
+    0.95 of the time of unpacked ones, but whole forwards of 24 and 352 tokens 0.89, and those of 1,024 tokens 0.93 to
+    1.00.
     """
     names = available_packed(torch.float32)
     shares = {name: geometric_mean(each[name] / each[choice(each)] for each in _by_range(FORWARD)) for name in names}

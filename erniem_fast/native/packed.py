@@ -122,10 +122,10 @@ def multiplies(dtype: torch.dtype) -> bool:
 
 
 def attention_dtype(weights: torch.dtype) -> torch.dtype:
-    """The dtype of attention beside linears whose weights have a dtype.
+    """The dtype that attention computes in, in a layer whose linears have weights of the dtype `weights`.
 
-    It is bfloat16 beside rounded weights where the processor multiplies it: on an EPYC (Zen 4) attention over 512
-    tokens takes 0.66 times as long then as in float32, and the results are rounded for the next product anyway.
+    It is bfloat16 if the weights are rounded and the processor can multiply bfloat16: on an EPYC (Zen 4), attention
+    over 512 tokens then takes 0.66 times as long as in float32, and the next product rounds its results anyway.
     """
     return torch.bfloat16 if weights != torch.float32 and multiplies(torch.bfloat16) else torch.float32
 

@@ -393,38 +393,32 @@ QUANTISE = {
     ]
 }
 PACKED_LAYER = {
-    "project": [
+    "": [
         ("layer.k_bias, qkv + projected", "layer.q_bias, qkv + projected"),
         ("layer.v_bias, qkv + 2 * projected", "nullptr, qkv + 2 * projected"),
         ("layer.v_packed, layer.v_scale", "layer.k_packed, layer.v_scale"),
-    ],
-    "finish": [
         ("x, norm1, count", "x, norm2, count"),
         ("add_norm(attended, x", "add_norm(residual, x"),
         ("multiply(attended, hidden", "multiply(x, hidden"),
         ("activate(activations, count, inner, layer.activation, run);", ""),
         ("layer.down_scale, layer.down_bias", "layer.down_scale, nullptr"),
     ],
-    "run_layer": [
+    "run_with": [
         ("x + first * hidden, count, qkv", "x, count, qkv"),
         ("qkv + first * 3 * projected", "qkv"),
         ("context + first * projected", "context"),
         ("x + first * hidden, count, out", "x, count, out"),
         ("out + first * hidden", "out"),
-        ("attend(op, layer, qkv, context, FLOAT32, run);", ""),
+        ("attend(op, layer, qkv, context, dtype, run);", ""),
     ],
 }
 # Where the processor multiplies bfloat16.
 NARROW_LAYER = {
-    "run_narrow_layer": [
-        ("x + first * hidden, count, wide", "x, count, wide"),
-        ("qkv + first * 3 * projected", "qkv"),
-        ("context + first * projected", "context"),
-        ("x + first * hidden, count, out", "x, count, out"),
-        ("out + first * hidden", "out"),
-        ("attend(op, layer, qkv, context, BFLOAT16, run);", ""),
-        ("count * projected, wide", "projected, wide"),
-    ]
+    "": [
+        ("convert(wide.get(), size, qkv, run);", "convert(wide.get(), layer.projected, qkv, run);"),
+        ("convert(context, size, wide.get(), run);", "convert(context, layer.projected, wide.get(), run);"),
+    ],
+    "run_layer": [("== BFLOAT16", "!= BFLOAT16")],
 }
 LAYER = {
     "run_layers": [

@@ -90,9 +90,10 @@ def _behind(jobs: list[JobFigures]) -> str:
     if not lost:
         return f"It is faster in all {len(compared)} comparisons."
     fill, worst = min(fill for fill, _ in lost), min(ratio for _, ratio in lost)
+    where = "full batches" if round(fill, 2) == 1 else f"batches that are {fill:.0%} full or more"
     return (
         f"**It is slower in {len(lost)} of {len(compared)} comparisons**, {worst:.2f}x at the worst, all of them in"
-        f" batches that are {fill:.0%} full or more."
+        f" {where}."
     )
 
 

@@ -173,6 +173,17 @@ def keep(folder, **runs):
         (folder / getattr(readme, name)).write_text(json.dumps(dataclasses.asdict(run)))
 
 
+@pytest.mark.parametrize(
+    ("fill", "words"),
+    [
+        (0.95, "**It is slower in 1 of 2 comparisons**, 0.90x at the worst, all of them in batches that are 95% full"),
+        (0.997, "**It is slower in 1 of 2 comparisons**, 0.90x at the worst, all of them in full batches."),
+    ],
+)
+def test_where_it_is_slower(fill, words):
+    assert readme._behind([dataclasses.replace(job("32 x text", old=0.9, older=1.1), fill=fill)]).startswith(words)
+
+
 def test_the_pages_are_rewritten_between_their_markers(pages):
     old = (pages / "README.md").read_text(encoding="utf-8")
     # "XLM-R, optimize" runs on erniem_fast, so it must not count as a rival.

@@ -24,8 +24,9 @@ _FEATURES_PER_LANE = 24  # the registers that a lane needs for one value of a ro
 _FEATURES_PER_LANE_OF_RDNA = 16  # RDNA's compiler needs more registers for dropout
 _MAX_CHUNKS = 8
 
-# The warps of the backward that a multiprocessor has registers for, by the features of a lane.
-_WARPS, _WARPS_WITH_FEW_FEATURES, _FEW_FEATURES_PER_LANE = 8, 12, 16
+# The warps of the backward that a multiprocessor has room for, in 16 bits and in float32, whose tiles in flight take
+# twice as much shared memory, or registers on AMD's GPUs: if a lane has few features, and if it has more.
+_FEW_FEATURES_PER_LANE, _WARPS_WITH_FEW, _WARPS_WITH_MORE = 16, (12, 8), (8, 6)
 
 # The sum of the partial sums: narrow blocks, so that every multiprocessor has one, in few and therefore large steps.
 _SUM_BLOCK, _SUM_ROWS, _SUM_WARPS = 16, 512, 8
@@ -89,17 +90,15 @@ def backward_config(device: Device, hidden: int, itemsize: int) -> LoopConfig:
     """A program has the warps of one row, so that the rows of no other warp are waited for.
 
     A row takes a warp longer than its instructions do, because sums over lanes have to be waited for; other warps run
-    meanwhile. So there are as many as registers allow, and in float32, whose tiles in flight are twice as large, shared
-    memory. Of two stages, Triton keeps a tile in flight on AMD's GPUs; on NVIDIA's it takes three.
+    meanwhile. So there are as many as fit. Of two stages, Triton keeps a tile in flight on AMD's GPUs; on NVIDIA's it
+    takes three.
     """
     warps = min(8, triton.next_power_of_2(cdiv(hidden, _features_per_warp(device))))
     stages = 2 if is_amd(device.arch) else 3
     config = LoopConfig.for_rows(device, hidden, itemsize, warps, stages=stages, programs=1)
     features_per_lane = config.block * config.chunks * config.rows // (warps * device.lanes)
-    resident = _WARPS if features_per_lane > _FEW_FEATURES_PER_LANE else _WARPS_WITH_FEW_FEATURES
-    if itemsize > 2:
-        resident = resident * 3 // 4
-    return replace(config, programs=max(1, resident // warps))
+    resident = _WARPS_WITH_FEW if features_per_lane <= _FEW_FEATURES_PER_LANE else _WARPS_WITH_MORE
+    return replace(config, programs=max(1, resident[itemsize > 2] // warps))
 
 
 def forward(

@@ -82,8 +82,8 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool,
     # Two programs of 4 warps can have 255 registers, which the second pass takes; the widest steps that do not spill:
     # (timed on an H200: with dropout at 512 tokens 465 us, with a step of 64 488, with 128 rows and 8 warps 528)
     if arch == "sm_90":
-        return Config(64, 32 if dropout else 64, warps=4, stages=3)
-    return Config(64, 16 if dropout and arch == "sm_120" else 32, warps=4, stages=3)
+        return Config(64, 32 if dropout or key_ranges else 64, warps=4, stages=3)
+    return Config(64, 16 if dropout and (key_ranges or arch == "sm_120") else 32, warps=4, stages=3)
 
 
 @cache

@@ -189,6 +189,23 @@ print(json.dumps({
     assert compiling(code) == {"missing": 0, "broken": [], "unknown": []}
 
 
+def test_key_biases_and_ranges_keep_the_rules(compiling):
+    """The table does not have them: they add to the registers of kernels that it has."""
+    code = """
+import json
+from bench.kernels import codegen, launches
+import torch
+
+def of_keys(launch):
+    op, _, dtype, *_ = launch
+    return op in ("attention, key bias", "attention, key ranges") and dtype == torch.float16
+
+rows = [row for arch in ("sm_80", "sm_90") for row in codegen.rows(arch, filter(of_keys, launches.launches(arch)))]
+print(json.dumps([len(rows), [f"{row}: {rule}" for row in rows for rule in row.broken_rules()]]))
+"""
+    assert compiling(code) == [24, []]  # a forward and two passes of the backward, with and without dropout
+
+
 def test_sums_of_scores_begin_at_zero(compiling):
     """Where they begin at the key biases, each of their terms is rounded as coarsely as the bias.
 

@@ -99,14 +99,14 @@ def backward(
     if not tokens:
         return grad_qkv
     device, pairs = describe(qkv.device), sequences.longest_first.shape[0] * heads
-    ranged = sequences.key_ranges is not None
+    biased, ranged = sequences.key_bias is not None, sequences.key_ranges is not None
     case = (device.arch, qkv.dtype, head_dim, sequences.max_seqlen)
     single = one_pass_config(*case)
     if one_pass is None:
         one_pass = takes_one_pass(single, pairs, sequences.max_seqlen, dropout is not None, device)
         if ranged:  # whose tiles two passes can leave out
             one_pass = one_pass and sequences.max_seqlen <= single.block
-    config = config or (single if one_pass else backward_config(*case[:3], dropout is not None, ranged))
+    config = config or (single if one_pass else backward_config(*case[:3], dropout is not None, biased, ranged))
     blocks = cdiv(sequences.max_seqlen, config.block)
     shared = (qkv, *_pointers(sequences, dropout), grad_qkv, tokens)
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))

@@ -59,7 +59,9 @@ def forward_config(
 
 
 @cache
-def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool, key_ranges: bool = False) -> Config:
+def backward_config(
+    arch: str, dtype: torch.dtype, head_dim: int, dropout: bool, key_bias: bool = False, key_ranges: bool = False
+) -> Config:
     """The tiles of both passes. Each holds two operands and one or two sums, so they are smaller than the forward's."""
     if is_rdna(arch):
         return _rdna_backward_config(dtype, head_dim)
@@ -83,7 +85,8 @@ def backward_config(arch: str, dtype: torch.dtype, head_dim: int, dropout: bool,
     # (timed on an H200: with dropout at 512 tokens 465 us, with a step of 64 488, with 128 rows and 8 warps 528)
     if arch == "sm_90":
         return Config(64, 32 if dropout or key_ranges else 64, warps=4, stages=3)
-    return Config(64, 16 if dropout and (key_ranges or arch == "sm_120") else 32, warps=4, stages=3)
+    small = dropout and (key_bias or key_ranges or arch == "sm_120")
+    return Config(64, 16 if small else 32, warps=4, stages=3)
 
 
 @cache

@@ -156,7 +156,7 @@ def test_no_token_of_its_own_sentence_reaches_a_prediction(implementation):
 
 def test_graphs_of_compile_and_the_flag_that_verifies(monkeypatch):
     model, batch = load().encoder.layers[0], BATCH
-    with products_by("torch"):  # the one that multiplies in graphs, and where results are verified
+    with products_by("torch"):  # as compiled graphs and verified calls multiply
         expected, _ = model(inputs(), batch, None)
     with torch.no_grad():
         compiled = torch.compile(lambda x: model(x, batch, None)[0], fullgraph=True, backend="aot_eager")(inputs())

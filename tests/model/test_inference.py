@@ -41,6 +41,9 @@ every_linear = pytest.mark.parametrize(
     ],
 )
 LEVELS = products.levels() if products.objection() is None else 255
+# How wide a level is, in those of 8 bits: twice as wide where inputs have 7, because AVX2's products could overflow.
+# What rounding inputs costs grows with it, and a cosine's distance from 1 with its square.
+WIDTH = 255 / LEVELS
 SIZES = [(96, 24), (1031, 7), (3, 5), (768, 40)]  # in_features, out_features
 
 

@@ -30,14 +30,14 @@ from erniem_fast.matmul import fastest
 from erniem_fast.matmul.libraries import NATIVE_BFLOAT16, NATIVE_PACKED, ONEDNN_BFLOAT16, ONEDNN_PACKED
 from erniem_fast.native import packed as products
 from tests.golden import cases
-from tests.model.test_inference import LEVELS, SERVED
+from tests.model.test_inference import LEVELS, SERVED, WIDTH
 from tests.model.tiny import IDS, LAYOUT_CASES, MASK, REAL, assert_close, load, logits_of
 from tests.one_calls import record
 from tests.ops.problems import serving
 
 INPUTS = {"input_ids": IDS, "attention_mask": MASK}
-# The least cosine of a token's hidden state to the one in float32: seen 0.99992 and 0.9994.
-COSINES = {"packed": 1 - 1e-6, "bfloat16": 0.9995, "int8": 0.998}
+# The least cosine of a token's hidden state to the one in float32: seen 0.99992, and 0.9994 or with 7 bits 0.9979.
+COSINES = {"packed": 1 - 1e-6, "bfloat16": 0.9995, "int8": 1 - 0.002 * WIDTH**2}
 
 every_form = pytest.mark.parametrize(
     "weights",
@@ -101,7 +101,7 @@ def test_heads_and_pooler_stay_in_float32(weights, case):
         expected, result = logits_of(exact(**inputs)), logits_of(model(**inputs))
     for name in expected:
         # Hidden states are about 1 in size, and are off by up to 0.06 and 0.15 in bfloat16 and products.
-        assert_close(result[name], expected[name], atol={"packed": 1e-5, "bfloat16": 0.2, "int8": 0.4}[weights])
+        assert_close(result[name], expected[name], atol={"packed": 1e-5, "bfloat16": 0.2, "int8": 0.4 * WIDTH}[weights])
     changed = {name.split(".weight")[0] for name in model.state_dict() if name.endswith("weight_scale")}
     assert not any(name.startswith(("classifier", "linear", "qa", "ernie_m.pooler")) for name in changed)
 
@@ -200,7 +200,7 @@ def test_hooks_adapters_and_probabilities_go_op_by_op_with_the_same_numbers(weig
     probabilities = model(**INPUTS, output_attentions=True)
     # Other kernels may move a value by a unit in its last place, and so a rounded one by a level of its form.
     # With int8, attention may be in bfloat16.
-    level = {"packed": 1e-5, "bfloat16": 0.1, "int8": 0.15 if NARROW else 0.05}[weights]
+    level = {"packed": 1e-5, "bfloat16": 0.1, "int8": 0.15 if NARROW else 0.05 * WIDTH}[weights]
     assert_close(probabilities.last_hidden_state, expected, level)
     assert len(probabilities.attentions) == model.config.num_hidden_layers
     linear = model.encoder.layers[0].linear1

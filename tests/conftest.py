@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from tests.compiling import compiling_process
-from tests.interpreter import patch_once_a_launch
+from tests.interpreter import make_faster
 
 # Every checkpoint is a folder of the tests: nothing may be looked up on a network.
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -64,7 +64,7 @@ def pytest_configure(config):
     from erniem_fast.native.library import BuildError
 
     if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton"):
-        patch_once_a_launch()
+        make_faster()
     with contextlib.suppress(BuildError):
         build(["cpu"])
 

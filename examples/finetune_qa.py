@@ -45,18 +45,34 @@ def parse() -> argparse.Namespace:
 
 
 def read_squad(path: str) -> list[tuple[str, str, list[tuple[int, int]]]]:
-    """Questions, contexts, and the places of the answers."""
+    """Questions, contexts, and the places of the answers.
+
+    Raises:
+        ValueError: an answer is not where it says.
+    """
     articles = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["data"]
     return [
         (
             question["question"],
             paragraph["context"],
-            [(each["answer_start"], each["answer_start"] + len(each["text"])) for each in question["answers"]],
+            [place_of(answer, paragraph["context"], path) for answer in question["answers"]],
         )
         for article in articles
         for paragraph in article["paragraphs"]
         for question in paragraph["qas"]
     ]
+
+
+def place_of(answer: dict, context: str, path: str) -> tuple[int, int]:
+    """Where an answer begins and ends, in characters."""
+    text, start = answer["text"], answer["answer_start"]
+    found = context[max(start, 0) : start + len(text)]
+    if not text or found != text:
+        raise ValueError(
+            f"{path}: the answer {text[:40]!r} is not at answer_start={start} of {context[:40]!r}, where {found[:40]!r} "
+            f"is; count characters, not bytes or UTF-16, or correct the answer."
+        )
+    return start, start + len(text)
 
 
 def make_questions(templates: list[str], count: int, seed: int) -> list[tuple[str, str, list[tuple[int, int]]]]:

@@ -78,15 +78,10 @@ def extract_answer(
     _check(model, n_best, max_answer_tokens, max_length)
     warn_if_untrained(model, "fine-tune it by examples/finetune_qa.py, or load a checkpoint that answers questions")
     asked, texts = (tokenize(tokenizer, each) for each in (questions, contexts))
-    for number, each in enumerate(asked):
-        if max_length - len(each) - SPECIAL_TOKENS < LEAST_ROOM:
-            raise ValueError(
-                f"question[{number}]={each.text[:60]!r} has {len(each)} tokens, which leaves less than {LEAST_ROOM} of "
-                f"max_length={max_length} for the context; shorten it, or raise max_length."
-            )
+    rooms = [_room(number, each, max_length) for number, each in enumerate(asked)]
     cuts = [
-        windows.cut(len(text), max_length - len(each) - SPECIAL_TOKENS, text.sentence_ends) if len(text) else []
-        for each, text in zip(asked, texts, strict=True)
+        windows.cut(len(text), room, text.sentence_ends) if len(text) else []
+        for room, text in zip(rooms, texts, strict=True)
     ]
     places = [(number, window) for number, cut in enumerate(cuts) for window in cut]
     rows = [Row(asked[number].ids, memoryview(texts[number].ids)[window]) for number, window in places]
@@ -102,6 +97,17 @@ def extract_answer(
                 candidates[number][place] = max(score, candidates[number].get(place, score))
     answers = [_rank(text, found, n_best, no_answer) for text, found in zip(texts, candidates, strict=True)]
     return answers[0] if isinstance(question, str) else answers
+
+
+def _room(number: int, question: Tokens, max_length: int) -> int:
+    """The tokens of a context that a row has room for beside a question."""
+    room = max_length - len(question) - SPECIAL_TOKENS
+    if room < LEAST_ROOM:
+        raise ValueError(
+            f"question[{number}]={question.text[:60]!r} has {len(question)} tokens, which leaves less than "
+            f"{LEAST_ROOM} of max_length={max_length} for the context; shorten it, or raise max_length."
+        )
+    return room
 
 
 def best_spans(starts: np.ndarray, ends: np.ndarray, count: int, longest: int) -> list[tuple[int, int, float]]:
@@ -171,13 +177,13 @@ def answer_features(tokenizer, questions, contexts, answers, max_length: int = 3
         max_length: as in `extract_answer`.
 
     Raises:
-        ValueError: an answer is not within its context.
+        ValueError: an answer is not within its context, or a question leaves no room for one.
     """
     rows = []
     asked, texts = (tokenize(tokenizer, each) for each in (questions, contexts))
-    for question, text, answer in zip(asked, texts, answers, strict=True):
+    for number, (question, text, answer) in enumerate(zip(asked, texts, answers, strict=True)):
         first, last = (None, None) if answer is None else _tokens_of(text, *answer)
-        room = max_length - len(question) - SPECIAL_TOKENS
+        room = _room(number, question, max_length)
         for window in windows.cut(len(text), room, text.sentence_ends):
             row = Row(question.ids, text.ids[window])
             shown = first is not None and window.start <= first and last < window.stop

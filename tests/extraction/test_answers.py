@@ -86,6 +86,15 @@ def test_features_teach_what_is_extracted():
         answer_features(tokenizer, ["a"], ["b"], [(5, 9)])
 
 
+def test_a_question_that_leaves_no_room_for_a_context_is_refused():
+    """In training as in extraction; windows of no tokens would have no end."""
+    question = "谁" * 50
+    with pytest.raises(ValueError, match=r"question\[0\]='谁.* has 50 tokens, .* of max_length=60 for the context"):
+        answer({}, question=question, max_length=60)
+    with pytest.raises(ValueError, match=r"question\[1\]='谁.* has 50 tokens, .* of max_length=60 for the context"):
+        answer_features(Letters(), ["谁", question], ["谷爱凌"] * 2, [None] * 2, max_length=60)
+
+
 @pytest.mark.parametrize(
     ("lang", "prediction", "answers", "exact", "f1"),
     [

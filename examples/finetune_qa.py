@@ -69,8 +69,8 @@ def place_of(answer: dict, context: str, path: str) -> tuple[int, int]:
     found = context[max(start, 0) : start + len(text)]
     if not text or found != text:
         raise ValueError(
-            f"{path}: the answer {text[:40]!r} is not at answer_start={start} of {context[:40]!r}, where {found[:40]!r} "
-            f"is; count characters, not bytes or UTF-16, or correct the answer."
+            f"{path}: the answer {text[:40]!r} is not at answer_start={start} of {context[:40]!r}, but "
+            f"{found[:40]!r}; count characters, not bytes or UTF-16, or correct the answer."
         )
     return start, start + len(text)
 

@@ -79,16 +79,21 @@ def convert(source: Path, out: Path, to: str = TARGETS[0], encoder: bool = False
 
 def _model_type(source: Path) -> str | None:
     path = source / "config.json"
-    return json.loads(path.read_text(encoding="utf-8")).get("model_type") if path.is_file() else None
+    if not path.is_file():
+        return None
+    try:
+        return json.loads(path.read_text(encoding="utf-8")).get("model_type")
+    except (ValueError, AttributeError) as error:
+        raise ValueError(f"{str(path)!r} is not a model's config ({error}); copy it again.") from None
 
 
 def _load_xlm_roberta(source: Path, encoder: bool) -> transformers.PreTrainedModel:
     config = transformers.XLMRobertaConfig.from_pretrained(source)
     name = "XLMRobertaModel" if encoder or not config.architectures else config.architectures[0]
-    try:
-        return getattr(transformers, name).from_pretrained(source)
-    except AttributeError:
-        raise ValueError(f"config.json names {name!r}, which transformers does not have; use --encoder.") from None
+    model_class = getattr(transformers, name, None)
+    if model_class is None:
+        raise ValueError(f"config.json names {name!r}, which transformers does not have; use --encoder.")
+    return _load_whole(model_class, source)
 
 
 def _load_ernie_m(source: Path, encoder: bool) -> modeling.ErnieMPreTrainedModel:
@@ -97,4 +102,24 @@ def _load_ernie_m(source: Path, encoder: bool) -> modeling.ErnieMPreTrainedModel
     model_class = getattr(modeling, _PUBLISHED.get(name, name), None)
     if model_class is None:
         raise ValueError(f"The config names {name!r}, which erniem_fast does not have; use --encoder.")
-    return model_class.from_pretrained(source, dtype="auto")
+    return _load_whole(model_class, source, dtype="auto")
+
+
+def _load_whole(
+    model_class: type[transformers.PreTrainedModel], source: Path, **options
+) -> transformers.PreTrainedModel:
+    """A model with all its weights from a checkpoint. A pooler may be missing, as in checkpoints that never ran one."""
+    model, info = model_class.from_pretrained(source, output_loading_info=True, ignore_mismatched_sizes=True, **options)
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise ValueError(
+            f"{str(source)!r} holds {name!r} of shape {tuple(found)}, and its config asks for {tuple(expected)}; take "
+            f"both from the same checkpoint."
+        )
+    missing = sorted(name for name in info["missing_keys"] if "pooler." not in name)
+    if missing:
+        raise ValueError(
+            f"{str(source)!r} lacks {len(missing)} tensors of {model_class.__name__}, {missing[0]!r} among them, which "
+            f"would be random; copy its files again, or, if only a head is missing, use --encoder."
+        )
+    return model

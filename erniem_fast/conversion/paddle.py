@@ -4,13 +4,14 @@ PaddleNLP's are a `model_state.pdparams` or a `model.safetensors`, or several fi
 or, until 2.4, a model_config.json. Baidu's first release is a folder `params` beside an ernie_config.json.
 """
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
@@ -80,7 +81,7 @@ def read_checkpoint(found: PaddleCheckpoint, answers_questions: bool) -> dict[st
     """
     if found.format == VARIABLES:
         return dict(paddle_names.from_baidu(read_variables(found.paths[0])))
-    read = read_pickle if found.format == PICKLE else load_file
+    read = read_pickle if found.format == PICKLE else _read_safetensors
     tensors = {name: tensor for path in found.paths for name, tensor in read(path).items()}
     return dict(paddle_names.from_paddle(_emptied(tensors), list(tensors), answers_questions))
 
@@ -121,8 +122,21 @@ def _look_for_weights(source: str | os.PathLike, name: str, options: Mapping[str
     return [path] if path else look_for_shards(source, f"{name}.index.json", options)
 
 
+@contextlib.contextmanager
+def _named_if_damaged(path: str) -> Iterator[None]:
+    try:
+        yield
+    except SafetensorError as error:
+        raise ValueError(f"{path!r} is not a whole .safetensors file ({error}); copy it again.") from error
+
+
+def _read_safetensors(path: str) -> dict[str, Tensor]:
+    with _named_if_damaged(path):
+        return load_file(path)
+
+
 def _holds_paddles_layout(path: str) -> bool:
-    with safe_open(path, "np") as file:
+    with _named_if_damaged(path), safe_open(path, "np") as file:
         return (file.metadata() or {}).get("format") != "pt" and paddle_names.is_paddles(file.keys())
 
 

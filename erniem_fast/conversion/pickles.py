@@ -89,13 +89,20 @@ def _arrays(content: dict, path: str | os.PathLike) -> dict[str, np.ndarray]:
                 f"{str(path)!r} holds a {type(value).__name__} by the name of {name!r}, not a tensor; save the "
                 f"state_dict() of a model alone."
             )
+        if not isinstance(name, str):
+            raise ValueError(
+                f"{str(path)!r} has a tensor by the name of {name!r}; save the state_dict() of a model alone."
+            )
         arrays[name] = value.array
     return arrays
 
 
 def _joined(arrays: dict[str, np.ndarray], content: dict, path: str | os.PathLike) -> Iterator[tuple[str, np.ndarray]]:
     """The arrays, with those whole again that protocols 2 and 3 could not hold in one piece."""
-    for name, cut in content.get(_CUT, {}).items():
+    cuts = content.get(_CUT, {})
+    if not isinstance(cuts, dict):
+        raise ValueError(f"{str(path)!r} has {cuts!r:.40} as {_CUT!r}, not what Paddle cut into slices; copy it again.")
+    for name, cut in cuts.items():
         try:
             parts = [arrays.pop(part) for part in cut["slices"]]
             yield name, np.concatenate(parts).reshape(cut["OriginShape"])

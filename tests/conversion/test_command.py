@@ -2,13 +2,16 @@
 
 import io
 import json
+import pickle
 import shutil
 import sys
 
+import numpy as np
 import pytest
 import sentencepiece
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForMaskedLM, AutoTokenizer, XLMRobertaTokenizer
 
 from erniem_fast import (
@@ -21,6 +24,8 @@ from erniem_fast import (
 )
 from erniem_fast.__main__ import main
 from erniem_fast.conversion.command import convert
+from erniem_fast.conversion.paddle import PICKLE
+from erniem_fast.conversion.pickles import read_pickle
 from erniem_fast.pretraining import ErnieMForPreTraining
 from tests.families.tiny import make
 from tests.golden.cases import GOLDEN, TINY
@@ -165,6 +170,85 @@ def test_a_head_that_does_not_map_can_be_left_out(tmp_path):
     lines = convert(tmp_path / "source", tmp_path / "out", encoder=True)
     assert lines[0].startswith("ErnieMModel with ")
     assert lines[1].startswith("No tokenizer, because ")
+
+
+def write_pdparams(folder, change):
+    tensors = {name: tensor.numpy() for name, tensor in read_pickle(folder / PICKLE).items()}
+    (folder / PICKLE).write_bytes(pickle.dumps(change(tensors), 4))
+
+
+DAMAGED = {
+    "other names": (
+        "base",
+        lambda folder: write_pdparams(folder, lambda tensors: {f"bert.{name}": each for name, each in tensors.items()}),
+        r"lacks 36 tensors of ErnieMModel, 'embeddings\.layer_norm\.bias' among them, .* random; copy",
+    ),
+    "a layer is missing": (
+        "base",
+        lambda folder: write_pdparams(
+            folder, lambda tensors: {name: each for name, each in tensors.items() if "layers.1.linear1" not in name}
+        ),
+        r"lacks 2 tensors of ErnieMModel, 'encoder\.layers\.1\.linear1\.bias' among them",
+    ),
+    "another shape": (
+        "base",
+        lambda folder: write_pdparams(
+            folder, lambda tensors: tensors | {"encoder.layers.1.linear1.weight": np.ones((16, 63), np.float32)}
+        ),
+        r"holds 'encoder\.layers\.1\.linear1\.weight' of shape \(63, 16\), and its config asks for \(64, 16\)",
+    ),
+    "another config": (
+        "base",
+        lambda folder: (folder / "config.json").unlink(),
+        r"of shape .*, and its config asks for .*; take both from the same checkpoint",
+    ),
+    "a head is missing": (
+        "base",
+        lambda folder: (folder / "config.json").write_text(
+            (folder / "config.json").read_text().replace("ErnieMModel", "ErnieMForTokenClassification")
+        ),
+        r"lacks 2 tensors of ErnieMForTokenClassification, 'classifier\.bias' among .* use --encoder",
+    ),
+    "a config is cut off": (
+        "base",
+        lambda folder: (folder / "config.json").write_text('{"a": '),
+        r"config\.json' is not a model's config \(Expecting value.*\); copy it again",
+    ),
+    "a config is a list": (
+        "base",
+        lambda folder: (folder / "config.json").write_text("[]"),
+        r"config\.json' is not a model's config",
+    ),
+    "a pointer in place of a file": (
+        "answer",
+        lambda folder: (folder / "model-00001-of-00002.safetensors").write_text("version https://git-lfs.github.com/"),
+        r"model-00001-of-00002\.safetensors' is not a whole \.safetensors file .*; copy it again",
+    ),
+    "a second file is cut off": (
+        "answer",
+        lambda folder: (folder / "model-00002-of-00002.safetensors").write_bytes(bytes(20)),
+        r"model-00002-of-00002\.safetensors' is not a whole \.safetensors file",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", DAMAGED)
+def test_nothing_is_written_from_a_part_of_a_checkpoint(name, tmp_path):
+    """`from_pretrained` fills what is missing with random numbers and warns, but a conversion has to be the same."""
+    checkpoint, damage, message = DAMAGED[name]
+    damage(shutil.copytree(PADDLE / checkpoint, tmp_path / "source"))
+    with pytest.raises(ValueError, match=message):
+        convert(tmp_path / "source", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_xlm_roberta_has_to_be_whole_too(xlm_roberta, tmp_path):
+    source = shutil.copytree(xlm_roberta, tmp_path / "source")
+    tensors = load_file(source / "model.safetensors")
+    del tensors["roberta.encoder.layer.0.output.dense.bias"]
+    save_file(tensors, source / "model.safetensors", {"format": "pt"})
+    with pytest.raises(ValueError, match=r"lacks 1 tensors of XLMRoberta.*, 'roberta\.encoder\.layer\.0\.output"):
+        convert(source, tmp_path / "out")
 
 
 def test_a_check_says_that_it_is_another_model(tmp_path):

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
@@ -100,7 +101,7 @@ def save_as_paddle(model: "ErnieMPreTrainedModel", folder: str | os.PathLike) ->
     """Writes a model as PaddleNLP (2.5 and later) reads it: `model_state.pdparams` and `config.json`.
 
     Args:
-        model: an ERNIE-M model with plain weights, in float32, float16 or bfloat16.
+        model: an ERNIE-M model with plain weights, all in float32, float16 or bfloat16.
         folder: where; made if it does not exist.
 
     Raises:
@@ -111,9 +112,28 @@ def save_as_paddle(model: "ErnieMPreTrainedModel", folder: str | os.PathLike) ->
     always = (*sizes, "intermediate_size", "layer_norm_eps", "act_dropout", "pruned_heads", "pad_token_id")
     fields |= {name: getattr(model.config, name) for name in always}
     fields = paddle_config.to_paddle({**fields, "architectures": [type(model).__name__]})
+    tensors = model.state_dict()
+    _check_plain(model, tensors)
     os.makedirs(folder, exist_ok=True)
-    write_pickle(dict(paddle_names.to_paddle(model.state_dict().items())), os.path.join(folder, PICKLE))
+    write_pickle(dict(paddle_names.to_paddle(tensors.items())), os.path.join(folder, PICKLE))
     Path(folder, "config.json").write_text(json.dumps(fields, indent=2) + "\n", encoding="utf-8")
+
+
+def _check_plain(model: "ErnieMPreTrainedModel", tensors: Mapping[str, Tensor]) -> None:
+    """
+    Raises:
+        ValueError: a model's tensors are not those that its class begins with, or not all of the same dtype.
+    """
+    with torch.device("meta"):
+        plain = type(model)(model.config).state_dict()
+    remedy = "merge adapters into the weights, and call erniem_fast.restore(model) if its weights are rounded"
+    for name, tensor in tensors.items():
+        if name not in plain:
+            raise ValueError(f"The model has a tensor {name!r}, which Paddle's ERNIE-M does not have; {remedy}.")
+        if tensor.dtype != model.dtype:
+            raise ValueError(
+                f"The model is in {model.dtype}, but {name!r} in {tensor.dtype}, which Paddle would not read; {remedy}."
+            )
 
 
 def _look_for_weights(source: str | os.PathLike, name: str, options: Mapping[str, Any]) -> list[str]:

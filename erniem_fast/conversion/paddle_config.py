@@ -38,9 +38,13 @@ def from_paddle(fields: dict[str, Any]) -> dict[str, Any]:
     ours["layer_norm_eps"] = 1e-5
     ours["pad_token_id"] = flat.get("pad_token_id") or 1
     if any(name in _CLASSES for name in classes):
-        # UIE-M was trained on rows padded to this length, with attention to the padding.
-        ours["uie_padded_length"] = min(512, flat.get("max_position_embeddings", 514) - 2)
+        ours["uie_padded_length"] = _padded_length(flat)
     return ours
+
+
+def _padded_length(fields: dict[str, Any]) -> int:
+    """UIE-M was trained on rows padded to this length, with attention to the padding."""
+    return min(512, fields.get("max_position_embeddings", 514) - 2)
 
 
 def _flattened(fields: dict[str, Any]) -> dict[str, Any]:
@@ -81,6 +85,14 @@ def to_paddle(fields: dict[str, Any]) -> dict[str, Any]:
                 f"Paddle's ERNIE-M has {name}={value!r} always, and this model {fields[name]!r}; it cannot be saved in "
                 f"Paddle's layout."
             )
+    padded = _padded_length(fields)
+    is_uie = any(name in _PADDLES for name in fields.get("architectures") or ())
+    if is_uie and fields.get("uie_padded_length") != padded:
+        raise ValueError(
+            f"Paddle's UIEM attends to padding as if uie_padded_length={padded}, and this model has "
+            f"{fields.get('uie_padded_length')!r}, so that it would find something else there; train a model that was "
+            f"loaded with uie_padded_length={padded}, or save the encoder alone (convert: --encoder)."
+        )
     kept = {
         name: value
         for name, value in fields.items()

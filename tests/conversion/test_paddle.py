@@ -18,6 +18,7 @@ from erniem_fast import (
     ErnieMForSequenceClassification,
     ErnieMForTokenClassification,
     ErnieMModel,
+    optimize,
 )
 from erniem_fast.conversion import RefusedPickleError, save_as_paddle
 from erniem_fast.conversion.pickles import read_pickle, write_pickle
@@ -311,4 +312,39 @@ def test_configs_of_every_form(tmp_path):
 def test_what_paddles_model_does_not_have_is_refused(tmp_path):
     with pytest.raises(ValueError, match="Paddle's ERNIE-M has intermediate_size=256 always, and this model 96"):
         save_as_paddle(ErnieMModel.from_pretrained(TINY), tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_rounded_weights_and_adapters_are_refused(tmp_path):
+    rounded = optimize(ErnieMModel.from_pretrained(PADDLE / "base", dtype=torch.float32).eval(), weights="int8")
+    with pytest.raises(
+        ValueError, match=r"'embeddings.word_embeddings.weight' in torch\.int8.*call erniem_fast\.restore"
+    ):
+        save_as_paddle(rounded, tmp_path)
+    mixed = ErnieMModel.from_pretrained(PADDLE / "base", dtype=torch.float32)
+    mixed.encoder.layers[0].linear1.bfloat16()
+    with pytest.raises(
+        ValueError, match=r"is in torch\.float32, but 'encoder\.layers\.0\.linear1\.weight' in .*bfloat16"
+    ):
+        save_as_paddle(mixed, tmp_path)
+    adapted = ErnieMModel.from_pretrained(PADDLE / "base")
+    adapted.encoder.layers[0].linear1.lora = torch.nn.Linear(2, 3)
+    with pytest.raises(
+        ValueError, match=r"a tensor 'encoder\.layers\.0\.linear1\.lora\.weight', which .*merge adapters"
+    ):
+        save_as_paddle(adapted, tmp_path)
+    assert not list(tmp_path.iterdir())
+    packed = optimize(ErnieMModel.from_pretrained(PADDLE / "base", dtype=torch.float32).eval(), weights="packed")
+    save_as_paddle(packed, tmp_path)
+    original = read_pickle(PADDLE / "base/model_state.pdparams")
+    written = read_pickle(tmp_path / "model_state.pdparams")
+    assert all(torch.equal(written[name], tensor) for name, tensor in original.items())
+
+
+@pytest.mark.parametrize("length", [None, 17])
+def test_an_extractor_that_treats_padding_otherwise_is_refused(length, tmp_path):
+    """Paddle's config cannot say it, so that the model would find other spans there, and when it is read again."""
+    model = ErnieMForInformationExtraction.from_pretrained(PADDLE / "extraction", uie_padded_length=length)
+    with pytest.raises(ValueError, match=rf"as if uie_padded_length=18, and this model has {length}, .*loaded with"):
+        save_as_paddle(model, tmp_path)
     assert not list(tmp_path.iterdir())

@@ -85,6 +85,9 @@ def write_examples(path: str | os.PathLike, examples: Iterable[Example]) -> None
 
 
 def _check(example: Example) -> None:
+    for name in ("content", "prompt"):
+        if not isinstance(getattr(example, name), str):
+            raise TypeError(f"{name} is {getattr(example, name)!r}, not a string")
     for text, start, end in example.result_list:
         source, shift = (example.prompt, len(example.prompt) + 1) if end < 0 else (example.content, 0)
         if not text or start + shift < 0 or source[start + shift : end + shift] != text:

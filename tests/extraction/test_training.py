@@ -76,6 +76,51 @@ def test_doccano_and_label_studio_hold_the_same(tmp_path):
         read_label_studio(tmp_path / "s.json")
 
 
+def write_studio(path, content, **value):
+    result = [{"id": "a", "type": "labels", "value": {"labels": ["person"]} | value}]
+    path.write_text(json.dumps([{"data": {"text": content}, "annotations": [{"result": result}]}]))
+    return path
+
+
+@pytest.mark.parametrize("exported", ["Ann\nB", r"Ann\nB"])
+@pytest.mark.parametrize(("start", "end"), [(3, 8), (5, 10)], ids=["characters", "UTF-16"])
+def test_label_studio_counts_an_emoji_as_two(tmp_path, start, end, exported):
+    path = write_studio(tmp_path / "s.json", "😀😀 Ann\nB works", start=start, end=end, text=exported)
+    assert read_label_studio(path)[0].entities == (Entity(3, 8, "person"),)
+
+
+@pytest.mark.parametrize(("start", "end"), [(1, 6), (4, 9), (6, 11), (50, 55)])
+def test_an_entity_of_label_studio_that_is_elsewhere_is_named(tmp_path, start, end):
+    path = write_studio(tmp_path / "s.json", "😀😀 Ann\nB works", start=start, end=end, text="Ann\nB")
+    with pytest.raises(ValueError, match=rf"s\.json, task 0: .*B' is not at \[{start}:{end}\], but .*; correct"):
+        read_label_studio(path)
+
+
+@pytest.mark.parametrize(
+    ("read", "content", "message"),
+    [
+        (read_doccano, {"text": "Ann", "label": [[0, 3, "person"]]}, r"line 1: .*\[0, 3, 'person'\] is a list where"),
+        (read_doccano, {"text": "Ann", "label": "good"}, r"line 1: .*'label' is 'good', not a list of options"),
+        (read_doccano, {"text": None, "label": ["good"]}, r"line 1: .*None is a NoneType where a text"),
+        (read_label_studio, ["Ann"], r"task 0: AttributeError"),
+        (read_label_studio, [{"data": {"text": 3}}], r"task 0: .*3 is a int where a text"),
+        (read_label_studio, None, r"holds a NoneType; export"),
+        (read_examples, {"content": 5, "prompt": "a", "result_list": []}, r"line 1: .*content is 5, not a string"),
+        (read_examples, {"content": "a", "prompt": None, "result_list": []}, r"line 1: .*prompt is None, not a"),
+    ],
+)
+def test_what_is_no_annotation_is_named(tmp_path, read, content, message):
+    (tmp_path / "file").write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=message):
+        read(tmp_path / "file")
+
+
+def test_a_file_that_is_not_json_is_named(tmp_path):
+    (tmp_path / "s.json").write_text("[{")
+    with pytest.raises(ValueError, match=r"s\.json is not JSON \(Expecting .*\); export the project as JSON"):
+        read_label_studio(tmp_path / "s.json")
+
+
 def test_examples_of_entities_relations_and_what_is_not_there(tmp_path):
     other = AnnotatedText("北京", (Entity(0, 2, "地点"),))
     examples = make_examples([ANNOTATED, other])

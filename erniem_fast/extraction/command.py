@@ -45,9 +45,16 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> str:
+    if arguments.html is not None and arguments.html.resolve() in (
+        arguments.input.resolve(),
+        arguments.output.resolve(),
+    ):
+        raise ValueError(
+            f"--html {arguments.html} would take the place of another file of the command; name a new one."
+        )
     for _ in _items(arguments.input):  # before anything is computed, so that no work is lost for a bad line
         pass
-    schema, folder = json.loads(arguments.schema.read_text(encoding="utf-8")), find_folder(arguments.model)
+    schema, folder = _read_schema(arguments.schema), find_folder(arguments.model)
     extractor = _load(folder, schema, arguments)
     files = ("command", "input", "output", "model", "html")
     options = {name: value for name, value in vars(arguments).items() if name not in files}
@@ -64,6 +71,15 @@ def _run(arguments: argparse.Namespace) -> str:
                 write_page(arguments.html, map(json.loads, file))
         output.finish(lambda whole: shutil.copyfile(lines, whole))
     return f"{arguments.output}: {output.rows} texts"
+
+
+def _read_schema(path: Path) -> object:
+    try:
+        return json.loads(path.read_text(encoding="utf-8-sig"))
+    except ValueError as error:
+        raise ValueError(
+            f"--schema {path} is not JSON in UTF-8: {error}; correct the file, or save it as UTF-8."
+        ) from None
 
 
 def _load(folder: Path, schema: object, arguments: argparse.Namespace) -> Extractor:
@@ -89,12 +105,15 @@ def _encode_line(item: dict) -> bytes:
 def _items(path: Path) -> Iterator[dict]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--input {path}: name a file that ends in .txt (a text a line) or in .jsonl.")
-    with path.open(encoding="utf-8", newline="\n") as lines:
-        for number, line in enumerate(lines, 1):
-            if path.suffix == ".txt":
-                yield {"text": line.rstrip("\r\n")}
-            elif line.strip():
-                yield _item(path, number, line)
+    with path.open(encoding="utf-8-sig", newline="\n") as lines:  # Windows begins files by a mark, which is no text
+        try:
+            for number, line in enumerate(lines, 1):
+                if path.suffix == ".txt":
+                    yield {"text": line.rstrip("\r\n")}
+                elif line.strip():
+                    yield _item(path, number, line)
+        except UnicodeDecodeError as error:
+            raise ValueError(f"--input {path} is not UTF-8 ({error}); save it as UTF-8.") from None
 
 
 def _item(path: Path, number: int, line: str) -> dict:

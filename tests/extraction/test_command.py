@@ -130,6 +130,40 @@ def test_bad_input_is_told_before_anything_is_computed(folder, tmp_path, capsys)
     assert "schema['a'] holds 3" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("option", "name", "content", "message"),
+    [
+        ("schema", "schema.json", b'{"a": ', r"--schema .*schema\.json is not JSON in UTF-8: Expecting value"),
+        ("schema", "schema.json", '["选手"]'.encode("gbk"), r"--schema .*schema\.json is not JSON in UTF-8: .*decode"),
+        ("input", "in.txt", "选手".encode("gbk"), r"--input .*in\.txt is not UTF-8 \(.*\); save it as UTF-8"),
+        ("input", "in.jsonl", '"选手"'.encode("gbk"), r"--input .*in\.jsonl is not UTF-8"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(folder, tmp_path, capsys, option, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    assert run(folder, tmp_path / "out.jsonl", **{option: tmp_path / name}) == 2
+    assert re.search(message, capsys.readouterr().err)
+
+
+@pytest.mark.parametrize(("name", "before", "behind"), [("in.txt", "", ""), ("in.jsonl", '"', '"')])
+def test_the_mark_at_the_beginning_of_a_file_is_no_text(folder, tmp_path, name, before, behind):
+    (tmp_path / name).write_text(f"\ufeff{before}Log in{behind}\n", encoding="utf-8")
+    schema = tmp_path / "schema.json"
+    schema.write_text('\ufeff["user"]', encoding="utf-8")
+    assert run(folder, tmp_path / "out.jsonl", input=tmp_path / name, schema=schema) == 0
+    assert json.loads((tmp_path / "out.jsonl").read_text())["text"] == "Log in"
+
+
+@pytest.mark.parametrize("name", ["in.txt", "out.jsonl"])
+def test_a_page_does_not_take_the_place_of_another_file(folder, tmp_path, capsys, name):
+    (tmp_path / "in.txt").write_text("Log in\n")
+    (tmp_path / "new").mkdir()
+    page = tmp_path / "new/.." / name
+    assert run(folder, tmp_path / "out.jsonl", input=tmp_path / "in.txt", html=page) == 2
+    assert "would take the place of another file of the command" in capsys.readouterr().err
+    assert (tmp_path / "in.txt").read_text() == "Log in\n"
+
+
 def test_the_pipeline_extracts_the_same(folder, results):
     pipe = pipeline("information-extraction", model=str(folder), schema="user", lang="en", threshold=0.45, device="cpu")
     schema = json.loads((folder / "schema.json").read_text())

@@ -16,17 +16,20 @@ from .schema import LANGUAGES, Node, half_width, parse
 from .scoring import LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer, tokens_of_batch, warn_if_untrained
 from .tokens import Tokens, tokenize
 
+Key = tuple[str, int, bool]
+
 
 class Question(NamedTuple):
-    """A prompt about a text, and the node of the schema that asks; compared by the first two."""
+    """A prompt about a text, and the node of the schema that asks."""
 
     prompt: str
     text: int
     node: Node
 
     @property
-    def key(self) -> tuple[str, int]:
-        return self.prompt, self.text
+    def key(self) -> Key:
+        """What the answer depends on. A span that ends in brackets makes a prompt that is no classification."""
+        return self.prompt, self.text, bool(self.node.options())
 
 
 class Extractor:
@@ -132,7 +135,7 @@ class Extractor:
         """Level by level: all names at the top about all texts, then what relates to the spans that were found."""
         numbers = {text: number for number, text in enumerate(dict.fromkeys(texts))}
         tokenized = tokenize(self.tokenizer, list(numbers))
-        known: dict[tuple[str, int], list[dict]] = {}
+        known: dict[Key, list[dict]] = {}
         results = [{} for _ in texts]
         level = [
             (Question(node.prompt(None, self.lang), numbers[text], node), result)
@@ -155,9 +158,7 @@ class Extractor:
             ]
         return results
 
-    def _answer(
-        self, scorer: Scorer, texts: list[Tokens], questions: list[Question]
-    ) -> dict[tuple[str, int], list[dict]]:
+    def _answer(self, scorer: Scorer, texts: list[Tokens], questions: list[Question]) -> dict[Key, list[dict]]:
         """The answers to questions, by their keys; windows of all questions are scored together."""
         prompts = list(dict.fromkeys(question.prompt for question in questions))
         prompts = dict(zip(prompts, tokenize(self.tokenizer, prompts), strict=True))

@@ -93,13 +93,14 @@ class Scorer:
         self.bar = tqdm(total=0, unit=" tokens", desc="extract", disable=None if progress is None else not progress)
 
     def __enter__(self) -> "Scorer":
-        self.was_training = self.model.training
+        self.in_training = [module for module in self.model.modules() if module.training]
         self.model.eval()
         return self
 
     def __exit__(self, *error) -> None:
         self.bar.close()
-        self.model.train(self.was_training)
+        for module in self.in_training:  # parts of a model that is in training may be kept out of it
+            module.training = True
 
     def score(
         self, rows: Sequence[Row], of: Callable[[Tensor], Tensor] = torch.sigmoid
@@ -138,4 +139,9 @@ class Scorer:
         mask = torch.tensor([[1] * len(row) + [0] * (columns - len(row)) for row in ids])
         device = self.model.device
         output = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
+        if not hasattr(output, "start_logits"):
+            raise TypeError(
+                f"model is a {type(self.model).__name__}, which has no start_logits; load the checkpoint as an "
+                f"ErnieMForInformationExtraction, or for extract_answer as an ErnieMForQuestionAnswering."
+            )
         return torch.stack([output.start_logits, output.end_logits]).float()

@@ -46,7 +46,12 @@ def tokenize(tokenizer, texts: Sequence[str]) -> list[Tokens]:
     """Tokenizes texts, without special tokens.
 
     Tokens for spaces alone are left out, as in PaddleNLP, with whose tokens UIE-M was trained.
+
+    Raises:
+        TypeError: `tokenizer` is none.
     """
+    if not callable(tokenizer):
+        raise TypeError(f"tokenizer={tokenizer!r:.60} is no tokenizer; load it: ErnieMTokenizer.from_pretrained(…).")
     tokens, space = [Tokens(text) for text in texts], tokenizer.convert_tokens_to_ids(SPACE)
     left_out = {space} - {tokenizer.unk_token_id}  # not unknown tokens, where a space is one
     # In Baidu's original tokenisation, a text that begins with an ideograph begins with a token for a space. Stretches

@@ -2,7 +2,7 @@
 import pytest
 import torch
 
-from erniem_fast import ErnieMForInformationExtraction
+from erniem_fast import ErnieMForInformationExtraction, ErnieMModel
 from erniem_fast.extraction import Extractor, extract
 from tests.extraction.stub import Letters, Stub
 from tests.extraction.tiny import load_tokenizer
@@ -182,6 +182,32 @@ def test_the_model_is_left_as_it_was():
         model.train(mode)
         extract(model, Letters(), TEXT, "选手")
         assert model.training == mode
+
+
+def test_parts_that_are_kept_out_of_training_stay_so():
+    model = Stub(Letters(), ANSWERS)
+    model.frozen, model.trained = torch.nn.Dropout().eval(), torch.nn.Dropout()
+    extract(model, Letters(), TEXT, "选手")
+    assert (model.training, model.frozen.training, model.trained.training) == (True, False, True)
+
+
+def test_a_span_in_brackets_makes_no_classification():
+    """Its prompt may be that of a classification about another span, and the answers are still two."""
+    answers = {"s": ["x [good,bad]", "x"], "mood of x [good,bad]": ["good"]}
+    schema = {"s": ["mood", "mood[good,bad]"]}
+    (found,) = extract(Stub(Letters(), answers), Letters(), "x [good,bad]", schema, lang="en", overlap=True)
+    related = {span["text"]: names(span["relations"]) for span in found["s"]}
+    assert related == {"x": {"mood[good,bad]": ["good"]}, "x [good,bad]": {"mood": ["good"]}}
+    places = {span["text"]: [one.get("start") for (one,) in span["relations"].values()] for span in found["s"]}
+    assert places == {"x": [None], "x [good,bad]": [3]}
+
+
+def test_a_model_without_a_head_and_a_tokenizer_that_is_not_loaded_are_refused():
+    tokenizer = load_tokenizer()
+    with pytest.raises(TypeError, match=r"model is a ErnieMModel, which has no start_logits; load .*Extraction, or"):
+        extract(ErnieMModel.from_pretrained(TINY), tokenizer, "a", "x")
+    with pytest.raises(TypeError, match=r"tokenizer='uie-m-base' is no tokenizer; load it"):
+        extract(Stub(tokenizer, {}), "uie-m-base", "a", "x")
 
 
 @pytest.mark.parametrize(

@@ -150,7 +150,6 @@ class PretrainingStream(IterableDataset):
 
     def _draw(self) -> bool:
         """Makes samples of one more record that has any; False if no source has records left."""
-        epochs = [None if reader is None else reader.epoch for reader in self._readers]
         while not self._pending:
             left = [i for i, reader in enumerate(self._readers) if reader is not None]
             if not left:
@@ -161,27 +160,20 @@ class PretrainingStream(IterableDataset):
                 self._readers[i] = None
             else:
                 self._pending = self.tasks[i].objective.samples(record, self._random)
-                if not self._pending and self._readers[i].epoch > epochs[i] + 1:
-                    raise ValueError(
-                        f"No record of the source of {self.tasks[i].objective.name} makes a sample: its texts are "
-                        f"empty or hold nothing that can be predicted."
-                    )
+                self._readers[i].count(len(self._pending))
         return True
 
 
 class _Reader:
-    """A shard's records of one task, epoch after epoch, drawn from a buffer.
-
-    Attributes:
-        epoch: which it reads, from 0.
-    """
+    """A shard's records of one task, epoch after epoch, drawn from a buffer."""
 
     def __init__(self, task: Task, place: tuple[int, int], shuffle: int, epochs: int | None) -> None:
         self._task, self._objective = task, task.objective
         self._place, self._shuffle, self._epochs = place, shuffle, epochs
         self._stateful = hasattr(task.source, "state_dict") and hasattr(task.source, "load_state_dict")
         self._open()
-        self.epoch = self._position = 0
+        self._epoch = self._position = self._fruitless = 0
+        self._size: int | None = None  # records of an epoch, known at the end of one
         self._buffer: list[Sentence | Pair] = []
         self._records = self._read()
 
@@ -195,16 +187,27 @@ class _Reader:
         self._buffer[index], self._buffer[-1] = self._buffer[-1], self._buffer[index]
         return self._buffer.pop()
 
+    def count(self, samples: int) -> None:
+        """Takes note of the number of samples that the last record has made, and refuses a source that makes none."""
+        self._fruitless = 0 if samples else self._fruitless + 1
+        # A record with samples would have been read by now, and drawn, but for a chance of exp(-20): it is in the
+        # buffer once, or of a small source so often that this is its share.
+        if self._size is not None and self._fruitless > self._size + 20 * min(self._size, self._shuffle):
+            raise ValueError(
+                f"No record of the source of {self._objective.name} makes a sample: its texts are empty or hold "
+                f"nothing that can be predicted."
+            )
+
     def state_dict(self) -> dict[str, Any]:
         return {
-            "epoch": self.epoch,
+            "epoch": self._epoch,
             "position": self._position,
             "buffer": [list(record) for record in self._buffer],
             "source": self._source.state_dict() if self._stateful and self._position else None,
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        self.epoch, self._position = state["epoch"], state["position"]
+        self._epoch, self._position = state["epoch"], state["position"]
         self._buffer = [self._objective.as_record(each) for each in state["buffer"]]
         if state["source"] is not None:
             self._source.load_state_dict(state["source"])
@@ -212,7 +215,7 @@ class _Reader:
 
     def _read(self) -> Iterator[Sentence | Pair]:
         shard, shards = self._place
-        while self._epochs is None or self.epoch < self._epochs:
+        while self._epochs is None or self._epoch < self._epochs:
             # A source without a state is read again up to here.
             for given in _read_whole(self._source, 0 if self._stateful else self._position):
                 self._position += 1
@@ -223,7 +226,8 @@ class _Reader:
                     f"The source of {self._objective.name} yields {self._position} records, so that shard {shard} of "
                     f"{shards} gets none; use fewer shards or more records, and a source that can be iterated again."
                 )
-            self.epoch, self._position = self.epoch + 1, 0
+            self._size = len(range(shard, self._position, shards))
+            self._epoch, self._position = self._epoch + 1, 0
             self._open()
 
     def _open(self) -> None:

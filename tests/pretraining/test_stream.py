@@ -125,6 +125,24 @@ def test_in_a_data_loader(workers, tokenizer):
     assert len(found) == len(SOME)
 
 
+def test_a_few_records_of_many_without_samples(tokenizer):
+    """They are passed over, though a buffer larger than the source has read many epochs when the first one is drawn."""
+    texts, objective = ["", " ", "[SEP]", *["Log in"] * 2], MMLM(tokenizer=tokenizer, max_length=16)
+    for seed in range(40):
+        batch = next(iter(PretrainingStream([Task(objective, texts)], 16, seed=seed)))
+        assert sentences_of([batch])[0] == tuple(tokenizer("Log in")["input_ids"])
+
+
+@pytest.mark.parametrize("shuffle", [1, 20])
+@pytest.mark.parametrize("others", [False, True])
+def test_a_source_without_samples(shuffle, others, tokenizer):
+    """It is refused, also beside one that has some, which would hide that it takes no part."""
+    objective = MMLM(tokenizer=tokenizer, max_length=16)
+    mixed = [Task(objective, [""] * 30), *([Task(objective, ["Log in"])] if others else [])]
+    with pytest.raises(ValueError, match="No record of the source of mmlm makes a sample"):
+        list(islice(PretrainingStream(mixed, 16, shuffle=shuffle), 2000))
+
+
 class OfEachWorker(IterableDataset):
     """As those of `datasets`: in a worker only its share."""
 

@@ -101,6 +101,11 @@ class ErnieMConfig(PreTrainedConfig):
             )
         if paddle_config.is_paddles(config_dict):
             config_dict = paddle_config.from_paddle(config_dict)
+        if kwargs.get("return_unused_kwargs") and "languages" in kwargs:
+            # A model is loaded. Left here, its `languages` would replace the config's before it could compare them.
+            languages = kwargs.pop("languages")
+            config, unused = super().from_dict(config_dict, **kwargs)
+            return config, {**unused, "languages": languages}
         return super().from_dict(config_dict, **kwargs)
 
     def check(self) -> None:

@@ -51,11 +51,17 @@ class ErnieMForPreTraining(ErnieMForMaskedLM):
             languages: names of the language embeddings; by default those in the config, where they are kept.
 
         Raises:
-            ValueError: a language is named twice, or `languages` is no list.
+            ValueError: a language is named twice, `languages` is no list, or the config has others.
         """
         super().__init__(config)
         if languages is not None:
-            config.languages = check_languages(languages)
+            languages, known = check_languages(languages), getattr(config, "languages", None)
+            if known and languages not in ([], known):
+                raise ValueError(
+                    f"languages={languages} are not the config's, {known}, whose embeddings would get other names; "
+                    f"leave languages out, or drop the embeddings: load the model with languages=[] and save it."
+                )
+            config.languages = languages
         names = getattr(config, "languages", None)
         self.language_embeddings = LanguageEmbeddings(len(names), config.hidden_size) if names else None
         self.post_init()

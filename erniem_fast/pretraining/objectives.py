@@ -4,6 +4,7 @@ Each turns records into samples, and is also a collator: called with a list of r
 the arguments of `ErnieMForPreTraining.forward`.
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,8 @@ class Objective(ABC):
         return found
 
     def _encode(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Not verbose: it would warn of texts longer than the model's positions, which are cut afterwards.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def _encode_pair(self, pair: Pair) -> tuple[list[int], list[int]] | None:
         """Both sides, the longer one cut until they fit; None if one of them is empty, and so no translation."""
@@ -236,7 +238,8 @@ class BTMLM(Objective):
             likeliest.
 
     Raises:
-        ValueError: `share` is not above 0, `temperature` is negative, or there is a single language.
+        ValueError: `share` is not above 0, `temperature` is negative, one of them is no finite number, or there is a
+            single language.
     """
 
     name: ClassVar[str] = "btmlm"
@@ -246,9 +249,10 @@ class BTMLM(Objective):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not self.share > 0 or self.temperature < 0:
+        if not 0 < self.share < math.inf or not 0 <= self.temperature < math.inf:
             raise ValueError(
-                f"share={self.share} must be above 0, and temperature={self.temperature} must not be negative."
+                f"share={self.share} must be above 0, and temperature={self.temperature} must not be negative, both "
+                f"finite."
             )
         if len(self.languages) == 1:
             raise ValueError(f"languages={list(self.languages)} has no other language to translate into; name two.")

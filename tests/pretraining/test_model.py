@@ -208,6 +208,20 @@ def test_languages(tokenizer, tmp_path):
         load("de")
 
 
+def test_languages_are_not_renamed(tmp_path):
+    """A checkpoint's embeddings keep their names, and only a model that has dropped them takes others."""
+    load(["de", "fr"]).save_pretrained(tmp_path / "two")
+    for names in (["fr", "de"], ["de", "fr", "zh"]):
+        for _ in range(2):
+            with pytest.raises(ValueError, match=r"are not the config's, \['de', 'fr'\], whose embeddings"):
+                ErnieMForPreTraining.from_pretrained(tmp_path / "two", languages=names)
+    assert ErnieMForPreTraining.from_pretrained(tmp_path / "two", languages=("de", "fr")).config.languages[0] == "de"
+    ErnieMForPreTraining.from_pretrained(tmp_path / "two", languages=[]).save_pretrained(tmp_path / "none")
+    again = ErnieMForPreTraining.from_pretrained(tmp_path / "none", languages=["fr", "de"])
+    assert again.config.languages == ["fr", "de"]
+    assert not again.language_embeddings.weight.any()
+
+
 def test_words_of_another_vocabulary_are_refused(tokenizer):
     batch = MMLM(tokenizer=tokenizer)(SENTENCES[:2], seed=1)
     for name in ("input_ids", "labels"):

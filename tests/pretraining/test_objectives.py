@@ -1,5 +1,6 @@
 """The samples that the objectives make, and who sees whom in them."""
 
+import logging
 from random import Random
 
 import pytest
@@ -37,6 +38,14 @@ def test_nothing_of_a_long_text_is_lost(tokenizer):
     assert [each for sample in btmlm for each in restored(sample)[1 : sample.source_length - 1]] == ids
     assert {len(sample.pseudo) for sample in btmlm[:-1]} == {20}
     assert all(len(sample) <= 64 for sample in btmlm)
+
+
+def test_a_long_text_is_no_cause_for_a_warning(tokenizer, caplog, monkeypatch):
+    """Its pieces have as many tokens as the model has positions."""
+    monkeypatch.setattr(logging.getLogger("transformers"), "propagate", True)
+    monkeypatch.setattr(tokenizer, "deprecation_warnings", {})
+    MMLM(tokenizer=tokenizer).samples(Sentence("Log in " * 400), Random(1))
+    assert not caplog.records
 
 
 def test_pairs_that_are_too_long_are_cut_as_by_the_tokenizer(tokenizer):
@@ -141,8 +150,10 @@ def test_what_is_refused(tokenizer):
             objective([record])
     with pytest.raises(ValueError, match=r"languages=\['de'\] has no other"):
         BTMLM(tokenizer=tokenizer, languages=["de"])
-    with pytest.raises(ValueError, match="share=0 must be above 0"):
-        BTMLM(tokenizer=tokenizer, share=0)
+    for wrong in ({"share": 0}, {"share": float("inf")}, {"temperature": float("nan")}, {"temperature": -1.0}):
+        ((name, value),) = wrong.items()
+        with pytest.raises(ValueError, match=rf"{name}={value} must .* both finite"):
+            BTMLM(tokenizer=tokenizer, **wrong)
     for languages in ("de", ["de", "fr", "de"]):
         with pytest.raises(ValueError, match="must be a list of names, none of them twice"):
             CAMLM(tokenizer=tokenizer, languages=languages)

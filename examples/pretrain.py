@@ -18,6 +18,7 @@ The paper's recipe trains MMLM, TLM and CAMLM first (the default of --objectives
 import argparse
 import contextlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -70,7 +71,8 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--target", default="target", help="column of the translation")
     add("--source-language", help="column with the text's language, or the language itself")
     add("--target-language", help="the same for the translation")
-    add("--language-embeddings", nargs="+", metavar="LANGUAGE", help="give the model an embedding for each of these")
+    languages = "give the model an embedding for each of these (default: those that --model has)"
+    add("--language-embeddings", nargs="+", metavar="LANGUAGE", help=languages)
     add("--max-length", type=int, default=512, help="tokens of a sample at most")
     add("--token-budget", type=int, default=8192, help="tokens of a shard's batch at most")
     add("--shards", type=int, help="batches of a step (default: one a process)")
@@ -98,6 +100,19 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--fsdp", **shards, help="shard weights, gradients and optimizer (FSDP2)")
     add("--save-every", type=int, default=1000, metavar="STEPS")
     return parser.parse_args(argv)
+
+
+def check(arguments: argparse.Namespace) -> None:
+    """Refuses what would otherwise be found out after hours."""
+    if arguments.warmup >= arguments.steps:
+        raise SystemExit(
+            f"--warmup {arguments.warmup} is not below --steps {arguments.steps}, so that --lr would never be reached"
+        )
+    if arguments.save_every < 1:
+        raise SystemExit(f"--save-every {arguments.save_every} must be at least 1")
+    for _, path in named_files(arguments.test):
+        if next(iter(TextFiles(path)), None) is None:
+            raise SystemExit(f"--test {path} has no sentences")
 
 
 @dataclass
@@ -141,13 +156,16 @@ def start_process() -> Iterator[Process]:
             dist.destroy_process_group()
 
 
-def make_tasks(arguments: argparse.Namespace, tokenizer: ErnieMTokenizer) -> list[Task]:
-    """A task for each objective on pairs, and one for each objective and file of sentences."""
+def make_tasks(arguments: argparse.Namespace, tokenizer: ErnieMTokenizer, names: list[str]) -> list[Task]:
+    """A task for each objective on pairs, and one for each objective and file of sentences.
+
+    Args:
+        names: of the model's language embeddings.
+    """
     options = {"tokenizer": tokenizer, "max_length": arguments.max_length}
-    languages = {"languages": arguments.language_embeddings or ()}
     own = {
-        "camlm": {"masking": Masking(arguments.mask_rate, mask=1.0, random=0.0), **languages},
-        "btmlm": {"share": arguments.pseudo_share, "temperature": arguments.temperature, **languages},
+        "camlm": {"masking": Masking(arguments.mask_rate, mask=1.0, random=0.0), "languages": names},
+        "btmlm": {"share": arguments.pseudo_share, "temperature": arguments.temperature, "languages": names},
     }
     columns = {name: getattr(arguments, name) for name in ("source", "target", "source_language", "target_language")}
     tasks = []
@@ -155,6 +173,8 @@ def make_tasks(arguments: argparse.Namespace, tokenizer: ErnieMTokenizer) -> lis
         name, _, weight = each.partition("=")
         if name not in KINDS:
             raise SystemExit(f"--objectives {each}: it is none of {', '.join(OBJECTIVES)}")
+        if not is_weight(weight or "1"):
+            raise SystemExit(f"--objectives {each}: its weight must be a number above 0")
         sources = [TsvFiles(*arguments.pairs, **columns)] if arguments.pairs else []
         if name not in ON_PAIRS:
             sources = [TextFiles(path, language=language) for language, path in named_files(arguments.text)]
@@ -163,6 +183,13 @@ def make_tasks(arguments: argparse.Namespace, tokenizer: ErnieMTokenizer) -> lis
         objective = KINDS[name](**{**options, "masking": Masking(arguments.mask_rate), **own.get(name, {})})
         tasks += [Task(objective, source, float(weight or 1) / len(sources)) for source in sources]
     return tasks
+
+
+def is_weight(text: str) -> bool:
+    try:
+        return 0 < float(text) < math.inf
+    except ValueError:
+        return False
 
 
 def named_files(values: list[str]) -> list[tuple[str, str]]:
@@ -180,6 +207,11 @@ def make_model(arguments: argparse.Namespace) -> ErnieMForPreTraining:
         model = ErnieMForPreTraining(ErnieMConfig.from_pretrained(arguments.model), **languages)
     else:
         model = ErnieMForPreTraining.from_pretrained(arguments.model, **languages)
+    longest = model.base_model.longest_sequence
+    if arguments.max_length > longest:
+        raise SystemExit(
+            f"--max-length {arguments.max_length} is more than the {longest} positions of {arguments.model}"
+        )
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()
@@ -207,8 +239,9 @@ class Training:
         shards = arguments.shards or process.world
         if shards % process.world:
             raise SystemExit(f"--shards {shards} is no multiple of the {process.world} processes")
-        tasks = make_tasks(arguments, ErnieMTokenizer.from_pretrained(arguments.model))
         self.plain = make_model(arguments)
+        names = getattr(self.plain.config, "languages", None) or []
+        tasks = make_tasks(arguments, ErnieMTokenizer.from_pretrained(arguments.model), names)
         self.model = distribute(self.plain, process, arguments.fsdp)
         self.optimizer = create_optimizer(self.plain, arguments.lr, weight_decay=arguments.weight_decay)
         self.scheduler = get_linear_schedule_with_warmup(self.optimizer, arguments.warmup, arguments.steps)
@@ -361,6 +394,8 @@ def measure(arguments: argparse.Namespace, device: torch.device) -> list[str]:
                 batch = {name: each.to(device) if torch.is_tensor(each) else each for name, each in batch.items()}
                 output = model(**batch)
             total, count = total + output.loss_sums.sum().item(), count + int(output.label_counts.sum())
+        if not count:
+            raise SystemExit(f"--test {path} has no words that could be predicted")
         lines.append(f"{language}\t{total / count:.4f}\t{count}")
     return lines
 
@@ -391,6 +426,7 @@ def plot(losses: Path) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     arguments = parse_arguments(argv)
+    check(arguments)
     with start_process() as process:
         training = Training(arguments, process)
         training.run()

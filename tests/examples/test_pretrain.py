@@ -121,6 +121,22 @@ def test_two_processes_compute_what_one_does(folder):
                 torch.testing.assert_close(each, state[key], rtol=0, atol=1e-4)
 
 
+def test_language_embeddings_go_on(folder, monkeypatch):
+    """A model that has them trains them without being told their names again."""
+    arguments = command(folder / "second", objectives=["btmlm"], steps=6, shards=1)
+    place = arguments.index("--language-embeddings")
+    del arguments[place : place + 1 + len(LANGUAGES)]
+    arguments[arguments.index("--model") + 1] = str(folder / "alone/model")
+    training, seen = import_example("pretrain").Training, []
+    take_step = training.take_step
+    monkeypatch.setattr(
+        training, "take_step", lambda self, batches: (seen.extend(batches), take_step(self, batches))[1]
+    )
+    import_example("pretrain").main(arguments)
+    assert len(seen) == 6
+    assert all((batch["language_ids"][batch["pseudo_tokens"]] >= 0).all() for batch in seen)
+
+
 def test_a_killed_run_goes_on(folder):
     """With the same losses and weights, to the bit, from wherever it was."""
     killed = folder / "killed"
@@ -152,13 +168,22 @@ def test_a_killed_run_goes_on(folder):
         (["--fsdp"], "--fsdp shards over several processes"),
         (["--objectives", "mlm"], "--objectives mlm: it is none of mmlm, tlm, camlm, btmlm"),
         (["--objectives", "mmlm"], "--objectives mmlm needs --text"),
+        (["--objectives", "tlm=many"], "--objectives tlm=many: its weight must be a number above 0"),
+        (["--objectives", "tlm=0"], "--objectives tlm=0: its weight must be a number above 0"),
         (["--text", "de.txt"], "de.txt names no language; write LANGUAGE=de.txt"),
+        (["--test", "de.txt"], "de.txt names no language; write LANGUAGE=de.txt"),
+        (["--test", f"de={os.devnull}"], "is not a file"),
+        (["--warmup", str(STEPS)], f"--warmup {STEPS} is not below --steps {STEPS}"),
+        (["--save-every", "0"], "--save-every 0 must be at least 1"),
+        (["--max-length", "513", "--token-budget", "513"], "--max-length 513 is more than the 512 positions of"),
     ],
 )
 def test_what_is_refused(folder, more, message):
+    """Before anything is trained."""
     arguments = command(folder / "refused", *more)
     if "mmlm" in more:
         place = arguments.index("--text")
         del arguments[place : place + 2]
-    with pytest.raises(SystemExit, match=message):
+    with pytest.raises((SystemExit, FileNotFoundError), match=message):
         import_example("pretrain").main(arguments)
+    assert not (folder / "refused").exists()

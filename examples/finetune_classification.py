@@ -11,7 +11,6 @@ OUTPUT/accuracy.tsv and OUTPUT/accuracy.png show the accuracy by language, and O
 """
 
 import argparse
-import csv
 import os
 from collections.abc import Sequence
 from pathlib import Path
@@ -76,15 +75,24 @@ class Pairs(Dataset):
 
 def read(path: Path, languages: Sequence[str] | None = None) -> list[dict[str, str]]:
     """The rows of a file, of all languages or of some."""
-    with path.open(encoding="utf-8", newline="") as file:
-        reader = csv.DictReader(file, delimiter="\t", quoting=csv.QUOTE_NONE)
-        missing = set(COLUMNS) - set(reader.fieldnames or ())
-        if missing:
-            raise SystemExit(f"{path} lacks the columns {', '.join(sorted(missing))}")
-        rows = [row for row in reader if languages is None or row["language"] in languages]
-    if not rows:
-        raise SystemExit(f"{path} has no rows" + (f" in {', '.join(languages)}" if languages else ""))
-    return rows
+    with path.open(encoding="utf-8-sig", newline="\n") as file:
+        header, *lines = [line.rstrip("\r\n").split("\t") for line in file] or [[]]
+    missing = set(COLUMNS) - set(header)
+    if missing:
+        raise SystemExit(f"{path} lacks the columns {', '.join(sorted(missing))}")
+    rows = []
+    for number, fields in enumerate(lines, start=2):
+        if fields == [""]:
+            continue
+        if len(fields) != len(header):
+            raise SystemExit(f"{path} has {len(fields)} columns in line {number}, and its header names {len(header)}")
+        rows.append(dict(zip(header, fields, strict=True)))
+        if not rows[-1]["label"]:
+            raise SystemExit(f"{path} has no label in line {number}")
+    absent = set(languages or ()) - {row["language"] for row in rows}
+    if absent or not rows:
+        raise SystemExit(f"{path} has no rows" + (f" in {', '.join(sorted(absent))}" if absent else ""))
+    return [row for row in rows if languages is None or row["language"] in languages]
 
 
 class LayerwiseTrainer(Trainer):
@@ -129,6 +137,11 @@ def make_trainer(
 ) -> LayerwiseTrainer:
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     model = ErnieMForSequenceClassification.from_pretrained(arguments.model, num_labels=len(labels), **names)
+    longest = model.base_model.longest_sequence
+    if arguments.max_length > longest:
+        raise SystemExit(
+            f"--max-length {arguments.max_length} is more than the {longest} positions of {arguments.model}"
+        )
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trainer = LayerwiseTrainer(
@@ -183,6 +196,8 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = ErnieMTokenizer.from_pretrained(arguments.model)
     train, test = read(arguments.train, arguments.train_languages), read(arguments.test)
     labels = sorted({row["label"] for row in train})
+    if len(labels) < 2:
+        raise SystemExit(f"{arguments.train} has the label {labels[0]} alone; there is nothing to tell apart")
     unknown = {row["label"] for row in test} - set(labels)
     if unknown:
         raise SystemExit(f"{arguments.test} has the labels {', '.join(sorted(unknown))}, which {arguments.train} lacks")

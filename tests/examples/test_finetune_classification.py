@@ -29,6 +29,9 @@ def data(tmp_path_factory):
     return path
 
 
+HEADER = "language\tpremise\thypothesis\tlabel"
+
+
 def command(data, folder, **options):
     numbers = {"epochs": 4, "batch-size": 8, "lr": 3e-3, "max-length": 48, "save-every": 5, **options}
     words = [word for name, value in numbers.items() for word in (f"--{name}", str(value))]
@@ -184,7 +187,35 @@ def test_what_is_refused(data, tmp_path):
         example.main([*command(data, tmp_path), "--train-languages", "de"])
     with pytest.raises(SystemExit, match="--batch-size 8 is no multiple of 1 x --accumulate"):
         example.main(command(data, tmp_path, accumulate=3))
+    with pytest.raises(SystemExit, match="no rows in fr"):
+        example.main([*command(data, tmp_path), "--train-languages", "en", "fr"])
+    with pytest.raises(SystemExit, match="--max-length 513 is more than the 512 positions of"):
+        example.main(command(data, tmp_path, **{"max-length": 513}))
+
+
+@pytest.mark.parametrize(
+    ("rows", "message"),
+    [
+        ("language\tpremise\n", "lacks the columns hypothesis, label"),
+        ("", "lacks the columns hypothesis, label, language, premise"),
+        (f"{HEADER}\n", "has no rows$"),
+        (f"{HEADER}\nen\ta\tb\tlow\n\nen\ta\n", "has 2 columns in line 4, and its header names 4"),
+        (f"{HEADER}\nen\ta\tb\tlow\nen\ta tab\tin it\tb\thigh\n", "has 5 columns in line 3, and its header names 4"),
+        (f"{HEADER}\nen\ta\tb\t\n", "has no label in line 2"),
+        (f"{HEADER}\nen\ta\tb\tlow\nen\tb\ta\tlow\n", "has the label low alone"),
+    ],
+)
+def test_bad_files(rows, message, tmp_path):
+    """A row that is cut or shifted would make classes of its own; one class would be taken for a number to predict."""
     data = tmp_path / "bad.tsv"
-    data.write_text("language\tpremise\n", encoding="utf-8")
-    with pytest.raises(SystemExit, match="lacks the columns hypothesis, label"):
-        example.main(command(data, tmp_path))
+    data.write_text(rows, encoding="utf-8")
+    with pytest.raises(SystemExit, match=message):
+        import_example("finetune_classification").main(command(data, tmp_path))
+
+
+def test_rows(tmp_path):
+    """With the mark of an encoding, ends of lines as on Windows, quotes as they are, and texts of any length."""
+    data, long = tmp_path / "rows.tsv", "a " * 100_000
+    data.write_text(f'\ufeff{HEADER}\r\nen\t"a\t{long}\tlow\r\n\r\n', encoding="utf-8", newline="")
+    expected = {"language": "en", "premise": '"a', "hypothesis": long, "label": "low"}
+    assert import_example("finetune_classification").read(data) == [expected]

@@ -753,6 +753,14 @@ class ErnieMForMaskedLM(_ErnieMHead):
         if isinstance(module, ErnieMLMHead):
             init.zeros_(module.bias)
 
+    def get_expanded_tied_weights_keys(self, all_submodels: bool = False) -> dict[str, str]:
+        """As in transformers; the bias has its two names too if the word table is not shared.
+
+        Else one of them would be a parameter without gradients, for which `DistributedDataParallel` would wait.
+        """
+        bias = "lm_head.decoder.bias"
+        return {bias: self._tied_weights_keys[bias], **super().get_expanded_tied_weights_keys(all_submodels)}
+
     def get_output_embeddings(self) -> nn.Module:
         return self.lm_head.decoder
 

@@ -114,6 +114,23 @@ def test_every_parameter_gets_a_gradient():
         assert bool(loss > 0) is learns
 
 
+def test_a_table_of_its_own(tmp_path):
+    """The head's bias is one parameter still, with a gradient, and is saved and grows."""
+    model = load(ErnieMForMaskedLM, tie_word_embeddings=False).train()
+    with torch.no_grad():
+        model.lm_head.bias.normal_(generator=torch.Generator().manual_seed(5))
+    model.resize_token_embeddings(WORDS + 7)
+    model(IDS, attention_mask=MASK, labels=make_labels(IDS)).loss.backward()
+    assert all(parameter.grad is not None for parameter in model.parameters())
+    head = model.lm_head
+    assert head.bias is head.decoder.bias
+    assert head.decoder.weight is not model.get_input_embeddings().weight
+    model.save_pretrained(tmp_path)
+    again = ErnieMForMaskedLM.from_pretrained(tmp_path)
+    assert again.lm_head.bias is again.lm_head.decoder.bias
+    assert torch.equal(again.eval()(IDS[:1]).logits, model.eval()(IDS[:1]).logits)
+
+
 def test_wrong_labels():
     model = load_head()
     with pytest.raises(ValueError, match=rf"labels\[0, 1\] is {WORDS}, outside \[0, {WORDS}\)"):

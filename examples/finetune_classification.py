@@ -108,14 +108,16 @@ class LayerwiseTrainer(Trainer):
 
 
 def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
-    world = int(TrainingArguments(str(arguments.output), use_cpu=arguments.cpu, report_to=[]).world_size)
-    per_process = arguments.batch_size // (world * arguments.accumulate)
-    if per_process * world * arguments.accumulate != arguments.batch_size:
-        raise SystemExit(f"--batch-size {arguments.batch_size} is no multiple of {world} x --accumulate")
+    one = TrainingArguments(str(arguments.output), per_device_train_batch_size=1, use_cpu=arguments.cpu, report_to=[])
+    world = int(one.world_size) * one.train_batch_size  # a process that sees several GPUs takes a batch for each
+    if arguments.accumulate < 1 or arguments.batch_size < 1 or arguments.batch_size % (world * arguments.accumulate):
+        raise SystemExit(
+            f"--batch-size {arguments.batch_size} is no multiple of {world} x --accumulate {arguments.accumulate}"
+        )
     return TrainingArguments(
         str(arguments.output),
         num_train_epochs=arguments.epochs,
-        per_device_train_batch_size=per_process,
+        per_device_train_batch_size=arguments.batch_size // (world * arguments.accumulate),
         gradient_accumulation_steps=arguments.accumulate,
         learning_rate=arguments.lr,
         weight_decay=arguments.weight_decay,

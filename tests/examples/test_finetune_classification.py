@@ -155,6 +155,14 @@ def test_checkpointed_gradients_are_the_same(data, tmp_path):
     assert files[0] == files[1]
 
 
+def test_a_batch_is_that_of_all_gpus(data, tmp_path, monkeypatch):
+    """Also if one process sees several."""
+    example = import_example("finetune_classification")
+    monkeypatch.setattr(example.TrainingArguments, "n_gpu", 4)
+    found = example.training_arguments(example.parse_arguments(command(data, tmp_path)))
+    assert (found.per_device_train_batch_size, found.train_batch_size) == (2, 8)
+
+
 class Killed(Exception):
     pass
 
@@ -185,8 +193,11 @@ def test_what_is_refused(data, tmp_path):
     example = import_example("finetune_classification")
     with pytest.raises(SystemExit, match="no rows in de"):
         example.main([*command(data, tmp_path), "--train-languages", "de"])
-    with pytest.raises(SystemExit, match="--batch-size 8 is no multiple of 1 x --accumulate"):
-        example.main(command(data, tmp_path, accumulate=3))
+    for accumulate in (3, 0, -1):
+        with pytest.raises(SystemExit, match=f"--batch-size 8 is no multiple of 1 x --accumulate {accumulate}"):
+            example.main(command(data, tmp_path, accumulate=accumulate))
+    with pytest.raises(SystemExit, match="--batch-size 0 is no multiple"):
+        example.main(command(data, tmp_path, **{"batch-size": 0}))
     with pytest.raises(SystemExit, match="no rows in fr"):
         example.main([*command(data, tmp_path), "--train-languages", "en", "fr"])
     with pytest.raises(SystemExit, match="--max-length 513 is more than the 512 positions of"):

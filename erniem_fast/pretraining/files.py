@@ -37,7 +37,17 @@ class _Lines:
         return dict(zip(("file", "offset"), self._place, strict=True))
 
     def load_state_dict(self, state: dict[str, int]) -> None:
-        """Makes the next iteration start where `state` was taken."""
+        """Makes the next iteration start where `state` was taken.
+
+        Raises:
+            ValueError: the files have no such place, so they are not those of before.
+        """
+        index, offset = state["file"], state["offset"]
+        if index >= len(self.paths) or offset > self.paths[index].stat().st_size:
+            raise ValueError(
+                f"The state is at byte {offset} of file {index}, which {', '.join(map(str, self.paths))} do not have; "
+                f"go on with the files of before."
+            )
         self._start = self._place = (state["file"], state["offset"])
 
     def _read(self) -> Iterator[tuple[Path, str]]:

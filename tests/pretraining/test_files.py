@@ -36,6 +36,17 @@ def test_reading_goes_on(count, texts, tmp_path):
     assert list(lines) == expected[count:]
 
 
+def test_the_state_of_other_files_is_refused(texts):
+    """It would be taken for the end of an epoch, and the lines would be left out."""
+    list(texts)
+    state, one = texts.state_dict(), TextFiles(texts.paths[0])
+    with pytest.raises(ValueError, match=r"at byte 4 of file 1, which .*a\.txt do not have"):
+        one.load_state_dict(state)
+    texts.paths[1].write_text("五", encoding="utf-8")
+    with pytest.raises(ValueError, match=r"at byte 4 of file 1, which .*b\.txt do not have"):
+        texts.load_state_dict(state)
+
+
 def test_columns(tmp_path):
     path = tmp_path / "pairs.tsv"
     path.write_text('lang\ten\txx\nde\t"a\tb"\n\nfr\tc\td\textra\n', encoding="utf-8")

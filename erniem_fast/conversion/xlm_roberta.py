@@ -100,6 +100,9 @@ def from_xlm_roberta(model: PreTrainedModel) -> "ErnieMPreTrainedModel":
     table = _moved(positions, first, _ROWS)
     table[_ROWS:] += types[0]
     state = dict(_renamed(tensors, _modules(config.num_hidden_layers, theirs, ours, heads), "ERNIE-M"))
+    if "lm_head.decoder.bias" in state:
+        # Where the word table is not shared, theirs has another one, which computes nothing.
+        state["lm_head.bias"] = state["lm_head.decoder.bias"].clone()
     fields = {field: getattr(config, field) for field in _FIELDS} | {"max_position_embeddings": len(table)}
     made = import_module("erniem_fast.configuration").ErnieMConfig(**fields)
     return _made("erniem_fast.modeling", name, made, {**state, ours + _POSITIONS: table}, model)

@@ -64,7 +64,13 @@ def parse_arguments(argv: list[str] | None) -> argparse.Namespace:
     add("--output", type=Path, required=True, help="folder for checkpoints and results")
     data = parser.add_argument_group("data")
     add = data.add_argument
-    add("--text", nargs="+", default=[], metavar="LANGUAGE=FILE", help="a sentence a line, for mmlm and btmlm")
+    add(
+        "--text",
+        nargs="+",
+        default=[],
+        metavar="LANGUAGE=FILE",
+        help="a sentence a line, for mmlm and btmlm, which draw from all files alike",
+    )
     add("--pairs", nargs="+", default=[], type=Path, metavar="TSV", help="translations, for tlm and camlm")
     add("--test", nargs="+", default=[], metavar="LANGUAGE=FILE", help="sentences to measure the loss of mmlm on")
     add("--source", default="source", help="column of the text")

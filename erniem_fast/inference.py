@@ -24,9 +24,22 @@ class InferenceModule(nn.Module):
 
     Attributes:
         weights: the form of the weights, as `optimize` takes it.
+        dtype: of the weight.
     """
 
     weights: ClassVar[str]
+    dtype: ClassVar[torch.dtype]
+
+    def rounded(self, weight: Tensor) -> dict[str, Tensor]:
+        """What a state of this module holds for a floating-point weight, by names without a prefix."""
+        return {"weight": weight.to(self.dtype)}
+
+    def _load_from_state_dict(self, state: dict, prefix: str, *arguments: object) -> None:
+        """Rounds a weight that comes without its scales, as from a model that is not rounded."""
+        weight, scale = (state.get(f"{prefix}{name}") for name in ("weight", "weight_scale"))
+        if weight is not None and scale is None and weight.is_floating_point() and weight.shape == self.weight.shape:
+            state = {**state, **{f"{prefix}{name}": each for name, each in self.rounded(weight).items()}}
+        super()._load_from_state_dict(state, prefix, *arguments)
 
     def forward(self, x: Tensor) -> Tensor:
         self.check_inference(x)
@@ -156,8 +169,6 @@ class _OpaqueLinear(InferenceModule):
         bias: float32 `(out_features,)`, or None.
     """
 
-    dtype: ClassVar[torch.dtype]
-
     @classmethod
     def of(cls, linear: nn.Linear) -> "_OpaqueLinear":
         """The linear with its weight in this form."""
@@ -232,8 +243,6 @@ class NativeLinear(InferenceModule):
         bias: float32 `(out_features,)`, or None.
         packed: the weight in the native product's order; None until there is a native product.
     """
-
-    dtype: ClassVar[torch.dtype]
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -363,6 +372,9 @@ class Int8Linear(NativeLinear):
     def hold(self, weight: Tensor) -> None:
         self.weight, self.weight_scale = round_rows(weight)
 
+    def rounded(self, weight: Tensor) -> dict[str, Tensor]:
+        return _int8_state(weight)
+
     def is_native(self) -> bool:
         return super().is_native() and self.in_features <= packed.MOST_FEATURES
 
@@ -433,6 +445,10 @@ def round_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
     return values, scales
 
 
+def _int8_state(weight: Tensor) -> dict[str, Tensor]:
+    return dict(zip(("weight", "weight_scale"), round_rows(weight.float()), strict=True))
+
+
 class InferenceEmbedding(InferenceModule):
     """A table whose rows are held in fewer bits: integers `(...)` to float32 `(..., embedding_dim)`.
 
@@ -441,8 +457,6 @@ class InferenceEmbedding(InferenceModule):
         weight_scale: factors of the rows, float32 `(num_embeddings,)`; None for none.
         padding_idx: as in `nn.Embedding`; it has no effect without gradients.
     """
-
-    dtype: ClassVar[torch.dtype]
 
     def __init__(self, num_embeddings: int, embedding_dim: int, padding_idx: int | None = None) -> None:
         super().__init__()
@@ -488,6 +502,9 @@ class Int8Embedding(InferenceEmbedding):
 
     def hold(self, weight: Tensor) -> None:
         self.weight, self.weight_scale = round_rows(weight)
+
+    def rounded(self, weight: Tensor) -> dict[str, Tensor]:
+        return _int8_state(weight)
 
 
 TABLES = {kind.weights: kind for kind in (BFloat16Embedding, Int8Embedding)}

@@ -36,7 +36,6 @@ class ScaledLinear(InferenceModule):
         out_dtype: bfloat16 or float16.
     """
 
-    dtype: ClassVar[torch.dtype]
     multiple: ClassVar[int]
     capability: ClassVar[tuple[int, int]]
 
@@ -62,6 +61,9 @@ class ScaledLinear(InferenceModule):
     def round(weight: Tensor) -> tuple[Tensor, Tensor]:
         """The weight and its scales, as the attributes are."""
         raise NotImplementedError
+
+    def rounded(self, weight: Tensor) -> dict[str, Tensor]:
+        return dict(zip(("weight", "weight_scale"), self.round(weight.to(self.out_dtype)), strict=True))
 
     @classmethod
     def multiply(cls, x: Tensor, weight: Tensor, weight_scale: Tensor, bias: Tensor | None) -> Tensor:

@@ -231,6 +231,16 @@ def test_no_gradient_flows(kind):
 
 
 @every_kind
+def test_a_state_that_is_not_rounded_is_rounded_when_it_is_loaded(kind):
+    linear, other = (make_linear(64, 32, torch.bfloat16) for _ in range(2))
+    scaled, expected = kind.of(linear), kind.of(other)
+    scaled.load_state_dict({name: tensor.float() for name, tensor in other.state_dict().items()})
+    assert all(torch.equal(each, expected.state_dict()[name]) for name, each in scaled.state_dict().items())
+    scaled.load_state_dict(kind.of(linear).state_dict())
+    assert torch.equal(scaled.weight, kind.of(linear).weight)
+
+
+@every_kind
 def test_it_stays_where_it_is(kind):
     scaled = kind.of(make_linear(64, 32, torch.bfloat16))
     state, x = {name: tensor.clone() for name, tensor in scaled.state_dict().items()}, torch.randn(5, 64).bfloat16()

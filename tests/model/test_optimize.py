@@ -354,6 +354,34 @@ def load_from(state):
     return model
 
 
+@every_form
+@pytest.mark.parametrize("assign", [False, True])
+def test_a_float32_state_is_loaded_in_the_form_of_the_weights(weights, assign):
+    changed = {name: 1.1 * tensor for name, tensor in load().state_dict().items()}
+    model, expected = make(weights), erniem_fast.optimize(load_from(changed), weights)
+    hidden(model)
+    model.load_state_dict(changed, assign=assign)
+    assert_same_state(model, bits(expected))
+    assert torch.equal(hidden(model), hidden(expected))
+
+
+@every_form
+@pytest.mark.parametrize("keep", [True, False])
+def test_weights_that_were_loaded_since_are_not_mixed_with_the_original_ones(weights, keep):
+    model = make(weights, keep=keep)
+    model.load_state_dict(model.state_dict())
+    assert_same_state(erniem_fast.restore(model), bits(load()))
+    changed = {name: 1.1 * tensor for name, tensor in load().state_dict().items()}
+    erniem_fast.optimize(model, weights, keep=keep).load_state_dict(changed)
+    if weights == "packed":  # which has the very bits
+        assert_same_state(erniem_fast.restore(model), changed)
+        return
+    before = hidden(model)
+    with pytest.raises(ValueError, match=r"embeddings\.word_embeddings holds others.*load_state_dict"):
+        erniem_fast.restore(model)
+    assert torch.equal(hidden(model), before)
+
+
 def test_restore_leaves_other_models():
     model = load()
     state = bits(model)

@@ -25,10 +25,12 @@ class InferenceModule(nn.Module):
     Attributes:
         weights: the form of the weights, as `optimize` takes it.
         dtype: of the weight.
+        was_loaded: whether `load_state_dict` has given the module a weight, which its original does not have then.
     """
 
     weights: ClassVar[str]
     dtype: ClassVar[torch.dtype]
+    was_loaded: bool = False
 
     def rounded(self, weight: Tensor) -> dict[str, Tensor]:
         """What a state of this module holds for a floating-point weight, by names without a prefix."""
@@ -37,6 +39,7 @@ class InferenceModule(nn.Module):
     def _load_from_state_dict(self, state: dict, prefix: str, *arguments: object) -> None:
         """Rounds a weight that comes without its scales, as from a model that is not rounded."""
         weight, scale = (state.get(f"{prefix}{name}") for name in ("weight", "weight_scale"))
+        self.was_loaded = self.was_loaded or weight is not None
         if weight is not None and scale is None and weight.is_floating_point() and weight.shape == self.weight.shape:
             state = {**state, **{f"{prefix}{name}": each for name, each in self.rounded(weight).items()}}
         super()._load_from_state_dict(state, prefix, *arguments)
@@ -58,7 +61,7 @@ class InferenceModule(nn.Module):
             raise RuntimeError(untrainable(type(self).__name__, self.weights))
         if modes.is_exported():
             raise RuntimeError(
-                f"A {type(self).__name__} cannot be exported: {self.weights} weights run with erniem_fast only. Export "
+                f"{type(self).__name__} cannot be exported: {self.weights} weights run with erniem_fast only. Export "
                 f"the model before erniem_fast.optimize, or after erniem_fast.restore."
             )
 
@@ -90,7 +93,7 @@ class InferenceModule(nn.Module):
     def __setattr__(self, name: str, value: object) -> None:
         if name == "weight" and self.__dict__.get("packed") is not None:
             raise AttributeError(
-                f"The weight of a {type(self).__name__} is packed and cannot be replaced; call "
+                f"The weight of {type(self).__name__} is packed and cannot be replaced; call "
                 f"erniem_fast.restore(model), change it, and call erniem_fast.optimize again."
             )
         super().__setattr__(name, value)
@@ -99,7 +102,7 @@ class InferenceModule(nn.Module):
 def untrainable(name: str, weights: str) -> str:
     """The message of the error where gradients would have to flow through weights of a form."""
     return (
-        f"A {name} cannot be trained, and no gradient flows through it: {weights} weights are for inference. Call "
+        f"{name} cannot be trained, and no gradient flows through it: {weights} weights are for inference. Call "
         f"model.eval() and use torch.inference_mode(), or erniem_fast.restore(model) before training."
     )
 

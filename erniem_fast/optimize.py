@@ -182,10 +182,15 @@ def _restore_weights(bare: nn.Module) -> None:
             )
         return
     for name in bare.originals:
-        if not isinstance(bare.get_submodule(name), InferenceModule):
+        module = bare.get_submodule(name)
+        if not isinstance(module, InferenceModule):
             raise ValueError(f"{name} was replaced since erniem_fast.optimize; undo that before erniem_fast.restore.")
+        if module.was_loaded and module.weights != "packed":
+            raise ValueError(
+                f"The original weights are lost: load_state_dict has given {name} others since erniem_fast.optimize. "
+                f"Load the model again."
+            )
     read = _read_again(bare, {name: each.digest for name, each in bare.originals.items() if each.digest is not None})
-    _check_rounded(bare, read)
     for name, original in bare.originals.items():
         module, current = original.module, bare.get_submodule(name)
         if module.weight is None:
@@ -297,26 +302,6 @@ def _is_replaceable(module: nn.Module | None, uses: Counter) -> bool:
 
 
 # --- The weights that were given up ----------------------------------------------------------------------------------
-
-
-def _check_rounded(bare: nn.Module, read: dict[str, Tensor]) -> None:
-    """Refuses modules that hold something else than their original weights, rounded.
-
-    Args:
-        bare: a bare model that `_change_weights` has changed.
-        read: the weights that were given up, by their modules' names; others are kept, or have the very bits.
-    """
-    for name, original in bare.originals.items():
-        weight = read.get(name, original.module.weight)
-        if weight is None:
-            continue
-        current = bare.get_submodule(name)
-        state = current.state_dict()
-        if not all(torch.equal(state[key], each) for key, each in current.rounded(weight.to(bare.device)).items()):
-            raise ValueError(
-                f"The original weights are lost: {name} holds others than erniem_fast.optimize has rounded, as after "
-                f"load_state_dict. Load the model again."
-            )
 
 
 def _digest(weight: Tensor) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
+from . import flags
 from .conversion import command as conversion
 from .embedding import command as embedding
 from .extraction import command as extraction
@@ -22,6 +23,11 @@ def main() -> int:
     for name, command in _COMMANDS.items():
         command.add_arguments(commands.add_parser(name, help=command.does, description=command.does))
     arguments = parser.parse_args()
+    try:
+        flags.check()
+    except ValueError as error:
+        print(error, file=sys.stderr)
+        return 1
     return _COMMANDS[arguments.command].run(arguments)
 
 

@@ -107,6 +107,16 @@ def check_names() -> None:
             raise ValueError(f"{name} is not a flag of erniem_fast; unset it. The flags are {', '.join(FLAGS)}.")
 
 
+def check() -> None:
+    """Refuses misspelt flags, and values that flags do not take.
+
+    Raises:
+        ValueError: the environment holds one.
+    """
+    check_names()
+    snapshot()
+
+
 def _present() -> list[str]:
     """The names of the environment's variables that start with the prefix.
 

@@ -39,6 +39,22 @@ def test_build_says_what_failed(tmp_path, environment, error):
     assert failed.stdout == "" or error == "the compiler failed:"
 
 
+@pytest.mark.parametrize(
+    ("flag", "value", "error"),
+    [
+        ("ERNIEM_FAST_KERNELS", "on", "ERNIEM_FAST_KERNELS='on' is not a valid choice; use one of auto, off."),
+        ("ERNIEM_FAST_KERNEL", "off", "ERNIEM_FAST_KERNEL is not a flag of erniem_fast; unset it."),
+    ],
+)
+def test_a_wrong_flag_is_named_without_a_traceback(flag, value, error, monkeypatch, capsys):
+    monkeypatch.setenv(flag, value)
+    monkeypatch.setattr("sys.argv", ["erniem_fast", "status"])
+    assert main() == 1
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith(error)
+
+
 def test_build_says_first_that_there_is_no_compiler(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

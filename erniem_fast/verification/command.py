@@ -22,6 +22,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(arguments: argparse.Namespace) -> int:
     """Verifies; returns the exit status."""
+    if arguments.model is None and arguments.weights is not None:
+        print(
+            f"--weights {arguments.weights} is a form of a model's weights; name the model by --model.", file=sys.stderr
+        )
+        return 1
     if arguments.model is None:
         return _verify_kernels(arguments.verbose)
     return _verify_model(arguments.model, arguments.weights, arguments.verbose)

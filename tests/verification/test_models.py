@@ -217,3 +217,6 @@ def test_the_command_says_what_is_missing(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr("sys.argv", ["erniem_fast", "verify", "--model", str(tmp_path / "none")])
     assert __main__.main() == 1
     assert "none" in capsys.readouterr().err
+    monkeypatch.setattr("sys.argv", ["erniem_fast", "verify", "--weights", "int8"])
+    assert __main__.main() == 1
+    assert "--weights int8 is a form of a model's weights; name the model by --model." in capsys.readouterr().err

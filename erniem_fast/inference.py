@@ -7,6 +7,7 @@ Those for a GPU are in `inference_gpu.py`.
 from collections.abc import Callable, Sequence
 from typing import ClassVar
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -163,6 +164,18 @@ def leave_file(model: nn.Module) -> None:
             parameter.data = parameter.data.clone()
 
 
+def _bytes_of(tensor: Tensor) -> np.ndarray:
+    """A tensor for a pickle, if only the pickle holds it.
+
+    A process that is spawned would get the shared memory of a tensor, which is gone with the tensor.
+    """
+    return tensor.view(torch.uint8).numpy()
+
+
+def _of_bytes(array: np.ndarray, dtype: torch.dtype) -> Tensor:
+    return torch.from_numpy(array).view(dtype)
+
+
 class _OpaqueLinear(InferenceModule):
     """A linear with a weight in oneDNN's own layout, which has no storage: it is saved and copied as a plain tensor.
 
@@ -213,10 +226,10 @@ class _OpaqueLinear(InferenceModule):
             unexpected.remove(key)
 
     def __getstate__(self) -> dict[str, object]:
-        return {**self.__dict__, "packed": self._unpacked()}
+        return {**self.__dict__, "packed": _bytes_of(self._unpacked())}
 
     def __setstate__(self, state: dict[str, object]) -> None:
-        super().__setstate__({**state, "packed": modes.onednn_pack(state["packed"])})
+        super().__setstate__({**state, "packed": modes.onednn_pack(_of_bytes(state["packed"], self.dtype))})
 
 
 class OnednnPackedLinear(_OpaqueLinear):
@@ -321,8 +334,15 @@ class NativeLinear(InferenceModule):
         super()._load_from_state_dict(*arguments)
 
     def __getstate__(self) -> dict[str, object]:
-        """Without the packed weight, which another machine may be unable to use."""
-        return {**self.__dict__, "packed": None, "_buffers": {**self._buffers, "weight": self._unpacked()}}
+        """With the packed weight in the original order, because another machine may be unable to use it."""
+        if self.packed is None:
+            return {**self.__dict__}
+        return {**self.__dict__, "packed": _bytes_of(self._unpacked()), "_buffers": {**self._buffers}}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__({**state, "packed": None})
+        if state["packed"] is not None:
+            self.register_buffer("weight", _of_bytes(state["packed"], self.dtype))
 
 
 class PackedLinear(NativeLinear):

@@ -1,6 +1,7 @@
 """Linears and word tables with packed, bfloat16 and int8 weights: their numbers, one by one."""
 
 import copy
+import multiprocessing
 import pickle
 
 import pytest
@@ -200,3 +201,23 @@ def test_it_stays_in_float32_on_the_cpu(kind):
     for change in (lambda: module.half(), lambda: module.to(torch.bfloat16), lambda: module.to("meta")):
         with pytest.raises(RuntimeError, match=rf"{form} weights stays in float32 on the CPU.*restore"):
             change()
+
+
+def _answer(linears, x, results):
+    with torch.inference_mode():
+        results.put([linear(x).numpy() for linear in linears])
+
+
+def test_a_spawned_process_gets_them():
+    kinds = [*LINEARS.values(), *(kind for kind in OF_ONEDNN if ONEDNN)]
+    linear, x = make(96, 24), torch.randn(5, 96)
+    linears = nn.ModuleList([kind.of(linear) for kind in kinds if SERVED[kind.weights]])
+    processes = multiprocessing.get_context("spawn")
+    results = processes.SimpleQueue()
+    process = processes.Process(target=_answer, args=(linears, x, results))
+    process.start()
+    process.join()
+    assert process.exitcode == 0
+    with torch.inference_mode():
+        for each, result in zip(linears, results.get(), strict=True):
+            assert torch.equal(torch.from_numpy(result), each(x))

@@ -336,7 +336,7 @@ class PostLNStack(nn.Module):
             probabilities. The two lists are empty unless asked for.
         """
         if self.frozen_as is not None and torch.is_grad_enabled() and (self.training or hidden.requires_grad):
-            raise RuntimeError(untrainable("model", self.frozen_as))
+            raise RuntimeError(untrainable("The model", self.frozen_as))
         processes.model_runs(hidden.device)
         if seeds is head_mask is scores_bias is None and not (output_attentions or output_hidden_states):
             whole = one_call.run(self, hidden, batch)

@@ -161,7 +161,8 @@ def leave_file(model: nn.Module) -> None:
     """Copies the parameters that are left, so that the file can go that safetensors has mapped for all weights."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            parameter.data = parameter.data.clone()
+            with torch.inference_mode(parameter.is_inference()):  # of a model made there, tensors of another kind fail
+                parameter.data = parameter.data.clone()
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:

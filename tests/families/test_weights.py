@@ -226,3 +226,12 @@ def test_what_inference_mode_surrounds_can_be_trained_later():
         erniem_fast.restore(model)
     model.train()(**INPUTS).logits.square().sum().backward()
     assert model.bert.encoder.layer[0].output.dense.weight.grad is not None
+
+
+@every_form
+def test_a_model_that_is_made_in_inference_mode(weights):
+    with torch.inference_mode():
+        model = erniem_fast.optimize(make("bert"), weights)
+        assert torch.equal(states(model), states(erniem_fast.optimize(make("bert"), weights)))
+    outside = erniem_fast.optimize(make("bert"), weights)
+    torch.testing.assert_close(states(model), states(outside), rtol=0, atol=1e-5)

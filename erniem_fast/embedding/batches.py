@@ -87,9 +87,7 @@ def _run(
                 bar.update(len(batch))
             yield window, _in_order(parts, order)
     if cut:
-        _LOG.warning(
-            "%d of %d texts fill the %d tokens that are read; what follows is cut off.", cut, seen, steps.limit
-        )
+        _LOG.warning("%d of %d texts reached the limit of %d tokens; what follows is cut off.", cut, seen, steps.limit)
 
 
 def windows(items: Iterable[Item]) -> Iterator[list[Item]]:

@@ -150,7 +150,7 @@ def test_no_texts(ernie_m):
 def test_cut_texts_are_counted(ernie_m, caplog):
     with caplog.at_level(logging.WARNING):
         erniem_fast.embed(ernie_m, ["a", tiny.LONG, "b"], max_length=20)
-    assert "1 of 3 texts fill the 20 tokens that are read; what follows is cut off." in caplog.messages
+    assert "1 of 3 texts reached the limit of 20 tokens; what follows is cut off." in caplog.messages
 
 
 def test_the_prompt_comes_before_each_text(ernie_m):

@@ -35,7 +35,7 @@ PARTS = (
     ("rivals", "unrounded", INFERENCE),
     ("rounded", "rounded", INFERENCE),
     ("training", "unrounded", TRAINING),
-    ("ablation", "itself", (Spec(32, "text", rows=32, rounds=3),)),
+    ("ablation", "itself", (Spec(32, "text", rows=32, rounds=3), Spec(1, "text", rows=16, rounds=5))),
 )
 LONG_PARTS = (*PARTS, ("ablation-training", "itself", TRAINING))
 

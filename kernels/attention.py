@@ -653,11 +653,11 @@ def _keys_tile(
     if key_ranges_ptr is not None:
         column = first_key + tl.arange(0, BLOCK)[:, None]
         probabilities = tl.where(_is_seen(column, key_ranges_ptr, start, row, length), probabilities, 0.0)
+    grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
     dropped = probabilities
     if draw[0] is not None:
         dropout_mask = tl.trans(_dropout_mask(*draw, row, first_key, BLOCK, CONTIGUOUS))
         dropped = tl.where(dropout_mask, probabilities, 0.0)
-    grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
     grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
     grad_scores = dropped * grad_probabilities - probabilities * delta
     grad_key = tl.dot(grad_scores.to(query.dtype), query, acc=grad_key, input_precision=PRECISION)
@@ -828,8 +828,8 @@ def _backward_kernel(
             dropped = probabilities
             if seed_ptr is not None:
                 dropped = tl.where(dropout_mask, probabilities, 0.0)
-            grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
             grad_probabilities = tl.dot(value, tl.trans(grad), input_precision=PRECISION)
+            grad_value = tl.dot(dropped.to(grad.dtype), grad, acc=grad_value, input_precision=PRECISION)
             grad_scores = (dropped * grad_probabilities - probabilities * delta).to(query.dtype)
             grad_key = tl.dot(grad_scores, query, acc=grad_key, input_precision=PRECISION)
             grad_query = tl.dot(tl.trans(grad_scores), key, input_precision=PRECISION)

@@ -1,9 +1,9 @@
 """How attention's kernels are launched: the tiles for each architecture, and the design of the backward.
 
-The tiles are the largest that compile without spilling registers (bench/results/codegen.md); for 16-bit heads of up to
-64 on NVIDIA, the largest that also leave room for two programs on a multiprocessor, so that one multiplies while the
-other computes exponentials. Loops that stream tiles have three stages: with two, Triton waits for a copy as soon as it
-is issued. Those of Hopper for heads of 64 in 16 bits are the fastest of a sweep on an H200
+The tiles are the largest that compile without spilling registers, with Triton 3.6 and 3.9 (bench/results/codegen.md);
+for 16-bit heads of up to 64 on NVIDIA, the largest that also leave room for two programs on a multiprocessor, so that
+one multiplies while the other computes exponentials. Loops that stream tiles have three stages: with two, Triton waits
+for a copy as soon as it is issued. Those of Hopper for heads of 64 in 16 bits are the fastest of a sweep on an H200
 (bench/results/nvidia-h200/sweep-bfloat16.md); no others have been timed yet.
 """
 
@@ -43,12 +43,14 @@ def forward_config(
     if dtype == torch.float32:
         return Config(32, 32 if head_dim <= 64 else 16, warps=8, stages=1)
     if is_cdna(arch):
-        return _cdna_forward_config(head_dim, max_seqlen, dropout)
+        return _cdna_forward_config(head_dim, max_seqlen, dropout, key_bias)
     if head_dim > 128:
         return Config(64, 32, warps=8, stages=3 if arch in _LARGE_TILES else 1)
     if head_dim > 64:
         if arch not in _LARGE_TILES:
-            return Config(64, 32, warps=8, stages=3)
+            if max_seqlen <= 64:
+                return Config(64, 64, warps=8, stages=1)
+            return Config(128, 16 if dropout else 32, warps=8, stages=3)
         if dropout or max_seqlen <= 64:
             return Config(64, 32, warps=4, stages=3)
         return Config(128, 64, warps=8, stages=3)
@@ -64,7 +66,7 @@ def backward_config(
 ) -> Config:
     """The tiles of both passes. Each holds two operands and one or two sums, so they are smaller than the forward's."""
     if is_rdna(arch):
-        return _rdna_backward_config(dtype, head_dim)
+        return _rdna_backward_config(dtype, head_dim, plain=not (dropout or key_bias or key_ranges))
     if dtype == torch.float32:
         if head_dim > 64:
             return Config(16, 16, warps=8, stages=1)
@@ -85,8 +87,7 @@ def backward_config(
     # (timed on an H200: with dropout at 512 tokens 465 us, with a step of 64 488, with 128 rows and 8 warps 528)
     if arch == "sm_90":
         return Config(64, 32 if dropout or key_ranges else 64, warps=4, stages=3)
-    small = dropout and (key_bias or key_ranges or arch == "sm_120")
-    return Config(64, 16 if small else 32, warps=4, stages=3)
+    return Config(64, 16 if dropout and key_ranges else 32, warps=4, stages=3)
 
 
 @cache
@@ -102,7 +103,7 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
         return Config(block, step, warps=8, stages=1)
     step = 16 if is_cdna(arch) else 32
     if head_dim > 128:
-        return Config(32, step, warps=8, stages=1)
+        return Config(16 if is_cdna(arch) else 32, step, warps=8, stages=1)
     if head_dim > 64:
         return Config(64, 16, warps=8, stages=2 if arch == "sm_90" else 1)
     if max_seqlen <= 64:
@@ -110,16 +111,16 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
     return Config(128, step, warps=8, stages=1)
 
 
-def _cdna_forward_config(head_dim: int, max_seqlen: int, dropout: bool) -> Config:
+def _cdna_forward_config(head_dim: int, max_seqlen: int, dropout: bool, key_bias: bool) -> Config:
     if head_dim > 128:
-        return Config(64, 32, warps=8, stages=2)
+        return Config(64, 32, warps=8, stages=1 if dropout else 2)
     if head_dim > 64:
         if dropout or max_seqlen <= 64:
             return Config(64, 32, warps=4, stages=2)
         return Config(128, 64, warps=8, stages=1)
     if max_seqlen <= 64:
         return Config(64, 64, warps=4, stages=2)
-    return Config(128, 64, warps=8, stages=3)
+    return Config(128, 32 if key_bias else 64, warps=8, stages=3)
 
 
 def _rdna_forward_config(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> Config:
@@ -129,14 +130,14 @@ def _rdna_forward_config(dtype: torch.dtype, head_dim: int, max_seqlen: int) -> 
     if head_dim > 128:
         return Config(32, 16, warps=16, stages=1)
     if head_dim > 64:
-        return Config(64, 32, warps=8, stages=1)
+        return Config(64, 16, warps=8, stages=1)
     return Config(64, 32, warps=4, stages=1) if max_seqlen <= 64 else Config(128, 32, warps=8, stages=1)
 
 
-def _rdna_backward_config(dtype: torch.dtype, head_dim: int) -> Config:
+def _rdna_backward_config(dtype: torch.dtype, head_dim: int, plain: bool) -> Config:
     if dtype == torch.float32 or head_dim > 64:
         return Config(16, 8, warps=8, stages=1)
-    return Config(64, 8, warps=8, stages=1)
+    return Config(64 if plain else 32, 16, warps=8, stages=1)
 
 
 def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:

@@ -123,6 +123,17 @@ def test_no_lane_idles(hidden, itemsize, device):
         assert config.block * config.rows * itemsize == 16 * device.lanes * config.warps
 
 
+@pytest.mark.parametrize(
+    ("arch", "hidden", "expected"),
+    [("sm_80", 768, 255), ("sm_80", 1024, 168), ("sm_80", 4096, 255), ("gfx942", 1024, None)],
+)
+def test_registers_are_limited_so_that_all_programs_fit(arch, hidden, expected):
+    """Those of 32 lanes a warp, of the 65,536 of a multiprocessor, in eights; 255 is the most that a lane can have."""
+    device = Device(arch, 108, 32 if expected else 64)
+    limit = add_norm._register_limit(device, add_norm.backward_config(device, hidden, itemsize=2))
+    assert limit == ({} if expected is None else {"maxnreg": expected})
+
+
 @pytest.mark.parametrize("rows", [1, 511, 512, 513, 1100])
 def test_sums_over_many_rows(rows):
     """The interpreter's device has few programs, whose sums are one step of the kernel."""

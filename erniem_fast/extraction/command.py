@@ -28,7 +28,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--model", required=True, help="a folder with a model and its tokenizer, or a name on the hub")
     parser.add_argument("--schema", required=True, type=Path, help="a JSON file: a name, a list or a dictionary")
     parser.add_argument("--input", required=True, type=Path, help=".txt (a text a line) or .jsonl (strings, or 'text')")
-    parser.add_argument("--output", required=True, type=Path, help=".jsonl: the input's fields, and 'result'")
+    parser.add_argument("--output", required=True, type=Path, help=".jsonl: the input's fields, with 'result' added")
     parser.add_argument("--html", type=Path, help="a page that shows the texts with what was found")
     parser.add_argument("--lang", choices=LANGUAGES, default="zh", help="of the schema (default: zh)")
     parser.add_argument("--threshold", type=float, default=0.5, help="least probability of starts and ends")
@@ -124,4 +124,6 @@ def _item(path: Path, number: int, line: str) -> dict:
     item = {"text": item} if isinstance(item, str) else item
     if not isinstance(item, dict) or not isinstance(item.get("text"), str):
         raise ValueError(f"{path}, line {number}: no text; write a string, or an object with a string as 'text'.")
+    if "result" in item:
+        raise ValueError(f"{path}, line {number}: 'result' is where --output gets what is found; rename the field.")
     return item

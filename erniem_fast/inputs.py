@@ -1,5 +1,6 @@
 """From the arguments of a forward to the tokens it computes, with every check of the input on the way."""
 
+import operator
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -187,6 +188,22 @@ def check_tensors(**values: Tensor | None) -> None:
                 f"{name} is a {type(value).__name__}, but must be a tensor: pass return_tensors='pt' to the tokenizer, "
                 f"or call torch.tensor."
             )
+
+
+def as_integer(name: str, value: object, least: int, most: int | None = None, why: str = "") -> int:
+    """An argument that counts something, as an int; integers of NumPy and PyTorch are as good.
+
+    Raises:
+        ValueError: it is no integer, or not in the range.
+    """
+    try:
+        number = operator.index(value)
+    except TypeError:
+        number = None
+    if number is None or number < least or (most is not None and number > most):
+        allowed = f"of at least {least}" if most is None else f"in [{least}, {most}]"
+        raise ValueError(f"{name}={value!r} must be an integer {allowed}{why}.")
+    return number
 
 
 def find_grid(config: PreTrainedConfig, input_ids: Tensor | None, inputs_embeds: Tensor | None) -> tuple[int, int]:

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..inputs import as_integer
+
 _LOG = logging.getLogger(__name__)
 
 # At base size, the largest activations of so many tokens, those of the feed-forward network, take 100 MB in float32.
@@ -65,8 +67,7 @@ def run(
     Raises:
         ValueError: `tokens_per_batch` is no integer, or less than 1.
     """
-    if not isinstance(tokens_per_batch, int) or tokens_per_batch < 1:
-        raise ValueError(f"tokens_per_batch={tokens_per_batch!r} must be an integer of at least 1.")
+    tokens_per_batch = as_integer("tokens_per_batch", tokens_per_batch, 1)
     disable = None if show_progress_bar is None else not show_progress_bar
     return _run(items, steps, tokens_per_batch, tqdm(total=total, unit="texts", desc="Texts", disable=disable))
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
+from ..inputs import as_integer
 from .batches import Tokens
 
 NOT_UNICODE = "half of a surrogate pair, which is no character; remove that"
@@ -111,11 +112,7 @@ def find_limit(bare: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: 
     if max_length is None:
         return min(positions, tokenizer.model_max_length)
     least = tokenizer.num_special_tokens_to_add() + 1
-    if not isinstance(max_length, int) or not least <= max_length <= positions:
-        raise ValueError(
-            f"max_length={max_length!r} must be an integer in [{least}, {positions}], which the model can read."
-        )
-    return max_length
+    return as_integer("max_length", max_length, least, positions, ", which the model can read")
 
 
 def tokenizes(tokenizer: PreTrainedTokenizerBase, limit: int, prompt: str = ""):

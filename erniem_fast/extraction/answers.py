@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from ..configuration import RESERVED_POSITIONS
+from ..inputs import as_integer
 from ..tokenization import ErnieMTokenizer
 from . import windows
 from .scoring import LEAST_ROOM, SPECIAL_TOKENS, Row, Scorer, tokens_of_batch, warn_if_untrained
@@ -75,7 +76,7 @@ def extract_answer(
         TypeError, ValueError: an argument is none of these; the message names it, its value and the remedy.
     """
     questions, contexts = _as_lists(question, context)
-    _check(model, n_best, max_answer_tokens, max_length)
+    n_best, max_answer_tokens, max_length = _check(model, n_best, max_answer_tokens, max_length)
     warn_if_untrained(model, "fine-tune it by examples/finetune_qa.py, or load a checkpoint that answers questions")
     asked, texts = (tokenize(tokenizer, each) for each in (questions, contexts))
     rooms = [_room(number, each, max_length) for number, each in enumerate(asked)]
@@ -155,15 +156,15 @@ def _as_lists(question, context) -> tuple[list[str], list[str]]:
     return list(question), list(context)
 
 
-def _check(model, n_best: int, max_answer_tokens: int, max_length: int) -> None:
+def _check(model, n_best: int, max_answer_tokens: int, max_length: int) -> tuple[int, int, int]:
     if not isinstance(model, nn.Module):
         raise TypeError(f"model={model!r} is no model; load it: ErnieMForQuestionAnswering.from_pretrained(…).")
-    for name, value in (("n_best", n_best), ("max_answer_tokens", max_answer_tokens)):
-        if not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name}={value!r} must be a positive integer.")
     most = model.config.max_position_embeddings - RESERVED_POSITIONS
-    if not isinstance(max_length, int) or not SPECIAL_TOKENS + LEAST_ROOM < max_length <= most:
-        raise ValueError(f"max_length={max_length!r} is out of range; use {SPECIAL_TOKENS + LEAST_ROOM + 1} to {most}.")
+    return (
+        as_integer("n_best", n_best, 1),
+        as_integer("max_answer_tokens", max_answer_tokens, 1),
+        as_integer("max_length", max_length, SPECIAL_TOKENS + LEAST_ROOM + 1, most, ", which the model can read"),
+    )
 
 
 def answer_features(tokenizer, questions, contexts, answers, max_length: int = 384) -> list[dict[str, Any]]:

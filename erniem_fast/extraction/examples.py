@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import operator
 import os
 import random
 from collections.abc import Iterable, Sequence
@@ -121,7 +122,7 @@ def make_examples(
     """
     if lang not in LANGUAGES:
         raise ValueError(f"lang={lang!r} is not a language of prompts; use one of {LANGUAGES}.")
-    draw = random.Random(seed)
+    draw = random.Random(operator.index(seed))
     labels = sorted({entity.label.split("##")[0] for text in texts for entity in text.entities})
     kinds = sorted({relation.label for text in texts for relation in text.relations})
     examples = []

@@ -2,12 +2,14 @@
 
 import warnings
 from collections.abc import Mapping, Sequence
+from numbers import Real
 from typing import Any, NamedTuple
 
 import numpy as np
 from torch import nn
 
 from ..configuration import RESERVED_POSITIONS
+from ..inputs import as_integer
 from ..tokenization import ErnieMTokenizer
 from . import compat as original
 from . import windows
@@ -76,7 +78,7 @@ class Extractor:
             raise TypeError(f"model={model!r} is no model; load it: ErnieMForInformationExtraction.from_pretrained(…).")
         if lang not in LANGUAGES:
             raise ValueError(f"lang={lang!r} is not a language of prompts; use one of {LANGUAGES}.")
-        if isinstance(threshold, bool) or not isinstance(threshold, (int, float)) or not 0 <= threshold < 1:
+        if isinstance(threshold, bool) or not isinstance(threshold, Real) or not 0 <= threshold < 1:
             raise ValueError(f"threshold={threshold!r} is not a probability; use a number from 0 to less than 1.")
         if compat and overlap:
             raise ValueError("overlap=True is nothing that compat=True has; leave one of them out.")
@@ -281,9 +283,7 @@ def _length_of_rows(model, max_length: int | None) -> int:
     if max_length is None:
         return most
     least = SPECIAL_TOKENS + LEAST_ROOM + 1
-    if not isinstance(max_length, int) or not least <= max_length <= most:
-        raise ValueError(f"max_length={max_length!r} is out of range; use {least} to {most} tokens, or leave it out.")
-    return max_length
+    return as_integer("max_length", max_length, least, most, ", or left out")
 
 
 def _all_nodes(nodes: list[Node]) -> list[Node]:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..inputs import as_integer
+
 # Special tokens of [CLS] prompt [SEP] [SEP] text [SEP].
 SPECIAL_TOKENS = 4
 
@@ -32,9 +34,7 @@ def tokens_of_batch(model, batch_tokens: int | None) -> int:
     """
     if batch_tokens is None:
         return BATCH_TOKENS.get(model.device.type, BATCH_TOKENS_ELSEWHERE)
-    if not isinstance(batch_tokens, int) or batch_tokens < 1:
-        raise ValueError(f"batch_tokens={batch_tokens!r} is not a number of tokens; use a positive integer.")
-    return batch_tokens
+    return as_integer("batch_tokens", batch_tokens, 1)
 
 
 def warn_if_untrained(model, remedy: str) -> None:

@@ -5,6 +5,7 @@ the arguments of `ErnieMForPreTraining.forward`.
 """
 
 import math
+import operator
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -60,7 +61,7 @@ class Objective(ABC):
         """The records' samples, packed; see `pack`. Without a `seed`, one is drawn from torch's generator."""
         if isinstance(records, str):
             raise ValueError(f"records is a text, {records[:40]!r}; pass a list of records.")
-        random = Random(int(torch.randint(2**62, ())) if seed is None else seed)
+        random = Random(int(torch.randint(2**62, ())) if seed is None else operator.index(seed))
         return pack([sample for each in records for sample in self.samples(self.as_record(each), random)])
 
     @abstractmethod

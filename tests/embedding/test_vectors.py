@@ -234,6 +234,13 @@ def test_a_sentence_transformer_has_its_own_settings(checkpoint, option, message
         erniem_fast.embed(make(checkpoint), FEW, **option)
 
 
+@pytest.mark.parametrize("index", [np.int64, torch.tensor])
+def test_numbers_may_be_those_of_numpy_and_torch(ernie_m, index):
+    numbers = {"max_length": 9, "tokens_per_batch": 40}
+    found = erniem_fast.embed(ernie_m, FEW, **{name: index(number) for name, number in numbers.items()})
+    np.testing.assert_array_equal(found, erniem_fast.embed(ernie_m, FEW, **numbers))
+
+
 # --- What is refused ------------------------------------------------------------------------------------------------
 
 

@@ -52,6 +52,13 @@ def test_lists_give_lists():
     assert [each[0]["text"] for each in found] == ["a", "3"]
 
 
+@pytest.mark.parametrize("index", [np.int64, np.int8, torch.tensor])
+def test_numbers_may_be_those_of_numpy_and_torch(index):
+    numbers = {"n_best": 3, "max_answer_tokens": 5, "max_length": 60, "batch_tokens": 120}
+    found = answer({"谁": ["谷爱凌"]}, **{name: index(number) for name, number in numbers.items()})
+    assert found == answer({"谁": ["谷爱凌"]}, **numbers)
+
+
 @pytest.mark.parametrize(
     ("options", "error", "words"),
     [

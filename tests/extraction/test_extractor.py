@@ -1,4 +1,5 @@
 # ruff: noqa: RUF001
+import numpy as np
 import pytest
 import torch
 
@@ -78,6 +79,14 @@ def test_batches_hold_the_tokens_that_are_asked_for():
     assert all(sum(map(len, call)) <= 60 for call in model.calls)
     assert len(model.calls) > 5
     assert found == run(texts, "选手")
+
+
+def test_numbers_may_be_those_of_numpy_and_torch():
+    text = TEXT + "。" * 100
+    expected = run(text, "选手", max_length=60, batch_tokens=120, threshold=0.5)
+    for index, number in ((np.int64, np.float32), (np.uint8, np.float64), (torch.tensor, float)):
+        found = run(text, "选手", max_length=index(60), batch_tokens=index(120), threshold=number(0.5))
+        assert found == expected != [{}]
 
 
 @pytest.mark.parametrize("lead", ["", "\n\n", "😀e\u0301 ", "\ud83d ", "Ａ　", "👩‍👩‍👧 ½ "])
@@ -217,8 +226,9 @@ def test_a_model_without_a_head_and_a_tokenizer_that_is_not_loaded_are_refused()
         ({"threshold": 1.5}, ValueError, r"threshold=1\.5"),
         ({"threshold": "high"}, ValueError, "threshold='high'"),
         ({"batch_tokens": 0}, ValueError, "batch_tokens=0"),
-        ({"max_length": 600}, ValueError, "max_length=600.*to 512"),
+        ({"max_length": 600}, ValueError, r"max_length=600 must be an integer in \[21, 512\]"),
         ({"max_length": 10}, ValueError, "max_length=10"),
+        ({"max_length": np.float64(60)}, ValueError, "max_length=.*60.* must be an integer in"),
         ({"overlap": True, "compat": True}, ValueError, "overlap=True"),
         ({"schema": {"a": {"b" * 500: "c"}}}, ValueError, r"schema\['a'\]\['b.*'\] is too long .* room for 8 of"),
         ({"texts": 3}, TypeError, "texts is of type int"),

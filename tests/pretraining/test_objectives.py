@@ -3,6 +3,7 @@
 import logging
 from random import Random
 
+import numpy as np
 import pytest
 import torch
 
@@ -123,7 +124,7 @@ SENTENCE = Sentence("Ihr Passwort wurde geändert.", "de")
 def test_records(record, tokenizer):
     """A record's forms, all as a collator takes them; the same seed makes the same samples, another one others."""
     objective = MMLM(tokenizer=tokenizer)
-    found, expected, other = (objective(*each) for each in (([record], 1), ([SENTENCE], 1), ([record], 2)))
+    found, expected, other = (objective(*each) for each in (([record], np.int64(1)), ([SENTENCE], 1), ([record], 2)))
     assert torch.equal(found["labels"], expected["labels"])
     assert not torch.equal(found["labels"], other["labels"])
 

@@ -85,14 +85,7 @@ def to_paddle(fields: dict[str, Any]) -> dict[str, Any]:
                 f"Paddle's ERNIE-M has {name}={value!r} always, and this model {fields[name]!r}; it cannot be saved in "
                 f"Paddle's layout."
             )
-    padded = _padded_length(fields)
-    is_uie = any(name in _PADDLES for name in fields.get("architectures") or ())
-    if is_uie and fields.get("uie_padded_length") != padded:
-        raise ValueError(
-            f"Paddle's UIEM attends to padding as if uie_padded_length={padded}, and this model has "
-            f"{fields.get('uie_padded_length')!r}, so that it would find something else there; train a model that was "
-            f"loaded with uie_padded_length={padded}, or save the encoder alone (convert: --encoder)."
-        )
+    _check_attended_padding(fields)
     kept = {
         name: value
         for name, value in fields.items()
@@ -100,3 +93,21 @@ def to_paddle(fields: dict[str, Any]) -> dict[str, Any]:
     }
     kept["architectures"] = [_PADDLES.get(name, name) for name in fields.get("architectures") or ()]
     return {**kept, "paddlenlp_version": None}
+
+
+def _check_attended_padding(fields: dict[str, Any]) -> None:
+    """Refuses a model that treats padding in another way than its class says: Paddle's configs do not say it."""
+    padded, has = _padded_length(fields), fields.get("uie_padded_length")
+    if any(name in _PADDLES for name in fields.get("architectures") or ()):
+        if has != padded:
+            raise ValueError(
+                f"Paddle's UIEM attends to padding as if uie_padded_length={padded}, and this model has {has!r}, so "
+                f"that it would find something else there; train a model that was loaded with "
+                f"uie_padded_length={padded}, or save the encoder alone (convert: --encoder)."
+            )
+    elif has is not None:
+        raise ValueError(
+            f"In Paddle's layout UIEM alone attends to padding, and without its head this model's uie_padded_length="
+            f"{has} would be lost, so that it would compute something else; save it with the head (convert: without "
+            f"--encoder), or load it with uie_padded_length=None if that is wanted."
+        )

@@ -348,3 +348,16 @@ def test_an_extractor_that_treats_padding_otherwise_is_refused(length, tmp_path)
     with pytest.raises(ValueError, match=rf"as if uie_padded_length=18, and this model has {length}, .*loaded with"):
         save_as_paddle(model, tmp_path)
     assert not list(tmp_path.iterdir())
+
+
+def test_an_encoder_that_attends_to_padding_is_refused(tmp_path):
+    """Read again, it would not: no config of Paddle's says it but that of an extractor."""
+    model = ErnieMModel.from_pretrained(PADDLE / "extraction")
+    with pytest.raises(ValueError, match=r"this model's uie_padded_length=18 would be lost, .* without --encoder"):
+        save_as_paddle(model, tmp_path)
+    assert not list(tmp_path.iterdir())
+    model.config.uie_padded_length = None
+    save_as_paddle(model, tmp_path)
+    ids = torch.tensor([[0, 5, 6, 2]])
+    read = ErnieMModel.from_pretrained(tmp_path)
+    torch.testing.assert_close(read.eval()(ids)[0], model.eval()(ids)[0], rtol=0, atol=0)

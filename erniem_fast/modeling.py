@@ -426,7 +426,7 @@ class ErnieMForSequenceClassification(_ErnieMHead):
             inputs.check_tensors(labels=labels)
             if self._takes_classes(labels, logits):
                 labels = _as_integers("labels", labels, len(logits))
-                _check_classes(labels, self.num_labels, _REMEDY)
+                check_classes(labels, self.num_labels, _REMEDY)
             else:
                 self._check_numbers(labels, logits)
                 labels = labels if labels.is_floating_point() else labels.float()
@@ -505,7 +505,7 @@ class ErnieMForMultipleChoice(_ErnieMHead):
         loss = None
         if labels is not None:
             labels = _as_integers("labels", labels, len(logits))
-            _check_classes(labels, given.shape[1], "count the choices of a row from 0")
+            check_classes(labels, given.shape[1], "count the choices of a row from 0")
             loss = cross_entropy(logits, labels)
         return self._answer(return_dict, encoded, MultipleChoiceModelOutput, loss=loss, logits=logits)
 
@@ -571,7 +571,7 @@ class ErnieMForTokenClassification(_ErnieMHead):
             _check_labels("labels", labels, logits.shape[:2])
             labels = _as_integers("labels", labels)
             labels = labels if real is None else labels.masked_fill(~real, IGNORED_LABEL)
-            _check_classes(labels, self.num_labels, _REMEDY)
+            check_classes(labels, self.num_labels, _REMEDY)
             loss = self.loss_function(logits, labels, self.config)
         return self._answer(return_dict, encoded, TokenClassifierOutput, loss=loss, logits=logits)
 
@@ -820,7 +820,7 @@ class ErnieMForMaskedLM(_ErnieMHead):
         _check_labels("labels", labels, hidden.shape[:2])
         labels = _as_integers("labels", labels).to(hidden.device)
         labels = labels if real is None else labels.masked_fill(~real, IGNORED_LABEL)
-        _check_classes(labels, self.config.vocab_size, "check that tokenizer and model belong together")
+        check_classes(labels, self.config.vocab_size, "check that tokenizer and model belong together")
         counted = labels != IGNORED_LABEL
         hidden, labels = hidden[counted], labels[counted]
         loss = self.lm_head.losses(hidden, labels)[0] / loss_divisor(num_items_in_batch, labels)
@@ -871,7 +871,7 @@ def _as_integers(name: str, labels: Tensor, rows: int | None = None) -> Tensor:
 _REMEDY = "load the model with the num_labels that the data has, or check how its labels are numbered"
 
 
-def _check_classes(labels: Tensor, classes: int, remedy: str) -> None:
+def check_classes(labels: Tensor, classes: int, remedy: str) -> None:
     """Refuses labels that are neither a class nor ignored.
 
     Labels on a GPU are not checked, because that would need a synchronisation; nor are labels without values, or while

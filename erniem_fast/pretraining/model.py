@@ -12,7 +12,7 @@ from transformers.modeling_outputs import ModelOutput
 
 from ..configuration import ErnieMConfig
 from ..inputs import check_range, extremes
-from ..modeling import IGNORED_LABEL, ErnieMForMaskedLM, loss_divisor
+from ..modeling import IGNORED_LABEL, ErnieMForMaskedLM, check_classes, loss_divisor
 from ..vocabulary_loss import chunks
 from .samples import NO_LANGUAGE, OBJECTIVES, check_languages
 from .structure import FirstStep, Structure, encode, first_step
@@ -134,13 +134,12 @@ class ErnieMForPreTraining(ErnieMForMaskedLM):
                 "The samples name languages, but the model has no language embeddings; pass languages=… to "
                 "ErnieMForPreTraining.from_pretrained, or leave them out of the objectives."
             )
-        if input_ids.device.type == "cpu":  # reading them on a GPU would be a synchronisation
-            remedy = "check that tokenizer and model belong together, or call resize_token_embeddings"
-            _check_rows("input_ids", input_ids, self.config.vocab_size, remedy)
-            _check_rows("labels", labels, self.config.vocab_size, remedy)
-        if language_ids is not None and language_ids.device.type == "cpu":
+        check_classes(labels, self.config.vocab_size, "check that tokenizer and model belong together")
+        _check_rows("input_ids", input_ids, self.config.vocab_size)
+        if language_ids is not None:
             names = self.config.languages
-            _check_rows("language_ids", language_ids, len(names), f"give the objectives languages={names}, the model's")
+            languages = language_ids.clamp(min=0)  # negative ones stand for none
+            _check_rows("language_ids", languages, len(names), f"give the objectives languages={names}, the model's")
 
     def _embed(self, input_ids: Tensor, language_ids: Tensor | None) -> Tensor:
         """`(1, tokens, hidden)`. Language embeddings take part without ids too, so that all parameters are trained."""
@@ -172,10 +171,10 @@ class ErnieMForPreTraining(ErnieMForMaskedLM):
         return drawn
 
 
-def _check_rows(name: str, ids: Tensor, rows: int, remedy: str) -> None:
-    """Refuses ids that are not rows of a table; negative ones stand for none."""
-    ids = ids.clamp(min=0)
-    check_range(name, ids, rows, {of: value.item() for of, value in extremes(name, ids).items()}, remedy)
+def _check_rows(name: str, ids: Tensor, rows: int, remedy: str | None = None) -> None:
+    """Refuses ids that are not rows of a table, unless on a GPU: reading them would be a synchronisation."""
+    if ids.device.type == "cpu":
+        check_range(name, ids, rows, {of: value.item() for of, value in extremes(name, ids).items()}, remedy)
 
 
 def _draw(logits: Tensor, temperatures: Tensor) -> Tensor:

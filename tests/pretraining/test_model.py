@@ -225,9 +225,10 @@ def test_languages_are_not_renamed(tmp_path):
 def test_words_of_another_vocabulary_are_refused(tokenizer):
     batch = MMLM(tokenizer=tokenizer)(SENTENCES[:2], seed=1)
     for name in ("input_ids", "labels"):
-        wrong = batch[name].index_fill(1, torch.tensor([1]), cases.VOCABULARY)
-        with pytest.raises(ValueError, match=rf"{name}\[0, 1\] is {cases.VOCABULARY}, outside .* tokenizer and model"):
-            load()(**{**batch, name: wrong})
+        for word in (cases.VOCABULARY, -1):
+            wrong = batch[name].index_fill(1, torch.tensor([1]), word)
+            with pytest.raises(ValueError, match=rf"{name}\[0, 1\] is {word}, outside .* tokenizer and model"):
+                load()(**{**batch, name: wrong})
 
 
 def test_a_step_without_labels_has_a_loss_of_zero(tokenizer):

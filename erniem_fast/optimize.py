@@ -68,7 +68,7 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
             or an object that contains such models: a module, as a `SentenceTransformer` is, or one with a module in an
             attribute, as a pipeline has. With `weights` in float32 on the CPU, for `int8` and `float8` in bfloat16 or
             float16 on an NVIDIA GPU.
-        weights: None leaves the weights as they are.
+        weights: None leaves the weights as they are, also in a form that they were given before.
             `packed` holds them in the layout that the fastest product reads, with the same bits. If products with the
             weights as they are take no longer on this machine, the weights stay as they are, frozen all the same.
             `bfloat16` rounds weights, and the inputs of products, to bfloat16; where oneDNN is faster, the results too.
@@ -83,8 +83,8 @@ def optimize(model: Model, weights: str | None = None, keep: bool = False) -> Mo
 
     Raises:
         TypeError: there is no such model in the object. If there are others too, the log says which, and why they stay.
-        ValueError: `weights` is unknown, or the device has no products in this form; or the model was optimised before,
-            or is in another dtype or on another device than this form takes.
+        ValueError: `weights` is unknown, or the device has no products in this form; or the weights have a form
+            already, or are in another dtype or on another device than this form takes.
     """
     found = encoders(model)
     before = [(each, type(each)) for root in roots(model) for each in root.modules()]
@@ -221,12 +221,12 @@ def _kinds(weights: str, device: torch.device) -> dict[type[nn.Module], type[Inf
 def _check(bare: nn.Module, weights: str | None) -> None:
     if weights not in (None, *FORMS):
         raise ValueError(f"weights={weights!r} is unknown; use None, {', '.join(map(repr, FORMS))}.")
+    if weights is None:
+        return
     loaded = inference_module(bare)
     present = getattr(bare.encoder, "frozen_as", None) if loaded is None else loaded.weights
     if present is not None:
         raise ValueError(f"The model has {present} weights already; call erniem_fast.restore(model) first.")
-    if weights is None:
-        return
     if not isinstance(bare.encoder, PostLNStack):
         kind = type(bare.encoder).__name__
         raise ValueError(f"weights={weights!r} is for the encoders of these models, but this one's is a {kind} now.")

@@ -428,7 +428,10 @@ def test_refusals(monkeypatch):
 @every_form
 def test_optimised_models_are_refused(weights):
     model = make(weights)
-    for other in (None, *LINEARS):
+    state = bits(model)
+    assert erniem_fast.optimize(model) is model  # which leaves the weights as they are
+    assert_same_state(model, state)
+    for other in LINEARS:
         with pytest.raises(ValueError, match=rf"has {weights} weights already.*restore"):
             erniem_fast.optimize(model, other)
     with pytest.raises(ValueError, match=rf"{weights} weights cannot be removed.*restore"):

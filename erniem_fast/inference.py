@@ -120,13 +120,30 @@ def inference_module(model: nn.Module) -> InferenceModule | None:
 
 
 class InferenceModel(nn.Module):
-    """A model that may hold inference modules: it refuses a change of dtype or device before any tensor has changed."""
+    """A model that may hold inference modules: it refuses changes that these do not take, before any tensor changes."""
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> nn.Module:
         found = inference_module(self)
         if found is not None:
             found.check_change(fn)
         return super()._apply(fn, recurse)
+
+    def resize_token_embeddings(self, *arguments, **options) -> nn.Module:
+        """As in transformers.
+
+        Raises:
+            ValueError: the word table's rows are rounded, and would get another number.
+        """
+        table = self.get_input_embeddings()
+        try:
+            return super().resize_token_embeddings(*arguments, **options)
+        except TypeError as error:  # transformers' for a table that is no nn.Embedding
+            if not isinstance(table, InferenceEmbedding):
+                raise
+            raise ValueError(
+                f"The word table has {table.weights} weights and cannot be resized; call erniem_fast.restore(model) "
+                f"first, or load the original checkpoint."
+            ) from error
 
 
 _WORD_TABLE = "embeddings.word_embeddings"

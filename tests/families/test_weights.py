@@ -12,8 +12,10 @@ from torch import nn
 from transformers import BertForMaskedLM, XLMRobertaForSequenceClassification, XLMRobertaModel
 
 import erniem_fast
+from erniem_fast import families
 from erniem_fast.inference import LINEARS, InferenceEmbedding, InferenceModule, linear_kind
 from tests.families.tiny import ATTENTION_MASK, FAMILIES, IDS, REAL_TOKENS, make
+from tests.golden.cases import TINY
 from tests.model.test_inference import WIDTH
 from tests.model.test_optimize import COSINES, assert_same_state, bits, every_form, packing_pays
 from tests.model.tiny import assert_close
@@ -116,6 +118,11 @@ def test_several_encoders():
     assert all(isinstance(model.encoder.layer[0].output.dense, LINEARS["int8"]) for model in both)
     with pytest.raises(ValueError, match="has int8 weights already"):
         erniem_fast.optimize(both, "int8")
+    before = states(both[0])
+    both.append(make())
+    erniem_fast.optimize(both)
+    assert families.is_packed(both[2])
+    assert torch.equal(states(both[0]), before)
 
 
 @pytest.mark.parametrize("weights", ["packed", "int8"])
@@ -131,6 +138,22 @@ def test_an_encoder_that_an_object_holds_twice(weights, packing_pays):
     erniem_fast.restore(holder)
     after = holder.encoder.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
+
+
+@pytest.mark.parametrize(
+    "load", [make, lambda: erniem_fast.ErnieMForSequenceClassification.from_pretrained(TINY)], ids=["xlm-r", "ernie-m"]
+)
+def test_a_table_of_rounded_rows_is_not_resized(load):
+    model = load().eval()
+    words = model.config.vocab_size
+    erniem_fast.optimize(model, "int8", keep=True)
+    for size, options in ((words + 3, {}), (None, {"pad_to_multiple_of": words + 3})):
+        with pytest.raises(ValueError, match=r"The word table has int8 weights.*erniem_fast\.restore"):
+            model.resize_token_embeddings(size, **options)
+    model.resize_token_embeddings(words)  # nothing changes
+    assert model.config.vocab_size == words
+    erniem_fast.restore(model).resize_token_embeddings(words + 3)
+    assert model.get_input_embeddings().weight.shape[0] == words + 3
 
 
 def test_layers_that_are_the_same_module():

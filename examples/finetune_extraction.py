@@ -12,14 +12,16 @@ import sys
 import tempfile
 
 import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from extraction_templates import HELD_OUT, SCHEMA, TEMPLATES, make_texts, to_result
+from finetuning import check_length, training_arguments
 
 from erniem_fast import ErnieMConfig, ErnieMForInformationExtraction, ErnieMTokenizer, create_optimizer, extract
 from erniem_fast.extraction import (
+    Example,
     ExtractionCollator,
     make_examples,
     make_features,
@@ -51,7 +53,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument(
         "--head-learning-rate", type=float, help="by default the same; 1e-2 for a checkpoint's new heads"
     )
-    parser.add_argument("--batch-size", type=int, help="by default 8 for a checkpoint, 16 for random weights")
+    parser.add_argument(
+        "--batch-size", type=int, help="of all GPUs together; by default 8 for a checkpoint, 16 for random weights"
+    )
     parser.add_argument("--freeze-embeddings", action="store_true", help="keep the table of words as it is: faster")
     parser.add_argument("--max-length", type=int, default=512)
     parser.add_argument("--seed", type=int, default=0)
@@ -79,6 +83,13 @@ def load(arguments: argparse.Namespace) -> tuple[ErnieMForInformationExtraction,
     return ErnieMForInformationExtraction(config), tokenizer, (rate or 1e-3, heads or rate or 1e-3)
 
 
+def read(path: str) -> list[Example]:
+    examples = read_examples(path)
+    if not examples:
+        raise SystemExit(f"{path} has no examples")
+    return examples
+
+
 def make_optimizer(model, rate: float, of_heads: float) -> torch.optim.AdamW:
     optimizer = create_optimizer(model, rate)
     for group in optimizer.param_groups:
@@ -91,11 +102,12 @@ def train(arguments: argparse.Namespace) -> dict[str, dict[str, float]]:
     """Trains a model; returns precision, recall and F1 of `examples` and, with texts from templates, of `results`."""
     set_seed(arguments.seed)
     model, tokenizer, rates = load(arguments)
+    check_length(arguments, model)
     model.ernie_m.embeddings.word_embeddings.requires_grad_(not arguments.freeze_embeddings)
     optimizer = make_optimizer(model, *rates)
     held_out = make_texts(HELD_OUT, 60, seed=arguments.seed + 1)
     examples = [
-        read_examples(path) if path else make_examples(texts, lang="en", seed=arguments.seed)
+        read(path) if path else make_examples(texts, lang="en", seed=arguments.seed)
         for path, texts in (
             (arguments.train, make_texts(TEMPLATES, arguments.texts, seed=arguments.seed)),
             (arguments.test, held_out),
@@ -117,18 +129,11 @@ def fit(model, tokenizer, features: list, optimizer, arguments: argparse.Namespa
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
-            TrainingArguments(
+            training_arguments(
+                arguments,
                 arguments.output or scratch,
-                num_train_epochs=arguments.epochs,
-                per_device_train_batch_size=arguments.batch_size,
                 per_device_eval_batch_size=64,
-                warmup_steps=0.1,
-                save_strategy="no",
-                logging_steps=50,
-                report_to="none",
                 label_names=["start_positions", "end_positions"],
-                use_cpu=not torch.cuda.is_available(),
-                seed=arguments.seed,
             ),
             data_collator=ExtractionCollator(tokenizer),
             train_dataset=features[0],

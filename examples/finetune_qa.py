@@ -13,12 +13,12 @@ import pathlib
 import sys
 import tempfile
 
-import torch
-from transformers import Trainer, TrainingArguments, set_seed
+from transformers import Trainer, set_seed
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
 from extraction_templates import HELD_OUT, TEMPLATES, make_texts
+from finetuning import check_length, training_arguments
 
 from erniem_fast import ErnieMConfig, ErnieMForQuestionAnswering, ErnieMTokenizer, extract_answer
 from erniem_fast.extraction import answer_metrics
@@ -38,7 +38,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--texts", type=int, default=400, help="the contexts that are made from templates")
     parser.add_argument("--epochs", type=float, default=4)
     parser.add_argument("--learning-rate", type=float, help="1e-3 from random weights, 3e-5 from a checkpoint")
-    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--batch-size", type=int, default=16, help="of all GPUs together")
     parser.add_argument("--max-length", type=int, default=384)
     parser.add_argument("--seed", type=int, default=0)
     return parser.parse_args()
@@ -49,15 +49,28 @@ def read_squad(path: str) -> list[tuple[str, str, list[tuple[int, int]]]]:
 
     Raises:
         ValueError: an answer is not where it says.
+        SystemExit: there are no questions, or the file has another form, as data without answers has.
     """
-    articles = json.loads(pathlib.Path(path).read_text(encoding="utf-8"))["data"]
+    try:
+        found = _read_squad(json.loads(pathlib.Path(path).read_text(encoding="utf-8")), path)
+    except (KeyError, TypeError, json.JSONDecodeError) as error:
+        raise SystemExit(
+            f"{path} is not SQuAD's JSON with answers ({error!r}): 'data' holds 'paragraphs', each with 'context' and "
+            f"'qas', each with 'question' and 'answers', an empty list for none"
+        ) from error
+    if not found:
+        raise SystemExit(f"{path} has no questions")
+    return found
+
+
+def _read_squad(file: dict, path: str) -> list[tuple[str, str, list[tuple[int, int]]]]:
     return [
         (
             question["question"],
             paragraph["context"],
             [place_of(answer, paragraph["context"], path) for answer in question["answers"]],
         )
-        for article in articles
+        for article in file["data"]
         for paragraph in article["paragraphs"]
         for question in paragraph["qas"]
     ]
@@ -99,6 +112,7 @@ def main() -> None:
     arguments = parse()
     set_seed(arguments.seed)
     model, tokenizer = load(arguments)
+    check_length(arguments, model)
     train = (
         read_squad(arguments.train) if arguments.train else make_questions(TEMPLATES, arguments.texts, arguments.seed)
     )
@@ -108,17 +122,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
-            TrainingArguments(
+            training_arguments(
+                arguments,
                 arguments.output or scratch,
-                num_train_epochs=arguments.epochs,
                 learning_rate=arguments.learning_rate or (3e-5 if arguments.model else 1e-3),
-                per_device_train_batch_size=arguments.batch_size,
-                warmup_steps=0.1,
-                save_strategy="no",
-                logging_steps=50,
-                report_to="none",
-                use_cpu=not torch.cuda.is_available(),
-                seed=arguments.seed,
             ),
             data_collator=functools.partial(collate_answers, pad_token_id=tokenizer.pad_token_id),
             train_dataset=answer_features(tokenizer, questions, contexts, firsts, arguments.max_length),

@@ -7,9 +7,10 @@
 A step takes a batch of every shard of the data (--shards), whatever the number of processes, which must divide that of
 shards. With the same shards, all numbers of processes compute the same up to rounding. A run that was killed goes on
 from its last checkpoint when it is started again, on as many processes as before or others; on one process it then
-computes what it would have computed, to the bit. Each step adds a line to OUTPUT/losses.jsonl. In the end
-OUTPUT/losses.png shows the curves, OUTPUT/languages.tsv the loss on the sentences of --test by language, and
-OUTPUT/model holds the checkpoint.
+computes what it would have computed, to the bit. Leave the files of texts as they are until then: a checkpoint holds
+places in them, and that one was edited is noticed only where it has become too short. Each step adds a line to
+OUTPUT/losses.jsonl. In the end OUTPUT/losses.png shows the curves, OUTPUT/languages.tsv the loss on the sentences of
+--test by language, and OUTPUT/model holds the checkpoint.
 
 The paper's recipe trains MMLM, TLM and CAMLM first (the default of --objectives) and then BTMLM as well:
 `--model out/model --objectives mmlm tlm camlm btmlm --output out2`.

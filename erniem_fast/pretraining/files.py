@@ -39,6 +39,8 @@ class _Lines:
     def load_state_dict(self, state: dict[str, int]) -> None:
         """Makes the next iteration start where `state` was taken.
 
+        The state is a place alone: files that were edited, and are as long or longer, are not noticed.
+
         Raises:
             ValueError: the files have no such place, so they are not those of before.
         """

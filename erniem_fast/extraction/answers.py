@@ -54,7 +54,8 @@ def extract_answer(
 
     Long contexts are cut at the ends of sentences, into windows that overlap. The score of a span is the sum of its
     start's and its end's logit, the best of all windows; that of no answer is the sum at [CLS], the least of all
-    windows, because a window without the answer has none.
+    windows, because a window without the answer has none. As with `Extractor`, call `model.eval()` before several
+    threads do this with one model.
 
     Args:
         model: an `ErnieMForQuestionAnswering`.

@@ -39,6 +39,9 @@ class Extractor:
 
     The schema, the prompts and the results are those of PaddleNLP's `Taskflow("information_extraction")`.
 
+    A call sets the model to eval, and what was in training back to it at its end. So before several threads extract
+    with one model, call `model.eval()`: otherwise the first to finish would turn dropout on for the others.
+
     Args:
         model: an `ErnieMForInformationExtraction`.
         tokenizer: its `ErnieMTokenizer`.

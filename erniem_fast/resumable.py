@@ -140,6 +140,12 @@ def describe(options: Mapping[str, object], *, model: Path, input: Path) -> dict
     return {**options, "model": digest_of_folder(model), "input": digest(input), "versions": versions}
 
 
+def check_input(path: Path) -> None:
+    """Refuses an input that is not there, before a model is loaded."""
+    if not path.is_file():
+        raise ValueError(f"--input {path}: there is no such file; name a file of texts.")
+
+
 def digest(path: Path) -> str:
     """SHA-256 of a file."""
     digest = hashlib.sha256()

@@ -7,6 +7,7 @@ from itertools import chain, islice
 from pathlib import Path
 from typing import NamedTuple
 
+from ..resumable import check_input
 from .tokens import NOT_UNICODE, is_unicode
 
 FORMATS = (".jsonl", ".csv", ".parquet", ".txt")
@@ -47,13 +48,14 @@ class Source(NamedTuple):
         """All rows, also those with problems.
 
         Raises:
-            ValueError: the file is of another format, lacks a column, or is broken beyond a row.
+            ValueError: the file is missing, is of another format, lacks a column, or is broken beyond a row.
             ImportError: there is no pyarrow for Parquet.
         """
         if self.path.suffix not in FORMATS:
             raise ValueError(f"--input {self.path} must end in one of {', '.join(FORMATS)}.")
         if self.path.suffix == ".txt" and self.id_column is not None:
             raise ValueError(f"--id {self.id_column}: a text file has no ids; leave --id out, or use another format.")
+        check_input(self.path)
         return _READERS[self.path.suffix](self)
 
     def check(self) -> int:
@@ -112,7 +114,9 @@ def _json_rows(source: Source) -> Iterator[Row]:
             if isinstance(fields, dict):
                 yield _row(source, place, fields)
             else:
-                yield Row(place, "", problem=f"it is a {type(fields).__name__}; write an object with {source.column!r}")
+                yield Row(
+                    place, "", problem=f"it is of type {type(fields).__name__}; write an object with {source.column!r}"
+                )
 
 
 def _csv_rows(source: Source) -> Iterator[Row]:
@@ -171,7 +175,7 @@ def _row(source: Source, place: str, fields: dict) -> Row:
         return Row(place, "", problem=f"it has no {source.column!r}; add it, or name another field with --column")
     if not isinstance(text, str):
         remedy = "write a string, or leave the row out"
-        return Row(place, "", problem=f"its {source.column!r} is {text!r:.40}, a {type(text).__name__}; {remedy}")
+        return Row(place, "", problem=f"its {source.column!r} is {text!r:.40}, of type {type(text).__name__}; {remedy}")
     if not is_unicode(text):
         return Row(place, "", problem=f"its {source.column!r} has {NOT_UNICODE}")
     problem = None if source.id_column is None else _problem_of_id(id)

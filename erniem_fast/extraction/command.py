@@ -105,6 +105,7 @@ def _encode_line(item: dict) -> bytes:
 def _items(path: Path) -> Iterator[dict]:
     if path.suffix not in (".txt", ".jsonl"):
         raise ValueError(f"--input {path}: name a file that ends in .txt (a text a line) or in .jsonl.")
+    resumable.check_input(path)
     with path.open(encoding="utf-8-sig", newline="\n") as lines:  # Windows begins files by a mark, which is no text
         try:
             for number, line in enumerate(lines, 1):

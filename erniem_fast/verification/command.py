@@ -4,11 +4,13 @@ import argparse
 import os
 import sys
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import transformers
 
 from .. import modeling
+from ..conversion.files import find_folder
 from ..optimize import FORMS, optimize
 from . import battery
 from .models import verify
@@ -42,8 +44,9 @@ def _verify_model(folder: str, weights: str | None, verbose: bool) -> int:
     return 0 if found else 1
 
 
-def _load(folder: str) -> transformers.PreTrainedModel:
+def _load(folder: str | Path) -> transformers.PreTrainedModel:
     """The model that a checkpoint names, on a GPU if there is one."""
+    folder = find_folder(folder)
     config = transformers.AutoConfig.from_pretrained(folder)
     name = (config.architectures or [""])[0]
     kind = getattr(transformers, name, None) or getattr(modeling, name, transformers.AutoModel)

@@ -155,7 +155,9 @@ def verify(model: object, batch: Mapping[str, object] | None = None) -> Verifica
             model is on the meta device.
     """
     if batch is not None and not isinstance(batch, Mapping):
-        raise TypeError(f"batch is a {type(batch).__name__}; pass a dict of a forward's arguments, as tokenizers make.")
+        raise TypeError(
+            f"batch is of type {type(batch).__name__}; pass a dict of a forward's arguments, as tokenizers make."
+        )
     with processes.silent():
         return Verification(tuple(_verify(_holder(model, bare, batch), bare, batch) for bare in encoders(model)))
 

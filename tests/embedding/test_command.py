@@ -242,9 +242,9 @@ def test_a_run_goes_on_only_with_the_same_model(stopped, capsys, tmp_path):
         (["--output", "out.npy", "--column", "other"], "line 1: it has no 'other'"),
         (["--output", "out.npy", "--max-length", 9999], "max_length=9999 must be an integer in"),
         (["--output", "out.npy", "--prompt-name", "x"], "prompt_name='x' is for a SentenceTransformer"),
+        (["--output", "out.npy", "--input", "none.txt"], "--input none.txt: there is no such file"),
         (["--output", "out.npy", "--model", "nowhere"], "There is no folder 'nowhere', and no such model on the hub"),
         (["--output", "out.npy", "--device", "nowhere"], "device='nowhere' cannot be used: "),
-        (["--output", "out.npy", "--input", "nowhere.txt"], "No such file or directory: 'nowhere.txt'"),
     ],
 )
 def test_what_is_refused(tmp_path, monkeypatch, capsys, options, message):

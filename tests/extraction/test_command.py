@@ -126,6 +126,8 @@ def test_bad_input_is_told_before_anything_is_computed(folder, tmp_path, capsys)
     (tmp_path / "in.jsonl").write_text('"a"\n{"text": "a", "result": "mine"}\n')
     assert run(folder, tmp_path / "out.jsonl", input=tmp_path / "in.jsonl") == 2
     assert re.search(r"in\.jsonl, line 2: 'result' .*; rename the field", capsys.readouterr().err)
+    assert run(folder, tmp_path / "out.jsonl", input=tmp_path / "none.jsonl") == 2
+    assert "none.jsonl: there is no such file" in capsys.readouterr().err
     assert run(folder, tmp_path / "out.jsonl", input=tmp_path / "in.csv") == 2
     assert "in.csv: name a file that ends in .txt" in capsys.readouterr().err
     (tmp_path / "schema.json").write_text('{"a": 3}')

@@ -50,7 +50,7 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
     encoders = [each for each in model.modules() if isinstance(each, ErnieMModel) or families.is_packed(each)]
     if not encoders:
         raise ValueError(
-            f"model is a {type(model).__name__}, which contains no ErnieMModel; pass one that does, or call "
+            f"model is of type {type(model).__name__}, which contains no ErnieMModel; pass one that does, or call "
             f"erniem_fast.optimize(model) first."
         )
     if most_tokens < 0:

@@ -182,11 +182,11 @@ def check_tensors(**values: Tensor | None) -> None:
     """Refuses arguments that are no tensors."""
     for name, value in values.items():
         if isinstance(value, Mapping):
-            raise ValueError(f"{name} is a {type(value).__name__}; call model(**batch), with two asterisks.")
+            raise ValueError(f"{name} is of type {type(value).__name__}; call model(**batch), with two asterisks.")
         if value is not None and not isinstance(value, Tensor):
             raise ValueError(
-                f"{name} is a {type(value).__name__}, but must be a tensor: pass return_tensors='pt' to the tokenizer, "
-                f"or call torch.tensor."
+                f"{name} is of type {type(value).__name__}, but must be a tensor: pass return_tensors='pt' to the "
+                f"tokenizer, or call torch.tensor."
             )
 
 

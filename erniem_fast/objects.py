@@ -31,7 +31,7 @@ def encoders(model: object) -> list[nn.Module]:
         reasons = "".join(f" {name} is not taken because {why}." for name, why in seen.items() if why)
         place = "which contains" if isinstance(model, nn.Module) else "whose attributes hold"
         raise TypeError(
-            f"model is a {type(model).__module__}.{type(model).__qualname__}, {place} {contents}.{reasons} "
+            f"model is of type {type(model).__module__}.{type(model).__qualname__}, {place} {contents}.{reasons} "
             f"erniem_fast.optimize and restore take {families.TAKEN}, not subclasses of these, with or without a head "
             f"and inside of other objects. Pass one of these itself, or an object whose attributes hold one."
         )

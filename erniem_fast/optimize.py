@@ -229,7 +229,9 @@ def _check(bare: nn.Module, weights: str | None) -> None:
         raise ValueError(f"The model has {present} weights already; call erniem_fast.restore(model) first.")
     if not isinstance(bare.encoder, PostLNStack):
         kind = type(bare.encoder).__name__
-        raise ValueError(f"weights={weights!r} is for the encoders of these models, but this one's is a {kind} now.")
+        raise ValueError(
+            f"weights={weights!r} is for the encoders of these models, but this one's is of type {kind} now."
+        )
     device = bare.device
     if issubclass(_kinds(weights, device)[nn.Linear], ScaledLinear):
         reason = gpu_objection(weights, device)

@@ -46,7 +46,8 @@ def read_pickle(path: str | os.PathLike) -> dict[str, Tensor]:
         raise ValueError(f"{str(path)!r} is not a whole .pdparams file ({error}); copy it again.") from error
     if not isinstance(content, dict):
         raise ValueError(
-            f"{str(path)!r} holds a {type(content).__name__}, not tensors by name; save model.state_dict() in Paddle."
+            f"{str(path)!r} holds data of type {type(content).__name__}, not tensors by name; save model.state_dict() "
+            f"in Paddle."
         )
     return {name: _as_tensor(array) for name, array in _joined(_arrays(content, path), content, path)}
 
@@ -86,8 +87,8 @@ def _arrays(content: dict, path: str | os.PathLike) -> dict[str, np.ndarray]:
         value = value[1] if isinstance(value, tuple) and len(value) == 2 else value
         if not isinstance(value, _Array) or value.array is None:
             raise ValueError(
-                f"{str(path)!r} holds a {type(value).__name__} by the name of {name!r}, not a tensor; save the "
-                f"state_dict() of a model alone."
+                f"{str(path)!r} holds data of type {type(value).__name__} by the name of {name!r}, not a tensor; "
+                f"save the state_dict() of a model alone."
             )
         if not isinstance(name, str):
             raise ValueError(

@@ -69,7 +69,7 @@ class Embedder:
             ValueError: the batch has no such column, or one with the name of the vectors' column.
         """
         if not isinstance(batch, dict):
-            raise TypeError(f"batch is a {type(batch).__name__}; pass batch_format='numpy' to map_batches.")
+            raise TypeError(f"batch is of type {type(batch).__name__}; pass batch_format='numpy' to map_batches.")
         if self.column not in batch:
             raise ValueError(f"column={self.column!r} is not in the rows; they have {', '.join(batch)}.")
         if self.output_column in batch:

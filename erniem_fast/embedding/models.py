@@ -16,7 +16,7 @@ def bare_model(model: object) -> PreTrainedModel:
     """
     for kind, remedy in (("CrossEncoder", "score pairs with erniem_fast.score"), ("SparseEncoder", "call its encode")):
         if sentence_transformer.is_kind(model, kind):
-            raise TypeError(f"model is a {kind}, which has no vectors of texts; {remedy}.")
+            raise TypeError(f"model is of type {kind}, which has no vectors of texts; {remedy}.")
     held = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     found = encoders(held) if isinstance(held, nn.Module) else []
     if len(found) == 1:
@@ -24,7 +24,7 @@ def bare_model(model: object) -> PreTrainedModel:
     if not found and isinstance(held, PreTrainedModel):
         return held.base_model
     raise TypeError(
-        f"model is a {type(model).__name__} with {len(found)} encoders; pass a model of transformers or of this "
+        f"model is of type {type(model).__name__} with {len(found)} encoders; pass a model of transformers or of this "
         f"package, or a SentenceTransformer."
     )
 

@@ -102,7 +102,7 @@ def _steps(
     held = model if isinstance(model, nn.Module) else getattr(model, "model", None)
     if held is None or not type(held).__name__.endswith("ForSequenceClassification"):
         raise TypeError(
-            f"model is a {type(model).__name__}; pass a CrossEncoder or a model for sequence classification, as "
+            f"model is of type {type(model).__name__}; pass a CrossEncoder or a model for sequence classification, as "
             f"AutoModelForSequenceClassification loads it."
         )
     bare = bare_model(held.eval())

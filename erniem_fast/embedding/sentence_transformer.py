@@ -25,8 +25,8 @@ def check_kind(model: nn.Module, task: str, remedy: str) -> None:
     first = model[0]
     if not hasattr(first, "modality_config") or "text" not in first.modality_config or first.backend != "torch":
         raise TypeError(
-            f"model is a {type(model).__name__} whose first module is a {type(first).__name__}, which does not run a "
-            f"model of transformers on text in PyTorch; {task} it by {remedy}."
+            f"model is of type {type(model).__name__} whose first module is of type {type(first).__name__}, which does "
+            f"not run a model of transformers on text in PyTorch; {task} it by {remedy}."
         )
 
 
@@ -35,7 +35,9 @@ def refuse_options(model: nn.Module, **options: object) -> None:
     for name, value in options.items():
         if value is not None:
             own = "max_seq_length" if name == "max_length" else name
-            raise ValueError(f"{name} was given, but a {type(model).__name__} keeps its own {own}; leave it out.")
+            raise ValueError(
+                f"{name} was given, but a model of type {type(model).__name__} keeps its own {own}; leave it out."
+            )
 
 
 def find_prompt(model: nn.Module, prompt: str | None, prompt_name: str | None) -> str | None:

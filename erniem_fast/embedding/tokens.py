@@ -22,7 +22,7 @@ def check_texts(texts: Iterable[str], name: str = "texts") -> Iterator[str]:
     """
     # What has two dimensions, as a table of pandas, may iterate over names of columns.
     if isinstance(texts, str | bytes | dict) or not isinstance(texts, Iterable) or getattr(texts, "ndim", 1) != 1:
-        raise TypeError(f"{name} is a {type(texts).__name__}; pass a list or an iterator of strings.")
+        raise TypeError(f"{name} is of type {type(texts).__name__}; pass a list or an iterator of strings.")
     return _check_each(texts, name)
 
 
@@ -30,8 +30,8 @@ def _check_each(texts: Iterable[str], name: str) -> Iterator[str]:
     for index, text in enumerate(texts):
         if not isinstance(text, str):
             raise TypeError(
-                f"{name}[{index}] is {text!r:.60}, a {type(text).__name__}; texts must be strings. Leave out rows "
-                f"without text, or pass an empty string for them."
+                f"{name}[{index}] is {text!r:.60}, of type {type(text).__name__}; texts must be strings. Leave out "
+                f"rows without text, or pass an empty string for them."
             )
         if not is_unicode(text):
             raise ValueError(f"{name}[{index}], {text!r:.60}, has {NOT_UNICODE}.")
@@ -55,7 +55,7 @@ def check_pairs(pairs: Iterable[tuple[str, str]]) -> Iterator[tuple[str, str]]:
         ValueError: a text is no Unicode.
     """
     if isinstance(pairs, str | bytes | dict) or not isinstance(pairs, Iterable):
-        raise TypeError(f"pairs is a {type(pairs).__name__}; pass a list or an iterator of pairs of strings.")
+        raise TypeError(f"pairs is of type {type(pairs).__name__}; pass a list or an iterator of pairs of strings.")
     return _check_each_pair(pairs)
 
 
@@ -83,7 +83,7 @@ def find_tokenizer(model: object, tokenizer: PreTrainedTokenizerBase | None) -> 
     if tokenizer is not None:
         if not callable(tokenizer):
             raise TypeError(
-                f"tokenizer is a {type(tokenizer).__name__}; pass a tokenizer of transformers, as "
+                f"tokenizer is of type {type(tokenizer).__name__}; pass a tokenizer of transformers, as "
                 f"AutoTokenizer.from_pretrained loads it."
             )
         return tokenizer
@@ -118,7 +118,7 @@ def find_limit(bare: nn.Module, tokenizer: PreTrainedTokenizerBase, max_length: 
 def tokenizes(tokenizer: PreTrainedTokenizerBase, limit: int, prompt: str = ""):
     """A function from a window of texts or pairs to their tokens, `limit` at most."""
     if not isinstance(prompt, str):
-        raise TypeError(f"prompt is {prompt!r:.60}, a {type(prompt).__name__}; pass a string.")
+        raise TypeError(f"prompt is {prompt!r:.60}, of type {type(prompt).__name__}; pass a string.")
     return partial(_tokenize, tokenizer, limit, prompt)
 
 

@@ -33,7 +33,9 @@ def read_label_studio(path: str | os.PathLike) -> list[AnnotatedText]:
         except ValueError as error:
             raise ValueError(f"{path} is not JSON ({error}); export the project as JSON, in UTF-8.") from error
     if not isinstance(tasks, list):
-        raise ValueError(f"{path} holds a {type(tasks).__name__}; export the project as JSON, a list of tasks.")
+        raise ValueError(
+            f"{path} holds data of type {type(tasks).__name__}; export the project as JSON, a list of tasks."
+        )
     return [
         _read(f"{path}, task {number}", _from_label_studio, lambda task=task: task) for number, task in enumerate(tasks)
     ]
@@ -54,7 +56,7 @@ def _read(place: str, convert, load) -> AnnotatedText:
 def _check_strings(*values: object) -> None:
     for value in values:
         if not isinstance(value, str):
-            raise TypeError(f"{value!r} is a {type(value).__name__} where a text, an option or a label is wanted")
+            raise TypeError(f"{value!r} is of type {type(value).__name__} where a text, an option or a label is wanted")
 
 
 def _from_doccano(item: dict) -> AnnotatedText:

@@ -141,7 +141,7 @@ class Scorer:
         output = self.model(input_ids=input_ids.to(device), attention_mask=mask.to(device))
         if not hasattr(output, "start_logits"):
             raise TypeError(
-                f"model is a {type(self.model).__name__}, which has no start_logits; load the checkpoint as an "
+                f"model is of type {type(self.model).__name__}, which has no start_logits; load the checkpoint as an "
                 f"ErnieMForInformationExtraction, or for extract_answer as an ErnieMForQuestionAnswering."
             )
         return torch.stack([output.start_logits, output.end_logits]).float()

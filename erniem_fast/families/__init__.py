@@ -104,7 +104,7 @@ def refusal(model: nn.Module) -> str | None:
     if not hasattr(packed, "encoder_kind"):
         return None
     if type(model.encoder) is not stock_class(packed.encoder_kind):
-        return f"its encoder is a {type(model.encoder).__name__}, not transformers' own"
+        return f"its encoder is of type {type(model.encoder).__name__}, not transformers' own"
     if "forward" in vars(model):
         return "its forward was replaced on the object, which would not call another class's; optimize it before that"
     return None

@@ -105,14 +105,15 @@ def _in_arguments(model: PreTrainedModel, arguments: dict[str, object]) -> str |
     # No reason names a shape: each batch might have another one, and a line in the log.
     given, dims = (embeds, 3) if ids is None else (ids, 2)
     if given.dim() != dims or given.numel() == 0:
-        return f"the input has {given.dim()} dimensions" if given.numel() else "the input is empty"
+        return f"the input is of dimension {given.dim()}" if given.numel() else "the input is empty"
     mask = arguments["attention_mask"]
     if not isinstance(mask, Tensor | None):
-        return f"attention_mask is a {type(mask).__name__}"
+        return f"attention_mask is of type {type(mask).__name__}"
     if mask is None or mask.shape == given.shape[:2]:
         return None
-    dimensions = len(mask.shape)
-    return f"attention_mask has {'another shape than the input' if dimensions == 2 else f'{dimensions} dimensions'}"
+    if mask.dim() == 2:
+        return "attention_mask has another shape than the input"
+    return f"attention_mask is of dimension {mask.dim()}"
 
 
 def _selects_states(selected: object, count: int) -> bool:

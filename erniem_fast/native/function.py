@@ -163,8 +163,8 @@ class Structure:
             return tensor
         if not in_memory or name in self.written or not torch.can_cast(tensor.dtype, dtype):
             raise ValueError(
-                f"{self.name}: {name} is a {type(tensor).__name__} of {tensor.dtype} and {tensor.layout}, which is not "
-                f"what the function {'writes' if name in self.written else 'reads'}; pass a contiguous Tensor of "
+                f"{self.name}: {name} is of type {type(tensor).__name__}, {tensor.dtype} and {tensor.layout}, which is "
+                f"not what the function {'writes' if name in self.written else 'reads'}; pass a contiguous Tensor of "
                 f"{dtype}."
             )
         return torch.empty(tensor.shape, dtype=dtype, device=tensor.device).copy_(tensor.detach())

@@ -48,7 +48,7 @@ class Objective(ABC):
     def __post_init__(self) -> None:
         if not isinstance(self.tokenizer, ErnieMTokenizer):
             raise TypeError(
-                f"tokenizer is of class {type(self.tokenizer).__name__}; use an ErnieMTokenizer. For XLM-RoBERTa's, "
+                f"tokenizer is of type {type(self.tokenizer).__name__}; use an ErnieMTokenizer. For XLM-RoBERTa's, "
                 f"`python -m erniem_fast convert` makes one with the same ids."
             )
         if self.tokenizer.mask_token_id is None:

@@ -163,9 +163,9 @@ def test_shapes_and_bytes_have_to_agree(written):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ([1, 2], "holds a list, not tensors by name; save model.state_dict"),
-        ({"epoch": 3}, "holds a int by the name of 'epoch', not a tensor"),
-        ({"model": {"w": np.zeros(2)}}, "holds a dict by the name of 'model', not a tensor"),
+        ([1, 2], "holds data of type list, not tensors by name; save model.state_dict"),
+        ({"epoch": 3}, "holds data of type int by the name of 'epoch', not a tensor"),
+        ({"model": {"w": np.zeros(2)}}, "holds data of type dict by the name of 'model', not a tensor"),
         ({0: np.zeros(2)}, "has a tensor by the name of 0; save the state_dict"),
         ({"w": np.zeros(2), "UnpackBigParamInfor@@": 3}, "has 3 as 'UnpackBigParamInfor@@', not what Paddle cut"),
         (b"", "is not a whole .pdparams file"),

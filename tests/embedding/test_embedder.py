@@ -45,7 +45,7 @@ def test_options(monkeypatch):
     np.testing.assert_allclose(embedder({"text": TEXTS})["embedding"], expected, rtol=0, atol=1e-5)
     with pytest.raises(ValueError, match="column='text' is not in the rows; they have body"):
         embedder({"body": TEXTS})
-    with pytest.raises(TypeError, match="batch is a list; pass batch_format='numpy'"):
+    with pytest.raises(TypeError, match="batch is of type list; pass batch_format='numpy'"):
         embedder(TEXTS)
     with pytest.raises(ValueError, match="output_column='embedding' is in the rows already"):
         embedder({"text": TEXTS, "embedding": TEXTS})

@@ -62,9 +62,9 @@ def test_lines_that_break_inside_of_quotes(tmp_path):
     ("suffix", "content", "message"),
     [
         (".jsonl", b'{"text": "a"}\n{"tex": "b"}\n', r"line 2: it has no 'text'; add it, or name another"),
-        (".jsonl", b'{"text": null}\n', r"line 1: its 'text' is None, a NoneType; write a string"),
-        (".jsonl", b'\n{"text": 3}\n', r"line 2: its 'text' is 3, a int; write a string"),
-        (".jsonl", b'["a"]\n', r"line 1: it is a list; write an object with 'text'"),
+        (".jsonl", b'{"text": null}\n', r"line 1: its 'text' is None, of type NoneType; write a string"),
+        (".jsonl", b'\n{"text": 3}\n', r"line 2: its 'text' is 3, of type int; write a string"),
+        (".jsonl", b'["a"]\n', r"line 1: it is of type list; write an object with 'text'"),
         (".jsonl", b'{"text": "a"\n', r"line 1: it is not JSON \(Expecting ',' delimiter"),
         (".jsonl", b'{"text": "a \\ud800"}\n', r"line 1: its 'text' has half of a surrogate pair"),
         (".jsonl", b'{"text": "\xff"}\n', r"line 1: it is not UTF-8; convert the file"),

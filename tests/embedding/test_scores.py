@@ -100,9 +100,9 @@ def test_a_cross_encoder(classifier, logits):
     assert_close(erniem_fast.score(encoder, PAIRS, prompt_name="long"), prompted)
     encoder.max_seq_length = 20
     assert_close(erniem_fast.score(encoder, PAIRS), encoder.predict(PAIRS))
-    with pytest.raises(ValueError, match="a CrossEncoder keeps its own max_seq_length"):
+    with pytest.raises(ValueError, match="a model of type CrossEncoder keeps its own max_seq_length"):
         erniem_fast.score(encoder, PAIRS, max_length=9)
-    with pytest.raises(TypeError, match=r"model is a CrossEncoder.*; score pairs with erniem_fast.score"):
+    with pytest.raises(TypeError, match=r"model is of type CrossEncoder.*; score pairs with erniem_fast.score"):
         erniem_fast.embed(encoder, ["a"])
 
 
@@ -114,7 +114,7 @@ def test_no_pairs(model, logits):
 @pytest.mark.parametrize(
     ("pairs", "message"),
     [
-        ("ab", "pairs is a str; pass a list"),
+        ("ab", "pairs is of type str; pass a list"),
         (("a", "b"), r"pairs\[0\] is 'a'; a pair must hold two strings.*pass \[pair\]"),
         ([("a", "b"), ("a", None)], r"pairs\[1\] is \('a', None\)"),
         ([("a", "b", "c")], r"pairs\[0\] is \('a', 'b', 'c'\)"),
@@ -135,5 +135,5 @@ def test_half_of_a_surrogate_pair_is_named(model):
 
 def test_models_that_do_not_score():
     bare = erniem_fast.ErnieMModel.from_pretrained(tiny.cases.TINY)
-    with pytest.raises(TypeError, match="model is a ErnieMModel; pass a CrossEncoder or a model for sequence"):
+    with pytest.raises(TypeError, match="model is of type ErnieMModel; pass a CrossEncoder or a model for sequence"):
         erniem_fast.score(bare, PAIRS)

@@ -247,13 +247,13 @@ def test_numbers_may_be_those_of_numpy_and_torch(ernie_m, index):
 @pytest.mark.parametrize(
     ("texts", "message"),
     [
-        ("a text", "texts is a str; pass a list"),
-        (3, "texts is a int; pass a list"),
-        (["a", None], r"texts\[1\] is None, a NoneType; texts must be strings"),
-        (["a", b"b"], r"texts\[1\] is b'b', a bytes"),
-        ([["a", "b"]], r"texts\[0\] is \['a', 'b'\], a list"),
-        (np.array("a"), "texts is a ndarray; pass a list"),
-        (np.array([["a"]]), "texts is a ndarray; pass a list"),
+        ("a text", "texts is of type str; pass a list"),
+        (3, "texts is of type int; pass a list"),
+        (["a", None], r"texts\[1\] is None, of type NoneType; texts must be strings"),
+        (["a", b"b"], r"texts\[1\] is b'b', of type bytes"),
+        ([["a", "b"]], r"texts\[0\] is \['a', 'b'\], of type list"),
+        (np.array("a"), "texts is of type ndarray; pass a list"),
+        (np.array([["a"]]), "texts is of type ndarray; pass a list"),
     ],
 )
 def test_what_is_no_text(ernie_m, texts, message):
@@ -281,8 +281,8 @@ def test_options_are_checked_before_a_stream_is_read(ernie_m, options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"prompt": 3}, "prompt is 3, a int; pass a string"),
-        ({"tokenizer": "a"}, "tokenizer is a str; pass a tokenizer"),
+        ({"prompt": 3}, "prompt is 3, of type int; pass a string"),
+        ({"tokenizer": "a"}, "tokenizer is of type str; pass a tokenizer"),
     ],
 )
 def test_options_of_other_types(ernie_m, options, message):
@@ -315,9 +315,9 @@ def test_a_text_without_tokens(model, tokenizer):
 
 
 def test_models_that_have_no_vectors(ernie_m):
-    with pytest.raises(TypeError, match="model is a Linear with 0 encoders"):
+    with pytest.raises(TypeError, match="model is of type Linear with 0 encoders"):
         erniem_fast.embed(torch.nn.Linear(2, 2), ["a"])
-    with pytest.raises(TypeError, match="model is a ModuleList with 2 encoders"):
+    with pytest.raises(TypeError, match="model is of type ModuleList with 2 encoders"):
         erniem_fast.embed(torch.nn.ModuleList([ernie_m, copy.deepcopy(ernie_m)]), ["a"])
 
 

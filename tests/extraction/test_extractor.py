@@ -213,7 +213,9 @@ def test_a_span_in_brackets_makes_no_classification():
 
 def test_a_model_without_a_head_and_a_tokenizer_that_is_not_loaded_are_refused():
     tokenizer = load_tokenizer()
-    with pytest.raises(TypeError, match=r"model is a ErnieMModel, which has no start_logits; load .*Extraction, or"):
+    with pytest.raises(
+        TypeError, match=r"model is of type ErnieMModel, which has no start_logits; load .*Extraction, or"
+    ):
         extract(ErnieMModel.from_pretrained(TINY), tokenizer, "a", "x")
     with pytest.raises(TypeError, match=r"tokenizer='uie-m-base' is no tokenizer; load it"):
         extract(Stub(tokenizer, {}), "uie-m-base", "a", "x")

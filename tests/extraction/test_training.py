@@ -99,12 +99,16 @@ def test_an_entity_of_label_studio_that_is_elsewhere_is_named(tmp_path, start, e
 @pytest.mark.parametrize(
     ("read", "content", "message"),
     [
-        (read_doccano, {"text": "Ann", "label": [[0, 3, "person"]]}, r"line 1: .*\[0, 3, 'person'\] is a list where"),
+        (
+            read_doccano,
+            {"text": "Ann", "label": [[0, 3, "person"]]},
+            r"line 1: .*\[0, 3, 'person'\] is of type list where",
+        ),
         (read_doccano, {"text": "Ann", "label": "good"}, r"line 1: .*'label' is 'good', not a list of options"),
-        (read_doccano, {"text": None, "label": ["good"]}, r"line 1: .*None is a NoneType where a text"),
+        (read_doccano, {"text": None, "label": ["good"]}, r"line 1: .*None is of type NoneType where a text"),
         (read_label_studio, ["Ann"], r"task 0: AttributeError"),
-        (read_label_studio, [{"data": {"text": 3}}], r"task 0: .*3 is a int where a text"),
-        (read_label_studio, None, r"holds a NoneType; export"),
+        (read_label_studio, [{"data": {"text": 3}}], r"task 0: .*3 is of type int where a text"),
+        (read_label_studio, None, r"holds data of type NoneType; export"),
         (read_examples, {"content": 5, "prompt": "a", "result_list": []}, r"line 1: .*content is 5, not a string"),
         (read_examples, {"content": "a", "prompt": None, "result_list": []}, r"line 1: .*prompt is None, not a"),
     ],

@@ -45,7 +45,7 @@ def assert_told(log, *reasons):
     ("changes", "reason"),
     [
         ({"output_attentions": True}, "output_attentions was given"),
-        ({"attention_mask": SQUARE}, "attention_mask has 4 dimensions"),
+        ({"attention_mask": SQUARE}, "attention_mask is of dimension 4"),
         ({"encoder_hidden_states": EMBEDS}, "encoder_hidden_states was given"),
         ({"is_causal": True}, "is_causal was given"),
     ],
@@ -67,8 +67,8 @@ def test_arguments(changes, reason, log):
         ({"attention_mask": ATTENTION_MASK[:, :3]}, "attention_mask has another shape than the input"),
         ({"inputs_embeds": EMBEDS}, "exactly one of input_ids and inputs_embeds"),
         ({"input_ids": None}, "exactly one of input_ids and inputs_embeds"),
-        ({"input_ids": IDS[0]}, "the input has 1 dimensions"),
-        ({"attention_mask": ATTENTION_MASK.numpy()}, "attention_mask is a ndarray"),
+        ({"input_ids": IDS[0]}, "the input is of dimension 1"),
+        ({"attention_mask": ATTENTION_MASK.numpy()}, "attention_mask is of type ndarray"),
         ({"output_hidden_states": [7]}, "output_hidden_states selects states that there are not"),
     ],
 )

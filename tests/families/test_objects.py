@@ -317,7 +317,7 @@ def test_models_that_are_left_are_named(caplog):
     erniem_fast.optimize(nn.ModuleList([make("bert"), large, odd]))
     (line,) = warnings(caplog)
     assert "has taken BertModel, and left as they are: XLMRobertaXLModel (it normalises before" in line
-    assert "XLMRobertaModel (its encoder is a Identity, not transformers' own)" in line
+    assert "XLMRobertaModel (its encoder is of type Identity, not transformers' own)" in line
     caplog.clear()
     with pytest.raises(TypeError, match="its forward was replaced on the object"):
         erniem_fast.optimize(late)

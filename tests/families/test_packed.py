@@ -116,8 +116,8 @@ def ids(columns):
 
 EMBEDS = torch.zeros(2, 3, 31)
 UNFIT = {
-    "list": ({"input_ids": [[5, 6]]}, "input_ids is a list, but must be a tensor: pass return_tensors='pt'"),
-    "batch": ({"input_ids": {"input_ids": ids(3)}}, r"input_ids is a dict; call model\(\*\*batch\)"),
+    "list": ({"input_ids": [[5, 6]]}, "input_ids is of type list, but must be a tensor: pass return_tensors='pt'"),
+    "batch": ({"input_ids": {"input_ids": ids(3)}}, r"input_ids is of type dict; call model\(\*\*batch\)"),
     "floats": ({"input_ids": ids(3).float()}, "input_ids has shape .* dtype torch.float32; it must hold integers"),
     "features": ({"inputs_embeds": EMBEDS}, r"inputs_embeds has shape \(2, 3, 31\) .*hidden_size=32"),
     "positions": (
@@ -149,7 +149,7 @@ def test_token_types_of_one_row(types):
 BAD = {
     "bounds": ({"cu_seq_lens_q": torch.tensor([0, 11, 18, 19, 22])}, "cu_seq_lens_q runs from 0 to 22.*to the 23"),
     "longest": ({"max_length_q": 9}, "max_length_q=9"),
-    "list": ({"cu_seq_lens_q": [0, 23]}, "cu_seq_lens_q is a list, but must be a tensor"),
+    "list": ({"cu_seq_lens_q": [0, 23]}, "cu_seq_lens_q is of type list, but must be a tensor"),
     "text": ({"max_length_q": "11"}, "max_length_q is '11'; it must be an integer"),
     "missing": ({"max_length_q": None}, "max_length_q is missing"),
     "mask": ({"attention_mask": torch.ones(1, TOTAL)}, "with attention_mask"),

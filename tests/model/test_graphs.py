@@ -306,7 +306,7 @@ def test_a_forward_that_cannot_be_captured_is_told_with_the_remedy():
 
 
 def test_what_cannot_have_graphs_is_refused_by_name():
-    with pytest.raises(ValueError, match="model is a Linear, which contains no ErnieMModel"):
+    with pytest.raises(ValueError, match="model is of type Linear, which contains no ErnieMModel"):
         use_graphs(nn.Linear(2, 2))
     with pytest.raises(ValueError, match="most_tokens is -1"):
         use_graphs(make_model(), most_tokens=-1)

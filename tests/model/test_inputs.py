@@ -44,10 +44,13 @@ BAD_INPUTS = {
     "both inputs": ({"input_ids": IDS, "inputs_embeds": EMBEDS}, "input_ids or inputs_embeds; both"),
     "a batch in one": (
         {"input_ids": BatchEncoding({"input_ids": IDS})},
-        r"input_ids is a BatchEncoding; call model\(\*\*",
+        r"input_ids is of type BatchEncoding; call model\(\*\*",
     ),
-    "a list": ({"input_ids": IDS.tolist()}, "input_ids is a list, but must be a tensor: pass return_tensors='pt'"),
-    "a text": ({"input_ids": "text"}, "input_ids is a str, but must be a tensor"),
+    "a list": (
+        {"input_ids": IDS.tolist()},
+        "input_ids is of type list, but must be a tensor: pass return_tensors='pt'",
+    ),
+    "a text": ({"input_ids": "text"}, "input_ids is of type str, but must be a tensor"),
     "a mask in place of positions": (
         {"input_ids": IDS, "position_ids": MASK},
         r"position_ids holds only 0 and 1 in 8 columns, as a mask does; pass the mask by its name, attention_mask=",
@@ -379,7 +382,11 @@ BAD_HEAD_INPUTS = {
         {"input_ids": BatchEncoding({})},
         r"BatchEncoding; call model\(\*\*",
     ),
-    "choices in a list": ("ErnieMForMultipleChoice", {"input_ids": [[[0, 5, 2]]]}, "input_ids is a list, but must be"),
+    "choices in a list": (
+        "ErnieMForMultipleChoice",
+        {"input_ids": [[[0, 5, 2]]]},
+        "input_ids is of type list, but must be",
+    ),
     "choices of nothing": ("ErnieMForMultipleChoice", {}, r"\(rows, choices, columns\).*nothing"),
     "choices with a plain mask": (
         "ErnieMForMultipleChoice",

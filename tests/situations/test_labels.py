@@ -88,7 +88,7 @@ def test_labels_that_are_no_tensors_or_too_many_are_refused_by_name(head):
     model = load(model_class, **config)
     name, given = next(iter(labels.items()))
     for wrong, message in (
-        (given.tolist(), "is a list, but must be a tensor"),
+        (given.tolist(), "is of type list, but must be a tensor"),
         (torch.cat([given, given]), r"has (dtype .* and )?shape"),
     ):
         with pytest.raises(ValueError, match=f"{name} {message}"):

@@ -66,7 +66,7 @@ def test_a_library_of_the_wheel(built, cache, tmp_path, monkeypatch):
 
 
 def test_not_built(cache, compilers):
-    build = r"run `python -m erniem_fast build` (about 17 s; one text then runs 1.7 times as fast)."
+    build = r"run `python -m erniem_fast build` (about 17 s; one text then runs twice as fast)."
     assert verdict() == f"cpu: not built: {build}"
     cache.mkdir(parents=True)
     (cache / "native_cpu-0123456789abcdef.so").touch()

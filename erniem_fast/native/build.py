@@ -22,9 +22,8 @@ _REQUIREMENTS = (
     "or name one in CUDACXX). Without the libraries every op still runs, in PyTorch or Triton."
 )
 
-# On an EPYC (Zen 5): seconds of one core that g++ 12 takes for the CPU's library, whose files are compiled in parallel;
-# and how much faster a forward of 8 to 60 tokens then is, at base size, in float32 on one thread (1.66 to 1.83 times).
-SECONDS, GAIN = 17, 1.7
+# Of one core of an EPYC (Zen 5), that g++ 12 takes for the CPU's library; its files are compiled in parallel.
+SECONDS = 17
 
 
 def _say_nothing(line: str) -> None:

@@ -166,7 +166,7 @@ def test_what_is_refused(tokenizer):
 
 
 def test_other_tokenizers_are_refused():
-    with pytest.raises(TypeError, match=r"of class object; use an ErnieMTokenizer\. For XLM-RoBERTa's"):
+    with pytest.raises(TypeError, match=r"of type object; use an ErnieMTokenizer\. For XLM-RoBERTa's"):
         MMLM(tokenizer=object())
     without = ErnieMTokenizer.from_pretrained(cases.TINY)
     without.mask_token = None

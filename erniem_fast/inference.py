@@ -178,14 +178,15 @@ def leave_file(model: nn.Module) -> None:
     """Copies the parameters that are left, so that the file can go that safetensors has mapped for all weights."""
     for parameter in model.parameters():
         if parameter.device.type == "cpu":
-            with torch.inference_mode(parameter.is_inference()):  # of a model made there, tensors of another kind fail
+            with torch.inference_mode(parameter.is_inference()):  # a model that was made there fails with other tensors
                 parameter.data = parameter.data.clone()
 
 
 def _bytes_of(tensor: Tensor) -> np.ndarray:
-    """A tensor for a pickle, if only the pickle holds it.
+    """A tensor's memory as an array, which pickles by value.
 
-    A process that is spawned would get the shared memory of a tensor, which is gone with the tensor.
+    A tensor would reach a spawned process as shared memory, which goes when the tensor does; this one is made for the
+    pickle, and nothing else keeps it.
     """
     return tensor.view(torch.uint8).numpy()
 

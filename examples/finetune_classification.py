@@ -21,6 +21,7 @@ from transformers import DataCollatorWithPadding, Trainer, TrainingArguments, se
 from transformers.trainer_utils import get_last_checkpoint
 
 from erniem_fast import ErnieMForSequenceClassification, ErnieMTokenizer, create_optimizer
+from shared import check_length, rows_per_device
 
 COLUMNS = ("language", "premise", "hypothesis", "label")
 
@@ -108,16 +109,11 @@ class LayerwiseTrainer(Trainer):
 
 
 def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
-    one = TrainingArguments(str(arguments.output), per_device_train_batch_size=1, use_cpu=arguments.cpu, report_to=[])
-    world = int(one.world_size) * one.train_batch_size  # a process that sees several GPUs takes a batch for each
-    if arguments.accumulate < 1 or arguments.batch_size < 1 or arguments.batch_size % (world * arguments.accumulate):
-        raise SystemExit(
-            f"--batch-size {arguments.batch_size} is no multiple of {world} x --accumulate {arguments.accumulate}"
-        )
+    folder, common = str(arguments.output), {"use_cpu": arguments.cpu, "report_to": []}
     return TrainingArguments(
-        str(arguments.output),
+        folder,
         num_train_epochs=arguments.epochs,
-        per_device_train_batch_size=arguments.batch_size // (world * arguments.accumulate),
+        per_device_train_batch_size=rows_per_device(arguments.batch_size, folder, arguments.accumulate, **common),
         gradient_accumulation_steps=arguments.accumulate,
         learning_rate=arguments.lr,
         weight_decay=arguments.weight_decay,
@@ -129,8 +125,7 @@ def training_arguments(arguments: argparse.Namespace) -> TrainingArguments:
         save_total_limit=1,
         logging_steps=50,
         seed=arguments.seed,
-        use_cpu=arguments.cpu,
-        report_to=[],
+        **common,
     )
 
 
@@ -139,11 +134,7 @@ def make_trainer(
 ) -> LayerwiseTrainer:
     names = {"id2label": dict(enumerate(labels)), "label2id": {label: index for index, label in enumerate(labels)}}
     model = ErnieMForSequenceClassification.from_pretrained(arguments.model, num_labels=len(labels), **names)
-    longest = model.base_model.longest_sequence
-    if arguments.max_length > longest:
-        raise SystemExit(
-            f"--max-length {arguments.max_length} is more than the {longest} positions of {arguments.model}"
-        )
+    check_length(arguments, model)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     trainer = LayerwiseTrainer(

@@ -16,9 +16,6 @@ from transformers import Trainer, set_seed
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from extraction_templates import HELD_OUT, SCHEMA, TEMPLATES, make_texts, to_result
-from finetuning import check_length, training_arguments
-
 from erniem_fast import ErnieMConfig, ErnieMForInformationExtraction, ErnieMTokenizer, create_optimizer, extract
 from erniem_fast.extraction import (
     Example,
@@ -29,6 +26,8 @@ from erniem_fast.extraction import (
     result_metrics,
     span_metrics,
 )
+from extraction_templates import HELD_OUT, SCHEMA, TEMPLATES, make_texts, to_result
+from shared import check_length, text_training_arguments
 
 TINY = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "tiny"
 
@@ -129,7 +128,7 @@ def fit(model, tokenizer, features: list, optimizer, arguments: argparse.Namespa
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
-            training_arguments(
+            text_training_arguments(
                 arguments,
                 arguments.output or scratch,
                 per_device_eval_batch_size=64,

@@ -17,12 +17,11 @@ from transformers import Trainer, set_seed
 
 sys.path.insert(0, str(pathlib.Path(__file__).parent))
 
-from extraction_templates import HELD_OUT, TEMPLATES, make_texts
-from finetuning import check_length, training_arguments
-
 from erniem_fast import ErnieMConfig, ErnieMForQuestionAnswering, ErnieMTokenizer, extract_answer
 from erniem_fast.extraction import answer_metrics
 from erniem_fast.extraction.answers import answer_features, collate_answers
+from extraction_templates import HELD_OUT, TEMPLATES, make_texts
+from shared import check_length, text_training_arguments
 
 TINY = pathlib.Path(__file__).parent.parent / "tests" / "golden" / "tiny"
 QUESTIONS = {"person": "Who?", "company": "Which company?", "city": "In which city?", "date": "When?"}
@@ -122,7 +121,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         trainer = Trainer(
             model,
-            training_arguments(
+            text_training_arguments(
                 arguments,
                 arguments.output or scratch,
                 learning_rate=arguments.learning_rate or (3e-5 if arguments.model else 1e-3),

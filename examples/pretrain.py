@@ -51,6 +51,7 @@ from erniem_fast.pretraining import (
     TextFiles,
     TsvFiles,
 )
+from shared import check_length
 
 KINDS = {kind.name: kind for kind in (MMLM, TLM, CAMLM, BTMLM)}
 COLOURS = ("black", "#0072B2", "#E69F00", "#009E73", "#CC79A7")  # Okabe and Ito's, safe for the colour-blind
@@ -214,11 +215,7 @@ def make_model(arguments: argparse.Namespace) -> ErnieMForPreTraining:
         model = ErnieMForPreTraining(ErnieMConfig.from_pretrained(arguments.model), **languages)
     else:
         model = ErnieMForPreTraining.from_pretrained(arguments.model, **languages)
-    longest = model.base_model.longest_sequence
-    if arguments.max_length > longest:
-        raise SystemExit(
-            f"--max-length {arguments.max_length} is more than the {longest} positions of {arguments.model}"
-        )
+    check_length(arguments, model)
     if arguments.gradient_checkpointing:
         model.gradient_checkpointing_enable()
     return model.train()

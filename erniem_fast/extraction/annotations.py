@@ -95,7 +95,7 @@ def _from_label_studio(task: dict) -> AnnotatedText:
 
 
 def _place(text: str, value: dict) -> tuple[int, int]:
-    """Where an entity begins and ends. Label Studio counts in UTF-16, of which an emoji has two units."""
+    """Where an entity begins and ends, in characters. Label Studio counts UTF-16 units: an emoji is two."""
     start, end, wanted = value["start"], value["end"], value.get("text")
     if wanted is None or _same(text[start:end], wanted):
         return start, end

@@ -22,7 +22,7 @@ _REQUIREMENTS = (
     "or name one in CUDACXX). Without the libraries every op still runs, in PyTorch or Triton."
 )
 
-# Of one core of an EPYC (Zen 5), that g++ 12 takes for the CPU's library; its files are compiled in parallel.
+# That g++ 12 needs for the CPU's library on one core of an EPYC (Zen 5); its files are compiled in parallel.
 SECONDS = 17
 
 

@@ -190,8 +190,8 @@ class _Reader:
     def count(self, samples: int) -> None:
         """Takes note of the number of samples that the last record has made, and refuses a source that makes none."""
         self._fruitless = 0 if samples else self._fruitless + 1
-        # A record with samples would have been read by now, and drawn, but for a chance of exp(-20): it is in the
-        # buffer once, or of a small source so often that this is its share.
+        # By now every record has been read. One that makes samples would also have been drawn from the buffer, except
+        # with a chance of about exp(-20); of a small source the buffer holds each record several times.
         if self._size is not None and self._fruitless > self._size + 20 * min(self._size, self._shuffle):
             raise ValueError(
                 f"No record of the source of {self._objective.name} makes a sample: its texts are empty or hold "

@@ -194,7 +194,7 @@ def test_what_is_refused(data, tmp_path):
     with pytest.raises(SystemExit, match="no rows in de"):
         example.main([*command(data, tmp_path), "--train-languages", "de"])
     for accumulate in (3, 0, -1):
-        with pytest.raises(SystemExit, match=f"--batch-size 8 is no multiple of 1 x --accumulate {accumulate}"):
+        with pytest.raises(SystemExit, match=f"--batch-size 8 is no multiple of 1 devices x --accumulate {accumulate}"):
             example.main(command(data, tmp_path, accumulate=accumulate))
     with pytest.raises(SystemExit, match="--batch-size 0 is no multiple"):
         example.main(command(data, tmp_path, **{"batch-size": 0}))
@@ -217,7 +217,7 @@ def test_what_is_refused(data, tmp_path):
     ],
 )
 def test_bad_files(rows, message, tmp_path):
-    """A row that is cut or shifted would make classes of its own; one class would be taken for a number to predict."""
+    """Each would train something else: a cut row has its text as a label, and a single label means regression."""
     data = tmp_path / "bad.tsv"
     data.write_text(rows, encoding="utf-8")
     with pytest.raises(SystemExit, match=message):

@@ -47,13 +47,13 @@ NO_ANSWERS = {"data": [{"paragraphs": [{"context": "Ann works", "qas": [{"questi
     [
         ("finetune_extraction", "", [], r"train\.json has no examples$"),
         ("finetune_extraction", None, ["--max-length=513"], "--max-length 513 is more than the 512 positions"),
-        ("finetune_extraction", None, ["--batch-size=0"], "--batch-size 0 is no multiple of the 1 devices"),
+        ("finetune_extraction", None, ["--batch-size=0"], "--batch-size 0 is no multiple of 1 devices"),
         ("finetune_qa", "", [], r"train\.json is not SQuAD's JSON with answers"),
         ("finetune_qa", "[]", [], r"train\.json is not SQuAD's JSON with answers"),
         ("finetune_qa", '{"data": []}', [], r"train\.json has no questions$"),
         ("finetune_qa", json.dumps(NO_ANSWERS), [], r"train\.json is not .* \(KeyError\('answers'\)\)"),
         ("finetune_qa", None, ["--max-length=513"], "--max-length 513 is more than the 512 positions"),
-        ("finetune_qa", None, ["--batch-size=0"], "--batch-size 0 is no multiple of the 1 devices"),
+        ("finetune_qa", None, ["--batch-size=0"], "--batch-size 0 is no multiple of 1 devices"),
     ],
 )
 def test_what_a_script_refuses(script, content, more, message, tmp_path, monkeypatch):
@@ -68,8 +68,8 @@ def test_what_a_script_refuses(script, content, more, message, tmp_path, monkeyp
 
 def test_a_batch_is_that_of_all_gpus(tmp_path, monkeypatch):
     """Also if one process sees several."""
-    example = import_example("finetuning")
+    example = import_example("shared")
     monkeypatch.setattr(example.TrainingArguments, "n_gpu", 4)
     arguments = import_example("finetune_extraction").parse(["--batch-size=8"])
-    found = example.training_arguments(arguments, str(tmp_path))
+    found = example.text_training_arguments(arguments, str(tmp_path))
     assert (found.per_device_train_batch_size, found.train_batch_size) == (2, 8)

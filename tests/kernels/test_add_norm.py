@@ -128,7 +128,7 @@ def test_no_lane_idles(hidden, itemsize, device):
     [("sm_80", 768, 255), ("sm_80", 1024, 168), ("sm_80", 4096, 255), ("gfx942", 1024, None)],
 )
 def test_registers_are_limited_so_that_all_programs_fit(arch, hidden, expected):
-    """Those of 32 lanes a warp, of the 65,536 of a multiprocessor, in eights; 255 is the most that a lane can have."""
+    """A multiprocessor has 65,536 registers, given in eights, and a lane takes 255 of them at most."""
     device = Device(arch, 108, 32 if expected else 64)
     limit = add_norm._register_limit(device, add_norm.backward_config(device, hidden, itemsize=2))
     assert limit == ({} if expected is None else {"maxnreg": expected})

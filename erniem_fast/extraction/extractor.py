@@ -30,7 +30,7 @@ class Question(NamedTuple):
 
     @property
     def key(self) -> Key:
-        """What the answer depends on. Other prompts than a classification's may look like one: a span may end in brackets."""
+        """What the answer depends on. A span may end in brackets, so that its prompt looks like a classification's."""
         return self.prompt, self.text, bool(self.node.options())
 
 

@@ -23,6 +23,7 @@ from .inputs import EncoderInputs
 from .modeling import ErnieMModel
 
 _LEAST_TOKENS, _LEAST_LENGTH = 16, 64  # of a bucket
+_FEW_TOKENS = 512  # up to so many, a GPU takes about as long for half as many
 _WARM_UP = 2  # forwards before a capture: kernels are compiled, and libraries allocate their memory
 
 
@@ -33,7 +34,7 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
     head mask, mask per query, attended padding or `inputs_embeds`, that ask for neither hidden states nor attentions;
     other calls, and those of more tokens, run as without graphs. The first call of each size captures a graph, which
     takes as long as several forwards. All graphs share the memory of the largest one, and keep their own results
-    besides.
+    besides. With a higher `most_tokens`, batches that a GPU computes sooner than the host asks for them gain too.
 
     Weights may change in place. Where a weight is replaced or moved, a module replaced, or a flag changed, the next
     call captures anew. Several threads may call the model: calls take turns on the GPU. A copy of the model, pickled
@@ -62,7 +63,11 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
 
 
 class Bucket(NamedTuple):
-    """The sizes that a graph is captured for: bounds of a call's, each a power of two."""
+    """The sizes that a graph is captured for: bounds of a call's.
+
+    Each is a power of two, except for many tokens: those are a multiple of an eighth of the power of two below, because
+    the GPU computes what fills a bucket up.
+    """
 
     tokens: int
     sequences: int
@@ -72,7 +77,7 @@ class Bucket(NamedTuple):
     def of(cls, batch: TokenBatch) -> "Bucket":
         sequences = batch.sequences.longest_first.shape[0]
         return cls(
-            tokens=_round_up(max(batch.tokens, _LEAST_TOKENS)),
+            tokens=_round_up_tokens(max(batch.tokens, _LEAST_TOKENS)),
             sequences=_round_up(sequences),
             max_seqlen=_round_up(max(batch.sequences.max_seqlen, _LEAST_LENGTH)),
         )
@@ -81,6 +86,13 @@ class Bucket(NamedTuple):
 def _round_up(number: int) -> int:
     """The next power of two."""
     return 1 << (number - 1).bit_length()
+
+
+def _round_up_tokens(tokens: int) -> int:
+    if tokens <= _FEW_TOKENS:
+        return _round_up(tokens)
+    step = _round_up(tokens) // 16
+    return -(-tokens // step) * step
 
 
 class Recorder:

@@ -88,7 +88,7 @@ class _Layer(torch.autograd.Function):
             out, z2 = add_norm.forward(
                 attended, product, layer.down.bias, layer.norm2, dropouts.after_feed_forward, save=True
             )
-        read = (*(part.weight for part in layer.qkv), layer.out.weight, *layer.up, layer.down.weight)
+        read = (weights, layer.out.weight, *layer.up, layer.down.weight)
         norms = layer.norm1.weight, layer.norm2.weight
         ctx.save_for_backward(x, qkv, context, statistics, z1, attended, up, activated, z2, *read, *norms)
         ctx.call = call
@@ -122,15 +122,17 @@ def _gradients(
 ) -> list[Tensor | None]:
     """The gradients of x and of the parameters, as `_trained` orders them; None for weights that need none."""
     layer, sequences, dropouts, *_ = call
-    *qkv_weights, out_weight, up_weight, up_bias, down_weight, norm1, norm2 = weights
+    qkv_weights, out_weight, up_weight, up_bias, down_weight, norm1, norm2 = weights
     attention, bias_gelu, add_norm = kernels()
     wanted = dict(zip(("x", "q", "", "k", "", "v", "", "out", "", "up", "", "down"), needed, strict=False))
+    # Of gradients in another dtype than their parameters', autograd would convert each by a kernel of its own.
+    vectors = torch.promote_types(up_bias.dtype, norm1.dtype)
 
     def of_weight(name: str, grad: Tensor, x: Tensor) -> Tensor | None:
         return grad.t() @ x if wanted[name] else None
 
     grad_attended, grad_down, *of_down_and_norm = add_norm.backward(
-        grad, z2, NormScale(norm2, layer.norm2.eps), dropouts.after_feed_forward
+        grad, z2, NormScale(norm2, layer.norm2.eps), dropouts.after_feed_forward, sums=vectors
     )
     grad_down = grad_attended if dropouts.after_feed_forward is None else grad_down
     of_down = of_weight("down", grad_down, activated)
@@ -139,7 +141,11 @@ def _gradients(
     )
     of_up = of_weight("up", grad_up, attended)
     grad_x, grad_out, *of_out_and_norm = add_norm.backward(
-        grad_attended.addmm_(grad_up, up_weight), z1, NormScale(norm1, layer.norm1.eps), dropouts.after_attention
+        grad_attended.addmm_(grad_up, up_weight),
+        z1,
+        NormScale(norm1, layer.norm1.eps),
+        dropouts.after_attention,
+        sums=vectors,
     )
     grad_out = grad_x if dropouts.after_attention is None else grad_out
     of_out = of_weight("out", grad_out, context)
@@ -151,7 +157,7 @@ def _gradients(
     of_down_bias, *of_norm2 = of_down_and_norm
     of_out_bias, *of_norm1 = of_out_and_norm
     return [
-        grad_x.addmm_(grad_qkv, torch.cat(qkv_weights)) if wanted["x"] else None,
+        grad_x.addmm_(grad_qkv, qkv_weights) if wanted["x"] else None,
         *(each for pair in zip(of_qkv, of_qkv_biases, strict=True) for each in pair),
         *(of_out, of_out_bias, of_up, of_up_bias, of_down, of_down_bias),
         *of_norm1,

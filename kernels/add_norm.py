@@ -19,6 +19,7 @@ from ..dropout import Dropout
 from ..reference import Norm, NormScale
 from .device import Device, cdiv, describe, is_amd, is_rdna, share
 from .dropout import drop_features, launch_arguments
+from .launch import launch
 
 _FEATURES_PER_LANE = 24  # the registers that a lane needs for one value of a row; the backward holds seven such values
 _FEATURES_PER_LANE_OF_RDNA = 16  # RDNA's compiler needs more registers for dropout
@@ -120,7 +121,9 @@ def forward(
     z = torch.empty_like(out) if save else None
     device = describe(residual.device)
     config = config or forward_config(device, hidden, out.itemsize)
-    _forward_kernel[(max(1, cdiv(tokens, config.rows)),)](
+    launch(
+        _forward_kernel,
+        (max(1, cdiv(tokens, config.rows)),),
         residual,
         x,
         bias,
@@ -139,9 +142,14 @@ def forward(
 
 
 def backward(
-    grad: Tensor, z: Tensor, norm: NormScale, dropout: Dropout | None, config: Config | None = None
+    grad: Tensor,
+    z: Tensor,
+    norm: NormScale,
+    dropout: Dropout | None,
+    config: Config | None = None,
+    sums: torch.dtype = torch.float32,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """The gradients of residual, x, bias, and the norm's weight and bias.
+    """The gradients of residual, x, bias, and the norm's weight and bias, the last three in the dtype `sums`.
 
     Without dropout, x has the same gradient as the residual, and an empty tensor is returned for it. `config` is the
     launch, None for that of `backward_config`.
@@ -153,7 +161,9 @@ def backward(
     config = config or backward_config(device, hidden, z.itemsize)
     programs, rows_per_program = share(tokens, config.rows, config.programs * device.multiprocessors)
     partials = torch.empty(3, programs * config.rows, hidden, dtype=torch.float32, device=z.device)
-    _backward_kernel[(programs,)](
+    launch(
+        _backward_kernel,
+        (programs,),
         grad,
         z,
         norm.weight,
@@ -172,7 +182,7 @@ def backward(
         num_warps=config.warps,
         **_register_limit(device, config),
     )
-    return grad_z, z.new_empty(0) if grad_x is None else grad_x, *_sums(partials)
+    return grad_z, z.new_empty(0) if grad_x is None else grad_x, *_sums(partials, sums)
 
 
 def _register_limit(device: Device, config: LoopConfig) -> dict[str, int]:
@@ -183,12 +193,20 @@ def _register_limit(device: Device, config: LoopConfig) -> dict[str, int]:
     return {"maxnreg": min(255, registers // 8 * 8)}  # they are given in eights
 
 
-def _sums(partials: Tensor) -> list[Tensor]:
+def _sums(partials: Tensor, dtype: torch.dtype) -> list[Tensor]:
     """The sums over the rows of `(3, rows, hidden)`, in one launch."""
     _, rows, hidden = partials.shape
-    sums = [partials.new_empty(hidden) for _ in range(3)]
-    _sum_kernel[(cdiv(hidden, _SUM_BLOCK), 3)](
-        partials, *sums, rows, hidden, _SUM_BLOCK, _SUM_ROWS, num_warps=_SUM_WARPS
+    sums = [partials.new_empty(hidden, dtype=dtype) for _ in range(3)]
+    launch(
+        _sum_kernel,
+        (cdiv(hidden, _SUM_BLOCK), 3),
+        partials,
+        *sums,
+        rows,
+        hidden,
+        _SUM_BLOCK,
+        _SUM_ROWS,
+        num_warps=_SUM_WARPS,
     )
     return sums
 
@@ -407,7 +425,7 @@ def _zeros(ROWS: tl.constexpr, BLOCK: tl.constexpr, CHUNKS: tl.constexpr):
 @triton.jit(do_not_specialize=["count"])
 def _sum_kernel(
     partials_ptr,  # (3, count, HIDDEN) float32
-    grad_bias_ptr,  # (HIDDEN,) float32, like the next two
+    grad_bias_ptr,  # (HIDDEN,), like the next two
     grad_weight_ptr,
     grad_norm_bias_ptr,
     count,

@@ -34,6 +34,7 @@ from ..dropout import Dropout
 from .attention_configs import Config, backward_config, forward_config, one_pass_config, takes_one_pass
 from .device import cdiv, describe, is_amd
 from .dropout import dropout_mask, dropout_mask_of_columns, interleaved, launch_arguments
+from .launch import launch
 
 LOG2_E = tl.constexpr(log2(e))
 LARGEST_FLOAT = tl.constexpr(torch.finfo(torch.float32).max)
@@ -61,7 +62,9 @@ def forward(
     config = config or forward_config(arch, qkv.dtype, head_dim, sequences.max_seqlen, dropout is not None, biased)
     blocks = cdiv(sequences.max_seqlen, config.block)
     if tokens:
-        _forward_kernel[(sequences.longest_first.shape[0] * blocks * heads,)](
+        launch(
+            _forward_kernel,
+            (sequences.longest_first.shape[0] * blocks * heads,),
             qkv,
             *_pointers(sequences, dropout),
             out,
@@ -112,13 +115,13 @@ def backward(
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
     if one_pass:
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
-        _backward_kernel[(pairs,)](grad, out, statistics, sums, *shared, *rest, num_warps=config.warps)
+        launch(_backward_kernel, (pairs,), grad, out, statistics, sums, *shared, *rest, num_warps=config.warps)
     else:
         numbers = torch.empty(heads, tokens, 4, dtype=torch.float32, device=qkv.device)  # for the second pass
         grid, interleaves = (pairs * blocks,), _interleaves(device.arch, sequences, dropout)
         queries = (grad, out, statistics, numbers, *shared, blocks, *rest, interleaves)
-        _backward_queries_kernel[grid](*queries, num_warps=config.warps)
-        _backward_keys_kernel[grid](grad, numbers, *shared, blocks, *rest, num_warps=config.warps)
+        launch(_backward_queries_kernel, grid, *queries, num_warps=config.warps)
+        launch(_backward_keys_kernel, grid, grad, numbers, *shared, blocks, *rest, num_warps=config.warps)
     return grad_qkv
 
 

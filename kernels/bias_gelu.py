@@ -16,6 +16,7 @@ from torch import Tensor
 from ..dropout import Dropout
 from .device import Device, cdiv, describe, share
 from .dropout import drop_features, launch_arguments
+from .launch import launch
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,9 @@ def forward(
     device = describe(x.device)
     config = config or forward_config(device.lanes, features, x.itemsize)
     programs, rows_per_program = _share(tokens, features, config, device)
-    _forward_kernel[(programs * cdiv(features, config.block),)](
+    launch(
+        _forward_kernel,
+        (programs * cdiv(features, config.block),),
         x,
         bias,
         *launch_arguments(dropout),
@@ -94,7 +97,9 @@ def backward(
     config = config or backward_config(device.lanes, features, x.itemsize)
     programs, rows_per_program = _share(tokens, features, config, device)
     partials = None if bias is None else torch.empty(programs, features, dtype=torch.float32, device=x.device)
-    _backward_kernel[(programs * cdiv(features, config.block),)](
+    launch(
+        _backward_kernel,
+        (programs * cdiv(features, config.block),),
         grad,
         x,
         bias,

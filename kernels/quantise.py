@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..reference import largest_of
 from .device import cdiv
+from .launch import launch
 
 _LEAST_SCALE = tl.constexpr(torch.finfo(torch.float32).tiny)
 # Between 2^23 and 2^24, neighbours in float32 are 1 apart.
@@ -57,8 +58,18 @@ def quantise(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
     values = torch.empty_like(x, dtype=dtype)
     scale = torch.empty(tokens, 1, dtype=torch.float32, device=x.device)
     config = quantise_config(features)
-    _quantise_kernel[(max(1, cdiv(tokens, config.rows)),)](
-        x, values, scale, tokens, features, config.block, config.rows, float(largest_of(dtype)), num_warps=config.warps
+    launch(
+        _quantise_kernel,
+        (max(1, cdiv(tokens, config.rows)),),
+        x,
+        values,
+        scale,
+        tokens,
+        features,
+        config.block,
+        config.rows,
+        float(largest_of(dtype)),
+        num_warps=config.warps,
     )
     return values, scale
 
@@ -69,8 +80,19 @@ def dequantise(sums: Tensor, scale: Tensor, weight_scale: Tensor, bias: Tensor |
     out = torch.empty(tokens, features, dtype=dtype, device=sums.device)
     config = dequantise_config(features)
     programs = max(1, cdiv(tokens, config.rows)) * cdiv(features, config.block)
-    _dequantise_kernel[(programs,)](
-        sums, scale, weight_scale, bias, out, tokens, features, config.block, config.rows, num_warps=config.warps
+    launch(
+        _dequantise_kernel,
+        (programs,),
+        sums,
+        scale,
+        weight_scale,
+        bias,
+        out,
+        tokens,
+        features,
+        config.block,
+        config.rows,
+        num_warps=config.warps,
     )
     return out
 

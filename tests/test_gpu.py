@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
@@ -26,6 +27,7 @@ from erniem_fast.inference_gpu import GPU_LINEARS, Int8GpuLinear, gpu_objection,
 from erniem_fast.kernels import add_norm, bias_gelu
 from erniem_fast.native.build import build
 from erniem_fast.ops import Product
+from erniem_fast.ops.triton import on_device
 from erniem_fast.reference import Norm
 from tests import ROOT
 from tests.batches import dropout_of, sequences, two_sequences
@@ -291,6 +293,19 @@ def test_graphs_by_bucket(device):
             expected = model(ids, attention_mask=mask)
             for name in ("last_hidden_state", "pooler_output"):
                 assert relative_error(result[name], expected[name]) <= 4 * torch.finfo(HALF).eps
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, HALF])
+def test_a_kernel_that_ran_before_serves_only_what_it_was_compiled_for(device, dtype):
+    """Calls with and without a bias in turn, and of a tensor that starts at no multiple of 16 bytes."""
+    memory, bias = torch.randn(64 * 96 + 1, device=device).to(dtype), torch.randn(96, device=device).to(dtype)
+    aligned, shifted = memory[:-1].view(64, 96), memory[1:].view(64, 96)
+    with on_device(device):
+        for _ in range(2):
+            for x, added in product((aligned, shifted, aligned[:5]), (bias, None)):
+                exact = reference.bias_gelu(x.double(), None if added is None else added.double(), "gelu")
+                found = bias_gelu.forward(x, added, "gelu", None)
+                assert row_error(found, exact) <= 4 * torch.finfo(dtype).eps
 
 
 @pytest.mark.gpu

@@ -1,7 +1,7 @@
 """Worker: erniem_fast.ErnieMModel, called as any user calls it.
 
 The argument "packed", "bfloat16", "int8" or "float8" is the form that `erniem_fast.optimize` gives the weights; with
-"graphs" the model replays CUDA graphs.
+"graphs" the model replays CUDA graphs, of batches too.
 """
 
 import sys
@@ -13,6 +13,8 @@ import erniem_fast
 from bench.peers.serve import serve
 from bench.peers.torch_peer import TorchPeer
 from erniem_fast.vocabulary_loss import vocabulary_losses
+
+MOST_TOKENS = 16384  # of a graph: beyond it, a GPU takes longer for a base model's layers than the host
 
 
 class ErnieMFast(TorchPeer):
@@ -37,7 +39,7 @@ class ErnieMFast(TorchPeer):
     def load(self, model, device, dtype, threads):
         versions = super().load(model, device, dtype, threads)
         if self.graphs:
-            erniem_fast.use_graphs(self.module)
+            erniem_fast.use_graphs(self.module, MOST_TOKENS)
         return versions
 
 

@@ -11,6 +11,7 @@ from erniem_fast.flags import use_kernels
 from erniem_fast.kernels import add_norm
 from erniem_fast.kernels.device import Device
 from erniem_fast.ops import Product
+from erniem_fast.ops.triton import on_device
 from erniem_fast.reference import Norm
 from tests.batches import dropout_of, two_sequences
 from tests.kernels.comparison import DEVICE, SEED, assert_equivalent, run
@@ -134,11 +135,15 @@ def test_registers_are_limited_so_that_all_programs_fit(arch, hidden, expected):
     assert limit == ({} if expected is None else {"maxnreg": expected})
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("rows", [1, 511, 512, 513, 1100])
-def test_sums_over_many_rows(rows):
+def test_sums_over_many_rows(rows, dtype):
     """The interpreter's device has few programs, whose sums are one step of the kernel."""
     partials = torch.randint(-9, 10, (3, rows, 100), device=DEVICE).float()
-    assert torch.equal(torch.stack(add_norm._sums(partials)), partials.sum(1))
+    with on_device(partials.device):
+        sums = torch.stack(add_norm._sums(partials, dtype))
+    assert sums.dtype == dtype
+    assert torch.equal(sums, partials.sum(1).to(dtype))
 
 
 def test_backward_is_deterministic():

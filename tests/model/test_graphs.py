@@ -139,6 +139,9 @@ def test_a_bucket_is_captured_once_and_no_result_changes_later(many, few):
         ([64, 1], (128, 2, 64)),
         ([65, 64], (256, 2, 128)),
         ([512], (512, 1, 512)),
+        ([512, 1], (576, 2, 512)),
+        ([512] * 2, (1024, 2, 512)),
+        ([512] * 20 + [1], (11264, 32, 512)),
     ],
 )
 def test_sizes_are_rounded_up(lengths, bucket):

@@ -108,12 +108,13 @@ class TokenBatch:
         cls, grid: tuple[int, int], device: torch.device, key_bias: Tensor | None, real: Tensor | None
     ) -> "TokenBatch":
         rows, columns = grid
+        row = torch.arange(rows, device=device)
         sequences = Sequences(
             cu_seqlens=torch.arange(rows + 1, dtype=torch.int32, device=device) * columns,
             max_seqlen=columns,
-            longest_first=torch.arange(rows, device=device),
+            longest_first=row,
             contiguous=True,
-            sequence_ids=torch.arange(rows, device=device)[:, None].expand(grid).flatten(),
+            sequence_ids=row[:, None].expand(grid).flatten(),
             key_bias=None if key_bias is None else key_bias.flatten(),
         )
         return cls(

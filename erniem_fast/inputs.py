@@ -371,9 +371,11 @@ def bounds(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
 
 
 def _odd_values(attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """Whether a mask holds values other than 0 and 1; nothing for a bias and for exported graphs."""
+    """What tells whether a mask holds values other than 0 and 1; nothing for a bias and for exported graphs."""
     if attention_mask is None or _is_bias(attention_mask) or modes.is_exported():
         return {}
+    if attention_mask.dtype == torch.int64:  # as tokenizers return them: one kernel instead of four
+        return extremes("attention_mask", attention_mask)
     return {"odd values": ((attention_mask != 0) & (attention_mask != 1)).any()}
 
 
@@ -401,7 +403,8 @@ def _check_structure(
     elif attention_mask is None:
         _check_no_mask(position_ids, found)
         _check_one_sequence(position_ids, found)
-    if found.get("odd values"):
+    is_binary = found.get("least of attention_mask", 0) >= 0 and found.get("greatest of attention_mask", 1) <= 1
+    if not is_binary or found.get("odd values"):
         raise ValueError(
             "attention_mask holds values other than 0 and 1; pass 1 for real tokens and 0 for padding. A mask to "
             "add to the scores must have four dimensions and hold floating-point numbers."

@@ -84,13 +84,15 @@ class KernelLayers:
             # One copy of all weights takes the host as long as one of a layer's.
             weights, biases = (torch.cat(each).split(self._rows) for each in (self._weights, self._biases))
             for layer, weight, bias in zip(self.layers, weights, biases, strict=True):
-                qkv = F.linear(x, weight, bias)
-                context, _ = attention(qkv, sequences, layer.heads, layer.scale, None)
-                product = F.linear(context, layer.out.weight)
-                attended, _ = add_norm(x, product, layer.out.bias, layer.norm1, None, save=False)
-                product = F.linear(attended, layer.up.weight)
-                product = F.linear(bias_gelu(product, layer.up.bias, layer.activation, None), layer.down.weight)
-                x, _ = add_norm(attended, product, layer.down.bias, layer.norm2, None, save=False)
+                # All between has one name, so that the memory of each is free once the next is there.
+                inner = F.linear(x, weight, bias)
+                inner, _ = attention(inner, sequences, layer.heads, layer.scale, None)
+                inner = F.linear(inner, layer.out.weight)
+                x, _ = add_norm(x, inner, layer.out.bias, layer.norm1, None, save=False)
+                inner = F.linear(x, layer.up.weight)
+                inner = bias_gelu(inner, layer.up.bias, layer.activation, None)
+                inner = F.linear(inner, layer.down.weight)
+                x, _ = add_norm(x, inner, layer.down.bias, layer.norm2, None, save=False)
         return x
 
 

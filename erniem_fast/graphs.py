@@ -34,7 +34,7 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
     head mask, mask per query, attended padding or `inputs_embeds`, that ask for neither hidden states nor attentions;
     other calls, and those of more tokens, run as without graphs. The first call of each size captures a graph, which
     takes as long as several forwards. All graphs share the memory of the largest one, and keep their own results
-    besides. With a higher `most_tokens`, batches that a GPU computes sooner than the host asks for them gain too.
+    besides.
 
     Weights may change in place. Where a weight is replaced or moved, a module replaced, or a flag changed, the next
     call captures anew. Several threads may call the model: calls take turns on the GPU. A copy of the model, pickled

@@ -108,6 +108,8 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
         return Config(64, 16, warps=8, stages=2 if arch == "sm_90" else 1)
     if max_seqlen <= 64:
         return Config(64, 32, warps=8 if arch == "sm_120" else 4, stages=1)
+    if arch == "sm_90" and max_seqlen <= 128:
+        return Config(64, 64, warps=4, stages=1)  # on an H200 134 us with dropout, 128 rows of 8 warps 181
     return Config(128, step, warps=8, stages=1)
 
 
@@ -143,8 +145,9 @@ def _rdna_backward_config(dtype: torch.dtype, head_dim: int, plain: bool) -> Con
 def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:
     """Whether one pass of the backward takes less time than two, for `pairs` pairs of a sequence and a head.
 
-    On Hopper it does where a block holds all keys of 64 tokens (on an H200, 112 us against 142); at 128 tokens it took
-    226 us against 171, and at 512 tokens, with dropout, 856 against 465.
+    On Hopper it does where a block holds all keys of 64 tokens (on an H200, 108 us against 114), and with dropout where
+    two steps hold them (at 128 tokens, 134 us against 148), if the pairs fill the device; at 512 tokens, with dropout,
+    it took 477 us against 372.
 
     On other architectures this is counted, not timed. One pass takes 5 matrix products per tile and draws the dropout
     mask once; two passes take 7 and draw it twice. If a block holds all keys of a sequence, one pass does less of
@@ -154,8 +157,8 @@ def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: 
     """
     if config is None:
         return False
+    saves_a_mask = dropout and pairs >= 2 * device.multiprocessors
     if device.arch == "sm_90":
-        return max_seqlen <= min(64, config.block)
-    if max_seqlen <= config.block:
-        return True
-    return dropout and pairs >= 2 * device.multiprocessors
+        in_two_steps = config.step == 64 and max_seqlen <= 128
+        return max_seqlen <= min(64, config.block) or (in_two_steps and saves_a_mask)
+    return max_seqlen <= config.block or saves_a_mask

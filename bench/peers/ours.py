@@ -14,7 +14,7 @@ from bench.peers.serve import serve
 from bench.peers.torch_peer import TorchPeer
 from erniem_fast.vocabulary_loss import vocabulary_losses
 
-MOST_TOKENS = 16384  # of a graph: beyond it, a GPU takes longer for a base model's layers than the host
+MOST_TOKENS = 16384  # of a graph, so that one serves batches of text too
 
 
 class ErnieMFast(TorchPeer):

@@ -257,11 +257,25 @@ def test_the_design_of_the_backward(pairs, max_seqlen, dropout, one_pass):
         assert attention.takes_one_pass(config, *case, Device(arch, 132, lanes)) is expected
 
 
-def test_the_design_of_the_backward_on_hopper():
-    """As it was timed there."""
-    for max_seqlen, expected in ((1, True), (64, True), (65, False), (512, False)):
-        config = attention.one_pass_config("sm_90", torch.bfloat16, 64, max_seqlen)
-        assert attention.takes_one_pass(config, 264, max_seqlen, True, Device("sm_90", 132, 32)) is expected
+@pytest.mark.parametrize(
+    ("pairs", "max_seqlen", "dropout", "one_pass"),
+    [
+        (1, 1, False, True),
+        (1, 64, True, True),
+        (264, 65, False, False),
+        (263, 65, True, False),
+        (264, 65, True, True),
+        (264, 128, True, True),
+        (264, 129, True, False),
+        (264, 512, True, False),
+    ],
+)
+def test_the_design_of_the_backward_on_hopper(pairs, max_seqlen, dropout, one_pass):
+    """As it was timed there, with heads of 64 in 16 bits."""
+    config = attention.one_pass_config("sm_90", torch.bfloat16, 64, max_seqlen)
+    assert attention.takes_one_pass(config, pairs, max_seqlen, dropout, Device("sm_90", 132, 32)) is one_pass
+    wide = attention.one_pass_config("sm_90", torch.float32, 64, max_seqlen)
+    assert attention.takes_one_pass(wide, pairs, max_seqlen, dropout, Device("sm_90", 132, 32)) is (max_seqlen <= 16)
 
 
 @pytest.mark.parametrize(("arch", "expected"), [("sm_90", "tf32"), ("gfx90a", "ieee"), ("gfx1100", "ieee")])

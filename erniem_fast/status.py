@@ -16,8 +16,9 @@ from .optimize import bfloat16_objection
 
 # What has run on which GPU: see bench/results/nvidia-*/gpu-correctness.md, and change this with them.
 _ON_GPUS = """\
-GPUs: kernels, whole models, CUDA graphs and 8-bit weights ran on an H200 (2026-11-27), where all 465 checks passed, and
-      in an earlier version on an H100. On others, first run `python -m erniem_fast verify`, and `verify --model DIR` with your model."""
+GPUs: kernels, whole models, CUDA graphs and 8-bit weights ran on an H200 (2026-11-27), where all 465 checks passed.
+      An earlier version ran on an H100. On others, first run `python -m erniem_fast verify`, and `verify --model DIR`
+      with your model."""
 
 # The flags that make models slower, with the values that do.
 _SLOW = {flags.KERNELS: ("off",), flags.PACKING: ("0",), flags.VERIFY: ("1",)} | dict.fromkeys(

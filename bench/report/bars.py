@@ -12,12 +12,18 @@ from bench.timing import Quartiles
 OURS, OTHERS = COLOURS[0], "#BBBBBB"
 GAP = 0.6  # between the groups of bars, in bars
 COLUMNS = 2  # of panels; more would be too small to read on a page
+LEGEND_COLUMNS = 4  # of names, the longest of which take a fifth of the width
+TICKS = 4  # at most, so that their numbers do not touch
 NOTHING = Quartiles(0, 0, 0)
 
 
 def plot_bars(run: ModelRun, path: pathlib.Path) -> None:
-    """Write the PNG `path`: one group of bars per job, one bar per peer, with quartiles and the ratio of the first."""
-    jobs, names = run.jobs, [peer.peer for peer in run.jobs[0].peers]
+    """Write the PNG `path`: one group of bars per job, one bar per peer, with quartiles and the ratio of the first.
+
+    Jobs that an interruption left unmeasured are left out.
+    """
+    jobs = [job for job in run.jobs if any(peer.rounds for peer in job.peers)] or run.jobs
+    names = [peer.peer for peer in jobs[0].peers]
     figure = Figure(figsize=(12, 1.8 + 0.4 * len(jobs) * (len(names) + GAP)), dpi=150, layout="constrained")
     rates, memories = figure.subplots(1, 2, sharey=True, width_ratios=[3, 2])
     for i, name in enumerate(names):
@@ -34,12 +40,14 @@ def plot_bars(run: ModelRun, path: pathlib.Path) -> None:
     for axis in (rates, memories):
         axis.set_xlim(0, 1.55 * max(axis.get_xlim()[1], 1))  # room for the figures beside the bars
         axis.xaxis.set_major_formatter("{x:,.0f}")
+        axis.xaxis.set_major_locator(MaxNLocator(TICKS))
         axis.tick_params(axis="y", length=0)
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle(
         f"{two_lines(run)}\nin brackets: {names[0]} has so many times the speed, or the memory", fontsize=11
     )
-    figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=len(names), frameon=False)
+    columns = min(LEGEND_COLUMNS, len(names))
+    figure.legend(*rates.get_legend_handles_labels(), loc="outside lower center", ncols=columns, frameon=False)
     figure.savefig(path)
 
 
@@ -103,7 +111,7 @@ def _draw_panel(axis, job):
     axis.set_title(label(job), fontsize=10)
     axis.set_xlabel("real tokens per second; longer is better", fontsize=8)
     axis.xaxis.set_major_formatter("{x:,.0f}")
-    axis.xaxis.set_major_locator(MaxNLocator(4))
+    axis.xaxis.set_major_locator(MaxNLocator(TICKS))
     axis.tick_params(axis="x", labelsize=8)
     axis.tick_params(axis="y", length=0, labelsize=8)
     axis.spines[["top", "right"]].set_visible(False)

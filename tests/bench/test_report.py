@@ -11,12 +11,12 @@ from runs import job, measured, run_of
 
 from bench import RESULTS
 from bench.kernels.figures import KernelRun
-from bench.model.figures import Breakdown, PeerQuality, QualityRun, Retrieval
+from bench.model.figures import Breakdown, ModelRun, PeerQuality, QualityRun, Retrieval
 from bench.model.rivals import OURS_NAMES
 from bench.model.summary import summarise
 from bench.record import Run, read
 from bench.report import breakdown, draw, kernels, readme
-from bench.report.bars import plot_panels
+from bench.report.bars import plot_bars, plot_panels
 from bench.report.model import losses, markdown, overview
 from bench.report.parts import COLOURS, colours_of, form
 
@@ -138,6 +138,16 @@ def test_small_pictures_say_what_was_measured(name, said, tmp_path):
         plot(run, tmp_path / "picture.svg")
     written = re.findall(r">([^<>]+)</text>", (tmp_path / "picture.svg").read_text(encoding="utf-8"))
     assert [text for text in said(run) if text not in written] == []
+
+
+def test_jobs_that_an_interruption_left_out_are_not_drawn(tmp_path):
+    run = read(ModelRun, RESULTS / "nvidia-h200" / "throughput-base-bfloat16.json")
+    assert [bool(job.peers[0].rounds) for job in run.jobs] == [True, True, False]
+    with matplotlib.rc_context({"svg.fonttype": "none"}):
+        plot_bars(run, tmp_path / "picture.svg")
+    written = (tmp_path / "picture.svg").read_text(encoding="utf-8")
+    expected = {"batch 256, real text": True, "2,516,170": True, "batch 1, real text": False, "not measured": False}
+    assert {text: text in written for text in expected} == expected
 
 
 def test_pictures_are_drawn_again_beside_their_results(tmp_path):

@@ -4,36 +4,40 @@ Triton finds out of what kind each argument is and looks the compiled kernel up,
 with few tokens the GPU waits for it.
 """
 
-import inspect
 from collections.abc import Callable
-from functools import cache
 from typing import NamedTuple
 
 import torch
-import triton.language as tl
 from torch import Tensor
 from triton.runtime.jit import JITFunction
 
 _ALIGNMENT = 16  # bytes: a kernel is compiled for pointers that are multiples of it, and once more for others
 _INT32_END = 2**31  # a kernel is compiled for integers of 32 bits, and once more for larger ones
 
-# By the kernel, the device and all else that Triton compiles kernels for: types, values of constants, and options.
-_compiled: dict[tuple, Callable[..., object]] = {}
-
 
 class _Places(NamedTuple):
-    """Where a kernel's arguments are that are tensors or None, numbers, and constants."""
+    """Where a kernel's arguments are: tensors or None, integers, floats, and constants.
+
+    Triton would compile a kernel for the value of a float that is given as an integer.
+    """
 
     pointers: list[int]
-    numbers: list[int]
+    integers: list[int]
+    floats: list[int]
     constants: list[int]
+
+
+_places: dict[Callable[..., None], _Places] = {}  # by the function that a kernel was made of
+
+# By the kernel, the device and all else that Triton compiles kernels for: types, values of constants, and options.
+_compiled: dict[tuple, Callable[..., object]] = {}
 
 
 def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: object, **options: int) -> None:
     """Runs `kernel[grid](*arguments, **options)`.
 
     Args:
-        kernel: whose parameters for tensors end in `_ptr`, and which is specialized on no number.
+        kernel: whose parameters for tensors end in `_ptr`, and which is specialized on no integer.
         grid: the numbers of programs along up to three axes.
         arguments: all of the kernel's, in order; the first one is a tensor.
         options: Triton's, such as `num_warps`.
@@ -54,7 +58,7 @@ def _is_served(kernel: object, tensor: Tensor) -> bool:
 
 def _key(kernel: JITFunction, arguments: tuple, options: dict[str, int]) -> tuple | None:
     """What decides which compiled kernel serves the arguments; None for rare ones, for which Triton has others."""
-    places = _places(kernel.fn)
+    places = _places.get(kernel.fn) or _find_places(kernel)
     addresses, types = 0, []
     for place in places.pointers:
         pointer = arguments[place]
@@ -63,18 +67,24 @@ def _key(kernel: JITFunction, arguments: tuple, options: dict[str, int]) -> tupl
         else:
             addresses |= pointer.data_ptr()
             types.append(pointer.dtype)
-    if addresses % _ALIGNMENT or max([arguments[place] for place in places.numbers]) >= _INT32_END:
+    if addresses % _ALIGNMENT or max([arguments[place] for place in places.integers]) >= _INT32_END:
         return None
+    for place in places.floats:
+        if type(arguments[place]) is not float:
+            return None
     constants = [arguments[place] for place in places.constants]
     return kernel.fn, arguments[0].get_device(), *types, *constants, *options.values()
 
 
-@cache
-def _places(function: Callable) -> _Places:
-    places = _Places([], [], [])
-    for place, parameter in enumerate(inspect.signature(function).parameters.values()):
-        if parameter.annotation is tl.constexpr:
-            places.constants.append(place)
+def _find_places(kernel: JITFunction) -> _Places:
+    places = _Places([], [], [], [])
+    for parameter in kernel.params:
+        if parameter.is_constexpr:
+            kind = places.constants
+        elif parameter.name.endswith("_ptr"):
+            kind = places.pointers
         else:
-            (places.pointers if parameter.name.endswith("_ptr") else places.numbers).append(place)
+            kind = places.integers if parameter.do_not_specialize else places.floats
+        kind.append(parameter.num)
+    _places[kernel.fn] = places
     return places

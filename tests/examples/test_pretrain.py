@@ -56,6 +56,11 @@ class Stopped(Exception):
     pass
 
 
+# What stopped runs, whose frames hold gloo's process groups: the end of a group waits for threads that, now and then,
+# wait for the interpreter in turn, and then for ever. A process that was spawned ends without that.
+stopped = []
+
+
 def stop_at(step, arguments):
     """Starts a run that is stopped after a checkpoint, on the way to the next one."""
     training = import_example("pretrain").Training
@@ -68,8 +73,9 @@ def stop_at(step, arguments):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(training, "take_step", stop)
-        with pytest.raises(Stopped):
+        with pytest.raises(Stopped) as raised:
             import_example("pretrain").main(arguments)
+        stopped.append(raised.value)
 
 
 def worker(rank, port, folder):

@@ -23,7 +23,7 @@ from .inputs import EncoderInputs
 from .modeling import ErnieMModel
 
 _LEAST_TOKENS, _LEAST_LENGTH = 16, 64  # of a bucket
-_FEW_TOKENS = 512  # up to so many, a GPU takes about as long for half as many
+_FEW_TOKENS = 512  # up to so many, a bucket may compute twice the tokens of a call
 _WARM_UP = 2  # forwards before a capture: kernels are compiled, and libraries allocate their memory
 
 
@@ -65,8 +65,8 @@ def use_graphs(model: nn.Module, most_tokens: int = 512) -> None:
 class Bucket(NamedTuple):
     """The sizes that a graph is captured for: bounds of a call's.
 
-    Each is a power of two, except for many tokens: those are a multiple of an eighth of the power of two below, because
-    the GPU computes what fills a bucket up.
+    Each is a power of two, except for more than 512 tokens: the tokens that fill a bucket up are computed too, so their
+    number is only rounded up to a multiple of an eighth of the power of two below it.
     """
 
     tokens: int

@@ -371,10 +371,10 @@ def bounds(cu_seqlens: Tensor | None) -> dict[str, Tensor]:
 
 
 def _odd_values(attention_mask: Tensor | None) -> dict[str, Tensor]:
-    """What tells whether a mask holds values other than 0 and 1; nothing for a bias and for exported graphs."""
+    """Values that show whether a mask holds only 0 and 1; nothing for a bias and for exported graphs."""
     if attention_mask is None or _is_bias(attention_mask) or modes.is_exported():
         return {}
-    if attention_mask.dtype == torch.int64:  # as tokenizers return them: one kernel instead of four
+    if attention_mask.dtype == torch.int64:  # what tokenizers return; on a GPU, one kernel instead of four
         return extremes("attention_mask", attention_mask)
     return {"odd values": ((attention_mask != 0) & (attention_mask != 1)).any()}
 

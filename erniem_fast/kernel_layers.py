@@ -84,7 +84,7 @@ class KernelLayers:
             # One copy of all weights takes the host as long as one of a layer's.
             weights, biases = (torch.cat(each).split(self._rows) for each in (self._weights, self._biases))
             for layer, weight, bias in zip(self.layers, weights, biases, strict=True):
-                # All between has one name, so that the memory of each is free once the next is there.
+                # One name for all intermediate results, so that each is freed as soon as the next is computed.
                 inner = F.linear(x, weight, bias)
                 inner, _ = attention(inner, sequences, layer.heads, layer.scale, None)
                 inner = F.linear(inner, layer.out.weight)

@@ -125,7 +125,7 @@ def _gradients(
     qkv_weights, out_weight, up_weight, up_bias, down_weight, norm1, norm2 = weights
     attention, bias_gelu, add_norm = kernels()
     wanted = dict(zip(("x", "q", "", "k", "", "v", "", "out", "", "up", "", "down"), needed, strict=False))
-    # Of gradients in another dtype than their parameters', autograd would convert each by a kernel of its own.
+    # The dtype of the parameters: autograd would convert gradients of another one, each in a kernel of its own.
     vectors = torch.promote_types(up_bias.dtype, norm1.dtype)
 
     def of_weight(name: str, grad: Tensor, x: Tensor) -> Tensor | None:

@@ -12,8 +12,8 @@ from bench.timing import Quartiles
 OURS, OTHERS = COLOURS[0], "#BBBBBB"
 GAP = 0.6  # between the groups of bars, in bars
 COLUMNS = 2  # of panels; more would be too small to read on a page
-LEGEND_COLUMNS = 4  # of names, the longest of which take a fifth of the width
-TICKS = 4  # at most, so that their numbers do not touch
+LEGEND_COLUMNS = 4  # names in a row of the legend; a longer row would be cut off at both ends
+TICKS = 4  # on an axis, at most: the numbers of more would overlap
 NOTHING = Quartiles(0, 0, 0)
 
 

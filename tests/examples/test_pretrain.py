@@ -56,8 +56,8 @@ class Stopped(Exception):
     pass
 
 
-# What stopped runs, whose frames hold gloo's process groups: the end of a group waits for threads that, now and then,
-# wait for the interpreter in turn, and then for ever. A process that was spawned ends without that.
+# Exceptions that stopped runs. Their frames hold gloo's process groups, which must not be destroyed before the process
+# ends: a destructor joins its group's threads with the GIL held, and hangs if one of them needs it.
 stopped = []
 
 

@@ -309,7 +309,7 @@ _RECORDER = "transformers.utils.output_capturing"
 
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
-# Functions in C, because they are called for hundreds of weights. Each returns one attribute: a pair takes longer to make.
+# Functions in C, because they are called for hundreds of weights; each for one attribute, as a pair takes longer.
 _PLACES = (id, type, Tensor.data_ptr, Tensor.stride, Tensor.size, attrgetter("dtype"))
 
 # Of modules that this library computes by itself.

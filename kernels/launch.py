@@ -1,7 +1,7 @@
 """Launches that take the host half as long as Triton's, where a kernel was launched with such arguments before.
 
-Triton finds out of what kind each argument is and looks the compiled kernel up, in 9 us on a Zen 4. This takes 5, and
-with few tokens the GPU waits for it.
+For each launch, Triton inspects all arguments and looks up the compiled kernel: 9 us on a Zen 4, where this takes 5.
+With few tokens, the GPU waits for the host.
 """
 
 from collections.abc import Callable
@@ -16,9 +16,9 @@ _INT32_END = 2**31  # a kernel is compiled for integers of 32 bits, and once mor
 
 
 class _Places(NamedTuple):
-    """Where a kernel's arguments are: tensors or None, integers, floats, and constants.
+    """The positions of a kernel's arguments: tensors or None, integers, floats, and constants.
 
-    Triton would compile a kernel for the value of a float that is given as an integer.
+    If a float is passed as an integer, Triton compiles a kernel for that value alone.
     """
 
     pointers: list[int]
@@ -52,12 +52,12 @@ def launch(kernel: JITFunction, grid: tuple[int, ...], *arguments: object, **opt
 
 
 def _is_served(kernel: object, tensor: Tensor) -> bool:
-    """Not where kernels are interpreted, or compiled for AMD's GPUs, there also by whether tensors have 2 GB."""
+    """Whether launches are remembered: not of interpreted kernels, nor on AMD's GPUs, where sizes of tensors count."""
     return tensor.is_cuda and torch.version.hip is None and isinstance(kernel, JITFunction)
 
 
 def _key(kernel: JITFunction, arguments: tuple, options: dict[str, int]) -> tuple | None:
-    """What decides which compiled kernel serves the arguments; None for rare ones, for which Triton has others."""
+    """All that decides which compiled kernel runs; None for rare arguments, which are left to Triton."""
     places = _places.get(kernel.fn) or _find_places(kernel)
     addresses, types = 0, []
     for place in places.pointers:

@@ -291,6 +291,7 @@ def _dropout_mask(
 @triton.jit
 def _scores(
     query,
+    key_ptr,
     first_key,
     keys,
     HIDDEN: tl.constexpr,
@@ -302,16 +303,18 @@ def _scores(
 ):
     """The scores of queries, -inf for keys that are not attended to; the keys from `first_key` on; and their values.
 
-    WHOLE: all keys of the tile lie in the sequence.
+    Args:
+        key_ptr: the first of these keys.
+        WHOLE: all keys of the tile lie in the sequence.
     """
-    key_ptr, key_bias_ptr, key_ranges_ptr, key_range, start, length, scale = keys
+    key_bias_ptr, key_ranges_ptr, key_range, start, length, scale = keys
     BLOCK_DIM: tl.constexpr = query.shape[1]
     index = tl.arange(0, STEP)
     if INTERLEAVED:
         index = interleaved(index)
-    row = first_key + index[:, None]
-    key = _load(key_ptr, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
-    value = _load(key_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    row, rows = index[:, None], length - first_key
+    key = _load(key_ptr, row, rows, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    value = _load(key_ptr + HIDDEN, row, rows, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     column = first_key + index[None, :]
     if key_bias_ptr is not None:
@@ -327,6 +330,7 @@ def _scores(
 def _forward_tile(
     sums,
     query,
+    key_ptr,
     first_key,
     keys,
     factor,
@@ -341,14 +345,15 @@ def _forward_tile(
 ):
     """The sums of a program's queries after the keys from `first_key` on."""
     offset, total, out = sums
-    scores, _, value = _scores(query, first_key, keys, HIDDEN, HEAD_DIM, STEP, INTERLEAVED, PRECISION, WHOLE)
+    scores, _, value = _scores(query, key_ptr, first_key, keys, HIDDEN, HEAD_DIM, STEP, INTERLEAVED, PRECISION, WHOLE)
     less = tl.minimum(offset, tl.max(scores, axis=1)[:, None] * -factor)
     probabilities = tl.exp2(tl.fma(scores, factor, less))
     shrink = tl.exp2(less - offset)
     total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
     if draw[0] is not None:
         dropout_mask = _dropout_mask(*draw, first_key, STEP, CONTIGUOUS, INTERLEAVED)
-        probabilities = tl.where(dropout_mask, probabilities, 0.0)
+        # Not 0.0, which LLVM would choose after the conversion to 16 bits, each half of a register by itself.
+        probabilities = tl.where(dropout_mask, probabilities, factor - factor)
     out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
     return less, total, out
 
@@ -401,18 +406,21 @@ def _forward_kernel(
     if key_ranges_ptr is not None:
         key_range = _key_range(key_ranges_ptr, start, row, length)
         begin, end = _seen_keys(key_range, STEP)
-    keys = (query_ptr + HIDDEN, key_bias_ptr, key_ranges_ptr, key_range, start, length, scale)
+    keys = (key_bias_ptr, key_ranges_ptr, key_range, start, length, scale)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
     # Without streaming, as in float32, no registers are to spare for a second copy of the tile: all tiles have masks.
     STREAMS: tl.constexpr = STAGES > 1
     whole = end // STEP * STEP if STREAMS else end
+    first_key_ptr = query_ptr + HIDDEN
     if ONE_TILE:
         whole = 0
     else:
+        key_ptr = first_key_ptr + begin * (3 * HIDDEN)  # carried along: its product by `first_key` costs instructions
         for first_key in tl.range(begin, whole, STEP, num_stages=STAGES):
             sums = _forward_tile(
                 sums,
                 query,
+                key_ptr,
                 first_key,
                 keys,
                 factor,
@@ -425,10 +433,12 @@ def _forward_kernel(
                 PRECISION,
                 WHOLE=STREAMS,
             )
+            key_ptr += STEP * 3 * HIDDEN
     if whole < end:
         sums = _forward_tile(
             sums,
             query,
+            first_key_ptr + whole * (3 * HIDDEN),
             whole,
             keys,
             factor,
@@ -473,6 +483,7 @@ def _queries_tile(
     grad,
     offset,
     delta,
+    key_ptr,
     first_key,
     keys,
     factor,
@@ -486,7 +497,7 @@ def _queries_tile(
     WHOLE: tl.constexpr,
 ):
     """The gradient of a program's queries, times the sum of their exponentials, with the keys from `first_key` on."""
-    scores, key, value = _scores(query, first_key, keys, HIDDEN, HEAD_DIM, STEP, INTERLEAVED, PRECISION, WHOLE)
+    scores, key, value = _scores(query, key_ptr, first_key, keys, HIDDEN, HEAD_DIM, STEP, INTERLEAVED, PRECISION, WHOLE)
     exponentials = tl.exp2(tl.fma(scores, factor, offset))
     grad_probabilities = tl.dot(grad, tl.trans(value), input_precision=PRECISION)
     dropped = exponentials
@@ -555,11 +566,13 @@ def _backward_queries_kernel(
     if key_ranges_ptr is not None:
         key_range = _key_range(key_ranges_ptr, start, row, length)
         begin, end = _seen_keys(key_range, STEP)
-    keys = (query_ptr + HIDDEN, key_bias_ptr, key_ranges_ptr, key_range, start, length, scale)
+    keys = (key_bias_ptr, key_ranges_ptr, key_range, start, length, scale)
     draw = (columns_ptr, start, length, sequence, head, seed, threshold, row)
     whole = begin
+    first_key_ptr = query_ptr + HIDDEN
     if STAGES > 1:  # see the forward
         whole = end // STEP * STEP
+        key_ptr = first_key_ptr + begin * (3 * HIDDEN)
         for first_key in tl.range(begin, whole, STEP, num_stages=STAGES):
             grad_query = _queries_tile(
                 grad_query,
@@ -567,6 +580,7 @@ def _backward_queries_kernel(
                 grad,
                 offset,
                 delta,
+                key_ptr,
                 first_key,
                 keys,
                 factor,
@@ -579,6 +593,7 @@ def _backward_queries_kernel(
                 PRECISION,
                 WHOLE=True,
             )
+            key_ptr += STEP * 3 * HIDDEN
     for first_key in tl.range(whole, end, STEP, num_stages=1):  # an `if` would cost registers
         grad_query = _queries_tile(
             grad_query,
@@ -586,6 +601,7 @@ def _backward_queries_kernel(
             grad,
             offset,
             delta,
+            first_key_ptr + first_key * (3 * HIDDEN),
             first_key,
             keys,
             factor,

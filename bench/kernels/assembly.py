@@ -11,6 +11,7 @@ from erniem_fast.kernels.device import is_amd
 
 MATRIX_PRODUCTS = re.compile(r"(?:HGMMA|HMMA|UTCHMMA|UTCQMMA)\b")
 MEMORY = re.compile(r"(?:LDG|STG|LDGSTS|UTMALDG|UBLKCP)\b")
+COPIES = re.compile(r"(?:LDGSTS|UTMALDG|UBLKCP)\b")
 MASKS = re.compile(r"(?:FSEL|ISETP)\b")
 
 
@@ -46,8 +47,9 @@ def of_ttgir(ttgir: str) -> dict[str, int]:
 def of_sass(cubin: bytes) -> dict[str, int]:
     """A row's figures of the instructions of the main loop; all 0 if there is no loop.
 
-    Of the loops that contain no other one, the main loop has the most matrix products, or accesses to memory where
-    there are none; of several such loops it is the shortest, because the others have masks at the ends of a sequence.
+    Of the loops that contain no other one, the main loop has the most matrix products; of several such loops, it is
+    the one that copies ahead, or accesses memory most; then the shortest, because the others have masks at the ends of
+    a sequence.
     """
     sass = instructions(cubin)
     loops = [
@@ -60,7 +62,8 @@ def of_sass(cubin: bytes) -> dict[str, int]:
         for first, last in loops
         if not any((first, last) != other and first <= other[0] and other[1] <= last for other in loops)
     ]
-    counts = [(count(MATRIX_PRODUCTS, loop), count(MEMORY, loop), -len(loop), loop) for loop in innermost]
+    kinds = (MATRIX_PRODUCTS, COPIES, MEMORY)
+    counts = [(*(count(kind, loop) for kind in kinds), -len(loop), loop) for loop in innermost]
     *_, loop = max(counts, default=([],))
     return {"loop": len(loop), "masks": count(MASKS, loop)}
 

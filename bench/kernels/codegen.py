@@ -64,6 +64,9 @@ LOOPS = {
     ("attention", "backward_keys", "no", 32): 361 * 1.05,
     ("attention", "backward_queries", "no", 32): 280,
 }
+# Before 3.8, Triton had no matrix instructions of RDNA's for fewer than 16 rows; heads of 128 need tiles of 8 there.
+MULTIPLIES_EIGHT_ROWS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
+
 WITHOUT_EXCHANGE = ("forward", "backward_queries")  # attention's kernels that sum over the columns of a tile alone
 
 # Attention kernels whose program takes a whole multiprocessor, and why that is accepted.
@@ -125,7 +128,7 @@ class Row:
     def broken_by_attention(self) -> list[str]:
         wanted, halves = ARCHITECTURES[self.arch].products, self.dtype != "float32"
         broken = []
-        if halves and self.size <= 128 and self.products != wanted:
+        if halves and self.size <= min(128, self.largest_head()) and self.products != wanted:
             broken.append(f"multiplies with {self.products}, not {wanted}")
         # Blackwell's products of 128 rows are twice as fast as two of 64, and leave their sums in a memory of their
         # own, from where they go to registers: so one program fits, and its tensors are exchanged.
@@ -168,7 +171,9 @@ class Row:
         """Attention's largest `size` that must not spill. Beyond, all tiles do; no ERNIE-M's is larger than 64."""
         if self.dtype == "float32":
             return 128 if device.is_cdna(self.arch) else 64  # without matrix instructions a lane holds a whole row
-        return 128 if device.is_rdna(self.arch) else inf
+        if device.is_rdna(self.arch):
+            return 128 if MULTIPLIES_EIGHT_ROWS else 64
+        return inf
 
 
 COLUMNS = [field.name for field in fields(Row)]

@@ -115,7 +115,9 @@ def backward(
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
     if one_pass:
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
-        launch(_backward_kernel, (pairs,), grad, out, statistics, sums, *shared, *rest, num_warps=config.warps)
+        one_tile = sequences.max_seqlen <= min(config.block, config.step)
+        tensors = (grad, out, statistics, sums)
+        launch(_backward_kernel, (pairs,), *tensors, *shared, *rest, one_tile, num_warps=config.warps)
     else:
         numbers = torch.empty(heads, tokens, 4, dtype=torch.float32, device=qkv.device)  # for the second pass
         grid, interleaves = (pairs * blocks,), _interleaves(device.arch, sequences, dropout)
@@ -803,6 +805,7 @@ def _backward_kernel(
     STAGES: tl.constexpr,
     CONTIGUOUS: tl.constexpr,
     PRECISION: tl.constexpr,
+    ONE_TILE: tl.constexpr,
 ):
     HIDDEN: tl.constexpr = HEADS * HEAD_DIM
     sequence, start, length, _, head = _work(cu_seqlens_ptr, longest_first_ptr, 1, HEADS, BLOCK)
@@ -815,7 +818,8 @@ def _backward_kernel(
         seed = tl.load(seed_ptr)
     factor = _factor(scale, key_bias_ptr)
 
-    for first in tl.range(0, length, BLOCK):
+    # Loops with one iteration, known beforehand, are none: their sums need no registers of their own.
+    for first in tl.range(0, BLOCK if ONE_TILE else length, BLOCK):
         row = first + tl.arange(0, BLOCK)[:, None]
         key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
         value = _load(query_ptr + 2 * HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
@@ -823,7 +827,7 @@ def _backward_kernel(
             key_bias = _key_bias(key_bias_ptr, start, row, length)
         grad_key = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
         grad_value = tl.zeros([BLOCK, BLOCK_DIM], tl.float32)
-        for first_query in tl.range(0, length, STEP, num_stages=STAGES):
+        for first_query in tl.range(0, STEP if ONE_TILE else length, STEP, num_stages=STAGES):
             query_row = first_query + tl.arange(0, STEP)[:, None]
             query = _load(query_ptr, query_row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)
             grad = _load(grad_ptr + out_offset, query_row, length, HIDDEN, HEAD_DIM, BLOCK_DIM)

@@ -106,8 +106,8 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
         return Config(16 if is_cdna(arch) else 32, step, warps=8, stages=1)
     if head_dim > 64:
         return Config(64, 16, warps=8, stages=2 if arch == "sm_90" else 1)
-    if max_seqlen <= 64:
-        return Config(64, 32, warps=8 if arch == "sm_120" else 4, stages=1)
+    if max_seqlen <= 64:  # one tile: without loops, and so with registers for more programs than with a step of half
+        return Config(64, 32 if max_seqlen <= 32 else 64, warps=4, stages=1)
     if arch == "sm_90" and max_seqlen <= 128:
         return Config(64, 64, warps=4, stages=1)  # on an H200 134 us with dropout, 128 rows of 8 warps 181
     return Config(128, step, warps=8, stages=1)

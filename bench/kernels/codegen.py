@@ -71,7 +71,6 @@ WITHOUT_EXCHANGE = ("forward", "backward_queries")  # attention's kernels that s
 
 # Attention kernels whose program takes a whole multiprocessor, and why that is accepted.
 ALONE = {
-    ("attention ≤ 64", "backward"): "on sm_120, where eight warps hold what four do elsewhere",
     ("attention ≤ 128", "backward"): "holds all keys of a sequence and three sums, so that each is read once",
     ("attention, many", "backward"): "the same kernel for longer sequences",
 }

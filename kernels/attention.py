@@ -115,7 +115,8 @@ def backward(
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
     if one_pass:
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
-        one_tile = sequences.max_seqlen <= min(config.block, config.step)
+        # In float32, the compiler makes more of its freedom without loops than there are registers for.
+        one_tile = qkv.dtype != torch.float32 and sequences.max_seqlen <= min(config.block, config.step)
         tensors = (grad, out, statistics, sums)
         launch(_backward_kernel, (pairs,), *tensors, *shared, *rest, one_tile, num_warps=config.warps)
     else:
@@ -314,9 +315,9 @@ def _scores(
     index = tl.arange(0, STEP)
     if INTERLEAVED:
         index = interleaved(index)
-    row, rows = index[:, None], length - first_key
-    key = _load(key_ptr, row, rows, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
-    value = _load(key_ptr + HIDDEN, row, rows, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    row, left = index[:, None], length - first_key
+    key = _load(key_ptr, row, left, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
+    value = _load(key_ptr + HIDDEN, row, left, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM, WHOLE)
     scores = tl.dot(query, tl.trans(key), input_precision=PRECISION)
     column = first_key + index[None, :]
     if key_bias_ptr is not None:

@@ -3,8 +3,8 @@
 The tiles are the largest that compile without spilling registers, with Triton 3.6 and 3.9 (bench/results/codegen.md);
 for 16-bit heads of up to 64 on NVIDIA, the largest that also leave room for two programs on a multiprocessor, so that
 one multiplies while the other computes exponentials. Loops that stream tiles have three stages: with two, Triton waits
-for a copy as soon as it is issued. Those of Hopper for heads of 64 in 16 bits are the fastest of a sweep on an H200
-(bench/results/nvidia-h200/sweep-bfloat16.md); no others have been timed yet.
+for a copy as soon as it is issued. On Hopper, those for heads of 64 in 16 bits and more than 64 tokens are the fastest
+of a sweep on an H200 (bench/results/nvidia-h200/sweep-bfloat16.md); no others have been timed yet.
 """
 
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def forward_config(
     if dtype == torch.float32:
         return Config(32, 32 if head_dim <= 64 else 16, warps=8, stages=1)
     if is_cdna(arch):
-        return _cdna_forward_config(head_dim, max_seqlen, dropout, key_bias)
+        return _cdna_forward_config(arch, head_dim, max_seqlen, dropout, key_bias)
     if head_dim > 128:
         return Config(64, 32, warps=8, stages=3 if arch in _LARGE_TILES else 1)
     if head_dim > 64:
@@ -57,7 +57,8 @@ def forward_config(
     if arch == "sm_100" and max_seqlen > 64 and not dropout and not key_bias:  # with either, it spills
         return Config(128, 128, warps=8, stages=3)  # its products are twice as fast with 128 rows
     # 113 to 179 registers, so 2 or 3 programs. Fastest on an H200 at 512 tokens: 77 us, with 128 rows and 8 warps 82.
-    return Config(64, 64, warps=4, stages=3)
+    block, step = _rows_of(max_seqlen, arch)
+    return Config(block, step, warps=4, stages=3)
 
 
 @cache
@@ -87,7 +88,7 @@ def backward_config(
     # (timed on an H200: with dropout at 512 tokens 465 us, with a step of 64 488, with 128 rows and 8 warps 528)
     if arch == "sm_90":
         return Config(64, 32 if dropout or key_ranges else 64, warps=4, stages=3)
-    return Config(64, 16 if dropout and key_ranges else 32, warps=4, stages=3)
+    return Config(64, 16 if dropout and (key_bias or key_ranges) else 32, warps=4, stages=3)
 
 
 @cache
@@ -106,14 +107,25 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
         return Config(16 if is_cdna(arch) else 32, step, warps=8, stages=1)
     if head_dim > 64:
         return Config(64, 16, warps=8, stages=2 if arch == "sm_90" else 1)
-    if max_seqlen <= 64:  # one tile: without loops, and so with registers for more programs than with a step of half
-        return Config(64, 32 if max_seqlen <= 32 else 64, warps=4, stages=1)
+    if max_seqlen <= 64:  # One tile needs no loop, and leaves registers for more programs than a loop of two steps.
+        block, step = _rows_of(max_seqlen, arch)
+        return Config(block, step, warps=4, stages=1)
     if arch == "sm_90" and max_seqlen <= 128:
         return Config(64, 64, warps=4, stages=1)  # on an H200 134 us with dropout, 128 rows of 8 warps 181
     return Config(128, step, warps=8, stages=1)
 
 
-def _cdna_forward_config(head_dim: int, max_seqlen: int, dropout: bool, key_bias: bool) -> Config:
+def _rows_of(max_seqlen: int, arch: str) -> tuple[int, int]:
+    """The block and the step of tiles with few rows: 64, or 32 where no sequence has more.
+
+    The products of Hopper and of Blackwell for data centres have 64 rows at least.
+    """
+    if max_seqlen > 32:
+        return 64, 64
+    return 64 if arch in _LARGE_TILES else 32, 32
+
+
+def _cdna_forward_config(arch: str, head_dim: int, max_seqlen: int, dropout: bool, key_bias: bool) -> Config:
     if head_dim > 128:
         return Config(64, 32, warps=8, stages=1 if dropout else 2)
     if head_dim > 64:
@@ -121,7 +133,8 @@ def _cdna_forward_config(head_dim: int, max_seqlen: int, dropout: bool, key_bias
             return Config(64, 32, warps=4, stages=2)
         return Config(128, 64, warps=8, stages=1)
     if max_seqlen <= 64:
-        return Config(64, 64, warps=4, stages=2)
+        block, step = _rows_of(max_seqlen, arch)
+        return Config(block, step, warps=4, stages=2)
     return Config(128, 32 if key_bias else 64, warps=8, stages=3)
 
 

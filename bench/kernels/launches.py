@@ -119,7 +119,7 @@ def attention_launches(dtype: torch.dtype, seed: Tensor | None) -> Iterator[tupl
     if dtype == torch.float32:
         for op, max_seqlen in (("attention", 512), ("attention ≤ 16", 16)):
             yield f"{op}, key bias", launch_attention, dtype, 128, seed, max_seqlen, 1, torch.zeros(64)
-    of_one_block = ((16, 64),) if dtype == torch.float32 else ((64, 64), (128, 64), (64, 128))
+    of_one_block = ((16, 64),) if dtype == torch.float32 else ((64, 64), (32, 64), (128, 64), (64, 128))
     for max_seqlen, head_dim in of_one_block:
         yield f"attention ≤ {max_seqlen}", launch_attention, dtype, head_dim, seed, max_seqlen
 

@@ -72,6 +72,13 @@ def test_head_dims(head_dim, dtype, design):
     check(sequences(40, 70, device=DEVICE), 2, head_dim, dtype)
 
 
+@pytest.mark.parametrize("seed", [None, SEED], ids=["plain", "dropout"])
+@pytest.mark.parametrize("lengths", [(1, 2, 0, 31, 32), (15, 0, 17, 33, 63, 64)], ids=["32", "64"])
+def test_lengths_of_one_tile(lengths, seed, design):
+    check(sequences(*lengths, device=DEVICE), 2, 64, torch.bfloat16, seed=seed)
+    check(ranged(*lengths, device=DEVICE), 1, 64, torch.bfloat16, seed=seed)
+
+
 def test_very_unequal_lengths(design):
     check(sequences(1, 257, 3, device=DEVICE), 1, 32, torch.bfloat16)
 

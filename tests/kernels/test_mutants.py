@@ -36,6 +36,11 @@ OF_STORES = [
     ("grad_key * (scale * rescale)", "grad_key * scale"),
     ("grad_value * rescale", "grad_value"),
 ]
+# In both kernels that stream keys:
+OF_KEYS_ADDRESS = [
+    ("first_key_ptr + begin * (3 * HIDDEN)", "first_key_ptr"),
+    ("key_ptr += STEP * 3 * HIDDEN", "key_ptr += STEP * HIDDEN"),
+]
 # In all kernels that stream tiles in one loop, and what remains in another:
 OF_TAIL = [
     ("tl.range(whole, end, STEP", "tl.range(whole, end - 1, STEP"),
@@ -96,7 +101,7 @@ ATTENTION = {
         ("key_column, query_column, sequence", "key_column, query, sequence"),
     ],
     "_scores": [
-        ("row = first_key + index[:, None]", "row = index[:, None]"),
+        ("length - first_key", "length"),
         ("index = interleaved(index)", "pass"),
         ("scores = _scaled", "_scaled"),
         ("column >= key_range[0]", "column > key_range[0]"),
@@ -111,7 +116,8 @@ ATTENTION = {
         ("tl.exp2(less - offset)", "tl.exp2(offset - less)"),
         ("total * shrink + tl.sum", "total + tl.sum"),
         ("acc=out * shrink", "acc=out"),
-        ("tl.where(dropout_mask, probabilities, 0.0)", "probabilities"),
+        ("tl.where(dropout_mask, probabilities, factor - factor)", "probabilities"),
+        ("factor - factor", "factor"),
     ],
     "_forward_kernel": [
         ("LARGEST_FLOAT", 'float("inf")'),
@@ -125,6 +131,8 @@ ATTENTION = {
         ("tl.range(begin, whole, STEP", "tl.range(begin + STEP, whole, STEP"),
         ("tl.range(begin, whole, STEP", "tl.range(begin, whole - STEP, STEP"),
         ("if whole < end:", "if whole < end - 1:"),
+        ("first_key_ptr + whole * (3 * HIDDEN)", "first_key_ptr"),
+        *OF_KEYS_ADDRESS,
         ("WHOLE=False", "WHOLE=True"),
     ],
     "_load_number": [("row < length", "row < length - 1")],
@@ -146,6 +154,8 @@ ATTENTION = {
         ("inverse, mask=row < length", "inverse, mask=row < length - 1"),
         ("delta, mask=row < length", "delta, mask=row < length - 1"),
         ("tl.range(begin, whole, STEP", "tl.range(begin + STEP, whole, STEP"),
+        ("first_key_ptr + first_key * (3 * HIDDEN)", "first_key_ptr"),
+        *OF_KEYS_ADDRESS,
         *OF_TAIL,
     ],
     "_load_numbers": [
@@ -181,9 +191,10 @@ ATTENTION = {
         ("if first > 0:", "if first < 0:"),
         ("if first + BLOCK < length:", "if first + BLOCK < length - BLOCK:"),
         ("if first + BLOCK >= length:", "if first + BLOCK > length:"),
-        ("tl.range(0, length, STEP", "tl.range(0, length - 1, STEP"),
-        ("tl.range(0, length, BLOCK)", "tl.range(0, length - 1, BLOCK)"),
+        ("else length, STEP", "else length - 1, STEP"),
+        ("else length, BLOCK", "else length - 1, BLOCK"),
     ],
+    "backward": [("min(config.block, config.step)", "max(config.block, config.step)")],
 }
 BIAS_GELU = {
     "_normal_cdf": [

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedConfig
 
-from . import flags, modes
+from . import flags, host_layout, modes
 from .attended_padding import attend_to_padding
 from .batch import PaddingMask, TokenBatch, key_bias_of, read
 from .configuration import RESERVED_POSITIONS, ErnieMConfig
@@ -84,6 +84,11 @@ def prepare(
         position_ids=position_ids,
         cu_seq_lens_q=cu_seqlens,
     )
+    tensors = (input_ids, attention_mask, position_ids, cu_seqlens, key_ranges)
+    if inputs_embeds is None and host_layout.serves(*tensors):
+        ids, mask, positions, cuts, ranges = host_layout.on_host(*tensors)
+        rest = (max_seqlen, needs_first, vocabulary, ranges)
+        return host_layout.to_device(prepare(config, ids, None, mask, positions, cuts, *rest), input_ids.device)
     if modes.is_transformed():
         _check_not_mapped(input_ids=input_ids, attention_mask=attention_mask, position_ids=position_ids)
     grid, longest = find_grid(config, input_ids, inputs_embeds), config.max_position_embeddings - RESERVED_POSITIONS

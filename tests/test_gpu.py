@@ -19,11 +19,12 @@ from triton import knobs
 
 import erniem_fast
 from bench.difference import row_error
-from erniem_fast import ErnieMConfig, ErnieMModel, ops, reference, use_graphs
+from erniem_fast import ErnieMConfig, ErnieMModel, host_layout, ops, reference, use_graphs
 from erniem_fast.dropout import Dropout
 from erniem_fast.flags import use_implementations, use_kernels
 from erniem_fast.graphs import Graphs, Recorder
 from erniem_fast.inference_gpu import GPU_LINEARS, Int8GpuLinear, gpu_objection, project_as_one
+from erniem_fast.inputs import prepare
 from erniem_fast.kernels import add_norm, bias_gelu
 from erniem_fast.native.build import build
 from erniem_fast.ops import Product
@@ -32,6 +33,7 @@ from erniem_fast.reference import Norm
 from tests import ROOT
 from tests.batches import dropout_of, sequences, two_sequences
 from tests.kernels.comparison import assert_equivalent, run
+from tests.model.test_host_layout import assert_same
 from tests.model.tiny import relative_error
 from tests.reruns import Reruns
 
@@ -293,6 +295,22 @@ def test_graphs_by_bucket(device):
             expected = model(ids, attention_mask=mask)
             for name in ("last_hidden_state", "pooler_output"):
                 assert relative_error(result[name], expected[name]) <= 4 * torch.finfo(HALF).eps
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("lengths", [(9,), (5, 9, 2), (7, 7)])
+def test_few_tokens_are_laid_out_on_the_host(lengths, monkeypatch):
+    """The same tensors as of a layout that is made on the GPU, in one piece of memory."""
+    device = torch.device("cuda")
+    config, (ids, mask) = ErnieMConfig(), rows_of(lengths, device)
+
+    def lay_out():
+        return prepare(config, ids, None, mask, *[None] * 3, needs_first=True, vocabulary=1000)
+
+    moved = lay_out()
+    assert moved.positions.untyped_storage().data_ptr() == moved.input_ids.untyped_storage().data_ptr()
+    monkeypatch.setattr(host_layout, "_MOST_ELEMENTS", 0)
+    assert_same(moved, lay_out())
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, HALF])

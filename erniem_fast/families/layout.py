@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
+from .. import host_layout
 from ..batch import PaddingMask, TokenBatch, key_bias_of, read
 from ..inputs import (
     bounds,
@@ -60,6 +61,11 @@ def lay_out(
     Raises:
         ValueError: see `PackedModel.forward`.
     """
+    tensors = (input_ids, attention_mask, position_ids, token_type_ids, cu_seqlens)
+    if inputs_embeds is None and host_layout.serves(*tensors):
+        ids, mask, positions, types, cuts = host_layout.on_host(*tensors)
+        tokens = lay_out(model, ids, None, mask, positions, types, cuts, max_seqlen)
+        return host_layout.to_device(tokens, input_ids.device)
     grid = find_grid(model.config, input_ids, inputs_embeds)
     input_ids = None if input_ids is None else input_ids.long()
     device = (inputs_embeds if input_ids is None else input_ids).device

@@ -57,7 +57,8 @@ def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     memory = torch.empty(sum(sizes), dtype=torch.uint8)
     for tensor, place in zip(tensors, _views(memory, tensors, sizes), strict=True):
         place.copy_(tensor)
-    return _views(memory.to(device), tensors, sizes)
+    # Not blocking: what lies in pageable memory has been read when the copy returns.
+    return _views(memory.to(device, non_blocking=True), tensors, sizes)
 
 
 def _views(memory: Tensor, tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:

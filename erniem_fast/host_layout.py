@@ -54,11 +54,11 @@ def _mapped(value: object, function: Callable[[Tensor], Tensor]) -> object:
 def _copied(tensors: Sequence[Tensor], device: torch.device) -> list[Tensor]:
     """Copies of tensors on another device, which share one piece of memory there."""
     sizes = [-(-tensor.nbytes // _ALIGNMENT) * _ALIGNMENT for tensor in tensors]
-    memory = torch.empty(sum(sizes), dtype=torch.uint8)
+    memory = torch.empty(sum(sizes), dtype=torch.uint8, device="cpu")
     for tensor, place in zip(tensors, _views(memory, tensors, sizes), strict=True):
         place.copy_(tensor)
-    # Not blocking: what lies in pageable memory has been read when the copy returns.
-    return _views(memory.to(device, non_blocking=True), tensors, sizes)
+    # CUDA has read pageable memory when a copy returns that does not wait for its end.
+    return _views(memory.to(device, non_blocking=device.type == "cuda"), tensors, sizes)
 
 
 def _views(memory: Tensor, tensors: Sequence[Tensor], sizes: list[int]) -> list[Tensor]:

@@ -74,6 +74,16 @@ def test_attention_of_hard_lengths(device, sized, seed, heads, head_dim, dropout
     assert_equivalent(kernel, oracle, [qkv])
 
 
+@pytest.mark.parametrize("dropout", [False, True], ids=["plain", "dropout"])
+@pytest.mark.parametrize("longest", [32, 64])
+def test_attention_where_a_tile_holds_a_sequence(device, sized, seed, longest, dropout, poisoned_memory):
+    batch = sequences(longest, 1, 0, 17, *sized((longest - 1, 2, 16) * 100, ()), device=device)
+    heads, p_and_seed = sized(12, 2), (0.1, seed if dropout else None)
+    qkv = torch.randn(batch.tokens, 3 * heads * 64, device=device).to(HALF)
+    kernel, oracle = (partial(op, batch, heads, *p_and_seed) for op in (attention, attention_reference))
+    assert_equivalent(kernel, oracle, [qkv])
+
+
 @pytest.mark.parametrize("head_dim", [32, 64, 128])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 def test_the_backward_of_attention_finds_the_forward_s_scores(device, head_dim, dtype):

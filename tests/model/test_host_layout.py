@@ -122,6 +122,17 @@ def test_tensors_share_memory_and_start_at_multiples_of_16_bytes():
     assert memory.data_ptr() not in {each.untyped_storage().data_ptr() for each in tensors_of(own).values()}
 
 
+def test_another_default_device():
+    """Memory on the host is asked for by name."""
+    own = prepare("ragged")
+    torch.set_default_device("meta")
+    try:
+        moved = host_layout.to_device(own, CPU)
+    finally:
+        torch.set_default_device(None)
+    assert_same(moved, own)
+
+
 def test_a_layout_without_tokens():
     nothing = {"input_ids": torch.zeros(0, 5, dtype=torch.int64)}
     own = inputs.prepare(make_model().config, nothing["input_ids"], *[None] * 5, needs_first=True, vocabulary=50)

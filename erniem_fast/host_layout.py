@@ -1,7 +1,7 @@
 """Input of few tokens for a GPU is laid out on the host, and moved to the GPU in one copy.
 
-To lay a batch out takes some twenty small operators. The host takes longer to ask a GPU for one of them than to compute
-it, until there are thousands of tokens.
+To lay a batch out takes some twenty small operators. Up to thousands of tokens, the host takes longer to ask a GPU for
+one of them than to compute it itself.
 """
 
 from collections.abc import Callable, Sequence
@@ -20,8 +20,11 @@ Layout = TypeVar("Layout")
 
 
 def serves(input_ids: Tensor | None, *others: Tensor | None) -> bool:
-    """Whether to lay out this input on the host; the tensors are all that it has, without them embeddings came."""
-    if input_ids is None or input_ids.device.type == "cpu" or input_ids.numel() > _MOST_ELEMENTS:
+    """Whether to lay out this input, all its tensors, on the host; ids are None where embeddings came instead."""
+    # First, because in a graph that is recorded the size would become a condition.
+    if modes.is_recorded() or input_ids is None or input_ids.device.type == "cpu":
+        return False
+    if input_ids.numel() > _MOST_ELEMENTS:
         return False
     given = [each for each in (input_ids, *others) if each is not None]
     # A mask per query stays on the GPU, and so do tensors that a graph or a transform follows.

@@ -97,6 +97,10 @@ def prepare(
     device = (inputs_embeds if input_ids is None else input_ids).device
     came_packed = cu_seqlens is not None or max_seqlen is not None
     _check_attended_padding(config, inputs_embeds, came_packed)
+    if position_ids is not None:
+        position_ids = position_ids.to(device)
+    if cu_seqlens is not None:
+        cu_seqlens = cu_seqlens.to(device)
     ids, positions = input_ids, position_ids
     mask = key_bias = scores_bias = padding = None
     if key_ranges is not None:

@@ -115,7 +115,7 @@ def backward(
     rest = (scale, *_constants(device.arch, qkv.dtype, heads, head_dim, config, sequences))
     if one_pass:
         sums = None if blocks == 1 else torch.empty(tokens, heads * head_dim, dtype=torch.float32, device=qkv.device)
-        # In float32, the compiler makes more of its freedom without loops than there are registers for.
+        # In float32, more values are kept at once without loops than there are registers for.
         one_tile = qkv.dtype != torch.float32 and sequences.max_seqlen <= min(config.block, config.step)
         tensors = (grad, out, statistics, sums)
         launch(_backward_kernel, (pairs,), *tensors, *shared, *rest, one_tile, num_warps=config.warps)
@@ -355,7 +355,7 @@ def _forward_tile(
     total = total * shrink + tl.sum(probabilities, axis=1)[:, None]
     if draw[0] is not None:
         dropout_mask = _dropout_mask(*draw, first_key, STEP, CONTIGUOUS, INTERLEAVED)
-        # Not 0.0, which LLVM would choose after the conversion to 16 bits, each half of a register by itself.
+        # Zero, but not a constant: LLVM would select that after the conversion to 16 bits, half a register at a time.
         probabilities = tl.where(dropout_mask, probabilities, factor - factor)
     out = tl.dot(probabilities.to(value.dtype), value, acc=out * shrink, input_precision=PRECISION)
     return less, total, out
@@ -819,7 +819,7 @@ def _backward_kernel(
         seed = tl.load(seed_ptr)
     factor = _factor(scale, key_bias_ptr)
 
-    # Loops with one iteration, known beforehand, are none: their sums need no registers of their own.
+    # A loop that is known to have one iteration is unrolled, and its sums need no registers of their own.
     for first in tl.range(0, BLOCK if ONE_TILE else length, BLOCK):
         row = first + tl.arange(0, BLOCK)[:, None]
         key = _load(query_ptr + HIDDEN, row, length, 3 * HIDDEN, HEAD_DIM, BLOCK_DIM)

@@ -1,10 +1,10 @@
 """How attention's kernels are launched: the tiles for each architecture, and the design of the backward.
 
-The tiles are the largest that compile without spilling registers, with Triton 3.6 and 3.9 (bench/results/codegen.md);
-for 16-bit heads of up to 64 on NVIDIA, the largest that also leave room for two programs on a multiprocessor, so that
-one multiplies while the other computes exponentials. Loops that stream tiles have three stages: with two, Triton waits
-for a copy as soon as it is issued. On Hopper, those for heads of 64 in 16 bits and more than 64 tokens are the fastest
-of a sweep on an H200 (bench/results/nvidia-h200/sweep-bfloat16.md); no others have been timed yet.
+The tiles are the largest that compile without spilling registers, with Triton 3.6 and 3.9 (bench/results/codegen.md),
+or hold the longest sequence. For 16-bit heads of up to 64 on NVIDIA, they also leave room for two programs on a
+multiprocessor, so that one multiplies while the other computes exponentials. Loops that stream tiles have three stages:
+with two, Triton waits for a copy as soon as it is issued. On Hopper, the tiles for heads of 64 in 16 bits and more than
+64 tokens are the fastest of a sweep on an H200 (bench/results/nvidia-h200/sweep-bfloat16.md); no others were timed.
 """
 
 from dataclasses import dataclass
@@ -56,7 +56,7 @@ def forward_config(
         return Config(128, 64, warps=8, stages=3)
     if arch == "sm_100" and max_seqlen > 64 and not dropout and not key_bias:  # with either, it spills
         return Config(128, 128, warps=8, stages=3)  # its products are twice as fast with 128 rows
-    # 113 to 179 registers, so 2 or 3 programs. Fastest on an H200 at 512 tokens: 77 us, with 128 rows and 8 warps 82.
+    # Two to four programs fit at any length. On an H200, 77 us at 512 tokens, with 128 rows and 8 warps 82.
     block, step = _rows_of(max_seqlen, arch)
     return Config(block, step, warps=4, stages=3)
 
@@ -107,7 +107,7 @@ def one_pass_config(arch: str, dtype: torch.dtype, head_dim: int, max_seqlen: in
         return Config(16 if is_cdna(arch) else 32, step, warps=8, stages=1)
     if head_dim > 64:
         return Config(64, 16, warps=8, stages=2 if arch == "sm_90" else 1)
-    if max_seqlen <= 64:  # One tile needs no loop, and leaves registers for more programs than a loop of two steps.
+    if max_seqlen <= 64:  # One tile needs no loop: 9 to 20 % fewer instructions on NVIDIA's than two steps of 32.
         block, step = _rows_of(max_seqlen, arch)
         return Config(block, step, warps=4, stages=1)
     if arch == "sm_90" and max_seqlen <= 128:
@@ -158,9 +158,9 @@ def _rdna_backward_config(dtype: torch.dtype, head_dim: int, plain: bool) -> Con
 def takes_one_pass(config: Config | None, pairs: int, max_seqlen: int, dropout: bool, device: Device) -> bool:
     """Whether one pass of the backward takes less time than two, for `pairs` pairs of a sequence and a head.
 
-    On Hopper it does where a block holds all keys of 64 tokens (on an H200, 108 us against 114), and with dropout where
-    two steps hold them (at 128 tokens, 134 us against 148), if the pairs fill the device; at 512 tokens, with dropout,
-    it took 477 us against 372.
+    On Hopper it does where a block holds all keys of 64 tokens (on an H200, even in two steps 105 us against 113), and
+    with dropout where two steps hold them (at 128 tokens, 134 us against 148), if the pairs fill the device; at 512
+    tokens, with dropout, it took 477 us against 372.
 
     On other architectures this is counted, not timed. One pass takes 5 matrix products per tile and draws the dropout
     mask once; two passes take 7 and draw it twice. If a block holds all keys of a sequence, one pass does less of

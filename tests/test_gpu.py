@@ -310,12 +310,13 @@ def test_graphs_by_bucket(device):
 @pytest.mark.gpu
 @pytest.mark.parametrize("lengths", [(9,), (5, 9, 2), (7, 7)])
 def test_few_tokens_are_laid_out_on_the_host(lengths, monkeypatch):
-    """The same tensors as of a layout that is made on the GPU, in one piece of memory."""
+    """The same tensors as of a layout that is made on the GPU, in one piece of memory; positions may be on the host."""
     device = torch.device("cuda")
     config, (ids, mask) = ErnieMConfig(), rows_of(lengths, device)
+    positions = torch.arange(ids.shape[1])[None]
 
     def lay_out():
-        return prepare(config, ids, None, mask, *[None] * 3, needs_first=True, vocabulary=1000)
+        return prepare(config, ids, None, mask, positions, None, None, needs_first=True, vocabulary=1000)
 
     moved = lay_out()
     assert moved.positions.untyped_storage().data_ptr() == moved.input_ids.untyped_storage().data_ptr()

@@ -144,7 +144,30 @@ def on_gpu(*shape):
     return SimpleNamespace(device=torch.device("cuda"), numel=lambda: math.prod(shape), dim=lambda: len(shape))
 
 
-def test_what_is_laid_out_on_the_host():
+def test_both_inputs_are_refused_as_ever(moves):
+    """Laid out on the host or not: embeddings are not left out in silence."""
+    ids, embeds = INPUTS["one sentence"]["input_ids"], torch.zeros(1, 9, 16)
+    with pytest.raises(ValueError, match="both were given"):
+        inputs.prepare(make_model().config, ids, embeds, *[None] * 4, needs_first=True, vocabulary=50)
+    with pytest.raises(ValueError, match="both were given"):
+        layout.lay_out(tiny.both("bert")[1], ids, embeds, *[None] * 5)
+    assert not moves
+
+
+def test_a_graph_is_for_any_size():
+    """Recorded on a device that is not the CPU, where the number of tokens must not become a condition."""
+    ids = torch.zeros(3, 12, dtype=torch.int64, device="meta")
+    model = make_model().to("meta")
+    rows, columns = torch.export.Dim("rows", max=64), torch.export.Dim("columns", max=500)
+    shapes = {"input_ids": {0: rows, 1: columns}, "attention_mask": {0: rows, 1: columns}}
+    program = torch.export.export(
+        model, (), {"input_ids": ids, "attention_mask": ids}, dynamic_shapes=shapes, strict=False
+    )
+    many = torch.zeros(30, 400, dtype=torch.int64, device="meta")
+    assert program.module()(input_ids=many, attention_mask=many).last_hidden_state.shape == (30, 400, 16)
+
+
+def test_what_is_laid_out_on_the_host(monkeypatch):
     assert host_layout.serves(on_gpu(2, 4096), None, on_gpu(1, 4096), on_gpu(3))
     assert not host_layout.serves(on_gpu(1, 8193))
     assert not host_layout.serves(None)
@@ -153,4 +176,7 @@ def test_what_is_laid_out_on_the_host():
     with FakeTensorMode():
         assert not host_layout.serves(torch.zeros(1, 3, dtype=torch.int64, device="cuda"))
     assert not host_layout.serves(on_gpu(1, 3), torch.zeros(1, 3, device="meta"))
+    with monkeypatch.context() as patched:
+        patched.setattr(host_layout.modes, "is_captured", lambda: True)
+        assert not host_layout.serves(on_gpu(1, 3))
     torch.func.vmap(lambda x: x if not host_layout.serves(on_gpu(1, 3)) else pytest.fail("served"))(torch.ones(2))

@@ -142,7 +142,7 @@ class Row:
         plain_forward = (self.op, self.kernel, self.dropout) == ("attention", "forward", "no")
         if plain_forward and self.arch in ("sm_80", "sm_90") and self.masks > 4 * 2:
             broken.append(f"{self.masks} selections and comparisons in a loop without masks")
-        if self.ctas < 2 and (self.op.split(", key")[0], self.kernel) not in ALONE:
+        if self.ctas < 2 and (self.op, self.kernel) not in ALONE:
             broken.append("one program fits a multiprocessor, not two")
         return broken
 

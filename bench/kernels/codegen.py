@@ -63,11 +63,11 @@ LOOPS = {
     # products, and 23 because it computes the addresses of their 16 operands one by one.
     ("attention", "backward_keys", "no", 32): 361 * 1.05,
     ("attention", "backward_queries", "no", 32): 280,
-    # The loops with dropout of the backward, whose tiles are half as wide.
+    # The backward's loops with dropout have tiles that are half as wide.
     ("attention", "backward_keys", "yes", 16): 452 * 1.05,
     ("attention", "backward_queries", "yes", 16): 353 * 1.05,
 }
-# Before 3.8, Triton had no matrix instructions of RDNA's for fewer than 16 rows; heads of 128 need tiles of 8 there.
+# RDNA's matrix instructions for tiles of 8 rows, which heads of 128 need there, came with Triton 3.8.
 MULTIPLIES_EIGHT_ROWS = tuple(map(int, triton.__version__.split(".")[:2])) >= (3, 8)
 
 WITHOUT_EXCHANGE = ("forward", "backward_queries")  # attention's kernels that sum over the columns of a tile alone

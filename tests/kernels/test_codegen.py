@@ -279,7 +279,7 @@ print(json.dumps(counts))
 
 
 def test_no_size_is_compiled_anew(compiling):
-    """Whatever the tokens, lengths and sequences: a kernel is compiled once, anew for tiles of short sequences."""
+    """A kernel is compiled once for all tokens, lengths and sequences, and once more for each tile of short ones."""
     code = """
 import json
 from bench.kernels import codegen, launches

@@ -1,4 +1,4 @@
-"""Layouts that are made on the host and moved have the tensors of those made in place; `test_gpu.py` has GPUs."""
+"""A layout that is made on the host and moved equals one that is made in place; `test_gpu.py` compares them on GPUs."""
 
 import math
 from types import SimpleNamespace
